@@ -1,0 +1,577 @@
+"""The blueprint: every number that shapes a model, its data and its training.
+
+Not here: how a number is used (see the room that reads it), and anything computed from a checkpoint.
+Class defaults are the `tiny` preset, which trains on two CPU cores in minutes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args, get_type_hints
+
+FORMAT_VERSION = 1
+# Old field name -> today's; a checkpoint written before a rename still loads.
+RENAMED: dict[str, str] = {}
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. The message is one sentence naming the thing and the fix."""
+
+
+class Checked:
+    """Runs `validate()` of *every* base: plain inheritance would run only the first one's."""
+
+    def __post_init__(self):
+        for name, hint in get_type_hints(type(self)).items():
+            allowed = get_args(hint)
+            is_choice = getattr(hint, "__origin__", None) is Literal
+            if is_choice and getattr(self, name) not in allowed:
+                require(False, name, getattr(self, name), f"must be one of {', '.join(allowed)}")
+        for base in type(self).__mro__:
+            if "validate" in vars(base):
+                base.validate(self)
+
+
+def require(condition: bool, name: str, value: object, fix: str) -> None:
+    """Raise `InputError` naming field, value and fix unless `condition` holds."""
+    if not condition:
+        raise InputError(f"{name} = {value!r}: {fix}.")
+
+
+def require_positive(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value > 0, name, value, "must be greater than 0")
+
+
+def require_rate(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(0 <= value < 1, name, value, "must be at least 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig(Checked):
+    """The vision encoder."""
+
+    vit_img_size: int = 48
+    """Height and width of one tile in pixels."""
+    vit_patch_size: int = 8
+    """Height and width of one patch in pixels."""
+    vit_n_channels: int = 3
+    """Colour channels of the input."""
+    vit_hidden_dim: int = 128
+    """Width of the encoder."""
+    vit_inter_dim: int = 256
+    """Width of the hidden layer of its MLP."""
+    vit_n_heads: int = 4
+    """Attention heads."""
+    vit_n_blocks: int = 3
+    """Transformer blocks."""
+    vit_hidden_act: Literal["gelu_tanh", "gelu", "quick_gelu", "relu"] = "gelu_tanh"
+    """Activation of the MLP; SigLIP uses gelu_tanh, ViT and DINOv2 gelu, CLIP quick_gelu."""
+    vit_ln_eps: float = 1e-6
+    """Epsilon of the layer norms."""
+    vit_qkv_bias: bool = True
+    """Bias on the query, key and value projections."""
+    vit_dropout: float = 0.0
+    """Dropout in attention and on both residual branches."""
+    vit_cls_flag: bool = False
+    """Prepend a learned CLS token."""
+    vit_n_registers: int = 0
+    """Learned register tokens after CLS (Darcet et al. 2023); they carry no position."""
+    vit_pool: Literal["auto", "none", "cls", "mean", "map"] = "auto"
+    """What ViT(images) returns: auto is cls with a CLS token and none (the patch sequence) without."""
+    vit_image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Pixel mean subtracted per channel, after scaling to [0, 1]."""
+    vit_image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Pixel standard deviation divided by per channel."""
+    vit_model_type: str = ""
+    """Hub id or directory of pretrained weights; empty: from scratch."""
+
+    @property
+    def vit_grid(self) -> int:
+        """Patches per side."""
+        return self.vit_img_size // self.vit_patch_size
+
+    @property
+    def vit_n_patches(self) -> int:
+        return self.vit_grid**2
+
+    @property
+    def vit_n_prefix(self) -> int:
+        """Tokens in front of the patches: CLS and registers."""
+        return int(self.vit_cls_flag) + self.vit_n_registers
+
+    def validate(self):
+        require_positive(
+            self,
+            "vit_img_size",
+            "vit_patch_size",
+            "vit_n_channels",
+            "vit_hidden_dim",
+            "vit_inter_dim",
+            "vit_n_heads",
+            "vit_n_blocks",
+            "vit_ln_eps",
+        )
+        require_rate(self, "vit_dropout")
+        require(
+            self.vit_img_size % self.vit_patch_size == 0,
+            "vit_img_size",
+            self.vit_img_size,
+            f"must be a multiple of vit_patch_size = {self.vit_patch_size}",
+        )
+        require(
+            self.vit_hidden_dim % self.vit_n_heads == 0,
+            "vit_hidden_dim",
+            self.vit_hidden_dim,
+            f"must be a multiple of vit_n_heads = {self.vit_n_heads}",
+        )
+        require(
+            self.vit_n_registers >= 0,
+            "vit_n_registers",
+            self.vit_n_registers,
+            "must not be negative",
+        )
+        require(
+            self.vit_pool != "cls" or self.vit_cls_flag,
+            "vit_pool",
+            self.vit_pool,
+            "needs a CLS token, so set vit_cls_flag = True or pool by mean or map",
+        )
+        require(
+            min(self.vit_image_std) > 0, "vit_image_std", self.vit_image_std, "must be positive"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LMConfig(Checked):
+    """The decoder language model."""
+
+    lm_hidden_dim: int = 128
+    """Width of the decoder."""
+    lm_inter_dim: int = 384
+    """Width of the hidden layer of the gated MLP."""
+    lm_n_heads: int = 4
+    """Query heads."""
+    lm_n_kv_heads: int = 4
+    """Key and value heads; fewer than lm_n_heads is grouped-query attention."""
+    lm_head_dim: int | None = None
+    """Width of one head; none means lm_hidden_dim / lm_n_heads."""
+    lm_n_blocks: int = 4
+    """Transformer blocks."""
+    lm_vocab_size: int = 640
+    """Rows of the token embedding; at least the tokenizer's size."""
+    lm_max_position_embeddings: int = 2048
+    """Longest sequence."""
+    lm_rms_eps: float = 1e-5
+    """Epsilon of the RMS norms."""
+    lm_re_base: float = 10000.0
+    """Base (theta) of the rotary embedding."""
+    lm_rope_type: Literal["default", "linear", "llama3"] = "default"
+    """How the rotary frequencies are stretched for long contexts."""
+    lm_rope_factor: float = 1.0
+    """Stretch factor of linear and llama3 rope."""
+    lm_rope_low_freq_factor: float = 1.0
+    """llama3 rope: wavelengths longer than original length / this are stretched fully."""
+    lm_rope_high_freq_factor: float = 4.0
+    """llama3 rope: wavelengths shorter than original length / this are left alone."""
+    lm_rope_original_max_positions: int = 8192
+    """llama3 rope: context length before stretching."""
+    lm_qkv_bias: bool = False
+    """Bias on the query, key and value projections (Qwen2)."""
+    lm_qk_norm: bool = False
+    """RMS norm of queries and keys per head (Qwen3)."""
+    lm_tie_weights: bool = True
+    """Share the token embedding with the output head."""
+    lm_dropout: float = 0.0
+    """Dropout in attention and on both residual branches."""
+    lm_model_type: str = ""
+    """Hub id or directory of pretrained weights; empty: from scratch."""
+    lm_tokenizer: str = "world"
+    """Hub id or directory of the tokenizer; world: the byte-level BPE built from the built-in data set."""
+
+    @property
+    def lm_head_width(self) -> int:
+        """Width of one attention head."""
+        return self.lm_head_dim or self.lm_hidden_dim // self.lm_n_heads
+
+    def validate(self):
+        require_positive(
+            self,
+            "lm_hidden_dim",
+            "lm_inter_dim",
+            "lm_n_heads",
+            "lm_n_kv_heads",
+            "lm_n_blocks",
+            "lm_vocab_size",
+            "lm_max_position_embeddings",
+            "lm_rms_eps",
+            "lm_re_base",
+            "lm_rope_factor",
+        )
+        require_rate(self, "lm_dropout")
+        require(
+            self.lm_n_heads % self.lm_n_kv_heads == 0,
+            "lm_n_kv_heads",
+            self.lm_n_kv_heads,
+            f"must divide lm_n_heads = {self.lm_n_heads}",
+        )
+        require(
+            self.lm_head_dim is not None or self.lm_hidden_dim % self.lm_n_heads == 0,
+            "lm_hidden_dim",
+            self.lm_hidden_dim,
+            f"must be a multiple of lm_n_heads = {self.lm_n_heads}, or set lm_head_dim",
+        )
+        require(
+            self.lm_head_width % 2 == 0,
+            "lm_head_dim",
+            self.lm_head_width,
+            "must be even, for the rotary embedding",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectorConfig(Checked):
+    """From patches to tokens."""
+
+    mp_pixel_shuffle_factor: int = 2
+    """Patches per side folded into one image token."""
+
+    def validate(self):
+        require_positive(self, "mp_pixel_shuffle_factor")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VLMConfig(ViTConfig, LMConfig, ProjectorConfig):
+    """A whole vision-language model. Fields are flat and carry nanoVLM's names."""
+
+    max_img_size: int = 48
+    """Longest image edge after resizing, in pixels (Idefics3's size.longest_edge). A multiple of vit_img_size;
+    when larger than vit_img_size the image is cut into tiles and a global view is added."""
+    vlm_pad_token_id: int = 0
+    """Token that fills the end of rows; never a target."""
+    vlm_bos_token_id: int = 1
+    """First token of every conversation."""
+    vlm_eos_token_id: int = 2
+    """End of turn: supervised, and the only token that stops generation."""
+    vlm_image_token_id: int = 3
+    """Placeholder that the projected image tokens replace."""
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Image tokens of one tile: (grid / pixel shuffle factor) squared."""
+        return (self.vit_grid // self.mp_pixel_shuffle_factor) ** 2
+
+    def validate(self):
+        require(
+            self.vit_grid % self.mp_pixel_shuffle_factor == 0,
+            "mp_pixel_shuffle_factor",
+            self.mp_pixel_shuffle_factor,
+            f"must divide the {self.vit_grid} patches per side",
+        )
+        require(
+            self.max_img_size % self.vit_img_size == 0,
+            "max_img_size",
+            self.max_img_size,
+            f"must be a multiple of vit_img_size = {self.vit_img_size}",
+        )
+        require(
+            self.max_img_size <= 6 * self.vit_img_size,
+            "max_img_size",
+            self.max_img_size,
+            f"must be at most 6 x vit_img_size = {6 * self.vit_img_size}, as Idefics3 names 6 x 6 tiles",
+        )
+        ids = [
+            self.vlm_pad_token_id,
+            self.vlm_bos_token_id,
+            self.vlm_eos_token_id,
+            self.vlm_image_token_id,
+        ]
+        require(
+            len(set(ids)) == 4,
+            "vlm_pad_token_id, vlm_bos_token_id, vlm_eos_token_id, vlm_image_token_id",
+            ids,
+            "must be four different tokens",
+        )
+        require(
+            min(ids) >= 0 and max(ids) < self.lm_vocab_size,
+            "lm_vocab_size",
+            self.lm_vocab_size,
+            f"must exceed every special token id, of which the largest is {max(ids)}",
+        )
+        require(
+            self.vit_n_channels == 3, "vit_n_channels", self.vit_n_channels, "must be 3 in a VLM"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Checked):
+    """What the model is trained on."""
+
+    source: str = "world"
+    """The built-in world, or a .jsonl file of {image, question, answer} and {image, caption} rows."""
+    seed: int = 0
+    """Seed of the world's scenes and of the order of the rows."""
+    batch_size: int = 4
+    """Rows per batch and process."""
+    max_length: int = 1024
+    """Longest row in tokens; with packing, the length that several conversations fill together."""
+    packing: bool = True
+    """Put several conversations in one row; they never see each other."""
+    max_tiles: int = 64
+    """Most tiles of one conversation; more is refused, never cut."""
+    val_fraction: float = 0.02
+    """Share of a file's rows kept for validation, chosen by a hash of the row."""
+    world_questions: int = 8
+    """Questions about each built-in scene in one training conversation."""
+    workers: int = 1
+    """Processes that prepare samples; 0: the training process does."""
+
+    def validate(self):
+        require_positive(self, "batch_size", "max_length", "max_tiles", "world_questions")
+        require_rate(self, "val_fraction")
+        require(self.workers >= 0, "workers", self.workers, "must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Checked):
+    """How it is trained."""
+
+    out: str = "runs/tiny"
+    """Run folder: configuration, log, loss curve, checkpoints."""
+    steps: int = 2400
+    """Optimizer steps."""
+    accumulate: int = 1
+    """Batches per optimizer step."""
+    optimizer: Literal["adamw", "muon"] = "muon"
+    """muon: Muon for the matrices of the blocks, AdamW for the rest."""
+    lr_vision: float = 0.004
+    """Peak learning rate of the vision encoder (AdamW)."""
+    lr_projector: float = 0.004
+    """Peak learning rate of the projector (AdamW)."""
+    lr_language: float = 0.004
+    """Peak learning rate of the language model (AdamW)."""
+    lr_muon: float = 0.02
+    """Peak learning rate of matrices trained by Muon."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay; never on norms, biases, embeddings."""
+    beta1: float = 0.9
+    """AdamW's first moment decay."""
+    beta2: float = 0.98
+    """AdamW's second moment decay."""
+    muon_momentum: float = 0.95
+    """Muon's momentum."""
+    warmup: int = 100
+    """Steps of linear warm-up."""
+    schedule: Literal["cosine", "linear", "constant"] = "linear"
+    """Shape of the decay to zero after warm-up."""
+    grad_clip: float = 1.0
+    """Largest norm of the whole gradient; 0: none."""
+    freeze: tuple[Literal["vision", "projector", "language"], ...] = ()
+    """Parts that do not train."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 autocast where the hardware computes it faster, else fp32."""
+    seed: int = 0
+    """Seed of initial weights and dropout."""
+    log_every: int = 10
+    """Steps between log lines."""
+    eval_every: int = 600
+    """Steps between evaluations; 0: only at the end."""
+    eval_samples: int = 200
+    """Validation questions per evaluation."""
+    save_every: int = 600
+    """Steps between checkpoints; 0: only at the end."""
+    keep: int = 2
+    """Checkpoints kept, newest first."""
+    resume: Literal["no", "auto"] = "no"
+    """auto: continue from the newest checkpoint in the run folder, if there is one."""
+    init_from: str = ""
+    """Checkpoint whose weights and tokenizer start this run; the model fields are then its own."""
+    max_bad_steps: int = 3
+    """Non-finite steps skipped in a row before stopping."""
+    wandb: bool = False
+    """Also log to Weights & Biases (offline unless WANDB_MODE says otherwise)."""
+
+    def validate(self):
+        require_positive(
+            self, "steps", "accumulate", "log_every", "eval_samples", "keep", "max_bad_steps"
+        )
+        require_rate(self, "beta1", "beta2", "muon_momentum")
+        for name in (
+            "lr_vision",
+            "lr_projector",
+            "lr_language",
+            "lr_muon",
+            "weight_decay",
+            "warmup",
+            "grad_clip",
+            "eval_every",
+            "save_every",
+        ):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+        parts = ("vision", "projector", "language")
+        require(
+            set(self.freeze) <= set(parts), "freeze", self.freeze, f"may name {', '.join(parts)}"
+        )
+        require(set(self.freeze) != set(parts), "freeze", self.freeze, "leaves nothing to train")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Checked):
+    """A training run: model, data, training."""
+
+    model: VLMConfig = field(default_factory=VLMConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def validate(self):
+        require(
+            self.data.max_length <= self.model.lm_max_position_embeddings,
+            "data.max_length",
+            self.data.max_length,
+            f"must be at most lm_max_position_embeddings = {self.model.lm_max_position_embeddings}",
+        )
+
+
+# --- JSON ---------------------------------------------------------------------------------------
+
+
+def to_dict(config: object) -> dict:
+    """A config as plain JSON values, with `format_version`."""
+    return {"format_version": FORMAT_VERSION} | dataclasses.asdict(config)
+
+
+def from_dict(cls: type, values: dict, where: str = "config"):
+    """The inverse of `to_dict`. Raises `InputError` on an unknown key (with the nearest name) or a wrong type."""
+    values = {RENAMED.get(key, key): value for key, value in values.items()}
+    version = values.pop("format_version", FORMAT_VERSION)
+    require(
+        version <= FORMAT_VERSION,
+        f"{where}: format_version",
+        version,
+        f"is newer than this code reads ({FORMAT_VERSION}), so update picoVLM",
+    )
+    hints = get_type_hints(cls)
+    known = {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known fields are {', '.join(known)}."
+            raise InputError(f"{where}: unknown field {key!r}; {hint}")
+        if dataclasses.is_dataclass(known[key]):
+            values[key] = from_dict(known[key], value, f"{where}.{key}")
+        else:
+            values[key] = _typed(value, known[key], f"{where}: {key}")
+    return cls(**values)
+
+
+def _typed(value: object, hint: type, name: str) -> object:
+    if isinstance(value, list):
+        value = tuple(value)
+    wanted = {int: int, float: (int, float), bool: bool, str: str}.get(hint)
+    wrong = wanted and (
+        not isinstance(value, wanted) or (hint is not bool and isinstance(value, bool))
+    )
+    require(not wrong, name, value, f"must be {getattr(hint, '__name__', hint)}")
+    return float(value) if hint is float else value
+
+
+def read_json(path: str | Path) -> dict:
+    """A JSON object from a file. Raises `InputError` naming file and line."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not JSON ({error}).") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: must hold a JSON object, not {type(value).__name__}.")
+    return value
+
+
+# --- Presets ------------------------------------------------------------------------------------
+
+# fmt: off
+SIGLIP_B = dict(vit_hidden_dim=768, vit_inter_dim=3072, vit_n_heads=12, vit_n_blocks=12, vit_patch_size=16)
+SMOLVLM_TOKENS = dict(lm_vocab_size=49280, vlm_pad_token_id=2, vlm_bos_token_id=1, vlm_eos_token_id=49279,
+                      vlm_image_token_id=49190)
+SMOLLM2 = dict(lm_re_base=100000.0, lm_max_position_embeddings=8192, lm_rms_eps=1e-5, lm_tie_weights=True,
+               **SMOLVLM_TOKENS)
+FINE_TUNE = dict(optimizer="adamw", lr_vision=5e-5, lr_projector=0.005, lr_language=5e-5, warmup=1000,
+                 schedule="cosine", beta2=0.95, steps=40000, accumulate=8, eval_every=500, save_every=500)
+
+PRESETS: dict[str, RunConfig] = {
+    # 1.4 M parameters; the class defaults.
+    "tiny": RunConfig(),
+    # The same model, trained long enough for the last skills (docs/recipes.md).
+    "tiny-long": RunConfig(train=TrainConfig(out="runs/tiny-long", steps=14000, eval_every=2000, save_every=1000)),
+    # nanoVLM's first release: SigLIP-B/16-224 + SmolLM2-135M.
+    "222m": RunConfig(
+        model=VLMConfig(**SIGLIP_B, **SMOLLM2, vit_img_size=224, max_img_size=224, mp_pixel_shuffle_factor=2,
+                        vit_model_type="google/siglip-base-patch16-224", lm_model_type="HuggingFaceTB/SmolLM2-135M",
+                        lm_tokenizer="HuggingFaceTB/SmolLM2-135M",
+                        lm_hidden_dim=576, lm_inter_dim=1536, lm_n_heads=9, lm_n_kv_heads=3, lm_n_blocks=30),
+        data=DataConfig(batch_size=2), train=TrainConfig(out="runs/222m", **FINE_TUNE)),
+    # SigLIP2-B/16-512 + SmolLM2-360M, tiles and a global view.
+    "460m": RunConfig(
+        model=VLMConfig(**SIGLIP_B, **SMOLLM2, vit_img_size=512, max_img_size=2048, mp_pixel_shuffle_factor=4,
+                        vit_model_type="google/siglip2-base-patch16-512",
+                        lm_model_type="HuggingFaceTB/SmolLM2-360M-Instruct",
+                        lm_tokenizer="HuggingFaceTB/SmolLM2-360M-Instruct",
+                        lm_hidden_dim=960, lm_inter_dim=2560, lm_n_heads=15, lm_n_kv_heads=5, lm_n_blocks=32),
+        data=DataConfig(batch_size=1, max_length=4096), train=TrainConfig(out="runs/460m", **FINE_TUNE)),
+    # SigLIP2-B/16-512 + Qwen3-0.6B, tiles and a global view. Qwen3's table has 151,936 rows, of which its
+    # tokenizer uses 151,669; the image tokens take the next ones.
+    "qwen3": RunConfig(
+        model=VLMConfig(**SIGLIP_B, vit_img_size=512, max_img_size=2048, mp_pixel_shuffle_factor=4,
+                        vit_model_type="google/siglip2-base-patch16-512", lm_model_type="Qwen/Qwen3-0.6B",
+                        lm_tokenizer="Qwen/Qwen3-0.6B", lm_hidden_dim=1024, lm_inter_dim=3072, lm_n_heads=16,
+                        lm_n_kv_heads=8, lm_head_dim=128, lm_n_blocks=28, lm_qk_norm=True, lm_rms_eps=1e-6,
+                        lm_re_base=1000000.0, lm_max_position_embeddings=40960, lm_vocab_size=151936,
+                        vlm_pad_token_id=151643, vlm_bos_token_id=151644, vlm_image_token_id=151707,
+                        vlm_eos_token_id=151708),
+        data=DataConfig(batch_size=1, max_length=4096), train=TrainConfig(out="runs/qwen3", **FINE_TUNE)),
+}
+# fmt: on
+
+
+# --- Command line -------------------------------------------------------------------------------
+
+
+def parse_run(argv: list[str]) -> RunConfig:
+    """`[preset | run.json] [--field value ...]` -> RunConfig. Raises `InputError`; tyro exits with 2 on a bad flag."""
+    import tyro
+
+    base = "tiny"
+    if argv and not argv[0].startswith("-"):
+        base, *argv = argv
+    if base in PRESETS:
+        default = PRESETS[base]
+    elif base.endswith(".json"):
+        default = from_dict(RunConfig, read_json(base), base)
+    else:
+        near = difflib.get_close_matches(base, PRESETS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"presets are {', '.join(PRESETS)}."
+        raise InputError(f"{base!r} is neither a preset nor a .json file; {hint}")
+    description = f"Presets: {', '.join(PRESETS)}. Shown here: {base}."
+    return tyro.cli(RunConfig, default=default, args=argv, description=description)
+
+
+def command(main, argv: list[str] | None = None) -> None:
+    """Run a script's `main(argv)`; a wrong input becomes one sentence on stderr and exit code 2."""
+    try:
+        main(sys.argv[1:] if argv is None else argv)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of our stdout left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

@@ -1,0 +1,139 @@
+"""Pictures in, tiles out: open anything upright as RGB, resize and cut exactly as Idefics3's PIL processor does.
+
+Not here: where a picture comes from (sources.py), augmentation.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from configs import InputError, VLMConfig
+
+MAX_PIXELS = 89_478_485  # Pillow's own warning threshold: a quarter GiB of RGB
+MAX_EDGE = 4096  # Idefics3 never resizes beyond
+
+
+def open_image(source: str | Path | Image.Image) -> Image.Image:
+    """A path or PIL image of any mode -> upright RGB; transparency over white, first frame of an animation.
+
+    Raises `InputError` naming the file and what is wrong with it.
+    """
+    name = source if isinstance(source, (str, Path)) else "image"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what matters is checked or raises
+            image = source if isinstance(source, Image.Image) else Image.open(source)
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise InputError(
+                    f"{name}: {width} x {height} pixels are more than {MAX_PIXELS:,}; "
+                    "resize the picture first."
+                )
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{name}: no such file.") from None
+    except Exception as error:  # Pillow's plug-ins raise nearly every type on broken files
+        reason = str(error) or type(error).__name__
+        raise InputError(
+            f"{name}: not a readable picture ({reason.split(chr(10))[0][:120]})."
+        ) from None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _to_8bit(image)
+    if image.mode in ("CMYK", "YCbCr", "LAB", "HSV", "1", "L") and "transparency" not in image.info:
+        return image.convert("RGB")
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255)), rgba).convert("RGB")
+
+
+def _to_8bit(image: Image.Image) -> Image.Image:
+    """Wide greyscale -> 8 bit, where `convert` would clip at 255. 16-bit files keep their scale; float and
+    32-bit ones have none, so their own range is used unless it is 0..255 already."""
+    values = np.asarray(image).astype(np.float64)
+    values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+    low, high = values.min(), values.max()
+    if low >= 0 and high <= 255:
+        scaled = values
+    elif low >= 0 and high <= 65535 and image.mode != "F":
+        scaled = values / 257
+    else:
+        scaled = (values - low) / max(high - low, 1e-12) * 255
+    return Image.fromarray(scaled.round().astype(np.uint8))
+
+
+def fit_longest(width: int, height: int, longest: int) -> tuple[int, int]:
+    """The size whose longer edge is `longest`; the shorter keeps the aspect, rounded down, then up to even."""
+    longer, shorter = max(width, height), min(width, height)
+    aspect = width / height
+    other = int(longest / aspect) if width >= height else int(longest * aspect)
+    other = max(1, other + other % 2)
+    if longer == shorter:
+        other = longest + longest % 2
+    size = (longest, other) if width >= height else (other, longest)
+    if max(size) > MAX_EDGE:
+        aspect = size[0] / size[1]
+        if size[0] >= size[1]:
+            return MAX_EDGE, max(1, int(MAX_EDGE / aspect))
+        return max(1, int(MAX_EDGE * aspect)), MAX_EDGE
+    return size
+
+
+def fit_tiles(width: int, height: int, tile: int) -> tuple[int, int]:
+    """The size whose edges are multiples of `tile`, both rounded up; the shorter follows the longer's scale."""
+    aspect = width / height
+    if width >= height:
+        width = math.ceil(width / tile) * tile
+        height = math.ceil(int(width / aspect) / tile) * tile
+    else:
+        height = math.ceil(height / tile) * tile
+        width = math.ceil(int(height * aspect) / tile) * tile
+    return width, height
+
+
+def grid(width: int, height: int, cfg: VLMConfig) -> tuple[int, int]:
+    """Rows and columns of tiles a picture is cut into; (0, 0) when one tile is all there is."""
+    width, height = fit_tiles(*fit_longest(width, height, cfg.max_img_size), cfg.vit_img_size)
+    rows, cols = height // cfg.vit_img_size, width // cfg.vit_img_size
+    return (0, 0) if rows * cols == 1 else (rows, cols)
+
+
+def tile(image: Image.Image, cfg: VLMConfig) -> tuple[np.ndarray, tuple[int, int]]:
+    """RGB picture -> tiles [N, size, size, 3] uint8 row by row, the global view last, and the grid (rows, cols).
+
+    Mirrors transformers' Idefics3ImageProcessorPil with image splitting on.
+    """
+    size = cfg.vit_img_size
+    image = _resize(image, fit_longest(*image.size, cfg.max_img_size))
+    image = _resize(image, fit_tiles(*image.size, size))
+    rows, cols = grid(*image.size, cfg)
+    if rows == 0:
+        return np.asarray(image)[None], (0, 0)  # [1, size, size, 3]
+    pixels = (
+        np.asarray(image).reshape(rows, size, cols, size, 3).swapaxes(1, 2)
+    )  # [rows, cols, size, size, 3]
+    whole = np.asarray(_resize(image, (size, size)))[None]  # [1, size, size, 3]
+    return np.concatenate((pixels.reshape(-1, size, size, 3), whole)), (rows, cols)
+
+
+def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
+
+
+def normalise(tiles: np.ndarray, cfg: VLMConfig) -> torch.Tensor:
+    """[N, H, W, 3] uint8 -> [N, 3, H, W] float32, scaled to [0, 1], minus mean, over std."""
+    mean, std = torch.tensor(cfg.vit_image_mean), torch.tensor(cfg.vit_image_std)
+    x = torch.from_numpy(tiles).float() / 255
+    return ((x - mean) / std).permute(0, 3, 1, 2).contiguous()  # [N, 3, H, W]

@@ -1,0 +1,152 @@
+"""Source -> processor -> packing -> Batch, in a fixed order whatever the number of workers.
+
+The order is a function of (seed, epoch) alone, and each Batch carries the loader's state after itself, so that
+a run resumes with the very next batch. Not here: the rules of packing (packing.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from configs import DataConfig, InputError
+from data.packing import collate, fill_rows
+from data.processor import Processor
+from data.sample import Batch, Tokens
+from data.sources import most_bad_rows
+
+CHUNK = 8  # samples a worker prepares at a time: enough to hide the cost of handing over
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A row that could not be encoded."""
+
+    reason: str
+
+
+@dataclass
+class Encoded(Dataset):
+    """Indices -> Tokens or Skipped; runs in the workers."""
+
+    source: object
+    processor: Processor
+    cfg: DataConfig
+
+    def __getitem__(self, indices: list[int]) -> list[tuple[int, Tokens | Skipped]]:
+        return [(i, self._one(i)) for i in indices]
+
+    def _one(self, i: int) -> Tokens | Skipped:
+        try:
+            return self.processor.encode(self.source[i], self.cfg.max_length, self.cfg.max_tiles)
+        except InputError as error:
+            return Skipped(str(error))
+
+
+def _one_thread(_worker: int) -> None:
+    torch.set_num_threads(
+        1
+    )  # spinning OpenMP threads of a worker would starve the training process
+
+
+@dataclass
+class Loader:
+    """Endless batches. `epoch` and `position` say where in the shuffled order the next sample is read."""
+
+    source: object
+    processor: Processor
+    cfg: DataConfig
+    rank: int = 0
+    world: int = 1
+    skipped_file: Path | None = None
+    epoch: int = 0
+    position: int = 0
+    waiting: list[tuple[int, Tokens]] = field(default_factory=list)  # read, not yet in a batch
+    skipped: list[int] = field(default_factory=list)  # rows of the source that could not be encoded
+
+    def restore(self, state: dict) -> None:
+        """Continue after the batch that carried `state`."""
+        self.epoch, self.position, self.skipped = (
+            state["epoch"],
+            state["position"],
+            list(state["skipped"]),
+        )
+        encoded = Encoded(self.source, self.processor, self.cfg)[state["waiting"]]
+        self.waiting = [(i, tokens) for i, tokens in encoded if isinstance(tokens, Tokens)]
+
+    def state(self) -> dict:
+        return {
+            "epoch": self.epoch,
+            "position": self.position,
+            "waiting": [i for i, _ in self.waiting],
+            "skipped": list(self.skipped),
+        }
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches of this rank: all ranks form the same global order and take turns."""
+        samples = self._samples()
+        n_rows, capacity = self.cfg.batch_size, self.cfg.max_length
+        turn = 0
+        while True:
+            if self.cfg.packing:
+                # Twice a batch's tokens wait, so that a row finds what fits it.
+                while sum(len(t) for _, t in self.waiting) < 2 * n_rows * capacity:
+                    self.waiting.append(next(samples))
+                rows = fill_rows([len(t) for _, t in self.waiting], n_rows, capacity)
+            else:
+                while len(self.waiting) < n_rows:
+                    self.waiting.append(next(samples))
+                rows = [[i] for i in range(n_rows)]
+            groups = [[self.waiting[i][1] for i in row] for row in rows]
+            taken = {i for row in rows for i in row}
+            self.waiting = [sample for i, sample in enumerate(self.waiting) if i not in taken]
+            if turn % self.world == self.rank:
+                batch = collate(groups, self.processor.cfg)
+                batch.state = self.state()
+                yield batch
+            turn += 1
+
+    def _chunks(self) -> Iterator[list[int]]:
+        """Indices in reading order from (epoch, position) on, for ever."""
+        epoch, position = self.epoch, self.position
+        while True:
+            generator = torch.Generator().manual_seed(self.cfg.seed * 1_000_003 + epoch)
+            order = torch.randperm(len(self.source), generator=generator)
+            for start in range(position, len(order), CHUNK):
+                yield order[start : start + CHUNK].tolist()
+            epoch, position = epoch + 1, 0
+
+    def _samples(self) -> Iterator[tuple[int, Tokens]]:
+        encoded = Encoded(self.source, self.processor, self.cfg)
+        workers = self.cfg.workers
+        loader = DataLoader(
+            encoded,
+            sampler=self._chunks(),
+            batch_size=None,
+            num_workers=workers,
+            worker_init_fn=_one_thread,
+            prefetch_factor=4 if workers else None,
+        )
+        for chunk in loader:
+            for i, tokens in chunk:
+                self.position += 1
+                if self.position == len(self.source):
+                    self.epoch, self.position = self.epoch + 1, 0
+                if isinstance(tokens, Skipped):
+                    self._skip(i, tokens.reason)
+                else:
+                    yield i, tokens
+
+    def _skip(self, i: int, reason: str) -> None:
+        if i not in self.skipped:
+            self.skipped.append(i)
+            if self.skipped_file is not None:
+                with open(self.skipped_file, "a", encoding="utf-8") as file:
+                    file.write(json.dumps({"row": i, "reason": reason}) + "\n")
+        if len(self.skipped) > most_bad_rows(len(self.source)):
+            raise InputError(f"{len(self.skipped)} rows could not be used, the last: {reason}")

@@ -1,0 +1,172 @@
+"""Sample -> Tokens and prompt -> Tokens: the one place where pictures and words meet. Saved beside the weights.
+
+Not here: how tiles are cut (images.py) and text is laid out (text.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from configs import InputError, VLMConfig, from_dict, read_json
+from data import images, text, world
+from data.sample import Sample, Tokens, Turn
+
+
+@dataclass(frozen=True)
+class Processor:
+    """Tokenizer and image settings of one model."""
+
+    cfg: VLMConfig
+    tokenizer: Tokenizer
+
+    def encode(self, sample: Sample, max_length: int, max_tiles: int) -> Tokens:
+        """A training example of at most `max_length` tokens.
+
+        Text after the last image is cut where it must be. Raises `InputError` naming the row when the images
+        alone exceed a budget, the placeholders do not match, or no answer is left to learn from.
+        """
+        tiles, strings = self._look(sample, max_tiles)
+        ids, supervised = text.encode_pieces(self.tokenizer, text.pieces(sample.turns, strings))
+        if len(ids) > max_length:
+            placeholders = np.flatnonzero(ids == self.cfg.vlm_image_token_id)
+            if len(placeholders) and placeholders[-1] + 1 >= max_length:
+                raise InputError(
+                    f"{sample.row}: its images take {placeholders[-1] + 1} tokens of a row of "
+                    f"{max_length}; raise data.max_length or lower model.max_img_size."
+                )
+            ids, supervised = ids[:max_length], supervised[:max_length]
+        if not supervised.any():
+            raise InputError(
+                f"{sample.row}: nothing to learn from within {max_length} tokens; "
+                "it needs an answer, or a larger data.max_length."
+            )
+        return Tokens(ids, supervised, tiles, sample.row)
+
+    def encode_prompt(
+        self, turns: Sequence[Turn], pictures: Sequence = (), max_tiles: int = 1 << 30
+    ) -> Tokens:
+        """A conversation up to "Assistant:", nothing supervised. Raises `InputError` past the model's context."""
+        sample = Sample((*turns, Turn("assistant", "")), tuple(pictures), row="prompt")
+        tiles, strings = self._look(sample, max_tiles)
+        *runs, _answer, _newline = text.pieces(sample.turns, strings)
+        ids, supervised = text.encode_pieces(self.tokenizer, runs)
+        limit = self.cfg.lm_max_position_embeddings
+        if len(ids) >= limit:
+            n_image = int((ids == self.cfg.vlm_image_token_id).sum())
+            raise InputError(
+                f"the prompt has {len(ids)} tokens, {n_image} of them for images, and the model's "
+                f"context ends at {limit}; shorten it."
+            )
+        return Tokens(ids, np.zeros_like(supervised), tiles, "prompt")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of an answer, without special tokens and outer spaces."""
+        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True).strip()
+
+    def _look(self, sample: Sample, max_tiles: int) -> tuple[np.ndarray, list[str]]:
+        """Tiles [N, size, size, 3] of all pictures, and the string each `<image>` becomes."""
+        cfg = self.cfg
+        text.check_turns(sample.turns, len(sample.images), self.tokenizer, sample.row)
+        tiles, strings = [np.zeros((0, cfg.vit_img_size, cfg.vit_img_size, 3), dtype=np.uint8)], []
+        for picture in sample.images:
+            new, (rows, cols) = images.tile(images.open_image(picture), cfg)
+            tiles.append(new)
+            strings.append(text.image_string(rows, cols, cfg.tokens_per_tile))
+        n_tiles = sum(map(len, tiles))
+        if n_tiles > max_tiles:
+            raise InputError(
+                f"{sample.row}: {n_tiles} tiles are more than data.max_tiles = {max_tiles}."
+            )
+        return np.concatenate(tiles), strings
+
+    def save(self, directory: str | Path) -> None:
+        """Write tokenizer, chat template and image settings as transformers 4 and 5, vLLM and llama.cpp read them."""
+        directory = Path(directory)
+        self.tokenizer.save(str(directory / "tokenizer.json"))
+        (directory / "chat_template.jinja").write_text(text.CHAT_TEMPLATE, encoding="utf-8")
+        for name, content in self._files().items():
+            (directory / name).write_text(
+                json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
+
+    def _files(self) -> dict[str, dict]:
+        cfg = self.cfg
+        added = self.tokenizer.get_added_tokens_decoder()
+        token_entries = {
+            str(i): {
+                "content": t.content,
+                "lstrip": False,
+                "normalized": False,
+                "rstrip": False,
+                "single_word": False,
+                "special": t.special,
+            }
+            for i, t in sorted(added.items())
+        }
+        image_settings = {
+            "image_processor_type": "Idefics3ImageProcessor",
+            "processor_class": "Idefics3Processor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "do_rescale": True,
+            "do_normalize": True,
+            "do_pad": True,
+            "do_image_splitting": True,
+            "rescale_factor": 1 / 255,
+            "resample": 1,
+            "image_mean": list(cfg.vit_image_mean),
+            "image_std": list(cfg.vit_image_std),
+            "size": {"longest_edge": cfg.max_img_size},
+            "max_image_size": {"longest_edge": cfg.vit_img_size},
+        }
+        return {
+            "tokenizer_config.json": {
+                # The class matters: others make v4 emit token_type_ids or v5 rebuild the pre-tokenizer.
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "processor_class": "Idefics3Processor",
+                "model_input_names": ["input_ids", "attention_mask"],
+                "add_bos_token": False,
+                "bos_token": self.tokenizer.id_to_token(cfg.vlm_bos_token_id),
+                "eos_token": text.END_OF_TURN,
+                "pad_token": self.tokenizer.id_to_token(cfg.vlm_pad_token_id),
+                "padding_side": "left",
+                "clean_up_tokenization_spaces": False,
+                "model_max_length": cfg.lm_max_position_embeddings,
+                "additional_special_tokens": [text.FAKE, text.IMAGE, text.END_OF_TURN],
+                "added_tokens_decoder": token_entries,
+                "chat_template": text.CHAT_TEMPLATE,
+            },
+            "chat_template.json": {"chat_template": text.CHAT_TEMPLATE},
+            "preprocessor_config.json": image_settings,
+            "processor_config.json": {
+                "processor_class": "Idefics3Processor",
+                "image_seq_len": cfg.tokens_per_tile,
+            },
+        }
+
+
+def build(cfg: VLMConfig) -> Processor:
+    """The processor of a new model: `lm_tokenizer` with Idefics3's special tokens."""
+    if cfg.lm_tokenizer == "world":
+        tokenizer = text.train_tokenizer(world.corpus(), cfg.lm_vocab_size)
+    else:
+        tokenizer = text.load_tokenizer(cfg.lm_tokenizer)
+    return Processor(cfg, text.add_special_tokens(tokenizer, cfg))
+
+
+def load(directory: str | Path) -> Processor:
+    """The processor saved in a checkpoint directory of ours."""
+    settings = read_json(Path(directory) / "config.json").get("picovlm")
+    if settings is None:
+        raise InputError(
+            f"{directory}/config.json: no `picovlm` key, so its image settings are unknown."
+        )
+    return Processor(
+        from_dict(VLMConfig, settings, f"{directory}/config.json"), text.load_tokenizer(directory)
+    )

@@ -1,0 +1,170 @@
+"""Words in, ids out: the tokenizer, SmolVLM's chat template, the image string, the loss mask by construction.
+
+Ids and mask are made in one pass, turn by turn; nothing is tokenised again to find where an answer began.
+Not here: pixels (images.py), samples from files (sources.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from configs import InputError, VLMConfig
+from data.sample import Turn
+
+START, END_OF_TURN, PAD = "<|im_start|>", "<end_of_utterance>", "<|im_end|>"
+IMAGE, FAKE, GLOBAL = "<image>", "<fake_token_around_image>", "<global-img>"
+ROWS_COLS = [f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7)]
+WORLD_SPECIAL = [PAD, START, END_OF_TURN, IMAGE, FAKE, GLOBAL, *ROWS_COLS]
+
+# SmolVLM's template. Content may be a string or a list of {"type": "text" | "image"} parts.
+CHAT_TEMPLATE = (
+    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}"
+    "{% if message['content'] is string %}"
+    "{% if message['content'].startswith('<image>') %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}{{ message['content'] }}"
+    "{% else %}{% if message['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{ line['text'] }}"
+    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}{% endif %}"
+    "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+
+def train_tokenizer(corpus: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of SmolLM2's design: any text encodes, digits stand alone, the special tokens come first."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=WORLD_SPECIAL,
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    return tokenizer
+
+
+def load_tokenizer(source: str | Path) -> Tokenizer:
+    """tokenizer.json of a directory or hub id, read as it is: AutoTokenizer rebuilds some of them wrongly."""
+    path = Path(source) / "tokenizer.json"
+    if not Path(source).is_dir():
+        from huggingface_hub import hf_hub_download
+
+        try:
+            path = Path(hf_hub_download(str(source), "tokenizer.json"))
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{source}: neither a directory nor a tokenizer on the Hub that can be reached "
+                f"({type(error).__name__})."
+            ) from None
+    if not path.is_file():
+        raise InputError(f"{path}: no such file.")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise InputError(f"{path}: not a tokenizer ({error}).") from None
+
+
+def add_special_tokens(tokenizer: Tokenizer, cfg: VLMConfig) -> Tokenizer:
+    """Give a plain tokenizer Idefics3's tokens, in SmolVLM's order, so that a SmolLM2 run gets SmolVLM's ids.
+
+    Reserved tokens fill the gap up to the end of turn. Raises `InputError` where an id is not the config's.
+    """
+    missing = [
+        t for t in (START, PAD, GLOBAL, *ROWS_COLS, FAKE, IMAGE) if tokenizer.token_to_id(t) is None
+    ]
+    if tokenizer.token_to_id(END_OF_TURN) is None:
+        gap = cfg.vlm_eos_token_id - tokenizer.get_vocab_size() - len(missing)
+        missing += [f"<|reserved_special_token_{i}|>" for i in range(gap)] + [END_OF_TURN]
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in missing])
+    for name, token in (
+        ("vlm_image_token_id", IMAGE),
+        ("vlm_eos_token_id", END_OF_TURN),
+        ("vlm_bos_token_id", START),
+    ):
+        found = tokenizer.token_to_id(token)
+        if found != getattr(cfg, name):
+            raise InputError(
+                f"{name} = {getattr(cfg, name)}: the tokenizer calls {token} {found}, set that."
+            )
+    if tokenizer.get_vocab_size() > cfg.lm_vocab_size:
+        raise InputError(
+            f"lm_vocab_size = {cfg.lm_vocab_size}: the tokenizer has {tokenizer.get_vocab_size()} "
+            "tokens, set at least that."
+        )
+    return tokenizer
+
+
+def image_string(rows: int, cols: int, tokens_per_tile: int) -> str:
+    """What `<image>` becomes: Idefics3's string for one tile (0, 0) or a grid of tiles and the global view."""
+    tokens = IMAGE * tokens_per_tile
+    if rows == 0:
+        return f"{FAKE}{GLOBAL}{tokens}{FAKE}"
+    lines = (
+        "".join(f"{FAKE}<row_{r}_col_{c}>{tokens}" for c in range(1, cols + 1)) + "\n"
+        for r in range(1, rows + 1)
+    )
+    return "".join(lines) + f"\n{FAKE}{GLOBAL}{tokens}{FAKE}"
+
+
+def pieces(turns: Iterable[Turn], image_strings: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """The conversation as (text, supervised) runs: each answer with its leading space and its end of turn.
+
+    The runs meet only between ":" and " x" or beside a special token, where no tokenizer merges; a test holds
+    their ids against the template's on the whole text. Texts are stripped, so " x" is never two spaces.
+    """
+    fill = iter(image_strings)
+    prompt = START
+    for role, text in turns:
+        text = text.strip()
+        space = "" if text.startswith(IMAGE) else " "
+        text = re.sub(IMAGE, lambda _: next(fill), text)
+        if role == "assistant":
+            yield prompt + "Assistant:", False
+            yield space + text + END_OF_TURN, True
+            prompt = "\n"
+        else:
+            prompt += f"{role.capitalize()}:{space}{text}{END_OF_TURN}\n"
+    if prompt:
+        yield prompt, False
+
+
+def encode_pieces(
+    tokenizer: Tokenizer, runs: Iterable[tuple[str, bool]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Runs -> ids [T] int32 and supervised [T] bool."""
+    ids, supervised = [], []
+    for text, wanted in runs:
+        new = tokenizer.encode(text, add_special_tokens=False).ids
+        ids += new
+        supervised += [wanted] * len(new)
+    return np.array(ids, dtype=np.int32), np.array(supervised, dtype=bool)
+
+
+def check_turns(turns: Iterable[Turn], n_images: int, tokenizer: Tokenizer, where: str) -> None:
+    """Raise `InputError` unless the turns make a conversation about exactly these images."""
+    special = {t.content for t in tokenizer.get_added_tokens_decoder().values()} - {IMAGE}
+    n_places = 0
+    for turn in turns:
+        if turn.role not in ("system", "user", "assistant"):
+            raise InputError(f"{where}: role {turn.role!r} must be system, user or assistant.")
+        if turn.role == "assistant" and IMAGE in turn.text:
+            raise InputError(f"{where}: an answer holds {IMAGE}; pictures stand in user turns.")
+        n_places += turn.text.count(IMAGE)
+        if "<" in turn.text:
+            for token in special:
+                if token in turn.text:
+                    raise InputError(
+                        f"{where}: the text holds the special token {token}; remove it."
+                    )
+    if n_places != n_images:
+        raise InputError(f"{where}: {n_places} {IMAGE} placeholders for {n_images} images.")

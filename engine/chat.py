@@ -1,0 +1,100 @@
+"""Pictures and strings in, text out: model and processor together, in one call.
+
+Not here: how a token is chosen (models/generation.py), a web page (demo.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from configs import InputError
+from data import processor as processors
+from data.packing import collate_prompts
+from data.processor import Processor
+from data.sample import Tokens, Turn
+from engine.checkpoint import resolve
+from models.generation import Sampling
+from models.vision_language_model import VisionLanguageModel
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A model that can be asked. `Chat.load("runs/demo")("What is this?", ["cat.png"])`."""
+
+    model: VisionLanguageModel
+    processor: Processor
+
+    @classmethod
+    def load(cls, checkpoint: str | Path, device: str | torch.device = "cpu") -> Chat:
+        """From a checkpoint directory, or the newest one of a run folder. Raises `InputError`."""
+        folder = resolve(checkpoint)
+        return cls(
+            VisionLanguageModel.from_pretrained(folder).to(device).eval(), processors.load(folder)
+        )
+
+    def __call__(
+        self,
+        prompt: str,
+        images: Sequence[str | Path | Image.Image] = (),
+        sampling: Sampling = Sampling(),
+    ) -> str:
+        """The answer to one question about any number of pictures."""
+        return "".join(self.stream(prompt, images, sampling))
+
+    def prompt(self, prompt: str, images: Sequence[str | Path | Image.Image] = ()) -> Tokens:
+        """Encode a question; pictures stand before it unless it names their places by `<image>`."""
+        if not prompt.strip() and not images:
+            raise InputError("the prompt is empty; ask something or give an image.")
+        if "<image>" not in prompt:
+            prompt = "<image>" * len(images) + prompt
+        return self.processor.encode_prompt([Turn("user", prompt)], images)
+
+    def stream(
+        self,
+        prompt: str,
+        images: Sequence[str | Path | Image.Image] = (),
+        sampling: Sampling = Sampling(),
+    ) -> Iterator[str]:
+        """The answer in pieces, as it is made; joined they are the whole answer."""
+        return self.stream_tokens(self.prompt(prompt, images), sampling)
+
+    def stream_tokens(self, tokens: Tokens, sampling: Sampling) -> Iterator[str]:
+        """One piece per token of the answer to an encoded prompt; "" while a character is incomplete."""
+        ids, mask, pixels = (
+            x.to(self.model.device) for x in collate_prompts([tokens], self.processor.cfg)
+        )
+        new, said = [], ""
+        for token in self.model.stream(ids, pixels, mask, sampling):
+            new.append(int(token))
+            text = self.processor.decode(new)
+            complete = text.startswith(said) and not text.endswith("\N{REPLACEMENT CHARACTER}")
+            stopped = int(token) == self.processor.cfg.vlm_eos_token_id
+            piece = text[len(said) :] if complete or stopped else ""
+            said += piece
+            yield piece
+
+    def answers(
+        self, prompts: Sequence[Tokens], sampling: Sampling = Sampling(), batch_size: int = 64
+    ) -> list[str]:
+        """Answers to encoded prompts, in their order. Prompts of like length share a batch."""
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        texts = [""] * len(prompts)
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            ids, mask, pixels = (
+                x.to(self.model.device)
+                for x in collate_prompts([prompts[i] for i in chosen], self.processor.cfg)
+            )
+            for i, row in zip(chosen, self.model.generate(ids, pixels, mask, sampling).tolist()):
+                stop = (
+                    row.index(self.processor.cfg.vlm_eos_token_id)
+                    if self.processor.cfg.vlm_eos_token_id in row
+                    else len(row)
+                )
+                texts[i] = self.processor.decode(row[:stop])
+        return texts

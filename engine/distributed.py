@@ -1,0 +1,98 @@
+"""One process or many: the same calls, so that no loop asks. Also the settings of this machine, found once.
+
+Only this file and checkpoint.py touch torch.distributed. `torchrun` starts several processes; world size 1 needs none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Dist:
+    """This process among all."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, value: float) -> float:
+        """The sum of a number over all processes."""
+        if self.world == 1:
+            return value
+        total = torch.tensor(float(value), dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.item()
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Average gradients over the processes; a lone process needs nothing."""
+        return model if self.world == 1 else DistributedDataParallel(model)
+
+    def sync(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+        """Talk to the other ranks in the last micro-batch of a step only."""
+        return contextlib.nullcontext() if last or self.world == 1 else model.no_sync()
+
+    def close(self) -> None:
+        if self.world > 1:
+            dist.destroy_process_group()
+
+
+def setup() -> Dist:
+    """Read torchrun's environment, join the other processes if there are any, choose the device."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available()
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    )
+    if cuda:
+        torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
+    if world > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return Dist(rank, world, device)
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to reuse the memory of freed tensors, where it would hand each back to the kernel and fault
+    it in again on the next step. Other C libraries have no `mallopt`, and then nothing happens."""
+    with contextlib.suppress(AttributeError, OSError):
+        libc = ctypes.CDLL(None)
+        m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+        libc.mallopt(m_trim_threshold, 1 << 30)
+        libc.mallopt(m_mmap_threshold, 1 << 30)
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The autocast region of `precision` auto, fp32 or bf16; auto is bf16 where this machine computes it faster."""
+    enabled = precision == "bf16" or (precision == "auto" and bf16_is_faster(device))
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def bf16_is_faster(device: torch.device) -> bool:
+    """Time a few products of each kind: instruction sets promise what kernels do not always keep."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(512, 512, dtype=dtype)
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = min(times)
+    return seconds[torch.bfloat16] < 0.7 * seconds[torch.float32]

@@ -1,0 +1,118 @@
+"""What a run says: progress on the console, one JSON line per event, a loss curve, wandb, behind one `log`."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from configs import InputError, RunConfig, to_dict
+
+
+class Logger:
+    """`log(values, step)` for all outlets. Only the main process has them; elsewhere every call is silent."""
+
+    def __init__(self, cfg: RunConfig, is_main: bool, first_step: int = 0):
+        self.is_main = is_main
+        self.folder = Path(cfg.train.out)
+        self.wandb = None
+        self.bar = tqdm(
+            total=cfg.train.steps,
+            initial=first_step,
+            disable=not is_main,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=1.0,
+        )
+        if not is_main:
+            return
+        self.start = time.time()
+        self.file = open(self.folder / "log.jsonl", "a", encoding="utf-8")
+        if cfg.train.wandb:
+            self.wandb = _start_wandb(cfg)
+
+    def log(self, values: dict, step: int) -> None:
+        """Write scalar `values` of a step to file (and wandb); the loss line also moves the bar's text."""
+        if not self.is_main:
+            return
+        self.file.write(
+            json.dumps({"step": step, "seconds": round(time.time() - self.start, 2)} | values)
+            + "\n"
+        )
+        self.file.flush()
+        if self.wandb is not None:
+            self.wandb.log(values, step=step)
+        if "loss" in values:
+            self.bar.set_postfix_str(
+                f"loss {values['loss']:.3f}, {values['tokens_per_s']:,.0f} tok/s, "
+                f"{values['images_per_s']:.0f} img/s, data wait {values['data_wait']:.0%}"
+            )
+
+    def say(self, text: str) -> None:
+        """A sentence for people, above the bar."""
+        if self.is_main:
+            self.bar.write(text)
+
+    def advance(self) -> None:
+        self.bar.update()
+
+    def close(self) -> None:
+        self.bar.close()
+        if not self.is_main:
+            return
+        self.file.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+        plot(self.folder)
+
+
+def _start_wandb(cfg: RunConfig):
+    try:
+        import wandb
+    except ImportError:
+        raise InputError(
+            "train.wandb = True: needs the package, so run `pip install wandb`."
+        ) from None
+    mode = os.environ.get("WANDB_MODE", "offline")
+    return wandb.init(project="picovlm", dir=cfg.train.out, config=to_dict(cfg), mode=mode)
+
+
+def read_log(folder: Path) -> list[dict]:
+    """The events of a run, oldest first. After a resume the later line of a step counts."""
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    by_step: dict[tuple, dict] = {}
+    for event in map(json.loads, lines):
+        by_step[event["step"], "val_loss" in event] = event
+    return [by_step[key] for key in sorted(by_step)]
+
+
+def plot(folder: Path) -> None:
+    """Write `loss.png` from the log; matplotlib is optional, so without it there is no picture."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    events = read_log(folder)
+    train = [(e["step"], e["loss"]) for e in events if "loss" in e]
+    val = [(e["step"], e["val_loss"], e["val_accuracy"]) for e in events if "val_loss" in e]
+    if not train:
+        return
+    figure, axis = plt.subplots(figsize=(7, 4), constrained_layout=True)
+    axis.plot(*zip(*train), lw=0.8, label="training loss")
+    axis.set(xlabel="step", ylabel="loss per token", yscale="log")
+    if val:
+        steps, losses, accuracies = zip(*val)
+        axis.plot(steps, losses, "o-", label="validation loss")
+        right = axis.twinx()
+        right.plot(steps, accuracies, "s--", color="tab:green", label="validation accuracy")
+        right.set(ylabel="accuracy", ylim=(0, 1))
+        right.legend(loc="lower left")
+    axis.legend(loc="upper right")
+    figure.savefig(folder / "loss.png", dpi=120)
+    plt.close(figure)

@@ -1,0 +1,217 @@
+"""One attention for everybody: the mask rule, rotary positions, the key-value cache.
+
+The mask rule is *causal and same segment* in the language model and *everything* in the vision encoder.
+Not here: projections and heads (see the models), nor attention maps for people to look at.
+
+Letters: B batch, T tokens, S slots, H heads, K key-value heads, C head width, G segments of a group, L its length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from configs import LMConfig
+
+# --- Rotary positions ---------------------------------------------------------------------------
+
+
+def rope_frequencies(cfg: LMConfig, device: torch.device | None = None) -> Tensor:
+    """Angle per position of each pair of channels, [C/2] fp32 (Su et al. 2021).
+
+    `llama3` stretches long wavelengths by the factor, leaves short ones, and blends in between
+    (transformers' `_compute_llama3_parameters`); `linear` stretches all.
+    """
+    exponent = (
+        torch.arange(0, cfg.lm_head_width, 2, dtype=torch.float32, device=device)
+        / cfg.lm_head_width
+    )
+    freq = 1.0 / cfg.lm_re_base**exponent  # [C/2]
+    if cfg.lm_rope_type == "default":
+        return freq
+    stretched = freq / cfg.lm_rope_factor
+    if cfg.lm_rope_type == "linear":
+        return stretched
+    turns = (
+        cfg.lm_rope_original_max_positions * freq / (2 * torch.pi)
+    )  # within the original context
+    low, high = cfg.lm_rope_low_freq_factor, cfg.lm_rope_high_freq_factor
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return keep * freq + (1 - keep) * stretched
+
+
+def rope_tables(freq: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of every angle, each [B, 1, T, C]: computed in fp32, then cast, as transformers does."""
+    angles = positions[:, None, :, None].float() * freq  # [B, 1, T, C/2]
+    angles = torch.cat((angles, angles), dim=-1)  # [B, 1, T, C]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate [B, H, T, C] in Hugging Face's half-split layout: channel c pairs with c + C/2."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+# --- Segments: several samples in one row -------------------------------------------------------
+
+
+@dataclass
+class Group:
+    """Segments of similar length, laid side by side. Each token of a batch stands in one slot of one group."""
+
+    n_segments: int  # G
+    length: int  # L
+
+
+@dataclass
+class SegmentPlan:
+    """How to visit the segments of a batch: gather into groups, attend causally, gather back."""
+
+    groups: list[Group]
+    sources: Tensor  # [S] token of every slot, S = sum of G * L over the groups
+    real: Tensor  # [S, 1, 1] 1 where the slot is its token's own, 0 past the end of a segment
+    slots: Tensor  # [B * T] where each token stands among all groups' slots
+
+
+def plan_segments(segments: Tensor) -> SegmentPlan:
+    """Group the runs of equal id in [B, T]; a segment at least half as long as the group's longest joins it.
+
+    Padding runs (id 0) are segments like any other: what they compute is never looked at.
+    """
+    n_rows, n_tokens = segments.shape
+    flat = segments.cpu().reshape(-1)  # [B * T]
+    starts_here = torch.ones_like(flat, dtype=torch.bool)
+    starts_here[1:] = flat[1:] != flat[:-1]
+    starts_here[::n_tokens] = True
+    starts = starts_here.nonzero()[:, 0]
+    lengths = torch.diff(starts, append=torch.tensor([n_rows * n_tokens]))
+    order = torch.argsort(lengths, descending=True, stable=True)
+    groups, sources, reals, slots, n_slots, first = [], [], [], torch.empty_like(flat), 0, 0
+    while first < len(order):
+        longest = int(lengths[order[first]])
+        inside = int((lengths[order[first:]] * 2 >= longest).sum())
+        chosen = order[first : first + inside]
+        steps = torch.arange(longest)[None, :]  # [1, L]
+        source = starts[chosen, None] + torch.minimum(steps, lengths[chosen, None] - 1)  # [G, L]
+        real = steps < lengths[chosen, None]
+        slots[source[real]] = n_slots + real.reshape(-1).nonzero()[:, 0]
+        groups.append(Group(inside, longest))
+        sources.append(source.reshape(-1))
+        reals.append(real.reshape(-1, 1, 1))
+        n_slots += source.numel()
+        first += inside
+    device = segments.device
+    return SegmentPlan(
+        groups, torch.cat(sources).to(device), torch.cat(reals).to(device), slots.to(device)
+    )
+
+
+class _Take(torch.autograd.Function):
+    """`x[index]` whose gradient is `grad[inverse] * weight`: a gather both ways, where autograd's scatter-add
+    is slow on CPU. Right for tokens -> slots and slots -> tokens, as each token has one real slot, and a slot
+    that is not real neither is seen by a real query nor contributes to the output."""
+
+    @staticmethod
+    def forward(ctx, x, index, inverse, weight):
+        ctx.inverse, ctx.weight = inverse, weight
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.index_select(0, ctx.inverse)
+        return grad if ctx.weight is None else grad * ctx.weight, None, None, None
+
+
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+    gqa = q.shape[1] != k.shape[1]
+    if q.device.type == "cpu" and torch.is_grad_enabled() and q.dtype == torch.bfloat16:
+        # The backward of the CPU kernel is four times slower in bf16 than in fp32.
+        with torch.autocast("cpu", enabled=False):
+            out = F.scaled_dot_product_attention(
+                q.float(), k.float(), v.float(), enable_gqa=gqa, **options
+            )
+        return out.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa, **options)
+
+
+def _attend_segments(q: Tensor, k: Tensor, v: Tensor, plan: SegmentPlan, dropout: float) -> Tensor:
+    B, H, T, C = q.shape
+    n_kv = k.shape[1]
+    qkv = torch.cat((q, k, v), dim=1).transpose(1, 2).reshape(B * T, -1, C)  # [B*T, H + 2K, C]
+    spread = _Take.apply(qkv, plan.sources, plan.slots, None)  # [S, H + 2K, C]
+    outputs = []
+    for group, part in zip(
+        plan.groups, spread.split([g.n_segments * g.length for g in plan.groups])
+    ):
+        part = part.view(group.n_segments, group.length, H + 2 * n_kv, C).transpose(
+            1, 2
+        )  # [G, H + 2K, L, C]
+        q, k, v = part.split([H, n_kv, n_kv], dim=1)
+        out = _softmax_attention(q, k, v, dropout_p=dropout, is_causal=True)  # [G, H, L, C]
+        outputs.append(out.transpose(1, 2).reshape(-1, H, C))  # [G*L, H, C]
+    out = _Take.apply(torch.cat(outputs), plan.slots, plan.sources, plan.real)  # [B*T, H, C]
+    return out.view(B, T, H, C).transpose(1, 2)  # [B, H, T, C]
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    plan: SegmentPlan | None = None,
+    visible: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Softmax attention of [B, H, T, C] queries over [B, K, S, C] keys and values -> [B, H, T, C].
+
+    `plan` restricts it to each segment; `visible` [B, 1, T, S] says which cache slots a query sees and
+    replaces `causal`. At most one of the two is given.
+    """
+    if plan is not None:
+        return _attend_segments(q, k, v, plan, dropout)
+    return _softmax_attention(
+        q, k, v, attn_mask=visible, dropout_p=dropout, is_causal=causal and visible is None
+    )
+
+
+# --- The cache ----------------------------------------------------------------------------------
+
+
+class KVCache:
+    """Keys and values of every block, preallocated; the caller owns it.
+
+    A token at position p stands in slot p of its row, whatever the other rows hold, and sees slots 0..p.
+    Prompts of unequal length are padded at the end: the padding's slots are overwritten before any later
+    token can see them.
+    """
+
+    def __init__(
+        self, cfg: LMConfig, n_rows: int, n_slots: int, device: torch.device, dtype: torch.dtype
+    ):
+        shape = (cfg.lm_n_blocks, n_rows, cfg.lm_n_kv_heads, n_slots, cfg.lm_head_width)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)  # [blocks, B, K, S, C]
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.rows = torch.arange(n_rows, device=device)[:, None]  # [B, 1]
+        self.used = 0  # slots any row has reached
+
+    def visible(self, positions: Tensor) -> Tensor | None:
+        """[B, 1, T, S] for tokens at `positions` [B, T] about to be written; None for a first, contiguous prompt."""
+        first, self.used = self.used == 0, max(self.used, int(positions.max()) + 1)
+        if first:
+            return None
+        return (torch.arange(self.used, device=positions.device) <= positions[:, :, None])[:, None]
+
+    def write(self, block: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Store [B, K, T, C] at their positions; return all slots used so far, each [B, K, S, C]."""
+        self.k[block][self.rows, :, positions] = k.transpose(1, 2).to(self.k.dtype)
+        self.v[block][self.rows, :, positions] = v.transpose(1, 2).to(self.v.dtype)
+        return self.k[block, :, :, : self.used], self.v[block, :, :, : self.used]
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Forget all rows but these, as when others have finished."""
+        self.k, self.v, self.rows = self.k[:, rows], self.v[:, rows], self.rows[: len(rows)]

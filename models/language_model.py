@@ -1,0 +1,176 @@
+"""The decoder: a Llama-type language model (RMSNorm, RoPE, grouped-query attention, SwiGLU), and its token loss.
+
+Embeddings in, hidden states out; the head meets only the positions somebody asks for.
+Not here: sampling (models/generation.py), images (models/vision_language_model.py).
+
+Letters: B batch, T tokens, D width, H heads, K key-value heads, C head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from configs import LMConfig
+from models.attention import (
+    KVCache,
+    SegmentPlan,
+    apply_rope,
+    attend,
+    plan_segments,
+    rope_frequencies,
+    rope_tables,
+)
+from models.vision_transformer import init_weights
+
+
+class RMSNorm(nn.Module):
+    """Statistics in fp32, cast back, *then* scale: the order transformers' LlamaRMSNorm rounds in."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+
+
+class LanguageModelGroupedQueryAttention(nn.Module):
+    """Causal attention in which several query heads share a key-value head (Ainslie et al. 2023)."""
+
+    def __init__(self, cfg: LMConfig):
+        super().__init__()
+        D, C = cfg.lm_hidden_dim, cfg.lm_head_width
+        self.head_width = C
+        self.dropout = cfg.lm_dropout
+        self.q_proj = nn.Linear(D, cfg.lm_n_heads * C, bias=cfg.lm_qkv_bias)
+        self.k_proj = nn.Linear(D, cfg.lm_n_kv_heads * C, bias=cfg.lm_qkv_bias)
+        self.v_proj = nn.Linear(D, cfg.lm_n_kv_heads * C, bias=cfg.lm_qkv_bias)
+        self.o_proj = nn.Linear(cfg.lm_n_heads * C, D, bias=False)
+        self.q_norm = RMSNorm(C, cfg.lm_rms_eps) if cfg.lm_qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(C, cfg.lm_rms_eps) if cfg.lm_qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, ctx: Context, block: int) -> Tensor:
+        q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_width))).transpose(
+            1, 2
+        )  # [B, H, T, C]
+        k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_width))).transpose(
+            1, 2
+        )  # [B, K, T, C]
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)  # [B, K, T, C]
+        cos, sin = ctx.rope
+        q, k = apply_rope(q, cos, sin).to(v.dtype), apply_rope(k, cos, sin).to(v.dtype)
+        if ctx.cache is not None:
+            k, v = ctx.cache.write(block, k, v, ctx.positions)  # [B, K, S, C]
+        out = attend(
+            q,
+            k,
+            v,
+            causal=True,
+            plan=ctx.plan,
+            visible=ctx.visible,
+            dropout=self.dropout if self.training else 0.0,
+        )
+        return self.o_proj(out.transpose(1, 2).flatten(2))  # [B, T, D]
+
+
+class LanguageModelMLP(nn.Module):
+    """SwiGLU (Shazeer 2020)."""
+
+    def __init__(self, cfg: LMConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(cfg.lm_hidden_dim, cfg.lm_inter_dim, bias=False)
+        self.up_proj = nn.Linear(cfg.lm_hidden_dim, cfg.lm_inter_dim, bias=False)
+        self.down_proj = nn.Linear(cfg.lm_inter_dim, cfg.lm_hidden_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LanguageModelBlock(nn.Module):
+    def __init__(self, cfg: LMConfig):
+        super().__init__()
+        self.norm1 = RMSNorm(cfg.lm_hidden_dim, cfg.lm_rms_eps)
+        self.attn = LanguageModelGroupedQueryAttention(cfg)
+        self.norm2 = RMSNorm(cfg.lm_hidden_dim, cfg.lm_rms_eps)
+        self.mlp = LanguageModelMLP(cfg)
+        self.dropout = nn.Dropout(cfg.lm_dropout)
+
+    def forward(self, x: Tensor, ctx: Context, block: int) -> Tensor:
+        x = x + self.dropout(self.attn(self.norm1(x), ctx, block))
+        return x + self.dropout(self.mlp(self.norm2(x)))
+
+
+class Context:
+    """What every block of one forward pass shares: rotary tables and who may see whom."""
+
+    def __init__(
+        self,
+        rope: tuple[Tensor, Tensor],
+        positions: Tensor,
+        segments: Tensor | None,
+        cache: KVCache | None,
+    ):
+        self.rope, self.positions, self.cache = rope, positions, cache  # rope: two of [B, 1, T, C]
+        self.plan: SegmentPlan | None = None if segments is None else plan_segments(segments)
+        self.visible = None if cache is None else cache.visible(positions)  # [B, 1, T, S]
+
+
+class LanguageModel(nn.Module):
+    """`lm(lm.token_embedding(ids))` -> hidden states; `lm.logits(hidden)`; `lm.loss(hidden, targets)`."""
+
+    def __init__(self, cfg: LMConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.token_embedding = nn.Embedding(cfg.lm_vocab_size, cfg.lm_hidden_dim)
+        self.blocks = nn.ModuleList(LanguageModelBlock(cfg) for _ in range(cfg.lm_n_blocks))
+        self.norm = RMSNorm(cfg.lm_hidden_dim, cfg.lm_rms_eps)
+        self.head = nn.Linear(cfg.lm_hidden_dim, cfg.lm_vocab_size, bias=False)
+        if cfg.lm_tie_weights:
+            self.head.weight = self.token_embedding.weight
+        init_weights(self, n_residual=2 * cfg.lm_n_blocks)
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Token embeddings [B, T, D] -> hidden states [B, T, D], after the last norm.
+
+        `positions` [B, T] default to 0..T-1. `segments` [B, T] keep packed samples apart. With a `cache`,
+        x continues what the cache holds and `positions` name the slots. Raises ValueError past the context.
+        """
+        B, T, _ = x.shape
+        if positions is None:
+            positions = torch.arange(T, device=x.device).expand(B, T)  # [B, T]
+        if cache is not None and segments is not None:
+            raise ValueError(
+                "segments and a cache exclude each other: generation takes one sample a row"
+            )
+        if self.cfg.lm_max_position_embeddings < T:
+            raise ValueError(
+                f"{T} tokens exceed lm_max_position_embeddings = {self.cfg.lm_max_position_embeddings}"
+            )
+        freq = rope_frequencies(self.cfg, x.device)
+        ctx = Context(rope_tables(freq, positions, x.dtype), positions, segments, cache)
+        for i, block in enumerate(self.blocks):
+            x = block(x, ctx, i)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., V]."""
+        return self.head(hidden)
+
+    def loss(self, hidden: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        """Cross-entropy over the positions of `targets` [B, T] that are not -100; only those meet the head.
+
+        `reduction` is "mean" or "sum" as in F.cross_entropy, but without any target the loss is 0, not NaN.
+        """
+        kept = (targets.flatten() != -100).nonzero()[:, 0]
+        logits = self.logits(hidden.flatten(0, 1).index_select(0, kept))  # [kept, V]
+        total = F.cross_entropy(logits.float(), targets.flatten()[kept], reduction="sum")
+        return total / max(1, len(kept)) if reduction == "mean" else total

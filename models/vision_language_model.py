@@ -1,0 +1,162 @@
+"""The whole model: encode the images, project them, put them where the text says `<image>`, run the decoder.
+
+Not here: files and the Hub (models/checkpoint_files.py), tokenizer and pixels (data/processor.py).
+
+Letters: B batch, T tokens, N tiles, Q image tokens per tile, D width of the language model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from configs import VLMConfig
+from models.attention import KVCache
+from models.generation import Sampling, generate, stream
+from models.language_model import LanguageModel
+from models.modality_projector import ModalityProjector
+from models.vision_transformer import ViT
+
+
+class VisionLanguageModel(nn.Module):
+    """`logits, loss = model(input_ids, images, attention_mask, targets)`.
+
+    A batch without images runs one blank tile multiplied by zero, so that every process of a distributed
+    run builds the same graph and text-only rows train.
+    """
+
+    def __init__(self, cfg: VLMConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.vision_encoder = ViT(cfg)
+        self.MP = ModalityProjector(cfg)
+        self.decoder = LanguageModel(cfg)
+
+    @property
+    def device(self) -> torch.device:
+        return self.MP.proj.weight.device
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """The parts that freeze and learn at their own rates."""
+        return {"vision": self.vision_encoder, "projector": self.MP, "language": self.decoder}
+
+    def embed_images(self, images: Tensor | None) -> Tensor:
+        """Tiles [N, 3, H, W] -> image tokens [N, Q, D]; [0, Q, D] without images, still part of the graph."""
+        if images is None or len(images) == 0:
+            cfg = self.cfg
+            blank = self.MP.proj.weight.new_zeros(
+                1, cfg.vit_n_channels, cfg.vit_img_size, cfg.vit_img_size
+            )
+            return (self.MP(self.vision_encoder.patches(blank)) * 0)[:0]  # [0, Q, D]
+        images = images.to(self.MP.proj.weight.dtype)
+        return self.MP(self.vision_encoder.patches(images))
+
+    def embed(self, input_ids: Tensor, images: Tensor | None) -> Tensor:
+        """Token embeddings [B, T, D] with the image tokens at their placeholders, in reading order.
+
+        Raises ValueError naming the row when a row's placeholders are no whole number of tiles, and when
+        all placeholders together are not N x Q: scattering anyway would silently corrupt.
+        """
+        x = self.decoder.token_embedding(input_ids)  # [B, T, D]
+        image_tokens = self.embed_images(images).to(x.dtype)  # [N, Q, D]
+        is_image = input_ids == self.cfg.vlm_image_token_id  # [B, T]
+        per_row, per_tile = is_image.sum(1), self.cfg.tokens_per_tile
+        if (per_row % per_tile).any():
+            row = int((per_row % per_tile).nonzero()[0])
+            raise ValueError(
+                f"row {row} has {int(per_row[row])} image placeholders, "
+                f"not a multiple of tokens_per_tile = {per_tile}"
+            )
+        if int(per_row.sum()) != len(image_tokens) * per_tile:
+            raise ValueError(
+                f"rows have {(per_row // per_tile).tolist()} tiles' worth of placeholders, "
+                f"but {len(image_tokens)} tiles were given"
+            )
+        slots = is_image.flatten().nonzero()[:, 0]  # [N * Q]
+        flat = x.flatten(0, 1).index_copy(0, slots, image_tokens.flatten(0, 1))  # [B * T, D]
+        if len(slots) == 0:
+            flat = flat + image_tokens.sum()  # zero, but it keeps the encoder in the graph
+        return flat.view_as(x)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        images: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        targets: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        reduction: str = "mean",
+        return_logits: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """`(logits [B, T, V] or None, loss or None)`.
+
+        input_ids [B, T]; images [N, 3, H, W], normalised, in reading order of the placeholders.
+        targets [B, T], already shifted, -100 = no loss; with targets, logits is None unless `return_logits`.
+        attention_mask [B, T] marks padding with 0 on either side; segments [B, T] keep packed samples apart
+        (0 = padding). Both together are a ValueError. positions [B, T] restart with every packed sample.
+        """
+        if attention_mask is not None:
+            if segments is not None:
+                raise ValueError(
+                    "give attention_mask (one sample a row) or segments (packed rows), not both"
+                )
+            segments = attention_mask.long()
+            positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)  # [B, T]
+        hidden = self.decoder(self.embed(input_ids, images), positions, segments)  # [B, T, D]
+        loss = None if targets is None else self.decoder.loss(hidden, targets, reduction)
+        logits = self.decoder.logits(hidden) if targets is None or return_logits else None
+        return logits, loss
+
+    def prefill(
+        self, input_ids: Tensor, images: Tensor | None, lengths: Tensor, cache: KVCache
+    ) -> Tensor:
+        """Run prompts [B, T], padded at the end to unequal `lengths` [B], into the cache -> next logits [B, V]."""
+        hidden = self.decoder(self.embed(input_ids, images), cache=cache)  # [B, T, D]
+        return self.decoder.logits(
+            hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1]
+        )
+
+    def decode(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+        """One more token per row, [B] at positions [B] -> next logits [B, V]."""
+        x = self.decoder.token_embedding(tokens[:, None])  # [B, 1, D]
+        return self.decoder.logits(self.decoder(x, positions[:, None], cache=cache)[:, 0])
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        images: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        sampling: Sampling = Sampling(),
+    ) -> Tensor:
+        """New tokens [B, at most max_new_tokens]; rows that stopped early end in pad. See models/generation.py."""
+        return generate(self, input_ids, images, attention_mask, sampling)
+
+    def stream(
+        self,
+        input_ids: Tensor,
+        images: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        sampling: Sampling = Sampling(),
+    ):
+        """`generate`, one step at a time: yields tokens [B], pad for rows that have stopped."""
+        return stream(self, input_ids, images, attention_mask, sampling)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> VisionLanguageModel:
+        """A model from a checkpoint directory (ours, Idefics3's or SmolVLM's) or hub id."""
+        from models import checkpoint_files
+
+        return checkpoint_files.load_vlm(source)
+
+    def save_pretrained(self, directory: str | Path, processor=None) -> None:
+        """Write an Idefics3 directory: weights, config.json and, given a processor, all it needs to reload."""
+        from models import checkpoint_files
+
+        checkpoint_files.save_vlm(self, directory)
+        if processor is not None:
+            processor.save(directory)

@@ -1,0 +1,189 @@
+"""The vision encoder: a pre-norm Vision Transformer (Dosovitskiy et al. 2020; SigLIP's variant by default).
+
+One ViT for three jobs through `forward_features -> pool`: eyes of a VLM, classifier, image embeddings.
+Not here: image resizing (data/images.py), weights of other layouts (models/pretrained).
+
+Letters: N tiles, P patches, T tokens (CLS and registers, then patches), D width, H heads, C head width.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from configs import ViTConfig
+from models.attention import attend
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu": F.gelu,
+    "quick_gelu": quick_gelu,
+    "relu": F.relu,
+}
+
+
+class ViTPatchEmbeddings(nn.Module):
+    """Images [N, 3, H, W] -> tokens [N, T, D]: cut into patches, project, add a learned position to each.
+
+    The strided convolution *is* cut, flatten, multiply: its kernel sees each patch once.
+    """
+
+    def __init__(self, cfg: ViTConfig):
+        super().__init__()
+        self.cfg = cfg
+        size, D = cfg.vit_patch_size, cfg.vit_hidden_dim
+        self.conv = nn.Conv2d(cfg.vit_n_channels, D, kernel_size=size, stride=size)
+        self.position_embedding = nn.Parameter(
+            torch.empty(int(cfg.vit_cls_flag) + cfg.vit_n_patches, D)
+        )
+        self.cls_token = nn.Parameter(torch.empty(D)) if cfg.vit_cls_flag else None
+        self.registers = (
+            nn.Parameter(torch.empty(cfg.vit_n_registers, D)) if cfg.vit_n_registers else None
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        cfg = self.cfg
+        N, *shape = images.shape
+        wanted = [cfg.vit_n_channels, cfg.vit_img_size, cfg.vit_img_size]
+        if shape != wanted:
+            raise ValueError(
+                f"images are [N, {', '.join(map(str, shape))}], the encoder takes "
+                f"[N, {', '.join(map(str, wanted))}]"
+            )
+        x = self.conv(images).flatten(2).transpose(1, 2)  # [N, P, D]
+        if self.cls_token is not None:
+            x = torch.cat((self.cls_token.expand(N, 1, -1), x), dim=1)  # [N, 1 + P, D]
+        x = x + self.position_embedding
+        if self.registers is not None:
+            n_cls = int(cfg.vit_cls_flag)
+            x = torch.cat(
+                (x[:, :n_cls], self.registers.expand(N, -1, -1), x[:, n_cls:]), dim=1
+            )  # [N, T, D]
+        return x
+
+
+class ViTMultiHeadAttention(nn.Module):
+    """Every token sees every token of its tile."""
+
+    def __init__(self, cfg: ViTConfig):
+        super().__init__()
+        D = cfg.vit_hidden_dim
+        self.n_heads = cfg.vit_n_heads
+        self.dropout = cfg.vit_dropout
+        self.q_proj = nn.Linear(D, D, bias=cfg.vit_qkv_bias)
+        self.k_proj = nn.Linear(D, D, bias=cfg.vit_qkv_bias)
+        self.v_proj = nn.Linear(D, D, bias=cfg.vit_qkv_bias)
+        self.out_proj = nn.Linear(D, D)
+
+    def forward(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
+        """`queries` [N, Q, D] look at x [N, T, D]; by default x looks at itself."""
+        queries = x if queries is None else queries
+        q, k, v = (
+            proj(y).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # [N, H, T, C]
+            for proj, y in ((self.q_proj, queries), (self.k_proj, x), (self.v_proj, x))
+        )
+        out = attend(q, k, v, causal=False, dropout=self.dropout if self.training else 0.0)
+        return self.out_proj(out.transpose(1, 2).flatten(2))  # [N, T, D]
+
+
+class ViTMLP(nn.Module):
+    def __init__(self, cfg: ViTConfig):
+        super().__init__()
+        self.activation = ACTIVATIONS[cfg.vit_hidden_act]
+        self.fc1 = nn.Linear(cfg.vit_hidden_dim, cfg.vit_inter_dim)
+        self.fc2 = nn.Linear(cfg.vit_inter_dim, cfg.vit_hidden_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class ViTBlock(nn.Module):
+    def __init__(self, cfg: ViTConfig):
+        super().__init__()
+        self.ln1 = nn.LayerNorm(cfg.vit_hidden_dim, eps=cfg.vit_ln_eps)
+        self.attn = ViTMultiHeadAttention(cfg)
+        self.ln2 = nn.LayerNorm(cfg.vit_hidden_dim, eps=cfg.vit_ln_eps)
+        self.mlp = ViTMLP(cfg)
+        self.dropout = nn.Dropout(cfg.vit_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.dropout(self.attn(self.ln1(x)))
+        return x + self.dropout(self.mlp(self.ln2(x)))
+
+
+class ViTMapPool(nn.Module):
+    """One learned query attends to all tokens (transformers' SiglipMultiheadAttentionPoolingHead)."""
+
+    def __init__(self, cfg: ViTConfig):
+        super().__init__()
+        self.probe = nn.Parameter(torch.empty(1, 1, cfg.vit_hidden_dim))
+        self.attn = ViTMultiHeadAttention(cfg)
+        self.ln = nn.LayerNorm(cfg.vit_hidden_dim, eps=cfg.vit_ln_eps)
+        self.mlp = ViTMLP(cfg)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.attn(x, self.probe.expand(len(x), -1, -1))  # [N, 1, D]
+        return (x + self.mlp(self.ln(x)))[:, 0]  # [N, D]
+
+
+class ViT(nn.Module):
+    """`forward_features(images)` -> all tokens, normalised; `ViT(images)` -> what `vit_pool` says."""
+
+    def __init__(self, cfg: ViTConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.pool = (
+            cfg.vit_pool if cfg.vit_pool != "auto" else ("cls" if cfg.vit_cls_flag else "none")
+        )
+        self.patch_embedding = ViTPatchEmbeddings(cfg)
+        self.dropout = nn.Dropout(cfg.vit_dropout)
+        self.blocks = nn.ModuleList(ViTBlock(cfg) for _ in range(cfg.vit_n_blocks))
+        self.layer_norm = nn.LayerNorm(cfg.vit_hidden_dim, eps=cfg.vit_ln_eps)
+        self.map_pool = ViTMapPool(cfg) if self.pool == "map" else None
+        init_weights(self, n_residual=2 * cfg.vit_n_blocks)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """[N, channels, size, size] -> [N, T, D], CLS and registers first, after the last layer norm."""
+        x = self.dropout(self.patch_embedding(images))
+        for block in self.blocks:
+            x = block(x)
+        return self.layer_norm(x)
+
+    def patches(self, images: Tensor) -> Tensor:
+        """The patch tokens alone, [N, P, D]: what a language model sees."""
+        return self.forward_features(images)[:, self.cfg.vit_n_prefix :]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[N, D] for pools cls, mean (over patches) and map; [N, P, D] for none."""
+        x = self.forward_features(images)
+        if self.map_pool is not None:
+            return self.map_pool(x)
+        patches = x[:, self.cfg.vit_n_prefix :]
+        return {"cls": x[:, 0], "mean": patches.mean(1), "none": patches}[self.pool]
+
+
+def init_weights(module: nn.Module, n_residual: int) -> None:
+    """Fill every parameter: matrices N(0, 1/fan_in), those that write to the residual stream smaller by
+    sqrt(n_residual) (Radford et al. 2019), embeddings and tokens N(0, 0.02), norms one, biases zero."""
+    for name, param in module.named_parameters():
+        if "norm" in name or ".ln" in name:
+            nn.init.constant_(param, 1.0 if name.endswith("weight") else 0.0)
+        elif name.endswith("bias"):
+            nn.init.zeros_(param)
+        elif "embedding.weight" in name or not name.endswith("weight"):
+            nn.init.normal_(param, std=0.02)
+        else:
+            std = math.prod(param.shape[1:]) ** -0.5
+            writes = name.endswith(
+                ("out_proj.weight", "o_proj.weight", "fc2.weight", "down_proj.weight")
+            )
+            nn.init.normal_(param, std=std / math.sqrt(n_residual) if writes else std)

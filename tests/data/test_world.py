@@ -1,0 +1,292 @@
+"""The drawn world: the same for ever, honest about what it holds out, and answered right."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections import Counter
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from data import world
+
+COLOR, SHAPE = "|".join(world.COLORS), "|".join(world.SHAPES)
+MANY = "|".join(world.PLURAL.values())
+GRID = [
+    ["top left", "top", "top right"],
+    ["left", "center", "right"],
+    ["bottom left", "bottom", "bottom right"],
+]
+PER_SKILL = 300
+
+
+@pytest.fixture(scope="module")
+def scored():
+    """(scene, question) of a whole test; the scene is found again through the row, as a reader would."""
+    pairs = [
+        (int(sample.row.split()[-1]), question)
+        for sample, question in world.questions(0, "test", PER_SKILL)
+    ]
+    assert len({index for index, _ in pairs}) == len(pairs), "two questions on one scene"
+    return [(world.make_scene(0, "test", index), question) for index, question in pairs]
+
+
+@pytest.fixture(scope="module")
+def conversations():
+    return [
+        (split, *world._conversation(0, split, index, 8))
+        for split in ("train", "val")
+        for index in range(1500)
+    ]
+
+
+def singular(plural: str) -> str:
+    return next(shape for shape in world.SHAPES if plural in (shape + "s", shape + "es"))
+
+
+def solve(scene: world.Scene, text: str) -> list[str]:
+    """Every answer that fits, from the things alone: one answer means that the question is unambiguous."""
+    things = [(t.cell // 3, t.cell % 3, t.color, t.shape, t.size) for t in scene.things]
+
+    def find(words: str) -> list[tuple]:
+        return [t for t in things if f"{t[2]} {t[3]}" == words]
+
+    if m := re.fullmatch(f"What color is the ({SHAPE})\\?", text):
+        return [t[2] for t in things if t[3] == m[1]]
+    if m := re.fullmatch(f"What shape is the ({COLOR}) thing\\?", text):
+        return [t[3] for t in things if t[2] == m[1]]
+    if m := re.fullmatch(f"How many (?:(?:({COLOR}) )?things|({MANY})) are there\\?", text):
+        return [
+            str(
+                sum(
+                    (not m[1] or t[2] == m[1]) and (not m[2] or t[3] == singular(m[2]))
+                    for t in things
+                )
+            )
+        ]
+    if m := re.fullmatch(f"Where is the ((?:{COLOR}) (?:{SHAPE}))\\?", text):
+        return [GRID[t[0]][t[1]] for t in find(m[1])]
+    if m := re.fullmatch("What is at the ([a-z ]+)\\?", text):
+        return [
+            f"a {size} {color} {shape}" for r, c, color, shape, size in things if GRID[r][c] == m[1]
+        ]
+    if m := re.fullmatch(f"Is there an? ((?:{COLOR}) (?:{SHAPE}))\\?", text):
+        return ["yes" if find(m[1]) else "no"]
+    if m := re.fullmatch(
+        "Is the (\\w+ \\w+) (left of|right of|above|below) the (\\w+ \\w+)\\?", text
+    ):
+        axis, sign = {"left of": (1, 1), "right of": (1, -1), "above": (0, 1), "below": (0, -1)}[
+            m[2]
+        ]
+        return [
+            "yes" if sign * (b[axis] - a[axis]) > 0 else "no"
+            for a in find(m[1])
+            for b in find(m[3])
+        ]
+    if m := re.fullmatch(f"Are there more ({MANY}) than ({MANY})\\?", text):
+        a, b = (sum(t[3] == singular(word) for t in things) for word in m.groups())
+        return ["yes" if a > b else "no"]
+    if text == "What number is there?":
+        return [scene.number] if scene.number else []
+    assert text == "Describe the picture.", text
+    *rest, last = [f"a {size} {color} {shape}" for _, _, color, shape, size in sorted(things)]
+    return [", ".join(rest) + " and " + last]
+
+
+def held_kinds(scene: world.Scene) -> set[str]:
+    """Which themes of held-out content the scene shows."""
+    shapes = [t.shape for t in scene.things]
+    return (
+        {"pair" for t in scene.things if (t.color, t.shape) in world.HELD_PAIRS}
+        | {"count" for n, shape in world.HELD_COUNTS if shapes.count(shape) == n}
+        | {"number" for _ in [0] if scene.number in world.HELD_NUMBERS}
+    )
+
+
+def concerns_held(scene: world.Scene, question: world.Question) -> bool:
+    """Whether what is asked about is held out, from the words alone."""
+    shapes, said = [t.shape for t in scene.things], f"{question.text} {question.answer}"
+    pairs = {f"{color} {shape}" for color, shape in world.HELD_PAIRS}
+    if question.skill in ("color", "shape"):
+        said = " ".join(
+            (question.answer, *re.findall(SHAPE, question.text))
+            if question.skill == "color"
+            else (*re.findall(COLOR, question.text), question.answer)
+        )
+    if question.skill == "read":
+        return question.answer in world.HELD_NUMBERS
+    asked = {singular(word) for word in re.findall(MANY, question.text)}
+    counts = set(world.SHAPES) if question.skill == "caption" else asked
+    return any(pair in said for pair in pairs) or any(
+        shapes.count(shape) == n for n, shape in world.HELD_COUNTS if shape in counts
+    )
+
+
+def test_same_for_ever():
+    digest = hashlib.sha256()
+    for split, index in (
+        ("train", 0),
+        ("train", 1),
+        ("val", 0),
+        ("test", 1),
+        ("test", 3),
+        ("test", 9),
+    ):
+        sample = world.train_sample(7, split, index, 6)
+        assert sample == replace(sample, images=world.train_sample(7, split, index, 6).images)
+        digest.update(np.asarray(sample.images[0]).tobytes() + repr(sample.turns).encode())
+    assert digest.hexdigest()[:16] == "50d1c9e4a418d394"
+    assert (
+        world.make_scene(0, "train", 5)
+        != world.make_scene(0, "val", 5)
+        != world.make_scene(1, "val", 5)
+    )
+
+
+def test_sample_is_one_conversation():
+    for index in range(200):
+        sample = world.train_sample(0, "train", index, 8)
+        users, answers = sample.turns[::2], sample.turns[1::2]
+        assert [turn.role for turn in sample.turns] == ["user", "assistant"] * 8
+        assert users[0].text.startswith("<image>")
+        assert not any("<image>" in turn.text for turn in sample.turns[1:])
+        assert len({turn.text.removeprefix("<image>") for turn in users}) == len(answers) == 8
+        assert sum("Describe" in turn.text for turn in users) <= 1
+        assert sample.row == f"world train {index}"
+        assert sample.images[0].size == (48, 48) and sample.images[0].mode == "RGB"
+
+
+def test_nothing_held_out_in_training(conversations):
+    banned = [f"{color} {shape}" for color, shape in world.HELD_PAIRS] + sorted(world.HELD_NUMBERS)
+    for split, scene, turns in conversations:
+        assert not held_kinds(scene)
+        text = " ".join(turn.text for turn in turns)
+        assert not any(words in text for words in banned), text
+    assert not any(words in text for text in islice(world.corpus(), 50) for words in banned)
+    for split in ("train", "val"):
+        assert not any(question.unseen for _, question in world.questions(0, split, 10))
+
+
+def test_test_scenes_hold_out_half():
+    themes = Counter(
+        frozenset(held_kinds(world.make_scene(0, "test", index))) for index in range(1000)
+    )
+    assert themes[frozenset()] == 500
+    assert {"pair", "count", "number"} == set().union(*themes)
+
+
+def test_answers_are_the_only_ones(scored, conversations):
+    for scene, question in scored:
+        assert solve(scene, question.text) == [question.answer], (scene, question)
+    for _, scene, turns in conversations[::5]:
+        for user, assistant in zip(turns[::2], turns[1::2]):
+            assert solve(scene, user.text.removeprefix("<image>")) == [assistant.text], (
+                scene,
+                user,
+            )
+
+
+def test_every_question_a_scene_has():
+    """Not only those drawn above: each candidate of each skill, on scenes of every theme."""
+    for index in range(150):
+        scene = world.make_scene(3, "test", index)
+        for skill in world.SKILLS:
+            for text, answer, unseen in world.ASK[skill](scene):
+                assert solve(scene, text) == [answer]
+                question = world.Question(skill, text, answer, unseen)
+                assert concerns_held(scene, question) == unseen, (scene, question)
+
+
+def test_seen_and_unseen(scored):
+    for skill in world.SKILLS:
+        mine = [(scene, question) for scene, question in scored if question.skill == skill]
+        assert len(mine) == PER_SKILL
+        assert sum(question.unseen for _, question in mine) == PER_SKILL // 2
+        assert all(question.unseen or not held_kinds(scene) for scene, question in mine)
+        assert all(question.unseen == concerns_held(scene, question) for scene, question in mine)
+
+
+def test_balanced_and_not_guessable(scored, conversations):
+    answers = {
+        skill: Counter(q.answer for _, q in scored if q.skill == skill) for skill in world.SKILLS
+    }
+    for skill in ("exist", "relation", "compare"):
+        assert answers[skill] == {"yes": PER_SKILL // 2, "no": PER_SKILL // 2}
+    assert np.mean([max(given.values()) / PER_SKILL for given in answers.values()]) < 0.45
+    said = Counter(
+        (re.sub("^<image>", "", user.text)[:9], answer.text)
+        for _, _, turns in conversations
+        for user, answer in zip(turns[::2], turns[1::2])
+    )
+    for start in ("Is there ", "Is the re", "Are there"):
+        assert 0.45 < said[start, "yes"] / (said[start, "yes"] + said[start, "no"]) < 0.55
+    n_counts = sum(n for (start, _), n in said.items() if start == "How many ")
+    assert said["How many ", "0"] / n_counts < 0.2
+
+
+def test_negatives_are_hard(scored):
+    """Color and shape of what is not there are both there on other things, where such a kind exists."""
+    for scene, question in scored:
+        if question.skill == "exist" and question.answer == "no":
+            here = {(t.color, t.shape) for t in scene.things}
+            crossed = {(color, shape) for color, _ in here for _, shape in here} - here
+            crossed = crossed & world.HELD_PAIRS if question.unseen else crossed - world.HELD_PAIRS
+            asked = tuple(question.text.rstrip("?").split()[-2:])
+            assert (
+                asked in crossed
+                if crossed
+                else set(asked) & {word for kind in here for word in kind}
+            )
+
+
+def test_drawings_stay_in_their_cells():
+    for index in range(300):
+        scene = world.make_scene(1, "test", index)
+        bare = np.asarray(world.draw(replace(scene, things=(), number=None)), np.int16)
+        changed = abs(np.asarray(world.draw(scene), np.int16) - bare).sum(2).reshape(3, 16, 3, 16)
+        occupied = {t.cell for t in scene.things} | ({scene.number_cell} if scene.number else set())
+        assert len(occupied) == len(scene.things) + bool(scene.number)
+        assert [t.cell for t in scene.things] == sorted(t.cell for t in scene.things)
+        assert {cell for cell in range(9) if changed[cell // 3, :, cell % 3].max() > 60} == occupied
+        assert not any(changed[cell // 3, :, cell % 3].any() for cell in set(range(9)) - occupied)
+    for (
+        shape
+    ) in world.SHAPES:  # at the far ends of the jitter too, nothing is cut off at the border
+        for size, (radius, reach) in world.SIZES.items():
+            middle = world._coverage(world.Thing(0, shape, "red", size, 0, 0)).sum()
+            for dx, dy in ((-reach, -reach), (reach, -reach), (-reach, reach), (reach, reach)):
+                moved = world._coverage(world.Thing(0, shape, "red", size, dx, dy)).sum()
+                assert abs(moved / middle - 1) < 0.05
+
+
+def test_colors_stand_apart():
+    def distance(a, b):
+        return np.linalg.norm(np.subtract(a, b))
+
+    colors = list(world.COLORS.values())
+    assert all(distance(a, b) > 100 for a in colors for b in world.BACKGROUNDS.values())
+    assert all(distance(a, b) > 80 for i, a in enumerate(colors) for b in colors[:i])
+
+
+def test_held_out_by_design():
+    assert Counter(shape for _, shape in world.HELD_PAIRS) == dict.fromkeys(world.SHAPES, 1)
+    assert len({color for color, _ in world.HELD_PAIRS}) == 5
+    tens, units = zip(*world.HELD_NUMBERS)
+    assert len(set(tens)) == len(set(units)) == 9
+
+
+def test_ask_gives_none_where_there_is_nothing():
+    scene = replace(world.make_scene(0, "train", 0), number=None, number_cell=None)
+    assert world.ask(scene, "read", random.Random(0), heldout=False) is None
+    assert world.ask(scene, "where", random.Random(0), heldout=True) is None
+
+
+def test_label():
+    for scene in (world.make_scene(0, "train", index) for index in range(100)):
+        shapes = [t.shape for t in scene.things]
+        most = max(map(shapes.count, shapes))
+        assert world.label(scene) == next(shape for shape in shapes if shapes.count(shape) == most)

@@ -1,0 +1,93 @@
+"""Train a vision-language model.
+
+python train.py                                    the built-in tiny model on the built-in world
+python train.py tiny --data.source my.jsonl        on your own questions and pictures
+python train.py runs/tiny/config.json --train.resume auto
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from configs import RunConfig, command, parse_run
+from data import processor as processors
+from data.loader import Loader
+from data.processor import Processor
+from data.sources import open_source
+from engine import checkpoint
+from engine.distributed import autocast, setup
+from engine.evaluation import evaluate
+from engine.loop import train
+from engine.optim import build_optimizer
+from models.vision_language_model import VisionLanguageModel
+
+
+def build(cfg: RunConfig) -> tuple[RunConfig, VisionLanguageModel, Processor]:
+    """A model and its processor: new, or those of `train.init_from`, whose config then replaces the model fields."""
+    if cfg.train.init_from:
+        folder = checkpoint.resolve(cfg.train.init_from)
+        processor = processors.load(folder)
+        return (
+            replace(cfg, model=processor.cfg),
+            VisionLanguageModel.from_pretrained(folder),
+            processor,
+        )
+    torch.manual_seed(cfg.train.seed)
+    return cfg, VisionLanguageModel(cfg.model), processors.build(cfg.model)
+
+
+def main(argv: list[str]) -> None:
+    cfg = parse_run(argv)
+    run = Path(cfg.train.out)
+    found = checkpoint.folders(run) if cfg.train.resume == "auto" else []
+    if found:
+        cfg = replace(cfg, train=replace(cfg.train, init_from=str(found[-1])))
+    dist = setup()
+    source = open_source(cfg.data, "train")
+    cfg, model, processor = build(cfg)
+    model.to(dist.device)
+    optimizer = build_optimizer(model.parts, cfg.train)
+    loader = Loader(source, processor, cfg.data, dist.rank, dist.world, run / "skipped.jsonl")
+    step = 0
+    if found:
+        state = checkpoint.load_state(found[-1], cfg)
+        optimizer.load_state_dict(state["optimizer"])
+        loader.restore(state["loader"])
+        checkpoint.set_rng_state(state["rng"])
+        step = state["step"]
+    if dist.is_main:
+        checkpoint.remember_config(cfg)
+        describe(cfg, model, source, step)
+    region = autocast(dist.device, cfg.train.precision)
+    asked = partial(evaluate, model, processor, cfg.data, cfg.train.eval_samples, region)
+    reached = train(cfg, model, processor, loader, optimizer, dist, region, asked, step)
+    dist.close()
+    if dist.is_main:
+        resume = f"python train.py {run}/config.json --train.resume auto"
+        print(
+            f"saved {run} at step {reached}"
+            + ("" if reached == cfg.train.steps else f"; continue with: {resume}")
+        )
+
+
+def describe(cfg: RunConfig, model: VisionLanguageModel, source, step: int) -> None:
+    """A few lines about what is going to happen."""
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.parts.items()}
+    parts = ", ".join(
+        f"{name} {n / 1e6:.2f} M{' (frozen)' if name in cfg.train.freeze else ''}"
+        for name, n in counts.items()
+    )
+    print(
+        f"model: {parts}; {len(source):,} rows of {cfg.data.source}; "
+        f"steps {step} to {cfg.train.steps} into {cfg.train.out}"
+    )
+    for reason in getattr(source, "bad", ()):
+        print(f"left out: {reason}")
+
+
+if __name__ == "__main__":
+    command(main)
