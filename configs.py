@@ -1,6 +1,6 @@
 """The blueprint: every number that shapes a model, its data and its training.
 
-Not here: how a number is used (see the room that reads it), and anything computed from a checkpoint.
+Not here: how a number is used (see the room that reads it), anything computed from a checkpoint.
 Class defaults are the `tiny` preset, which trains on two CPU cores in minutes.
 """
 
@@ -13,7 +13,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 FORMAT_VERSION = 1
 # Old field name -> today's; a checkpoint written before a rename still loads.
@@ -21,7 +21,7 @@ RENAMED: dict[str, str] = {}
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong. The message is one sentence naming the thing and the fix."""
+    """Something the user gave is wrong. The message is one sentence: the thing and the fix."""
 
 
 class Checked:
@@ -87,7 +87,7 @@ class ViTConfig(Checked):
     vit_n_registers: int = 0
     """Learned register tokens after CLS (Darcet et al. 2023); they carry no position."""
     vit_pool: Literal["auto", "none", "cls", "mean", "map"] = "auto"
-    """What ViT(images) returns: auto is cls with a CLS token and none (the patch sequence) without."""
+    """What ViT(images) returns. auto: cls with a CLS token, else none (the patch sequence)."""
     vit_image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Pixel mean subtracted per channel, after scaling to [0, 1]."""
     vit_image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -196,7 +196,7 @@ class LMConfig(Checked):
     lm_model_type: str = ""
     """Hub id or directory of pretrained weights; empty: from scratch."""
     lm_tokenizer: str = "world"
-    """Hub id or directory of the tokenizer; world: the byte-level BPE built from the built-in data set."""
+    """Hub id or directory of the tokenizer; world: a byte-level BPE of the built-in data set."""
 
     @property
     def lm_head_width(self) -> int:
@@ -254,8 +254,9 @@ class VLMConfig(ViTConfig, LMConfig, ProjectorConfig):
     """A whole vision-language model. Fields are flat and carry nanoVLM's names."""
 
     max_img_size: int = 48
-    """Longest image edge after resizing, in pixels (Idefics3's size.longest_edge). A multiple of vit_img_size;
-    when larger than vit_img_size the image is cut into tiles and a global view is added."""
+    """Longest image edge after resizing, in pixels (Idefics3's size.longest_edge). A multiple of
+    vit_img_size; when larger than vit_img_size the image is cut into tiles and a global view is
+    added."""
     vlm_pad_token_id: int = 0
     """Token that fills the end of rows; never a target."""
     vlm_bos_token_id: int = 1
@@ -287,7 +288,8 @@ class VLMConfig(ViTConfig, LMConfig, ProjectorConfig):
             self.max_img_size <= 6 * self.vit_img_size,
             "max_img_size",
             self.max_img_size,
-            f"must be at most 6 x vit_img_size = {6 * self.vit_img_size}, as Idefics3 names 6 x 6 tiles",
+            f"must be at most 6 x vit_img_size = {6 * self.vit_img_size}, "
+            "as Idefics3 names 6 x 6 tiles",
         )
         ids = [
             self.vlm_pad_token_id,
@@ -317,7 +319,7 @@ class DataConfig(Checked):
     """What the model is trained on."""
 
     source: str = "world"
-    """The built-in world, or a .jsonl file of {image, question, answer} and {image, caption} rows."""
+    """world (built in), or a .jsonl file of {image, question, answer} and {image, caption} rows."""
     seed: int = 0
     """Seed of the world's scenes and of the order of the rows."""
     batch_size: int = 4
@@ -450,9 +452,14 @@ def to_dict(config: object) -> dict:
 
 
 def from_dict(cls: type, values: dict, where: str = "config"):
-    """The inverse of `to_dict`. Raises `InputError` on an unknown key (with the nearest name) or a wrong type."""
+    """The inverse of `to_dict`.
+
+    Raises `InputError` on an unknown key (with the nearest name) or a wrong type.
+    """
+    require(isinstance(values, dict), where, values, "must be an object of fields")
     values = {RENAMED.get(key, key): value for key, value in values.items()}
     version = values.pop("format_version", FORMAT_VERSION)
+    require(isinstance(version, int), f"{where}: format_version", version, "must be int")
     require(
         version <= FORMAT_VERSION,
         f"{where}: format_version",
@@ -476,8 +483,14 @@ def from_dict(cls: type, values: dict, where: str = "config"):
 def _typed(value: object, hint: type, name: str) -> object:
     if isinstance(value, list):
         value = tuple(value)
-    wanted = {int: int, float: (int, float), bool: bool, str: str}.get(hint)
-    wrong = wanted and (
+    if get_origin(hint) is tuple:  # (float, float, float), or (a Literal, ...)
+        item, *rest = get_args(hint)
+        fits = isinstance(value, tuple) and (rest == [...] or len(value) == 1 + len(rest))
+        fits = fits and all(isinstance(v, (int, float) if item is float else str) for v in value)
+        what = "three numbers" if rest[1:] else "names"
+        require(fits, name, value, f"must be a list of {what}")
+    kinds = {int: int, float: (int, float), bool: bool, str: str, int | None: (int, type(None))}
+    wrong = (wanted := kinds.get(hint)) and (
         not isinstance(value, wanted) or (hint is not bool and isinstance(value, bool))
     )
     require(not wrong, name, value, f"must be {getattr(hint, '__name__', hint)}")
@@ -490,7 +503,7 @@ def read_json(path: str | Path) -> dict:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also bad UTF-8, numbers too long
         raise InputError(f"{path}: not JSON ({error}).") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: must hold a JSON object, not {type(value).__name__}.")
@@ -500,45 +513,52 @@ def read_json(path: str | Path) -> dict:
 # --- Presets ------------------------------------------------------------------------------------
 
 # fmt: off
-SIGLIP_B = dict(vit_hidden_dim=768, vit_inter_dim=3072, vit_n_heads=12, vit_n_blocks=12, vit_patch_size=16)
-SMOLVLM_TOKENS = dict(lm_vocab_size=49280, vlm_pad_token_id=2, vlm_bos_token_id=1, vlm_eos_token_id=49279,
-                      vlm_image_token_id=49190)
-SMOLLM2 = dict(lm_re_base=100000.0, lm_max_position_embeddings=8192, lm_rms_eps=1e-5, lm_tie_weights=True,
-               **SMOLVLM_TOKENS)
-FINE_TUNE = dict(optimizer="adamw", lr_vision=5e-5, lr_projector=0.005, lr_language=5e-5, warmup=1000,
-                 schedule="cosine", beta2=0.95, steps=40000, accumulate=8, eval_every=500, save_every=500)
+SIGLIP_B = dict(vit_hidden_dim=768, vit_inter_dim=3072, vit_n_heads=12, vit_n_blocks=12,
+                vit_patch_size=16)
+SMOLVLM_TOKENS = dict(lm_vocab_size=49280, vlm_pad_token_id=2, vlm_bos_token_id=1,
+                      vlm_eos_token_id=49279, vlm_image_token_id=49190)
+SMOLLM2 = dict(lm_re_base=100000.0, lm_max_position_embeddings=8192, lm_rms_eps=1e-5,
+               lm_tie_weights=True, **SMOLVLM_TOKENS)
+FINE_TUNE = dict(optimizer="adamw", lr_vision=5e-5, lr_projector=0.005, lr_language=5e-5,
+                 warmup=1000, schedule="cosine", beta2=0.95, steps=40000, accumulate=8,
+                 eval_every=500, save_every=500)
 
 PRESETS: dict[str, RunConfig] = {
     # 1.4 M parameters; the class defaults.
     "tiny": RunConfig(),
     # The same model, trained long enough for the last skills (docs/recipes.md).
-    "tiny-long": RunConfig(train=TrainConfig(out="runs/tiny-long", steps=14000, eval_every=2000, save_every=1000)),
+    "tiny-long": RunConfig(train=TrainConfig(out="runs/tiny-long", steps=14000, eval_every=2000,
+                                             save_every=1000)),
     # nanoVLM's first release: SigLIP-B/16-224 + SmolLM2-135M.
     "222m": RunConfig(
-        model=VLMConfig(**SIGLIP_B, **SMOLLM2, vit_img_size=224, max_img_size=224, mp_pixel_shuffle_factor=2,
-                        vit_model_type="google/siglip-base-patch16-224", lm_model_type="HuggingFaceTB/SmolLM2-135M",
-                        lm_tokenizer="HuggingFaceTB/SmolLM2-135M",
-                        lm_hidden_dim=576, lm_inter_dim=1536, lm_n_heads=9, lm_n_kv_heads=3, lm_n_blocks=30),
+        model=VLMConfig(**SIGLIP_B, **SMOLLM2, vit_img_size=224, max_img_size=224,
+                        mp_pixel_shuffle_factor=2, vit_model_type="google/siglip-base-patch16-224",
+                        lm_model_type="HuggingFaceTB/SmolLM2-135M",
+                        lm_tokenizer="HuggingFaceTB/SmolLM2-135M", lm_hidden_dim=576,
+                        lm_inter_dim=1536, lm_n_heads=9, lm_n_kv_heads=3, lm_n_blocks=30),
         data=DataConfig(batch_size=2), train=TrainConfig(out="runs/222m", **FINE_TUNE)),
     # SigLIP2-B/16-512 + SmolLM2-360M, tiles and a global view.
     "460m": RunConfig(
-        model=VLMConfig(**SIGLIP_B, **SMOLLM2, vit_img_size=512, max_img_size=2048, mp_pixel_shuffle_factor=4,
-                        vit_model_type="google/siglip2-base-patch16-512",
+        model=VLMConfig(**SIGLIP_B, **SMOLLM2, vit_img_size=512, max_img_size=2048,
+                        mp_pixel_shuffle_factor=4, vit_model_type="google/siglip2-base-patch16-512",
                         lm_model_type="HuggingFaceTB/SmolLM2-360M-Instruct",
-                        lm_tokenizer="HuggingFaceTB/SmolLM2-360M-Instruct",
-                        lm_hidden_dim=960, lm_inter_dim=2560, lm_n_heads=15, lm_n_kv_heads=5, lm_n_blocks=32),
-        data=DataConfig(batch_size=1, max_length=4096), train=TrainConfig(out="runs/460m", **FINE_TUNE)),
-    # SigLIP2-B/16-512 + Qwen3-0.6B, tiles and a global view. Qwen3's table has 151,936 rows, of which its
-    # tokenizer uses 151,669; the image tokens take the next ones.
+                        lm_tokenizer="HuggingFaceTB/SmolLM2-360M-Instruct", lm_hidden_dim=960,
+                        lm_inter_dim=2560, lm_n_heads=15, lm_n_kv_heads=5, lm_n_blocks=32),
+        data=DataConfig(batch_size=1, max_length=4096),
+        train=TrainConfig(out="runs/460m", **FINE_TUNE)),
+    # SigLIP2-B/16-512 + Qwen3-0.6B, tiles and a global view. Qwen3's table has 151,936 rows, of
+    # which its tokenizer uses 151,669; the image tokens take the next ones.
     "qwen3": RunConfig(
         model=VLMConfig(**SIGLIP_B, vit_img_size=512, max_img_size=2048, mp_pixel_shuffle_factor=4,
-                        vit_model_type="google/siglip2-base-patch16-512", lm_model_type="Qwen/Qwen3-0.6B",
-                        lm_tokenizer="Qwen/Qwen3-0.6B", lm_hidden_dim=1024, lm_inter_dim=3072, lm_n_heads=16,
-                        lm_n_kv_heads=8, lm_head_dim=128, lm_n_blocks=28, lm_qk_norm=True, lm_rms_eps=1e-6,
-                        lm_re_base=1000000.0, lm_max_position_embeddings=40960, lm_vocab_size=151936,
-                        vlm_pad_token_id=151643, vlm_bos_token_id=151644, vlm_image_token_id=151707,
-                        vlm_eos_token_id=151708),
-        data=DataConfig(batch_size=1, max_length=4096), train=TrainConfig(out="runs/qwen3", **FINE_TUNE)),
+                        vit_model_type="google/siglip2-base-patch16-512",
+                        lm_model_type="Qwen/Qwen3-0.6B", lm_tokenizer="Qwen/Qwen3-0.6B",
+                        lm_hidden_dim=1024, lm_inter_dim=3072, lm_n_heads=16, lm_n_kv_heads=8,
+                        lm_head_dim=128, lm_n_blocks=28, lm_qk_norm=True, lm_rms_eps=1e-6,
+                        lm_re_base=1000000.0, lm_max_position_embeddings=40960,
+                        lm_vocab_size=151936, vlm_pad_token_id=151643, vlm_bos_token_id=151644,
+                        vlm_image_token_id=151707, vlm_eos_token_id=151708),
+        data=DataConfig(batch_size=1, max_length=4096),
+        train=TrainConfig(out="runs/qwen3", **FINE_TUNE)),
 }
 # fmt: on
 
@@ -547,7 +567,10 @@ PRESETS: dict[str, RunConfig] = {
 
 
 def parse_run(argv: list[str]) -> RunConfig:
-    """`[preset | run.json] [--field value ...]` -> RunConfig. Raises `InputError`; tyro exits with 2 on a bad flag."""
+    """`[preset | run.json] [--field value ...]` -> RunConfig.
+
+    Raises `InputError`; tyro exits with 2 on a bad flag.
+    """
     import tyro
 
     base = "tiny"

@@ -26,7 +26,7 @@ class Arguments:
     checkpoint: Annotated[str, tyro.conf.Positional]
     """Checkpoint directory, or run folder (its newest checkpoint is used)."""
     image: tuple[str, ...] = ()
-    """Picture files, any number. They stand before the prompt unless it names their places by <image>."""
+    """Picture files, any number; they precede the prompt unless it places them by <image>."""
     prompt: str = "Describe the picture."
     """The question; - reads it from stdin."""
     n: int = 1

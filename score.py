@@ -1,4 +1,4 @@
-"""Score a checkpoint: exact answers by greedy generation, per skill, with error bars and a blind check.
+"""Score a checkpoint: exact greedy answers per skill, with error bars and a blind check.
 
 python score.py runs/demo --data.source world --split test --json score.json
 """
@@ -84,7 +84,8 @@ def main(argv: list[str]) -> None:
 def table(result: dict) -> str:
     """The figures for people."""
     lines = [
-        f"{'skill':10} {'accuracy':>8}  {'95 % interval':>15} {'seen':>7} {'unseen':>7} {'blind':>7} {'n':>6}"
+        f"{'skill':10} {'accuracy':>8}  {'95 % interval':>15} "
+        f"{'seen':>7} {'unseen':>7} {'blind':>7} {'n':>6}"
     ]
     for skill, s in [*result["skills"].items(), ("all", result)]:
         low, high = s["interval"]

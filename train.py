@@ -27,7 +27,10 @@ from models.vision_language_model import VisionLanguageModel
 
 
 def build(cfg: RunConfig) -> tuple[RunConfig, VisionLanguageModel, Processor]:
-    """A model and its processor: new, or those of `train.init_from`, whose config then replaces the model fields."""
+    """A model and its processor: new, or those of `train.init_from`.
+
+    The config of `init_from` then replaces the model fields.
+    """
     if cfg.train.init_from:
         folder = checkpoint.resolve(cfg.train.init_from)
         processor = processors.load(folder)

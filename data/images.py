@@ -1,4 +1,6 @@
-"""Pictures in, tiles out: open anything upright as RGB, resize and cut exactly as Idefics3's PIL processor does.
+"""Pictures in, tiles out: anything opened upright as RGB, cut as Idefics3's PIL processor does.
+
+Resizing and cutting match it exactly.
 
 Not here: where a picture comes from (sources.py), augmentation.
 """
@@ -20,8 +22,9 @@ MAX_EDGE = 4096  # Idefics3 never resizes beyond
 
 
 def open_image(source: str | Path | Image.Image) -> Image.Image:
-    """A path or PIL image of any mode -> upright RGB; transparency over white, first frame of an animation.
+    """A path or PIL image of any mode -> upright RGB.
 
+    Transparency is laid over white; of an animation, the first frame is taken.
     Raises `InputError` naming the file and what is wrong with it.
     """
     name = source if isinstance(source, (str, Path)) else "image"
@@ -60,8 +63,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_8bit(image: Image.Image) -> Image.Image:
-    """Wide greyscale -> 8 bit, where `convert` would clip at 255. 16-bit files keep their scale; float and
-    32-bit ones have none, so their own range is used unless it is 0..255 already."""
+    """Wide greyscale -> 8 bit, where `convert` would clip at 255.
+
+    16-bit files keep their scale; float and 32-bit ones have none, so their own range is used
+    unless it is 0..255 already.
+    """
     values = np.asarray(image).astype(np.float64)
     values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
     low, high = values.min(), values.max()
@@ -75,7 +81,7 @@ def _to_8bit(image: Image.Image) -> Image.Image:
 
 
 def fit_longest(width: int, height: int, longest: int) -> tuple[int, int]:
-    """The size whose longer edge is `longest`; the shorter keeps the aspect, rounded down, then up to even."""
+    """The size with longer edge `longest`; the other by aspect, rounded down, then up to even."""
     longer, shorter = max(width, height), min(width, height)
     aspect = width / height
     other = int(longest / aspect) if width >= height else int(longest * aspect)
@@ -92,7 +98,7 @@ def fit_longest(width: int, height: int, longest: int) -> tuple[int, int]:
 
 
 def fit_tiles(width: int, height: int, tile: int) -> tuple[int, int]:
-    """The size whose edges are multiples of `tile`, both rounded up; the shorter follows the longer's scale."""
+    """Both edges rounded up to multiples of `tile`; the shorter follows the longer's scale."""
     aspect = width / height
     if width >= height:
         width = math.ceil(width / tile) * tile
@@ -111,8 +117,9 @@ def grid(width: int, height: int, cfg: VLMConfig) -> tuple[int, int]:
 
 
 def tile(image: Image.Image, cfg: VLMConfig) -> tuple[np.ndarray, tuple[int, int]]:
-    """RGB picture -> tiles [N, size, size, 3] uint8 row by row, the global view last, and the grid (rows, cols).
+    """RGB picture -> tiles [N, size, size, 3] uint8 and their grid (rows, cols).
 
+    Tiles run row by row, the global view last.
     Mirrors transformers' Idefics3ImageProcessorPil with image splitting on.
     """
     size = cfg.vit_img_size

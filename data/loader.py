@@ -1,7 +1,7 @@
 """Source -> processor -> packing -> Batch, in a fixed order whatever the number of workers.
 
-The order is a function of (seed, epoch) alone, and each Batch carries the loader's state after itself, so that
-a run resumes with the very next batch. Not here: the rules of packing (packing.py).
+The order is a function of (seed, epoch) alone, and each Batch carries the loader's state after
+itself, so that a run resumes with the very next batch. Not here: the rules of packing (packing.py).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _one_thread(_worker: int) -> None:
 
 @dataclass
 class Loader:
-    """Endless batches. `epoch` and `position` say where in the shuffled order the next sample is read."""
+    """Endless batches; `epoch` and `position` say where in the shuffle the next sample is read."""
 
     source: object
     processor: Processor
@@ -107,6 +107,7 @@ class Loader:
             self.waiting = [sample for i, sample in enumerate(self.waiting) if i not in taken]
             if turn % self.world == self.rank:
                 batch = collate(groups, self.processor.cfg)
+            if turn % self.world == self.world - 1:  # the state after all ranks' batches, on each
                 batch.state = self.state()
                 yield batch
             turn += 1
@@ -131,6 +132,7 @@ class Loader:
             num_workers=workers,
             worker_init_fn=_one_thread,
             prefetch_factor=4 if workers else None,
+            generator=torch.Generator(),  # else it draws from the global one, and a resume differs
         )
         for chunk in loader:
             for i, tokens in chunk:
@@ -145,8 +147,9 @@ class Loader:
     def _skip(self, i: int, reason: str) -> None:
         if i not in self.skipped:
             self.skipped.append(i)
-            if self.skipped_file is not None:
+            if self.skipped_file is not None and self.rank == 0:  # every rank sees the same rows
                 with open(self.skipped_file, "a", encoding="utf-8") as file:
                     file.write(json.dumps({"row": i, "reason": reason}) + "\n")
-        if len(self.skipped) > most_bad_rows(len(self.source)):
+        n_rows = len(self.source)
+        if len(self.skipped) > most_bad_rows(n_rows) or len(self.skipped) == n_rows:
             raise InputError(f"{len(self.skipped)} rows could not be used, the last: {reason}")

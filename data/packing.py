@@ -1,5 +1,6 @@
-"""Which samples share a row, and how rows become a Batch. Pure: lengths and arrays in, groups and tensors out.
+"""Which samples share a row, and how rows become a Batch.
 
+Pure: lengths and arrays in, groups and tensors out.
 Not here: where samples come from (loader.py).
 """
 
@@ -16,10 +17,11 @@ from data.sample import IGNORE, Batch, Tokens
 
 
 def fill_rows(lengths: Sequence[int], n_rows: int, capacity: int) -> list[list[int]]:
-    """Choose from waiting samples, oldest first, those that fill `n_rows` rows of `capacity` tokens.
+    """Choose from waiting samples, oldest first, to fill `n_rows` rows of `capacity` tokens.
 
-    Each row starts with the oldest sample left, so none waits for ever, then takes the longest that still
-    fits, again and again: the short ones close the gaps. Returns indices into `lengths`, one list per row.
+    Each row starts with the oldest sample left, so none waits for ever, then takes the longest that
+    still fits, again and again: the short ones close the gaps. Returns indices into `lengths`, one
+    list per row.
     """
     waiting = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     oldest = list(range(len(lengths) - 1, -1, -1))
@@ -57,8 +59,8 @@ def collate(rows: Sequence[Sequence[Tokens]], cfg: VLMConfig) -> Batch:
             placeholders = int((sample.ids == cfg.vlm_image_token_id).sum())
             if placeholders != len(sample.tiles) * cfg.tokens_per_tile:
                 raise ValueError(
-                    f"{sample.row}: {placeholders} image placeholders for {len(sample.tiles)} tiles "
-                    f"of {cfg.tokens_per_tile} tokens"
+                    f"{sample.row}: {placeholders} image placeholders for "
+                    f"{len(sample.tiles)} tiles of {cfg.tokens_per_tile} tokens"
                 )
             ids[r, start : start + n] = sample.ids
             targets[r, start : start + n - 1] = np.where(
@@ -85,7 +87,7 @@ def collate(rows: Sequence[Sequence[Tokens]], cfg: VLMConfig) -> Batch:
 def collate_prompts(
     prompts: Sequence[Tokens], cfg: VLMConfig
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Prompts -> input_ids and attention_mask [B, T], padded at the end, and images [N, 3, H, W]."""
+    """Prompts -> input_ids, attention_mask [B, T], padded at the end, and images [N, 3, H, W]."""
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), cfg.vlm_pad_token_id)
     mask = torch.zeros_like(ids)

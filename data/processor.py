@@ -1,5 +1,6 @@
-"""Sample -> Tokens and prompt -> Tokens: the one place where pictures and words meet. Saved beside the weights.
+"""Sample -> Tokens and prompt -> Tokens: the one place where pictures and words meet.
 
+A processor is saved beside the weights.
 Not here: how tiles are cut (images.py) and text is laid out (text.py).
 """
 
@@ -28,8 +29,9 @@ class Processor:
     def encode(self, sample: Sample, max_length: int, max_tiles: int) -> Tokens:
         """A training example of at most `max_length` tokens.
 
-        Text after the last image is cut where it must be. Raises `InputError` naming the row when the images
-        alone exceed a budget, the placeholders do not match, or no answer is left to learn from.
+        Text after the last image is cut where it must be. Raises `InputError` naming the row when
+        the images alone exceed a budget, the placeholders do not match, or no answer is left to
+        learn from.
         """
         tiles, strings = self._look(sample, max_tiles)
         ids, supervised = text.encode_pieces(self.tokenizer, text.pieces(sample.turns, strings))
@@ -51,7 +53,10 @@ class Processor:
     def encode_prompt(
         self, turns: Sequence[Turn], pictures: Sequence = (), max_tiles: int = 1 << 30
     ) -> Tokens:
-        """A conversation up to "Assistant:", nothing supervised. Raises `InputError` past the model's context."""
+        """A conversation up to "Assistant:", nothing supervised.
+
+        Raises `InputError` past the model's context.
+        """
         sample = Sample((*turns, Turn("assistant", "")), tuple(pictures), row="prompt")
         tiles, strings = self._look(sample, max_tiles)
         *runs, _answer, _newline = text.pieces(sample.turns, strings)
@@ -86,7 +91,10 @@ class Processor:
         return np.concatenate(tiles), strings
 
     def save(self, directory: str | Path) -> None:
-        """Write tokenizer, chat template and image settings as transformers 4 and 5, vLLM and llama.cpp read them."""
+        """Write tokenizer, chat template and image settings.
+
+        transformers 4 and 5, vLLM and llama.cpp all read them.
+        """
         directory = Path(directory)
         self.tokenizer.save(str(directory / "tokenizer.json"))
         (directory / "chat_template.jinja").write_text(text.CHAT_TEMPLATE, encoding="utf-8")
@@ -127,7 +135,8 @@ class Processor:
         }
         return {
             "tokenizer_config.json": {
-                # The class matters: others make v4 emit token_type_ids or v5 rebuild the pre-tokenizer.
+                # The class matters: others make v4 emit token_type_ids or v5 rebuild the
+                # pre-tokenizer.
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "processor_class": "Idefics3Processor",
                 "model_input_names": ["input_ids", "attention_mask"],

@@ -1,5 +1,6 @@
-"""The three shapes a training example takes: Sample (what a person means), Tokens (encoded), Batch (what the model eats).
+"""The three shapes a training example takes: Sample, Tokens, Batch.
 
+A Sample is what a person means, Tokens are encoded, a Batch is what the model eats.
 Not here: how one becomes the next (processor.py, packing.py).
 """
 
@@ -23,7 +24,7 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """A conversation about pictures. As many `<image>` in the turns as there are images, in the same order."""
+    """A conversation about pictures; the turns hold one `<image>` per image, in the same order."""
 
     turns: tuple[Turn, ...]
     images: tuple[Any, ...] = ()  # PIL images, or paths opened when the sample is encoded

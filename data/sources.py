@@ -1,7 +1,7 @@
 """Name or path -> Samples, one at a time and in any order: the built-in world, or a JSONL file.
 
-A source has a length and gives `source[i]`, the same Sample every time; opening it validates every row's
-fields but opens no picture. Not here: encoding (processor.py), order and workers (loader.py).
+A source has a length and gives `source[i]`, the same Sample every time; opening it validates every
+row's fields but opens no picture. Not here: encoding (processor.py), order and workers (loader.py).
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ class JsonlSource:
 
 
 def parse_row(line: bytes, path: Path, number: int) -> Sample:
-    """One JSON object with image + question + answer, or image + caption. Image paths start at the file's folder.
+    """One JSON object with image + question + answer, or image + caption.
 
-    Raises `InputError` naming file, row and field.
+    Image paths start at the file's folder. Raises `InputError` naming file, row and field.
     """
     where = f"{path} row {number}"
     try:
-        row = json.loads(line.decode("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        row = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # ValueError: also bad UTF-8, numbers too long
         raise InputError(f"{where}: not JSON ({error}).") from None
     if not isinstance(row, dict):
         raise InputError(
@@ -88,8 +88,11 @@ def most_bad_rows(n_rows: int) -> int:
 
 
 def open_jsonl(path: Path, split: str, val_fraction: float) -> JsonlSource:
-    """Index a file. train and val are told apart by a hash of the row, so that no edit elsewhere moves a row
-    across; test is every row. Raises `InputError` on a missing or empty file or too many bad rows."""
+    """Index a file.
+
+    train and val are told apart by a hash of the row, so that no edit elsewhere moves a row across;
+    test is every row. Raises `InputError` on a missing or empty file or too many bad rows.
+    """
     if not path.is_file():
         raise InputError(f"{path}: no such file.")
     rows, bad, offset, n_rows = [], [], 0, 0
@@ -111,7 +114,7 @@ def open_jsonl(path: Path, split: str, val_fraction: float) -> JsonlSource:
     if len(bad) > most_bad_rows(n_rows):
         raise InputError(f"{len(bad)} of {n_rows} rows are bad, the first: {bad[0]}")
     if not rows and split != "val":
-        raise InputError(f"{path}: no rows.")
+        raise InputError(f"{path}: no rows" + (f"; {bad[0]}" if bad else "."))
     return JsonlSource(path, tuple(rows), tuple(bad))
 
 

@@ -1,6 +1,7 @@
-"""Words in, ids out: the tokenizer, SmolVLM's chat template, the image string, the loss mask by construction.
+"""Words in, ids out: tokenizer, SmolVLM's chat template, image string, loss mask by construction.
 
-Ids and mask are made in one pass, turn by turn; nothing is tokenised again to find where an answer began.
+Ids and mask are made in one pass, turn by turn; nothing is tokenised again to find where an answer
+began.
 Not here: pixels (images.py), samples from files (sources.py).
 """
 
@@ -25,8 +26,10 @@ WORLD_SPECIAL = [PAD, START, END_OF_TURN, IMAGE, FAKE, GLOBAL, *ROWS_COLS]
 CHAT_TEMPLATE = (
     "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}"
     "{% if message['content'] is string %}"
-    "{% if message['content'].startswith('<image>') %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}{{ message['content'] }}"
-    "{% else %}{% if message['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}"
+    "{% if message['content'].startswith('<image>') %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}"
+    "{{ message['content'] }}"
+    "{% else %}{% if message['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}"
+    "{% endif %}"
     "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{ line['text'] }}"
     "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}{% endif %}"
     "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
@@ -34,7 +37,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(corpus: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of SmolLM2's design: any text encodes, digits stand alone, the special tokens come first."""
+    """A byte-level BPE of SmolLM2's design: any text encodes, single digits, special first."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -54,7 +57,7 @@ def train_tokenizer(corpus: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """tokenizer.json of a directory or hub id, read as it is: AutoTokenizer rebuilds some of them wrongly."""
+    """tokenizer.json of a directory or hub id, read as is: AutoTokenizer rebuilds some wrongly."""
     path = Path(source) / "tokenizer.json"
     if not Path(source).is_dir():
         from huggingface_hub import hf_hub_download
@@ -75,9 +78,10 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 
 
 def add_special_tokens(tokenizer: Tokenizer, cfg: VLMConfig) -> Tokenizer:
-    """Give a plain tokenizer Idefics3's tokens, in SmolVLM's order, so that a SmolLM2 run gets SmolVLM's ids.
+    """Give a plain tokenizer Idefics3's tokens, in SmolVLM's order.
 
-    Reserved tokens fill the gap up to the end of turn. Raises `InputError` where an id is not the config's.
+    So a SmolLM2 run gets SmolVLM's ids; reserved tokens fill the gap up to the end of turn.
+    Raises `InputError` where an id is not the config's.
     """
     missing = [
         t for t in (START, PAD, GLOBAL, *ROWS_COLS, FAKE, IMAGE) if tokenizer.token_to_id(t) is None
@@ -105,7 +109,7 @@ def add_special_tokens(tokenizer: Tokenizer, cfg: VLMConfig) -> Tokenizer:
 
 
 def image_string(rows: int, cols: int, tokens_per_tile: int) -> str:
-    """What `<image>` becomes: Idefics3's string for one tile (0, 0) or a grid of tiles and the global view."""
+    """What `<image>` becomes in Idefics3: one tile (0, 0), or a grid of tiles and a global view."""
     tokens = IMAGE * tokens_per_tile
     if rows == 0:
         return f"{FAKE}{GLOBAL}{tokens}{FAKE}"
@@ -117,10 +121,11 @@ def image_string(rows: int, cols: int, tokens_per_tile: int) -> str:
 
 
 def pieces(turns: Iterable[Turn], image_strings: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """The conversation as (text, supervised) runs: each answer with its leading space and its end of turn.
+    """The conversation as (text, supervised) runs: answers with leading space and end of turn.
 
-    The runs meet only between ":" and " x" or beside a special token, where no tokenizer merges; a test holds
-    their ids against the template's on the whole text. Texts are stripped, so " x" is never two spaces.
+    The runs meet only between ":" and " x" or beside a special token, where no tokenizer merges; a
+    test holds their ids against the template's on the whole text. Texts are stripped, so " x" is
+    never two spaces.
     """
     fill = iter(image_strings)
     prompt = START
@@ -159,6 +164,8 @@ def check_turns(turns: Iterable[Turn], n_images: int, tokenizer: Tokenizer, wher
             raise InputError(f"{where}: role {turn.role!r} must be system, user or assistant.")
         if turn.role == "assistant" and IMAGE in turn.text:
             raise InputError(f"{where}: an answer holds {IMAGE}; pictures stand in user turns.")
+        if re.search("[\ud800-\udfff]", turn.text):  # JSON can spell it, no tokenizer takes it
+            raise InputError(f"{where}: the text holds half a surrogate pair; remove it.")
         n_places += turn.text.count(IMAGE)
         if "<" in turn.text:
             for token in special:

@@ -1,7 +1,7 @@
-"""The built-in data set: small drawn scenes with questions, captions and class labels, made on the fly.
+"""The built-in data set: drawn scenes with questions, captions and class labels, made on the fly.
 
-All follows from (seed, split, index). Some pairs, counts and numbers are held out of `train` and `val`, so
-`test` can tell a model that composes what it knows from one that has memorised.
+All follows from (seed, split, index). Some pairs, counts and numbers are held out of `train` and
+`val`, so `test` can tell a model that composes what it knows from one that has memorised.
 Not here: choosing this source by name (sources.py), turning its samples into tokens (processor.py).
 """
 from __future__ import annotations
@@ -38,8 +38,9 @@ BACKGROUNDS = {"white": (245, 245, 245), "light gray": (200, 200, 200), "dark gr
 # Radius in pixels, and how far the centre may move: the sum stays below half a cell.
 SIZES = {"small": (4.0, 3.0), "large": (6.5, 1.25)}
 # Three by five pixels a digit, row after row.
-DIGITS = ("111101101101111", "010110010010111", "111001111100111", "111001111001111", "101101111001001",
-          "111100111001111", "111100111101111", "111001001001001", "111101111101111", "111101111001111")
+DIGITS = ("111101101101111", "010110010010111", "111001111100111", "111001111001111",
+          "101101111001001", "111100111001111", "111100111101111", "111001001001001",
+          "111101111101111", "111101111001111")
 
 # Held out of train and val: neither drawn nor written, not even in a question whose answer is no.
 HELD_PAIRS = frozenset({("blue", "circle"), ("yellow", "square"), ("green", "triangle"),
@@ -108,21 +109,23 @@ def make_scene(seed: int, split: str, index: int) -> Scene:
         things = _place_things(rng, theme)
     number = number_cell = None
     if theme == "number" or rng.random() < 0.5:
-        numbers = [n for n in map(str, range(10, 100)) if (n in HELD_NUMBERS) == (theme == "number")]
+        held = theme == "number"
+        numbers = [n for n in map(str, range(10, 100)) if (n in HELD_NUMBERS) == held]
         number = rng.choice(numbers)
         number_cell = rng.choice(sorted(set(range(9)) - {thing.cell for thing in things}))
     return Scene(things, number, number_cell, rng.choice(list(BACKGROUNDS)), rng.getrandbits(32))
 
 
 def _place_things(rng: random.Random, theme: str | None) -> tuple[Thing, ...]:
-    """Two to five things from a few shapes and colors: few, so that shapes repeat and near misses abound."""
+    """Two to five things of few shapes and colors, so that shapes repeat and near misses abound."""
     cells = sorted(rng.sample(range(9), rng.randint(2, 5)))
     palette = rng.sample(list(COLORS), rng.randint(2, 5))
     choices = rng.sample(list(SHAPES), rng.randint(2, 4))
     shapes = [rng.choice(choices) for _ in cells]
     if theme == "count":
         n, held = rng.choice(sorted(HELD_COUNTS))
-        shapes = [held] * n + [rng.choice([shape for shape in choices if shape != held]) for _ in cells[n:]]
+        others = [shape for shape in choices if shape != held]
+        shapes = [held] * n + [rng.choice(others) for _ in cells[n:]]
         rng.shuffle(shapes)
     kinds = [(rng.choice([color for color in palette if (color, shape) not in HELD_PAIRS]), shape)
              for shape in shapes]
@@ -132,12 +135,14 @@ def _place_things(rng: random.Random, theme: str | None) -> tuple[Thing, ...]:
     for cell, (color, shape) in zip(cells, kinds):
         size = rng.choice(list(SIZES))
         reach = int(4 * SIZES[size][1])  # in quarters of a pixel
-        things.append(Thing(cell, shape, color, size, *(rng.randint(-reach, reach) / 4 for _ in "xy")))
+        jitter = (rng.randint(-reach, reach) / 4 for _ in "xy")
+        things.append(Thing(cell, shape, color, size, *jitter))
     return tuple(things)
 
 
 def _held_counts(things: tuple[Thing, ...]) -> frozenset[tuple[int, str]]:
-    return HELD_COUNTS & {(n, shape) for shape, n in Counter(thing.shape for thing in things).items()}
+    times = Counter(thing.shape for thing in things)
+    return HELD_COUNTS & {(n, shape) for shape, n in times.items()}
 
 
 def label(scene: Scene) -> str:
@@ -164,7 +169,8 @@ def _background(color: tuple[int, int, int], rng: random.Random) -> np.ndarray:
     side = 3 * CELL
     slope = np.linspace(-1, 1, side, dtype=np.float32)
     gradient = rng.uniform(-6, 6) * slope[:, None] + rng.uniform(-6, 6) * slope  # [48, 48]
-    grain = np.frombuffer(rng.randbytes(side * side), np.uint8).reshape(side, side) % 7 - 3.0  # [48, 48]
+    grain = np.frombuffer(rng.randbytes(side * side), np.uint8) % 7 - 3.0
+    grain = grain.reshape(side, side)  # [48, 48]
     return np.array(color, np.float32) + (gradient + grain)[..., None]  # [48, 48, 3]
 
 
@@ -172,14 +178,16 @@ def _coverage(thing: Thing) -> np.ndarray:
     """How much of each pixel of the cell the thing covers. [16, 16] in 0..1"""
     radius, _ = SIZES[thing.size]
     at = (np.arange(CELL * SUPERSAMPLE, dtype=np.float32) + 0.5) / SUPERSAMPLE - CELL / 2
-    inside = SHAPES[thing.shape]((at - thing.dx) / radius, (at[:, None] - thing.dy) / radius)  # [64, 64]
+    x, y = (at - thing.dx) / radius, (at[:, None] - thing.dy) / radius
+    inside = SHAPES[thing.shape](x, y)  # [64, 64]
     return inside.reshape(CELL, SUPERSAMPLE, CELL, SUPERSAMPLE).mean((1, 3))
 
 
 def _digits(number: str, rng: random.Random) -> np.ndarray:
     """Two digits at twice the font's size, at most a pixel off the middle. [16, 16], 0 or 1"""
     rows = [np.array(list(DIGITS[int(digit)]), np.float32).reshape(5, 3) for digit in number]
-    ink = np.hstack([rows[0], np.zeros((5, 1), np.float32), rows[1]]).repeat(2, 0).repeat(2, 1)  # [10, 14]
+    ink = np.hstack([rows[0], np.zeros((5, 1), np.float32), rows[1]])
+    ink = ink.repeat(2, 0).repeat(2, 1)  # [10, 14]
     top, left = 3 + rng.randint(-1, 1), 1 + rng.randint(-1, 1)
     return np.pad(ink, ((top, 6 - top), (left, 2 - left)))
 
@@ -203,7 +211,8 @@ def _count(scene: Scene) -> Iterator[tuple[str, str, bool]]:
     shapes, colors = (Counter(getattr(t, of) for t in scene.things) for of in ("shape", "color"))
     for shape, plural in PLURAL.items():
         if shapes[shape] or scene.noise % 2:
-            yield f"How many {plural} are there?", str(shapes[shape]), (shapes[shape], shape) in HELD_COUNTS
+            unseen = (shapes[shape], shape) in HELD_COUNTS
+            yield f"How many {plural} are there?", str(shapes[shape]), unseen
     for color in COLORS:
         if colors[color] or scene.noise % 2:
             yield f"How many {color} things are there?", str(colors[color]), False
@@ -211,16 +220,18 @@ def _count(scene: Scene) -> Iterator[tuple[str, str, bool]]:
 
 
 def _exist(scene: Scene) -> Iterator[tuple[str, str, bool]]:
-    """Hard negatives: color and shape are there, but not on one thing; failing that, one of the two."""
+    """Hard negatives: color and shape are there, but not on one thing; else one of the two."""
     here = {(t.color, t.shape) for t in scene.things}
     colors, shapes = ({kind[i] for kind in here} for i in (0, 1))
     for unseen in (False, True):
         kinds = [kind for kind in product(COLORS, SHAPES) if (kind in HELD_PAIRS) == unseen]
-        near = {kind: (kind[0] in colors) + (kind[1] in shapes) for kind in kinds if kind not in here}
+        near = {kind: (kind[0] in colors) + (kind[1] in shapes)
+                for kind in kinds if kind not in here}
         negatives = {kind for kind in near if near[kind] == max(near.values())}
         for color, shape in here.intersection(kinds) | negatives:
             article = "an" if color == "orange" else "a"
-            yield f"Is there {article} {color} {shape}?", "yes" if (color, shape) in here else "no", unseen
+            answer = "yes" if (color, shape) in here else "no"
+            yield f"Is there {article} {color} {shape}?", answer, unseen
 
 
 def _relation(scene: Scene) -> Iterator[tuple[str, str, bool]]:
@@ -228,11 +239,12 @@ def _relation(scene: Scene) -> Iterator[tuple[str, str, bool]]:
         (row_a, column_a), (row_b, column_b) = divmod(a.cell, 3), divmod(b.cell, 3)
         for words, true in (("left of", column_a < column_b), ("right of", column_a > column_b),
                             ("above", row_a < row_b), ("below", row_a > row_b)):
-            yield f"Is the {a.kind} {words} the {b.kind}?", "yes" if true else "no", a.held or b.held
+            answer = "yes" if true else "no"
+            yield f"Is the {a.kind} {words} the {b.kind}?", answer, a.held or b.held
 
 
 def _compare(scene: Scene) -> Iterator[tuple[str, str, bool]]:
-    """Shapes that are there; absent ones join only where those are equally many, so that yes is possible."""
+    """Shapes that are there; absent ones only if all are equally many, so that yes is possible."""
     times = Counter(t.shape for t in scene.things)
     held = {shape for _, shape in _held_counts(scene.things)}
     for a, b in permutations(times if len(set(times.values())) > 1 else SHAPES, 2):
@@ -268,7 +280,7 @@ ASK = {"color": partial(_lookup, "shape", "What color is the {0.shape}?", "{0.co
 
 def ask(scene: Scene, skill: str, rng: random.Random, heldout: bool,
         given: Counter[str] | None = None) -> Question | None:
-    """A question about something held out of training, or about nothing so; None where there is none.
+    """A question about something held out of training, or nothing so; None where there is none.
 
     The answer is drawn first, of those `given` least often so far, then a question that has it:
     otherwise the common answers ("no", "0") would win without a look at the picture.
@@ -278,13 +290,15 @@ def ask(scene: Scene, skill: str, rng: random.Random, heldout: bool,
     if not pool:
         return None
     wanted = min(dict(pool), key=lambda answer: (given[answer], rng.random()))
-    return Question(skill, rng.choice([text for answer, text in pool if answer == wanted]), wanted, heldout)
+    text = rng.choice([text for answer, text in pool if answer == wanted])
+    return Question(skill, text, wanted, heldout)
 
 
 # Samples
 
-def _conversation(seed: int, split: str, index: int, n_questions: int) -> tuple[Scene, tuple[Turn, ...]]:
-    """A scene and distinct questions of mixed skills; fewer than asked for only where it has no more."""
+def _conversation(seed: int, split: str, index: int,
+                  n_questions: int) -> tuple[Scene, tuple[Turn, ...]]:
+    """A scene and distinct questions of mixed skills; fewer than asked if it has no more."""
     scene, rng = make_scene(seed, split, index), random.Random(f"{seed}/{split}/{index}/ask")
     asked: dict[str, Question] = {}
     for skill in rng.choices(list(WEIGHTS), list(WEIGHTS.values()), k=50 * n_questions):
@@ -292,7 +306,8 @@ def _conversation(seed: int, split: str, index: int, n_questions: int) -> tuple[
             asked.setdefault(question.text, question)
         if len(asked) == n_questions:
             break
-    turns = [Turn(*turn) for q in asked.values() for turn in (("user", q.text), ("assistant", q.answer))]
+    turns = [turn for q in asked.values()
+             for turn in (Turn("user", q.text), Turn("assistant", q.answer))]
     return scene, (Turn("user", f"<image>{turns[0].text}"), *turns[1:])
 
 
@@ -303,9 +318,10 @@ def train_sample(seed: int, split: str, index: int, n_questions: int) -> Sample:
 
 
 def questions(seed: int, split: str, n_per_skill: int) -> Iterator[tuple[Sample, Question]]:
-    """For scoring: single questions, `n_per_skill` of each skill, each on its own scene, answers balanced.
+    """For scoring: `n_per_skill` single questions of each skill, each on its own scene.
 
-    In `test` half are unseen, the others on scenes with nothing held out; elsewhere nothing is unseen.
+    Answers are balanced. In `test` half are unseen, the others on scenes with nothing held out;
+    elsewhere nothing is unseen.
     """
     n_unseen = n_per_skill // 2 if split == "test" else 0
     missing = {(skill, unseen): n_unseen if unseen else n_per_skill - n_unseen
@@ -314,7 +330,8 @@ def questions(seed: int, split: str, n_per_skill: int) -> Iterator[tuple[Sample,
     for index in takewhile(lambda _: any(missing.values()), count()):
         scene, unseen = make_scene(seed, split, index), theme_of(split, index) is not None
         rng = random.Random(f"{seed}/{split}/{index}/score")
-        for skill in sorted((s for s in SKILLS if missing[s, unseen]), key=lambda s: -missing[s, unseen]):
+        skills = [s for s in SKILLS if missing[s, unseen]]
+        for skill in sorted(skills, key=lambda s: -missing[s, unseen]):
             if question := ask(scene, skill, rng, unseen, given[skill, unseen]):
                 missing[skill, unseen] -= 1
                 given[skill, unseen][question.answer] += 1

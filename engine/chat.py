@@ -64,7 +64,7 @@ class Chat:
         return self.stream_tokens(self.prompt(prompt, images), sampling)
 
     def stream_tokens(self, tokens: Tokens, sampling: Sampling) -> Iterator[str]:
-        """One piece per token of the answer to an encoded prompt; "" while a character is incomplete."""
+        """One piece per token of the answer to `tokens`; "" while a character is incomplete."""
         ids, mask, pixels = (
             x.to(self.model.device) for x in collate_prompts([tokens], self.processor.cfg)
         )

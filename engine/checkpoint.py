@@ -1,5 +1,6 @@
-"""The whole state of a run on disk, so that stopping loses nothing: written to a temporary folder, then renamed.
+"""The whole state of a run on disk, so that stopping loses nothing.
 
+It is written to a temporary folder, then renamed.
 A checkpoint folder `step-000600` is a model directory that every loader opens, plus `state.pt`.
 """
 
@@ -26,7 +27,7 @@ def folders(run: Path) -> list[Path]:
 
 
 def resolve(path: str | Path) -> Path:
-    """A model directory as it is, or the newest checkpoint of a run folder. Raises `InputError` if neither."""
+    """A model directory as it is, or a run folder's newest checkpoint; `InputError` if neither."""
     path = Path(path)
     if not path.is_dir():
         raise InputError(f"{path}: no such checkpoint.")
@@ -67,9 +68,10 @@ def set_rng_state(state: dict) -> None:
 
 
 def save(cfg: RunConfig, step: int, model, processor, state: dict) -> Path:
-    """Write checkpoint `step`, then drop all but the newest `keep`. On failure nothing of it remains.
+    """Write checkpoint `step`, then drop all but the newest `keep`.
 
-    Raises `InputError` when the disk refuses; earlier checkpoints are untouched.
+    On failure nothing of it remains. Raises `InputError` when the disk refuses; earlier checkpoints
+    are untouched.
     """
     run = Path(cfg.train.out)
     final, temporary = run / f"step-{step:06d}", run / f".saving-{step:06d}-{os.getpid()}"
@@ -87,8 +89,8 @@ def save(cfg: RunConfig, step: int, model, processor, state: dict) -> Path:
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         shutil.rmtree(temporary, ignore_errors=True)
         raise InputError(
-            f"{final}: the checkpoint could not be written ({error}); earlier checkpoints are whole, "
-            "free some space and continue with --train.resume auto."
+            f"{final}: the checkpoint could not be written ({error}); "
+            "earlier checkpoints are whole, free some space and continue with --train.resume auto."
         ) from None
     for old in folders(run)[: -cfg.train.keep]:
         shutil.rmtree(old)
@@ -106,7 +108,7 @@ def _flush(folder: Path) -> None:
 
 
 def load_state(folder: Path, cfg: RunConfig) -> dict:
-    """The state beside a checkpoint's weights. Raises `InputError` where the run's settings have changed."""
+    """The state beside a checkpoint's weights; `InputError` where the settings have changed."""
     state = torch.load(folder / STATE, weights_only=True)
     saved = from_dict(RunConfig, state["provenance"]["config"], str(folder / STATE))
     changed = [
@@ -144,8 +146,10 @@ MAY_CHANGE = {
 
 
 def remember_config(cfg: RunConfig) -> None:
-    """Write the run's config.json, the file that `python train.py runs/x/config.json` reads. Raises `InputError`
-    when the folder holds another run and this one does not resume it."""
+    """Write the run's config.json, the file that `python train.py runs/x/config.json` reads.
+
+    Raises `InputError` when the folder holds another run and this one does not resume it.
+    """
     run = Path(cfg.train.out)
     if cfg.train.resume == "no" and folders(run):
         raise InputError(

@@ -1,6 +1,7 @@
-"""One process or many: the same calls, so that no loop asks. Also the settings of this machine, found once.
+"""One process or many: the same calls, so that no loop asks. And this machine's settings.
 
-Only this file and checkpoint.py touch torch.distributed. `torchrun` starts several processes; world size 1 needs none.
+The settings are found once. Only this file and checkpoint.py touch torch.distributed. `torchrun`
+starts several processes; world size 1 needs none.
 """
 
 from __future__ import annotations
@@ -67,8 +68,11 @@ def setup() -> Dist:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to reuse the memory of freed tensors, where it would hand each back to the kernel and fault
-    it in again on the next step. Other C libraries have no `mallopt`, and then nothing happens."""
+    """Tell glibc to reuse the memory of freed tensors.
+
+    It would hand each back to the kernel and fault it in again on the next step. Other C libraries
+    have no `mallopt`, and then nothing happens.
+    """
     with contextlib.suppress(AttributeError, OSError):
         libc = ctypes.CDLL(None)
         m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
@@ -77,13 +81,13 @@ def keep_freed_memory() -> None:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The autocast region of `precision` auto, fp32 or bf16; auto is bf16 where this machine computes it faster."""
+    """The autocast region of `precision` auto, fp32 or bf16; auto: bf16 where it is faster here."""
     enabled = precision == "bf16" or (precision == "auto" and bf16_is_faster(device))
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 def bf16_is_faster(device: torch.device) -> bool:
-    """Time a few products of each kind: instruction sets promise what kernels do not always keep."""
+    """Time a few products of each kind: kernels may not keep what instruction sets promise."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     seconds = {}

@@ -37,7 +37,7 @@ class Item:
 
 
 def items(cfg: DataConfig, split: str, n: int) -> list[Item]:
-    """Up to `n` questions: spread over the skills of the world, or the rows of a file in a fixed random order."""
+    """Up to `n` questions: over the world's skills, or a file's rows in a fixed random order."""
     if cfg.source == "world":
         per_skill = max(1, n // len(world.SKILLS))
         return [
@@ -66,9 +66,10 @@ def answer_items(
     max_tiles: int = 1 << 30,
     max_new_tokens: int = 96,
 ) -> list[Answered]:
-    """Greedy answers. `blind` blanks every picture to mid grey: what is then still right was guessed.
+    """Greedy answers to the questions.
 
-    A picture that cannot be opened raises `InputError`: a score over other questions would mislead.
+    `blind` blanks every picture to mid grey: what is then still right was guessed. A picture that
+    cannot be opened raises `InputError`: a score over other questions would mislead.
     """
     prompts = []
     for item in questions:
@@ -130,7 +131,7 @@ def validation_loss(model, loader: Loader, n_batches: int, region: torch.autocas
 def evaluate(
     model, processor: Processor, cfg: DataConfig, n_questions: int, region: torch.autocast
 ) -> dict:
-    """Validation loss and accuracy per skill, for the log. Empty when the source has no validation rows."""
+    """Validation loss and accuracy per skill, for the log; empty without validation rows."""
     source = open_source(cfg, "val")
     if len(source) == 0:
         return {}

@@ -1,4 +1,4 @@
-"""What a run says: progress on the console, one JSON line per event, a loss curve, wandb, behind one `log`."""
+"""What a run says, behind one `log`: progress, a JSON line per event, a loss curve, wandb."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from configs import InputError, RunConfig, to_dict
 
 
 class Logger:
-    """`log(values, step)` for all outlets. Only the main process has them; elsewhere every call is silent."""
+    """`log(values, step)` for all outlets; only the main process has them, others stay silent."""
 
     def __init__(self, cfg: RunConfig, is_main: bool, first_step: int = 0):
         self.is_main = is_main
@@ -30,12 +30,12 @@ class Logger:
         if not is_main:
             return
         self.start = time.time()
-        self.file = open(self.folder / "log.jsonl", "a", encoding="utf-8")
+        self.file = open(self.folder / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         if cfg.train.wandb:
             self.wandb = _start_wandb(cfg)
 
     def log(self, values: dict, step: int) -> None:
-        """Write scalar `values` of a step to file (and wandb); the loss line also moves the bar's text."""
+        """Write scalar `values` of a step to file (and wandb); the loss moves the bar's text."""
         if not self.is_main:
             return
         self.file.write(

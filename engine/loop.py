@@ -22,12 +22,12 @@ from engine.optim import Optimizers, lr_factor
 
 
 def due(step: int, every: int, last: int) -> bool:
-    """Whether something done every so many steps, and after the last, is due after `step`. 0: after the last only."""
+    """Whether what is done every so many steps (0: never), and after the last, is due now."""
     return step == last or (every > 0 and step % every == 0)
 
 
 class StopSignal:
-    """Ctrl-C or SIGTERM asks the loop to finish its step, save and leave; a second Ctrl-C leaves at once."""
+    """Ctrl-C or SIGTERM: finish the step, save and leave; a second Ctrl-C leaves at once."""
 
     def __init__(self):
         self.received = False
@@ -63,9 +63,9 @@ def train(
 ) -> int:
     """Run from `step` to the last, or until told to stop; returns the step reached.
 
-    Every target of a step weighs the same, whichever micro-batch, row or process it came from. A step whose
-    loss or gradient is not finite changes nothing: it is counted and its batches are kept for inspection;
-    `max_bad_steps` of them in a row raise `InputError`.
+    Every target of a step weighs the same, whichever micro-batch, row or process it came from. A
+    step whose loss or gradient is not finite changes nothing: it is counted and its batches are
+    kept for inspection; `max_bad_steps` of them in a row raise `InputError`.
     """
     t, wrapped, stop = cfg.train, dist.wrap(model), StopSignal()
     logger = Logger(cfg, dist.is_main, step)
@@ -99,7 +99,8 @@ def train(
                 n_bad += 1
                 kept = keep_batches(Path(t.out), step, micro)
                 logger.say(
-                    f"step {step}: loss {loss}, gradient norm {grad_norm}; skipped, batch kept in {kept}"
+                    f"step {step}: loss {loss}, gradient norm {grad_norm}; "
+                    f"skipped, batch kept in {kept}"
                 )
                 if n_bad >= t.max_bad_steps:
                     raise InputError(
@@ -149,7 +150,7 @@ def keep_batches(run: Path, step: int, micro: list) -> Path:
 
 
 class Meter:
-    """Tokens and images per second, and the share of time spent waiting for data, since last asked."""
+    """Tokens and images per second, and the share of time waiting for data, since last asked."""
 
     def __init__(self):
         self.reset()

@@ -1,6 +1,7 @@
-"""What moves the weights: parameter groups (part x decay), AdamW and Muon behind one object, the learning rate.
+"""What moves the weights: parameter groups, optimizers, the learning rate.
 
-The learning rate is a pure function of the step, so resuming needs no scheduler state.
+Groups are part x decay; AdamW and Muon stand behind one object. The learning rate is a pure
+function of the step, so resuming needs no scheduler state.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
-    """Replace the singular values of matrices [n, rows, cols] by about one (Jordan et al. 2024, Muon)."""
+    """Bring singular values of matrices [n, rows, cols] to about one (Jordan et al. 2024, Muon)."""
     a, b, c = NEWTON_SCHULZ
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mT
@@ -90,8 +91,9 @@ class Optimizers:
 def build_optimizer(parts: dict[str, nn.Module], cfg: TrainConfig) -> Optimizers:
     """Freeze what `cfg.freeze` names and group the rest by part and decay.
 
-    Norms, biases, embeddings and lone vectors never decay. With Muon, the matrices inside the blocks of both
-    towers go to it; patch convolution, embeddings, projector and head stay with AdamW.
+    Norms, biases, embeddings and lone vectors never decay. With Muon, the matrices inside the
+    blocks of both towers go to it; patch convolution, embeddings, projector and head stay with
+    AdamW.
     """
     adamw, muon, seen = [], [], set()
     for part, module in parts.items():
@@ -122,7 +124,7 @@ def build_optimizer(parts: dict[str, nn.Module], cfg: TrainConfig) -> Optimizers
 
 
 def lr_factor(cfg: TrainConfig, step: int) -> float:
-    """Share of the peak learning rate at a step counted from 0: linear warm-up, then the decay to zero."""
+    """Share of the peak learning rate at a step from 0: linear warm-up, then the decay to zero."""
     if step < cfg.warmup:
         return (step + 1) / cfg.warmup
     done = min(1.0, (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup))

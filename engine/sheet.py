@@ -15,8 +15,10 @@ GREEN, RED, INK = (20, 140, 60), (200, 30, 30), (30, 30, 30)
 
 
 def draw_sheet(answered: Sequence[Answered], path: Path, per_skill: int = 2) -> None:
-    """Write the first `per_skill` answers of each skill (ten of a single one) as a grid. None is left out for
-    being wrong."""
+    """Write the first `per_skill` answers of each skill (ten of a single one) as a grid.
+
+    None is left out for being wrong.
+    """
     groups = by_skill(answered)
     per_skill = per_skill if len(groups) > 1 else 2 * COLUMNS
     chosen = [group[i] for i in range(per_skill) for group in groups.values() if i < len(group)]
@@ -52,7 +54,7 @@ def _fit(image: Image.Image) -> Image.Image:
 
 
 def _write(pen: ImageDraw.ImageDraw, font, x: int, y: int, text: str, color) -> int:
-    """Write text in lines no wider than a picture; returns where the next line goes. Two lines at most."""
+    """Write at most two lines, no wider than a picture; returns where the next line goes."""
     lines = [""]
     for word in text.split():
         if pen.textlength(f"{lines[-1]} {word}".strip(), font) > SIDE and lines[-1]:

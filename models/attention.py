@@ -1,9 +1,10 @@
 """One attention for everybody: the mask rule, rotary positions, the key-value cache.
 
-The mask rule is *causal and same segment* in the language model and *everything* in the vision encoder.
+The mask rule is *causal and same segment* in the language model, *everything* in the vision one.
 Not here: projections and heads (see the models), nor attention maps for people to look at.
 
-Letters: B batch, T tokens, S slots, H heads, K key-value heads, C head width, G segments of a group, L its length.
+Letters: B batch, T tokens, S slots, H heads, K key-value heads, C head width, G segments of a
+group, L its length.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def rope_frequencies(cfg: LMConfig, device: torch.device | None = None) -> Tenso
 
 
 def rope_tables(freq: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of every angle, each [B, 1, T, C]: computed in fp32, then cast, as transformers does."""
+    """cos and sin of every angle, each [B, 1, T, C]: in fp32, then cast, as transformers does."""
     angles = positions[:, None, :, None].float() * freq  # [B, 1, T, C/2]
     angles = torch.cat((angles, angles), dim=-1)  # [B, 1, T, C]
     return angles.cos().to(dtype), angles.sin().to(dtype)
@@ -61,7 +62,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @dataclass
 class Group:
-    """Segments of similar length, laid side by side. Each token of a batch stands in one slot of one group."""
+    """Segments of similar length, side by side; each token of a batch has one slot of one group."""
 
     n_segments: int  # G
     length: int  # L
@@ -78,8 +79,9 @@ class SegmentPlan:
 
 
 def plan_segments(segments: Tensor) -> SegmentPlan:
-    """Group the runs of equal id in [B, T]; a segment at least half as long as the group's longest joins it.
+    """Group the runs of equal id in [B, T] by length.
 
+    A segment at least half as long as the group's longest joins it.
     Padding runs (id 0) are segments like any other: what they compute is never looked at.
     """
     n_rows, n_tokens = segments.shape
@@ -111,9 +113,12 @@ def plan_segments(segments: Tensor) -> SegmentPlan:
 
 
 class _Take(torch.autograd.Function):
-    """`x[index]` whose gradient is `grad[inverse] * weight`: a gather both ways, where autograd's scatter-add
-    is slow on CPU. Right for tokens -> slots and slots -> tokens, as each token has one real slot, and a slot
-    that is not real neither is seen by a real query nor contributes to the output."""
+    """`x[index]` whose gradient is `grad[inverse] * weight`.
+
+    A gather both ways, where autograd's scatter-add is slow on CPU. Right for tokens -> slots and
+    slots -> tokens, as each token has one real slot, and a slot that is not real neither is seen by
+    a real query nor contributes to the output.
+    """
 
     @staticmethod
     def forward(ctx, x, index, inverse, weight):
@@ -169,8 +174,8 @@ def attend(
 ) -> Tensor:
     """Softmax attention of [B, H, T, C] queries over [B, K, S, C] keys and values -> [B, H, T, C].
 
-    `plan` restricts it to each segment; `visible` [B, 1, T, S] says which cache slots a query sees and
-    replaces `causal`. At most one of the two is given.
+    `plan` restricts it to each segment; `visible` [B, 1, T, S] says which cache slots a query sees
+    and replaces `causal`. At most one of the two is given.
     """
     if plan is not None:
         return _attend_segments(q, k, v, plan, dropout)
@@ -185,9 +190,9 @@ def attend(
 class KVCache:
     """Keys and values of every block, preallocated; the caller owns it.
 
-    A token at position p stands in slot p of its row, whatever the other rows hold, and sees slots 0..p.
-    Prompts of unequal length are padded at the end: the padding's slots are overwritten before any later
-    token can see them.
+    A token at position p stands in slot p of its row, whatever the other rows hold, and sees slots
+    0..p. Prompts of unequal length are padded at the end: the padding's slots are overwritten
+    before any later token can see them.
     """
 
     def __init__(
@@ -200,14 +205,17 @@ class KVCache:
         self.used = 0  # slots any row has reached
 
     def visible(self, positions: Tensor) -> Tensor | None:
-        """[B, 1, T, S] for tokens at `positions` [B, T] about to be written; None for a first, contiguous prompt."""
+        """[B, 1, T, S] for tokens about to be written at `positions` [B, T].
+
+        None for a first, contiguous prompt.
+        """
         first, self.used = self.used == 0, max(self.used, int(positions.max()) + 1)
         if first:
             return None
         return (torch.arange(self.used, device=positions.device) <= positions[:, :, None])[:, None]
 
     def write(self, block: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Store [B, K, T, C] at their positions; return all slots used so far, each [B, K, S, C]."""
+        """Store [B, K, T, C] at their positions; return all used slots, each [B, K, S, C]."""
         self.k[block][self.rows, :, positions] = k.transpose(1, 2).to(self.k.dtype)
         self.v[block][self.rows, :, positions] = v.transpose(1, 2).to(self.v.dtype)
         return self.k[block, :, :, : self.used], self.v[block, :, :, : self.used]

@@ -27,9 +27,10 @@ WEIGHTS, INDEX, CONFIG, OWN_KEY = (
 
 
 def save_vlm(model: VisionLanguageModel, directory: str | Path) -> None:
-    """Write weights, config.json and generation_config.json: an Idefics3 directory, with our config under its own key.
+    """Write weights, config.json and generation_config.json: an Idefics3 directory.
 
-    An architecture Idefics3 has no place for is written under model_type picovlm with our tensor names.
+    Our config stands under its own key. An architecture Idefics3 has no place for is written under
+    model_type picovlm with our tensor names.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -56,7 +57,7 @@ def save_vlm(model: VisionLanguageModel, directory: str | Path) -> None:
 
 
 def load_vlm(source: str | Path) -> VisionLanguageModel:
-    """A model from a directory that `save_vlm` wrote. Every tensor is checked; raises `InputError`."""
+    """A model from a directory `save_vlm` wrote; every tensor is checked, raises `InputError`."""
     directory = Path(source)
     if not directory.is_dir():
         raise InputError(f"{source}: no such checkpoint directory.")
@@ -65,15 +66,14 @@ def load_vlm(source: str | Path) -> VisionLanguageModel:
         raise InputError(
             f"{directory / CONFIG}: no {OWN_KEY!r} key, so this is not a picoVLM checkpoint."
         )
+    kind = config.get("model_type")
+    where = f"{directory / CONFIG}: model_type"
+    require(kind in ("idefics3", "picovlm"), where, kind, "must be idefics3 or picovlm")
     cfg = from_dict(VLMConfig, config[OWN_KEY], str(directory / CONFIG))
     with torch.device("meta"):
         model = VisionLanguageModel(cfg)
     wanted = dict(model.state_dict())
-    names = (
-        idefics3.names(cfg)
-        if config["model_type"] == "idefics3"
-        else {name: name for name in wanted}
-    )
+    names = idefics3.names(cfg) if kind == "idefics3" else {name: name for name in wanted}
     found = to_ours(read_weights(directory), names, wanted, idefics3.IGNORE, str(directory))
     if cfg.lm_tie_weights:
         embedding, head = found["decoder.token_embedding.weight"], found.pop("decoder.head.weight")
@@ -91,7 +91,7 @@ def load_vlm(source: str | Path) -> VisionLanguageModel:
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a directory, from one file or from shards. Only safetensors; raises `InputError`."""
+    """All tensors of a directory, one file or shards, only safetensors; raises `InputError`."""
     if (directory / INDEX).is_file():
         weight_map = read_json(directory / INDEX).get("weight_map")
         require(
@@ -111,7 +111,7 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
             )
         try:
             with safe_open(directory / name, framework="pt") as file:
-                tensors |= {key: file.get_tensor(key) for key in file.keys()}
+                tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except FileNotFoundError:
             raise InputError(f"{directory / name}: no such file.") from None
         except (SafetensorError, OSError) as error:

@@ -45,7 +45,8 @@ def choose(
 ) -> Tensor:
     """Logits [B, V] -> tokens [B]. `seen` [B, V] marks tokens the repetition penalty applies to.
 
-    The order is penalty, temperature, top-k, top-p: the nucleus is that of the distribution sampled from.
+    The order is penalty, temperature, top-k, top-p: the nucleus is that of the distribution
+    sampled from.
     """
     logits = logits.float()
     if seen is not None:
@@ -68,9 +69,13 @@ def choose(
 
 
 def pad_at_end(input_ids: Tensor, attention_mask: Tensor | None, pad: int) -> tuple[Tensor, Tensor]:
-    """Move each row's real tokens [B, T] to its front; also their number [B]. Accepts padding on either side."""
+    """Move each row's real tokens [B, T] to its front; also their number [B].
+
+    Accepts padding on either side.
+    """
     if attention_mask is None:
         return input_ids, input_ids.new_full((len(input_ids),), input_ids.shape[1])
+    attention_mask = attention_mask.long()
     lengths = attention_mask.sum(1)  # [B]
     order = torch.argsort(attention_mask, dim=1, descending=True, stable=True)  # [B, T]
     rows = input_ids.gather(1, order)[:, : int(lengths.max())]  # [B, T]
@@ -86,10 +91,10 @@ def stream(
     attention_mask: Tensor | None,
     sampling: Sampling,
 ) -> Iterator[Tensor]:
-    """Yield the next token of every row, [B], until all have stopped; pad for rows that already had.
+    """Yield the next token of every row, [B], until all have stopped; pad for rows that had.
 
-    Prompts are [B, T] with padding marked in `attention_mask`. Raises ValueError when prompt and answer
-    cannot fit the context.
+    Prompts are [B, T] with padding marked in `attention_mask`. Raises ValueError when prompt and
+    answer cannot fit the context.
     """
     cfg = model.cfg
     rows, lengths = pad_at_end(input_ids, attention_mask, cfg.vlm_pad_token_id)
@@ -110,9 +115,10 @@ def stream(
     )
     seen = None
     if sampling.repetition_penalty != 1:
+        padding = torch.arange(rows.shape[1], device=rows.device) >= lengths[:, None]  # [B, T]
         seen = torch.zeros(
             len(rows), cfg.lm_vocab_size, dtype=torch.bool, device=rows.device
-        ).scatter(1, rows, True)
+        ).scatter(1, rows.where(~padding, rows[:, :1]), True)  # padding repeats the first token
     logits, positions = model.prefill(rows, images, lengths, cache), lengths.clone()
     done = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
     for step in range(n_new):

@@ -1,5 +1,6 @@
-"""The decoder: a Llama-type language model (RMSNorm, RoPE, grouped-query attention, SwiGLU), and its token loss.
+"""The decoder: a Llama-type language model, and its token loss.
 
+Llama-type: RMSNorm, RoPE, grouped-query attention, SwiGLU.
 Embeddings in, hidden states out; the head meets only the positions somebody asks for.
 Not here: sampling (models/generation.py), images (models/vision_language_model.py).
 
@@ -26,7 +27,7 @@ from models.vision_transformer import init_weights
 
 
 class RMSNorm(nn.Module):
-    """Statistics in fp32, cast back, *then* scale: the order transformers' LlamaRMSNorm rounds in."""
+    """Statistics in fp32, cast back, *then* scale: transformers' LlamaRMSNorm rounds so."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -38,7 +39,7 @@ class RMSNorm(nn.Module):
 
 
 class LanguageModelGroupedQueryAttention(nn.Module):
-    """Causal attention in which several query heads share a key-value head (Ainslie et al. 2023)."""
+    """Causal attention; several query heads share a key-value head (Ainslie et al. 2023)."""
 
     def __init__(self, cfg: LMConfig):
         super().__init__()
@@ -119,7 +120,7 @@ class Context:
 
 
 class LanguageModel(nn.Module):
-    """`lm(lm.token_embedding(ids))` -> hidden states; `lm.logits(hidden)`; `lm.loss(hidden, targets)`."""
+    """`lm(lm.token_embedding(ids))` -> hidden; `lm.logits(hidden)`; `lm.loss(hidden, targets)`."""
 
     def __init__(self, cfg: LMConfig):
         super().__init__()
@@ -141,8 +142,9 @@ class LanguageModel(nn.Module):
     ) -> Tensor:
         """Token embeddings [B, T, D] -> hidden states [B, T, D], after the last norm.
 
-        `positions` [B, T] default to 0..T-1. `segments` [B, T] keep packed samples apart. With a `cache`,
-        x continues what the cache holds and `positions` name the slots. Raises ValueError past the context.
+        `positions` [B, T] default to 0..T-1. `segments` [B, T] keep packed samples apart. With a
+        `cache`, x continues what the cache holds and `positions` name the slots. Raises ValueError
+        past the context.
         """
         B, T, _ = x.shape
         if positions is None:
@@ -153,7 +155,8 @@ class LanguageModel(nn.Module):
             )
         if self.cfg.lm_max_position_embeddings < T:
             raise ValueError(
-                f"{T} tokens exceed lm_max_position_embeddings = {self.cfg.lm_max_position_embeddings}"
+                f"{T} tokens exceed lm_max_position_embeddings = "
+                f"{self.cfg.lm_max_position_embeddings}"
             )
         freq = rope_frequencies(self.cfg, x.device)
         ctx = Context(rope_tables(freq, positions, x.dtype), positions, segments, cache)
@@ -166,9 +169,10 @@ class LanguageModel(nn.Module):
         return self.head(hidden)
 
     def loss(self, hidden: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-        """Cross-entropy over the positions of `targets` [B, T] that are not -100; only those meet the head.
+        """Cross-entropy where `targets` [B, T] are not -100; only those positions meet the head.
 
-        `reduction` is "mean" or "sum" as in F.cross_entropy, but without any target the loss is 0, not NaN.
+        `reduction` is "mean" or "sum" as in F.cross_entropy, but without any target the loss is 0,
+        not NaN.
         """
         kept = (targets.flatten() != -100).nonzero()[:, 0]
         logits = self.logits(hidden.flatten(0, 1).index_select(0, kept))  # [kept, V]

@@ -1,4 +1,4 @@
-"""From patches to tokens: fold neighbouring patches into one, project to the language model's width.
+"""From patches to tokens: fold neighbouring patches, project to the language model's width.
 
 Letters: N tiles, P patches, G patches per side, F shuffle factor, D width.
 """
@@ -15,9 +15,9 @@ from configs import VLMConfig
 def pixel_shuffle(x: Tensor, factor: int) -> Tensor:
     """[N, P, D] -> [N, P / F^2, F^2 * D]: each F x F square of patches becomes one token.
 
-    Channels come in the order (row, column, channel) within the square, as in transformers' Idefics3Connector.
-    Raises ValueError unless the patches form a square grid that the factor divides.
-    """
+    Channels come in the order (row, column, channel) within the square, as in transformers'
+    Idefics3Connector. Raises ValueError unless the patches form a square grid that the factor
+    divides. """
     N, P, D = x.shape
     grid = math.isqrt(P)
     if grid * grid != P or grid % factor:

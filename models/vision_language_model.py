@@ -1,8 +1,9 @@
-"""The whole model: encode the images, project them, put them where the text says `<image>`, run the decoder.
+"""The whole model: encode images, project them, put them at the text's `<image>`, run the decoder.
 
 Not here: files and the Hub (models/checkpoint_files.py), tokenizer and pixels (data/processor.py).
 
-Letters: B batch, T tokens, N tiles, Q image tokens per tile, D width of the language model, V vocabulary.
+Letters: B batch, T tokens, N tiles, Q image tokens per tile, D width of the language model,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from models.vision_transformer import ViT
 class VisionLanguageModel(nn.Module):
     """`logits, loss = model(input_ids, images, attention_mask, targets)`.
 
-    A batch without images runs one blank tile multiplied by zero, so that every process of a distributed
-    run builds the same graph and text-only rows train.
+    A batch without images runs one blank tile multiplied by zero, so that every process of a
+    distributed run builds the same graph and text-only rows train.
     """
 
     def __init__(self, cfg: VLMConfig):
@@ -44,7 +45,10 @@ class VisionLanguageModel(nn.Module):
         return {"vision": self.vision_encoder, "projector": self.MP, "language": self.decoder}
 
     def embed_images(self, images: Tensor | None) -> Tensor:
-        """Tiles [N, 3, H, W] -> image tokens [N, Q, D]; [0, Q, D] without images, still part of the graph."""
+        """Tiles [N, 3, H, W] -> image tokens [N, Q, D].
+
+        Without images [0, Q, D], still part of the graph.
+        """
         if images is None or len(images) == 0:
             cfg = self.cfg
             blank = self.MP.proj.weight.new_zeros(
@@ -57,8 +61,8 @@ class VisionLanguageModel(nn.Module):
     def embed(self, input_ids: Tensor, images: Tensor | None) -> Tensor:
         """Token embeddings [B, T, D] with the image tokens at their placeholders, in reading order.
 
-        Raises ValueError naming the row when a row's placeholders are no whole number of tiles, and when
-        all placeholders together are not N x Q: scattering anyway would silently corrupt.
+        Raises ValueError naming the row when a row's placeholders are no whole number of tiles, and
+        when all placeholders together are not N x Q: scattering anyway would silently corrupt.
         """
         x = self.decoder.token_embedding(input_ids)  # [B, T, D]
         image_tokens = self.embed_images(images).to(x.dtype)  # [N, Q, D]
@@ -96,9 +100,10 @@ class VisionLanguageModel(nn.Module):
         """`(logits [B, T, V] or None, loss or None)`.
 
         input_ids [B, T]; images [N, 3, H, W], normalised, in reading order of the placeholders.
-        targets [B, T], already shifted, -100 = no loss; with targets, logits is None unless `return_logits`.
-        attention_mask [B, T] marks padding with 0 on either side; segments [B, T] keep packed samples apart
-        (0 = padding). Both together are a ValueError. positions [B, T] restart with every packed sample.
+        targets [B, T], already shifted, -100 = no loss; with targets, logits is None unless
+        `return_logits`. attention_mask [B, T] marks padding with 0 on either side; segments [B, T]
+        keep packed samples apart (0 = padding). Both together are a ValueError. positions [B, T]
+        restart with every packed sample.
         """
         if attention_mask is not None:
             if segments is not None:
@@ -115,7 +120,10 @@ class VisionLanguageModel(nn.Module):
     def prefill(
         self, input_ids: Tensor, images: Tensor | None, lengths: Tensor, cache: KVCache
     ) -> Tensor:
-        """Run prompts [B, T], padded at the end to unequal `lengths` [B], into the cache -> next logits [B, V]."""
+        """Run prompts [B, T] into the cache -> next logits [B, V].
+
+        The prompts are of unequal `lengths` [B], padded at the end.
+        """
         hidden = self.decoder(self.embed(input_ids, images), cache=cache)  # [B, T, D]
         return self.decoder.logits(
             hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1]
@@ -133,7 +141,10 @@ class VisionLanguageModel(nn.Module):
         attention_mask: Tensor | None = None,
         sampling: Sampling = Sampling(),
     ) -> Tensor:
-        """New tokens [B, at most max_new_tokens]; rows that stopped early end in pad. See models/generation.py."""
+        """New tokens [B, at most max_new_tokens]; rows that stopped early end in pad.
+
+        See models/generation.py.
+        """
         return generate(self, input_ids, images, attention_mask, sampling)
 
     def stream(
@@ -154,7 +165,7 @@ class VisionLanguageModel(nn.Module):
         return checkpoint_files.load_vlm(source)
 
     def save_pretrained(self, directory: str | Path, processor=None) -> None:
-        """Write an Idefics3 directory: weights, config.json and, given a processor, all it needs to reload."""
+        """Write an Idefics3 directory: weights, config.json and, given a processor, its files."""
         from models import checkpoint_files
 
         checkpoint_files.save_vlm(self, directory)

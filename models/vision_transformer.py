@@ -1,9 +1,10 @@
-"""The vision encoder: a pre-norm Vision Transformer (Dosovitskiy et al. 2020; SigLIP's variant by default).
+"""The vision encoder: a pre-norm Vision Transformer (Dosovitskiy et al. 2020; default: SigLIP's).
 
-One ViT for three jobs through `forward_features -> pool`: eyes of a VLM, classifier, image embeddings.
+One ViT, three jobs through `forward_features -> pool`: eyes of a VLM, classifier, image embeddings.
 Not here: image resizing (data/images.py), weights of other layouts (models/pretrained).
 
-Letters: N tiles, P patches, T tokens (CLS and registers, then patches), D width, H heads, C head width.
+Letters: N tiles, P patches, T tokens (CLS and registers, then patches), D width, H heads,
+C head width.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ ACTIVATIONS = {
 
 
 class ViTPatchEmbeddings(nn.Module):
-    """Images [N, 3, H, W] -> tokens [N, T, D]: cut into patches, project, add a learned position to each.
+    """Images [N, 3, H, W] -> tokens [N, T, D]: cut into patches, project, add learned positions.
 
     The strided convolution *is* cut, flatten, multiply: its kernel sees each patch once.
     """
@@ -121,7 +122,10 @@ class ViTBlock(nn.Module):
 
 
 class ViTMapPool(nn.Module):
-    """One learned query attends to all tokens (transformers' SiglipMultiheadAttentionPoolingHead)."""
+    """One learned query attends to all tokens.
+
+    It is transformers' SiglipMultiheadAttentionPoolingHead.
+    """
 
     def __init__(self, cfg: ViTConfig):
         super().__init__()
@@ -136,7 +140,7 @@ class ViTMapPool(nn.Module):
 
 
 class ViT(nn.Module):
-    """`forward_features(images)` -> all tokens, normalised; `ViT(images)` -> what `vit_pool` says."""
+    """`forward_features(images)` -> all tokens, normalised; `ViT(images)` -> as `vit_pool` says."""
 
     def __init__(self, cfg: ViTConfig):
         super().__init__()
@@ -152,7 +156,7 @@ class ViT(nn.Module):
         init_weights(self, n_residual=2 * cfg.vit_n_blocks)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """[N, channels, size, size] -> [N, T, D], CLS and registers first, after the last layer norm."""
+        """[N, channels, size, size] -> [N, T, D] after the last norm, CLS and registers first."""
         x = self.dropout(self.patch_embedding(images))
         for block in self.blocks:
             x = block(x)
@@ -172,8 +176,11 @@ class ViT(nn.Module):
 
 
 def init_weights(module: nn.Module, n_residual: int) -> None:
-    """Fill every parameter: matrices N(0, 1/fan_in), those that write to the residual stream smaller by
-    sqrt(n_residual) (Radford et al. 2019), embeddings and tokens N(0, 0.02), norms one, biases zero."""
+    """Fill every parameter with its first values.
+
+    Matrices N(0, 1/fan_in), those that write to the residual stream smaller by sqrt(n_residual)
+    (Radford et al. 2019), embeddings and tokens N(0, 0.02), norms one, biases zero.
+    """
     for name, param in module.named_parameters():
         if "norm" in name or ".ln" in name:
             nn.init.constant_(param, 1.0 if name.endswith("weight") else 0.0)

@@ -45,3 +45,77 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 def tiny_model() -> VisionLanguageModel:
     torch.manual_seed(0)
     return randomise(VisionLanguageModel(VLMConfig()))
+
+
+@pytest.fixture(name="randomise")
+def randomise_fixture():
+    return randomise
+
+
+def small_config(**changes) -> VLMConfig:
+    """Sizes that differ wherever they may, so that a swapped one cannot fit by chance."""
+    sizes = dict(
+        vit_img_size=16,
+        vit_patch_size=4,
+        vit_hidden_dim=32,
+        vit_inter_dim=56,
+        vit_n_heads=2,
+        vit_n_blocks=2,
+        lm_hidden_dim=48,
+        lm_inter_dim=72,
+        lm_n_heads=4,
+        lm_n_kv_heads=2,
+        lm_n_blocks=3,
+        lm_vocab_size=101,
+        lm_max_position_embeddings=128,
+        max_img_size=16,
+    )
+    return VLMConfig(**(sizes | changes))
+
+
+@pytest.fixture(name="small_config")
+def small_config_fixture():
+    return small_config
+
+
+@pytest.fixture
+def small_model():
+    """Random weights of `small_config(**changes)`, in eval mode."""
+
+    def build(**changes) -> VisionLanguageModel:
+        torch.manual_seed(0)
+        return randomise(VisionLanguageModel(small_config(**changes)))
+
+    return build
+
+
+@pytest.fixture
+def make_sample():
+    """(ids [T], images [n_tiles, 3, H, W]): words; a tile's placeholders follow their own word."""
+
+    def make(cfg: VLMConfig, n_tiles: int, n_words: int, seed: int):
+        g = torch.Generator().manual_seed(seed)
+        words = torch.randint(4, cfg.lm_vocab_size, (n_words + n_tiles,), generator=g)
+        tile = torch.full((cfg.tokens_per_tile,), cfg.vlm_image_token_id)
+        parts = [part for i in range(n_tiles) for part in (words[i : i + 1], tile)]
+        size = cfg.vit_img_size
+        images = torch.randn(n_tiles, 3, size, size, generator=g)
+        return torch.cat([*parts, words[n_tiles:]]), images
+
+    return make
+
+
+@pytest.fixture
+def pad_rows():
+    """Samples -> (ids [B, T], images of all, attention_mask [B, T]), padded on the `side`."""
+
+    def pad(cfg: VLMConfig, samples: list, side: str):
+        T = max(len(ids) for ids, _ in samples)
+        rows = torch.full((len(samples), T), cfg.vlm_pad_token_id)
+        mask = torch.zeros_like(rows)
+        for row, (ids, _) in enumerate(samples):
+            where = slice(0, len(ids)) if side == "right" else slice(T - len(ids), T)
+            rows[row, where], mask[row, where] = ids, 1
+        return rows, torch.cat([images for _, images in samples]), mask
+
+    return pad

@@ -1,6 +1,6 @@
 """Reads a table in both directions, and says what does not fit.
 
-Not here: any layout's names (siglip.py, llama.py, idefics3.py), or files (models/checkpoint_files.py).
+Not here: any layout's names (siglip.py, llama.py, idefics3.py), files (models/checkpoint_files.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def prefixed(table: Table, ours: str, theirs: str) -> Table:
 
 
 def expand(table: Table, n_layers: Mapping[str, int]) -> dict[str, str]:
-    """Our name -> their name, `{i}` counted through. `n_layers` gives the number for each of our prefixes."""
+    """Our name -> their name, `{i}` counted through; `n_layers`: how many, by prefix of ours."""
     names = {}
     for ours, theirs in table:
         if "{i}" not in ours:
@@ -45,8 +45,8 @@ def to_ours(
 ) -> dict[str, Tensor]:
     """Their tensors under our names: exactly those `wanted`, in shape too.
 
-    Names that end in one of `ignore` carry no weights. Raises `InputError` listing everything left over,
-    missing or misshapen.
+    Names that end in one of `ignore` carry no weights. Raises `InputError` listing everything left
+    over, missing or misshapen.
     """
     theirs = {names[name]: name for name in wanted}
     extra = [n for n in found if n not in theirs and not n.endswith(tuple(ignore))]

@@ -31,20 +31,25 @@ def names(cfg: VLMConfig) -> dict[str, str]:
 
 
 def is_expressible(cfg: VLMConfig) -> bool:
-    """Whether Idefics3 has a place for everything: its encoder knows neither CLS nor registers nor other pools."""
+    """Whether Idefics3 has a place for everything.
+
+    Its encoder knows neither CLS nor registers nor other pools, and no decoder of its kind has both
+    a bias on queries, keys and values alone (Qwen2) and a norm of queries and keys (Qwen3).
+    """
     return (
         not cfg.vit_cls_flag
         and not cfg.vit_n_registers
         and cfg.vit_qkv_bias
         and cfg.vit_pool in ("auto", "none")
+        and not (cfg.lm_qkv_bias and cfg.lm_qk_norm)
     )
 
 
 def config_json(cfg: VLMConfig, dtype: str) -> dict:
     """config.json as transformers 4 and 5, vLLM, llama.cpp and MLX read it; every size explicit.
 
-    The head is declared untied and its weight written even when we tie it: v4 and v5 disagree about which of
-    the two flags decides, and a head both sides find in the file needs neither.
+    The head is declared untied and its weight written even when we tie it: v4 and v5 disagree about
+    which of the two flags decides, and a head both sides find in the file needs neither.
     """
     rope: dict[str, object] = {"rope_type": cfg.lm_rope_type, "rope_theta": cfg.lm_re_base}
     if cfg.lm_rope_type != "default":

@@ -1,6 +1,8 @@
-"""The decoder of Llama, SmolLM2, Qwen2 and Qwen3 (transformers' LlamaModel and kin), without the head.
+"""The decoder of Llama, SmolLM2, Qwen2 and Qwen3, without the head.
 
-Which biases and norms exist is the config's business: names of absent parameters are never asked for.
+In transformers: LlamaModel and kin.
+Which biases and norms exist is the config's business: names of absent parameters are never asked
+for.
 """
 
 from models.pretrained.engine import Table

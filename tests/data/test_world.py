@@ -26,7 +26,7 @@ PER_SKILL = 300
 
 @pytest.fixture(scope="module")
 def scored():
-    """(scene, question) of a whole test; the scene is found again through the row, as a reader would."""
+    """(scene, question) of a whole test; the scene is found through the row, as a reader would."""
     pairs = [
         (int(sample.row.split()[-1]), question)
         for sample, question in world.questions(0, "test", PER_SKILL)
@@ -49,7 +49,7 @@ def singular(plural: str) -> str:
 
 
 def solve(scene: world.Scene, text: str) -> list[str]:
-    """Every answer that fits, from the things alone: one answer means that the question is unambiguous."""
+    """Every answer that fits, from the things alone: one answer means an unambiguous question."""
     things = [(t.cell // 3, t.cell % 3, t.color, t.shape, t.size) for t in scene.things]
 
     def find(words: str) -> list[tuple]:
@@ -162,7 +162,7 @@ def test_sample_is_one_conversation():
 
 def test_nothing_held_out_in_training(conversations):
     banned = [f"{color} {shape}" for color, shape in world.HELD_PAIRS] + sorted(world.HELD_NUMBERS)
-    for split, scene, turns in conversations:
+    for _, scene, turns in conversations:
         assert not held_kinds(scene)
         text = " ".join(turn.text for turn in turns)
         assert not any(words in text for words in banned), text
@@ -229,7 +229,7 @@ def test_balanced_and_not_guessable(scored, conversations):
 
 
 def test_negatives_are_hard(scored):
-    """Color and shape of what is not there are both there on other things, where such a kind exists."""
+    """Color and shape of what is absent are both on other things, where such a kind exists."""
     for scene, question in scored:
         if question.skill == "exist" and question.answer == "no":
             here = {(t.color, t.shape) for t in scene.things}
@@ -253,10 +253,8 @@ def test_drawings_stay_in_their_cells():
         assert [t.cell for t in scene.things] == sorted(t.cell for t in scene.things)
         assert {cell for cell in range(9) if changed[cell // 3, :, cell % 3].max() > 60} == occupied
         assert not any(changed[cell // 3, :, cell % 3].any() for cell in set(range(9)) - occupied)
-    for (
-        shape
-    ) in world.SHAPES:  # at the far ends of the jitter too, nothing is cut off at the border
-        for size, (radius, reach) in world.SIZES.items():
+    for shape in world.SHAPES:  # at the far ends of the jitter too, nothing is cut at the border
+        for size, (_, reach) in world.SIZES.items():
             middle = world._coverage(world.Thing(0, shape, "red", size, 0, 0)).sum()
             for dx, dy in ((-reach, -reach), (reach, -reach), (-reach, reach), (reach, reach)):
                 moved = world._coverage(world.Thing(0, shape, "red", size, dx, dy)).sum()

@@ -1,0 +1,283 @@
+"""Pictures: any file opens upright as RGB or is refused in one sentence; tiles are Idefics3's."""
+
+from __future__ import annotations
+
+import random
+import resource
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import Idefics3ImageProcessorPil
+
+from configs import InputError, VLMConfig
+from data.images import fit_longest, grid, normalise, open_image, tile
+
+NOT_PICTURES = {"", ".txt", ".json", ".md", ".readme"}
+EXTREME = [(5, 9), (120, 30), (70, 100), (1, 300), (300, 1), (1, 1), (2, 1), (48, 48), (128, 128)]
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def config(tile_size: int, longest: int) -> VLMConfig:
+    return VLMConfig(vit_img_size=tile_size, vit_patch_size=tile_size // 4, max_img_size=longest)
+
+
+# --- Tiles --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tile_size, longest", [(32, 128), (48, 48), (16, 96), (40, 80)])
+def test_tiles_and_pixels_are_those_of_transformers(tile_size, longest):
+    cfg, rng = config(tile_size, longest), random.Random(tile_size)
+    theirs = Idefics3ImageProcessorPil(
+        size={"longest_edge": longest},
+        max_image_size={"longest_edge": tile_size},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    sizes = EXTREME + [(rng.randint(1, 300), rng.randint(1, 300)) for _ in range(60)]
+    for seed, size in enumerate(sizes):
+        picture = noise(*size, seed)
+        want = theirs([picture], return_tensors="pt", return_row_col_info=True)
+        tiles, (rows, cols) = tile(picture, cfg)
+        assert (rows, cols) == (want["rows"][0][0], want["cols"][0][0]), size
+        assert grid(*size, cfg) == (rows, cols), size
+        assert tiles.dtype == np.uint8 and tiles.shape[1:] == (tile_size, tile_size, 3)
+        ours = normalise(tiles.copy(), cfg)
+        assert ours.shape == want["pixel_values"][0].shape, size
+        assert (ours - want["pixel_values"][0]).abs().max() <= 1e-6, size
+
+
+def test_grid_of_the_460m_preset_without_pixels():
+    """Idefics3's sizes at 512 / 2048, and the 4096 cap that only an edge beyond it meets."""
+    cfg = VLMConfig(vit_img_size=512, vit_patch_size=16, max_img_size=2048)
+    theirs = Idefics3ImageProcessorPil(
+        size={"longest_edge": 2048}, max_image_size={"longest_edge": 512}
+    )
+    rng = random.Random(0)
+    sizes = EXTREME + [(rng.randint(1, 5000), rng.randint(1, 5000)) for _ in range(500)]
+    for width, height in sizes:
+        _, rows, cols = theirs.get_number_of_image_patches(height, width, {})
+        assert grid(width, height, cfg) == ((rows, cols) if rows * cols > 1 else (0, 0))
+
+
+@pytest.mark.parametrize("size", [(9000, 10), (10, 9000), (9000, 8999), (9000, 9000)])
+def test_no_edge_grows_beyond_4096(size):
+    width, height = fit_longest(*size, 9000)
+    assert max(width, height) == 4096
+    assert abs(width / height - size[0] / size[1]) <= 0.15 * size[0] / size[1]
+
+
+def test_tiles_read_row_by_row_with_the_global_view_last():
+    """Four flat quarters of exactly tile size come back unblended, in reading order."""
+    cfg = config(16, 32)
+    quarters = np.array([[10, 90], [170, 250]], dtype=np.uint8)
+    pixels = quarters.repeat(16, 0).repeat(16, 1)[..., None].repeat(3, 2)
+    tiles, at = tile(Image.fromarray(pixels), cfg)
+    assert at == (2, 2) and len(tiles) == 5
+    assert [np.unique(t).tolist() for t in tiles[:4]] == [[10], [90], [170], [250]]
+    corners = tiles[4][[0, 0, -1, -1], [0, -1, 0, -1], 0]
+    assert np.abs(corners.astype(int) - [10, 90, 170, 250]).max() <= 12
+
+
+def test_normalise_maps_black_and_white():
+    cfg = VLMConfig(vit_image_mean=(0.5, 0.25, 0.0), vit_image_std=(0.5, 0.25, 1.0))
+    black_white = np.stack([np.zeros((4, 4, 3)), np.full((4, 4, 3), 255)]).astype(np.uint8)
+    x = normalise(black_white, cfg)
+    assert x.shape == (2, 3, 4, 4) and x.is_contiguous()
+    assert x[:, :, 0, 0].tolist() == [[-1, -1, 0], [1, 3, 1]]
+
+
+# --- Opening ------------------------------------------------------------------------------------
+
+
+def pictures(folder):
+    return [
+        f for f in sorted(folder.rglob("*")) if f.is_file() and f.suffix.lower() not in NOT_PICTURES
+    ]
+
+
+def test_every_shared_picture_opens_as_rgb(shared):
+    files = pictures(shared / "images")
+    assert len(files) > 250
+    for file in files:
+        image = open_image(file)
+        assert image.mode == "RGB" and min(image.size) >= 1, file
+        assert np.asarray(image).shape == (image.height, image.width, 3), file
+
+
+def test_modes_that_convert_agrees_on(shared):
+    """Where Pillow's own convert is right (no alpha, 8 bit, no rotation) the pixels are its own."""
+    names = ["hopper.bmp", "hopper.gif", "hopper.ppm", "hopper_gray.jpg", "hopper_g4.tif"]
+    names += ["pil_sample_cmyk.jpg", "hopper_8bit.pgm", "flower.webp", "tiff_strip_cmyk_jpeg.tif"]
+    for name in names:
+        path = shared / "images" / "pillow_modes" / name
+        want = np.asarray(Image.open(path).convert("RGB"))
+        assert np.array_equal(np.asarray(open_image(path)), want), name
+
+
+def test_the_same_scene_in_many_formats_looks_the_same(shared):
+    folder = shared / "images" / "pillow_modes"
+    want = np.asarray(open_image(folder / "hopper.png").resize((16, 16)), dtype=float)
+    names = ("hopper.jpg", "hopper.webp", "hopper.avif", "hopper.bmp", "hopper.gif")
+    for name in names:
+        got = np.asarray(open_image(folder / name).resize((16, 16)), dtype=float)
+        assert np.abs(got - want).mean() < 12, name
+    grey = want @ [0.299, 0.587, 0.114]
+    for name in ("hopper_16bit.pgm", "hopper_gray.jpg", "hopper_8bit.pgm", "hopper_gray_4bpp.tif"):
+        got = np.asarray(open_image(folder / name).resize((16, 16)), dtype=float)
+        assert np.abs(got - grey[..., None]).mean() < 12, name
+
+
+def test_exif_orientations_come_out_upright(shared):
+    folder = shared / "images" / "exif_orientation"
+    looks = []
+    for i in range(9):
+        image = open_image(folder / f"Landscape_{i}.jpg")
+        assert image.size == (1800, 1200), i
+        looks.append(np.asarray(image.resize((30, 20), Image.Resampling.BOX), dtype=float))
+    for i, look in enumerate(looks[1:], 1):
+        assert np.abs(look - looks[1]).mean() < 6, f"Landscape_{i}"
+        # A wrong flip or turn would be far off: the test can fail.
+        assert np.abs(look[:, ::-1] - looks[1]).mean() > 20
+        assert np.abs(look[::-1] - looks[1]).mean() > 20
+    assert {open_image(folder / f"Portrait_{i}.jpg").size for i in (6, 8)} == {(1200, 1800)}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_made_here(tmp_path, orientation):
+    """An upright picture stored turned the way each EXIF value says opens upright again."""
+    upright = noise(7, 4, 3)
+    stored = {
+        1: lambda x: x,
+        2: lambda x: x.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+        3: lambda x: x.transpose(Image.Transpose.ROTATE_180),
+        4: lambda x: x.transpose(Image.Transpose.FLIP_TOP_BOTTOM),
+        5: lambda x: x.transpose(Image.Transpose.TRANSPOSE),
+        6: lambda x: x.transpose(Image.Transpose.ROTATE_90),
+        7: lambda x: x.transpose(Image.Transpose.TRANSVERSE),
+        8: lambda x: x.transpose(Image.Transpose.ROTATE_270),
+    }[orientation](upright)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(np.asarray(open_image(tmp_path / "a.png")), np.asarray(upright))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bit_grey_keeps_its_scale(tmp_path, suffix):
+    values = np.array([[0, 257 * 64, 257 * 128, 65535], [257, 257 * 2, 65535, 0]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / f"a.{suffix}")
+    image = np.asarray(open_image(tmp_path / f"a.{suffix}"))
+    assert image[..., 0].tolist() == [[0, 64, 128, 255], [1, 2, 255, 0]]
+    assert (image == image[..., :1]).all()
+    Image.fromarray(values // 4).save(tmp_path / f"dark.{suffix}")  # not stretched to its range
+    assert open_image(tmp_path / f"dark.{suffix}").getextrema()[0] == (0, 64)
+
+
+def test_float_grey_is_scaled_by_its_own_range():
+    values = np.array([[-1.0, 0.0, 1.0, np.nan]], dtype=np.float32)
+    assert np.asarray(open_image(Image.fromarray(values)))[0, :, 0].tolist() == [0, 128, 255, 128]
+    flat = np.full((2, 2), 1e9, dtype=np.float32)
+    assert open_image(Image.fromarray(flat)).size == (2, 2)
+
+
+def test_transparency_is_laid_over_white():
+    rgba = np.zeros((1, 3, 4), dtype=np.uint8)
+    rgba[0, :, 3] = [0, 128, 255]
+    assert np.asarray(open_image(Image.fromarray(rgba)))[0, :, 0].tolist() == [255, 127, 0]
+    grey = Image.fromarray(rgba[..., [0, 3]], mode="LA")
+    assert np.asarray(open_image(grey))[0, :, 0].tolist() == [255, 127, 0]
+
+
+def test_palette_and_colour_key_transparency(tmp_path):
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([200, 0, 0, 0, 0, 200])
+    palette.putdata([0, 1])
+    palette.save(tmp_path / "plain.png")
+    palette.save(tmp_path / "clear.png", transparency=0)
+    assert np.asarray(open_image(tmp_path / "plain.png"))[0].tolist() == [[200, 0, 0], [0, 0, 200]]
+    seen = np.asarray(open_image(tmp_path / "clear.png"))[0].tolist()
+    assert seen == [[255, 255, 255], [0, 0, 200]]
+    Image.new("RGB", (1, 1), (9, 8, 7)).save(tmp_path / "key.png", transparency=(9, 8, 7))
+    assert np.asarray(open_image(tmp_path / "key.png"))[0, 0].tolist() == [255, 255, 255]
+
+
+def test_cmyk_one_bit_and_first_frame(tmp_path):
+    ink = np.array([[[0, 0, 0, 0], [255, 255, 0, 0], [0, 0, 0, 255]]], dtype=np.uint8)
+    cmyk = np.asarray(open_image(Image.fromarray(ink, mode="CMYK")))[0].tolist()
+    assert cmyk == [[255, 255, 255], [0, 0, 255], [0, 0, 0]]
+    assert open_image(Image.new("1", (2, 2), 1)).getpixel((0, 0)) == (255, 255, 255)
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "lime", "blue")]
+    for suffix in ("gif", "webp", "tif"):
+        path = tmp_path / f"a.{suffix}"
+        frames[0].save(path, save_all=True, append_images=frames[1:])
+        r, g, b = open_image(path).getpixel((1, 1))
+        assert r > 240 and max(g, b) < 15, suffix
+
+
+def test_a_given_picture_is_not_changed():
+    picture = noise(6, 5)
+    picture.getexif()[0x0112] = 6
+    before = picture.tobytes()
+    assert open_image(picture).size == (5, 6)
+    assert picture.size == (6, 5) and picture.tobytes() == before
+
+
+# --- Refusing -----------------------------------------------------------------------------------
+
+
+def test_each_corrupt_file_opens_or_is_refused_in_one_sentence(shared):
+    opened = refused = 0
+    for file in sorted(f for f in (shared / "corrupt").rglob("*") if f.is_file()):
+        try:
+            image = open_image(file)
+        except InputError as error:
+            message = str(error)
+            assert str(file) in message and "\n" not in message and message.endswith("."), message
+            assert len(message) < 200 + len(str(file)) * 2, message
+            refused += 1
+        else:
+            assert image.mode == "RGB" and np.asarray(image).shape[2] == 3, file
+            opened += 1
+    assert opened > 20 and refused > 60
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"])
+def test_not_a_picture(tmp_path, content):
+    (tmp_path / "x.png").write_bytes(content)
+    with pytest.raises(InputError, match=r"x\.png: not a readable picture"):
+        open_image(tmp_path / "x.png")
+
+
+def test_missing_file_and_directory(tmp_path):
+    with pytest.raises(InputError, match=r"nowhere\.png: no such file"):
+        open_image(tmp_path / "nowhere.png")
+    with pytest.raises(InputError, match="not a readable picture"):
+        open_image(str(tmp_path))
+
+
+@pytest.mark.parametrize("width, height", [(60_000, 60_000), (12_000, 8_000), (2**31 - 1, 1)])
+def test_a_bomb_is_refused_without_allocating(tmp_path, width, height):
+    """A PNG of a few bytes that claims to be huge, on both sides of Pillow's own hard limit."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        sum_ = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + sum_
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InputError, match=r"bomb\.png.*pixels"):
+        open_image(tmp_path / "bomb.png")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # KiB
+
+
+def test_a_large_legal_picture_opens():
+    assert open_image(Image.new("L", (9000, 9000))).size == (9000, 9000)

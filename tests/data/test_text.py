@@ -1,0 +1,263 @@
+"""Ids and loss mask made turn by turn equal the chat template on the whole conversation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from configs import PRESETS, InputError, VLMConfig
+from data import text, world
+from data.sample import Turn
+
+U, A, S = "user", "assistant", "system"
+CONVERSATIONS = [
+    [(U, "<image>What is it?"), (A, "a cat")],
+    [
+        (U, "What is it?<image>"),
+        (A, "a cat"),
+        (U, "And here <image>, or <image>?"),
+        (A, "42 dogs!"),
+    ],
+    [(S, "Be brief."), (U, "  hi\n"), (A, " \n hello  there "), (U, "1+1?"), (A, "2")],
+    [(U, "no answer yet")],
+    [(U, ""), (A, "")],
+    [(U, "<image>"), (A, "7"), (A, "two answers in a row"), (U, "x"), (U, "y"), (A, "\n\nz\n\n")],
+    [(U, "<image><image> both?"), (A, ":-) \N{SMILING FACE WITH SUNGLASSES} déjà vu 漢字 ١٢")],
+    [(A, "the assistant begins"), (U, "so?"), (A, "'s what it says")],
+]
+
+
+@pytest.fixture(scope="module", params=["tiny", "smollm2"])
+def ours(request):
+    """(tokenizer, config) of the tiny preset and of the 222m preset."""
+    if request.param == "tiny":
+        cfg = PRESETS["tiny"].model
+        tokenizer = text.train_tokenizer(world.corpus(), cfg.lm_vocab_size)
+    else:
+        shared = request.getfixturevalue("shared")
+        cfg = replace(PRESETS["222m"].model, lm_tokenizer=str(shared / "tokenizers" / "smollm2"))
+        tokenizer = text.load_tokenizer(cfg.lm_tokenizer)
+    return text.add_special_tokens(tokenizer, cfg), cfg
+
+
+@pytest.fixture(scope="module")
+def theirs(ours, tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    ours[0].save(str(path))
+    return PreTrainedTokenizerFast(tokenizer_file=str(path), chat_template=text.CHAT_TEMPLATE)
+
+
+def as_strings(turns):
+    return [{"role": role, "content": said.strip()} for role, said in turns]
+
+
+def as_parts(turns):
+    """Each `<image>` is its own part, as transformers' users write it."""
+    messages = []
+    for role, said in turns:
+        parts = []
+        for i, words in enumerate(said.strip().split(text.IMAGE)):
+            parts += [{"type": "image"}] if i else []
+            parts += [{"type": "text", "text": words}] if words else []
+        messages.append({"role": role, "content": parts or [{"type": "text", "text": ""}]})
+    return messages
+
+
+def encode(tokenizer, turns, strings=None):
+    n_images = sum(said.count(text.IMAGE) for _, said in turns)
+    turns = [Turn(*turn) for turn in turns]
+    runs = text.pieces(turns, strings or [text.IMAGE] * n_images)
+    ids, supervised = text.encode_pieces(tokenizer, runs)
+    return ids.tolist(), supervised.tolist()
+
+
+def expected_supervised(tokenizer, turns):
+    """What the model must say, written down without the code under test."""
+    return [f" {said.strip()}{text.END_OF_TURN}" for role, said in turns if role == A]
+
+
+def spans(ids, supervised):
+    """Runs of supervised ids, cut after every end of turn."""
+    runs, run = [], []
+    for i, (token, wanted) in enumerate(zip(ids, supervised)):
+        if wanted:
+            run.append(token)
+        if run and (not wanted or i == len(ids) - 1):
+            runs.append(run)
+            run = []
+    return runs
+
+
+@pytest.mark.parametrize("turns", CONVERSATIONS)
+def test_ids_equal_the_chat_template_on_the_whole(ours, theirs, turns):
+    ids, supervised = encode(ours[0], turns)
+    for messages in (as_strings(turns), as_parts(turns)):
+        rendered = theirs.apply_chat_template(messages, tokenize=False)
+        assert ids == theirs(rendered, add_special_tokens=False)["input_ids"]
+        assert ids == theirs.apply_chat_template(messages, return_dict=False)
+    said = [ours[0].decode(run, skip_special_tokens=False) for run in spans(ids, supervised)]
+    assert said == expected_supervised(ours[0], turns)
+
+
+def test_the_template_is_smolvlms(ours, theirs):
+    """Written out once by hand (INTEROP.md section 3), with the generation prompt."""
+    turns = [(S, "Be kind."), (U, "<image>Hi?"), (A, "Yes."), (U, "Why <image>")]
+    want = (
+        "<|im_start|>System: Be kind.<end_of_utterance>\nUser:<image>Hi?<end_of_utterance>\n"
+        "Assistant: Yes.<end_of_utterance>\nUser: Why <image><end_of_utterance>\nAssistant:"
+    )
+    for messages in (as_strings(turns), as_parts(turns)):
+        got = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert got == want
+
+
+def test_image_strings_are_replaced_in_order(ours, theirs):
+    turns = [(U, "<image>a<image>"), (A, "b"), (U, "c <image> d"), (A, "e")]
+    strings = [text.image_string(2, 1, 3), text.image_string(0, 0, 3), text.image_string(1, 2, 3)]
+    ids, supervised = encode(ours[0], turns, strings)
+    whole = theirs.apply_chat_template(as_strings(turns), tokenize=False)
+    for string in strings:
+        whole = whole.replace(text.IMAGE, "\0" + string.replace(text.IMAGE, "\1"), 1)
+    whole = whole.replace("\0", "").replace("\1", text.IMAGE)
+    assert ids == theirs(whole, add_special_tokens=False)["input_ids"]
+    assert ids.count(ours[1].vlm_image_token_id) == 3 * (3 + 1 + 3)
+    assert sum(supervised) == len(ours[0].encode(" b").ids) + len(ours[0].encode(" e").ids) + 2
+
+
+def test_image_string_written_out():
+    tile, fake = "<image><image>", "<fake_token_around_image>"
+    assert text.image_string(0, 0, 2) == f"{fake}<global-img>{tile}{fake}"
+    assert text.image_string(2, 2, 2) == (
+        f"{fake}<row_1_col_1>{tile}{fake}<row_1_col_2>{tile}\n"
+        f"{fake}<row_2_col_1>{tile}{fake}<row_2_col_2>{tile}\n"
+        f"\n{fake}<global-img>{tile}{fake}"
+    )
+
+
+# --- Any conversation ---------------------------------------------------------------------------
+
+SPECIAL = {text.START, text.PAD, text.END_OF_TURN, text.FAKE, text.GLOBAL, *text.ROWS_COLS}
+# SmolLM2 has no token for these bytes (control characters, planes 4 and up): it drops them.
+LOST = {0x04, 0x06, 0x13, 0x14, 0x16, 0x1D, 0xF1, 0xF2}
+# Surrogates cannot be encoded as UTF-8 at all; test_processor holds what happens to them.
+words = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=30),
+    st.text(alphabet=" \n\t:.'12aé\u00a0\u2028\x1c\u200b<>|", max_size=12),
+    st.sampled_from(
+        ["", " ", "\n", "Assistant: x", "User:", "'s", "  two", "9 9", "<", "<row", "\r\n"]
+    ),
+).filter(lambda s: not any(token in s for token in SPECIAL | {text.IMAGE, "<|"}))
+user = st.lists(st.one_of(words, st.just(text.IMAGE)), max_size=5).map("".join)
+conversations = st.lists(
+    st.one_of(
+        st.tuples(st.just(U), user), st.tuples(st.just(A), words), st.tuples(st.just(S), words)
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(turns=conversations)
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+def test_any_conversation_is_encoded_as_a_whole(ours, theirs, turns):
+    tokenizer = ours[0]
+    n_images = sum(said.count(text.IMAGE) for _, said in turns)
+    text.check_turns([Turn(*turn) for turn in turns], n_images, tokenizer, "row")
+    ids, supervised = encode(tokenizer, turns)
+    rendered = theirs.apply_chat_template(as_strings(turns), tokenize=False)
+    assert ids == tokenizer.encode(rendered, add_special_tokens=False).ids
+    said = [tokenizer.decode(run, skip_special_tokens=False) for run in spans(ids, supervised)]
+    lossy = ours[1].lm_tokenizer != "world" and LOST & set("".join(t for _, t in turns).encode())
+    if not lossy:
+        assert said == expected_supervised(tokenizer, turns)
+
+
+# --- Refusals -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "token", ["<|im_start|>", "<end_of_utterance>", "<row_1_col_1>", "<|im_end|>"]
+)
+@pytest.mark.parametrize("role", [U, A, S])
+def test_special_tokens_in_text_are_refused(ours, token, role):
+    with pytest.raises(InputError, match=r"row 7: .*special token") as caught:
+        text.check_turns([Turn(role, f"say {token}!")], 0, ours[0], "row 7")
+    assert token in str(caught.value)
+
+
+@pytest.mark.parametrize("said, n_images", [("none", 1), ("<image>", 0), ("<image><image>", 3)])
+def test_counts_must_match(ours, said, n_images):
+    with pytest.raises(
+        InputError, match=f"row 7: {said.count('<image>')} <image> .* {n_images} im"
+    ):
+        text.check_turns([Turn(U, said)], n_images, ours[0], "row 7")
+
+
+def test_images_stand_in_user_turns_and_roles_are_known(ours):
+    with pytest.raises(InputError, match="row 7: an answer holds <image>"):
+        text.check_turns([Turn(U, "draw"), Turn(A, "<image>")], 1, ours[0], "row 7")
+    with pytest.raises(InputError, match="'human' must be system, user or assistant"):
+        text.check_turns([Turn("human", "hi")], 0, ours[0], "row 7")
+
+
+# --- Tokenizers ---------------------------------------------------------------------------------
+
+
+def test_smollm2_gets_smolvlms_ids(shared):
+    cfg = replace(PRESETS["222m"].model, lm_tokenizer=str(shared / "tokenizers" / "smollm2"))
+    plain = text.load_tokenizer(cfg.lm_tokenizer)
+    assert plain.get_vocab_size() == 49152
+    before = plain.encode("Déjà vu: 2024\n\n\tx").ids
+    tokenizer = text.add_special_tokens(plain, cfg)
+    wanted = {1: text.START, 2: text.PAD, 49152: text.GLOBAL, 49189: text.FAKE, 49190: text.IMAGE}
+    wanted[49279] = text.END_OF_TURN
+    wanted |= {49153 + i: f"<row_{i // 6 + 1}_col_{i % 6 + 1}>" for i in range(36)}
+    assert {i: tokenizer.id_to_token(i) for i in wanted} == wanted
+    assert tokenizer.get_vocab_size() == 49280 == cfg.lm_vocab_size
+    assert tokenizer.encode("Déjà vu: 2024\n\n\tx").ids == before
+    again = text.add_special_tokens(tokenizer, cfg)  # nothing is added twice
+    assert again.get_vocab_size() == 49280
+
+
+def test_the_tiny_tokenizer(ours):
+    tokenizer, cfg = ours
+    if cfg.lm_vocab_size > 1000:
+        pytest.skip("the tiny one only")
+    assert [tokenizer.id_to_token(i) for i in range(6)] == text.WORLD_SPECIAL[:6]
+    assert 400 < tokenizer.get_vocab_size() <= cfg.lm_vocab_size == 640
+    said = "Any bytes: \x00\x7f ü 漢 \N{PILE OF POO} 123"
+    assert tokenizer.decode(tokenizer.encode(said).ids) == said
+    assert len(tokenizer.encode("2024").ids) == 4  # digits stand alone
+    same = text.train_tokenizer(world.corpus(), cfg.lm_vocab_size)
+    assert same.to_str() == tokenizer.to_str()
+
+
+def test_ids_that_are_not_the_configs_are_refused(shared):
+    cfg = PRESETS["222m"].model
+
+    def load():
+        return text.load_tokenizer(shared / "tokenizers" / "smollm2")
+
+    with pytest.raises(
+        InputError, match="vlm_image_token_id = 5: the tokenizer calls <image> 49190"
+    ):
+        text.add_special_tokens(load(), replace(cfg, vlm_image_token_id=5))
+    with pytest.raises(InputError, match=r"vlm_eos_token_id = 60: .* 49191, set that"):
+        text.add_special_tokens(load(), replace(cfg, vlm_eos_token_id=60))
+    small = VLMConfig(lm_vocab_size=320)
+    with pytest.raises(InputError, match="lm_vocab_size = 320: the tokenizer has 350 tokens"):
+        text.add_special_tokens(text.train_tokenizer(world.corpus(200), 350), small)
+
+
+def test_files_that_are_no_tokenizer(tmp_path):
+    with pytest.raises(InputError, match=r"tokenizer\.json: no such file"):
+        text.load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match=r"tokenizer\.json: not a tokenizer"):
+        text.load_tokenizer(tmp_path)
+    with pytest.raises(InputError, match="nobody/nothing: neither a directory nor"):
+        text.load_tokenizer("nobody/nothing")

@@ -1,0 +1,203 @@
+"""Packed attention is the dense mask, RoPE is transformers', the cache keeps rows apart."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from configs import LMConfig
+from models.attention import (
+    KVCache,
+    _Take,
+    apply_rope,
+    attend,
+    plan_segments,
+    rope_frequencies,
+    rope_tables,
+)
+
+# Rows of (segment id, length); ids need not rise, and neighbours in two rows may share one.
+LAYOUTS = {
+    "one segment": [[(1, 7)]],
+    "unequal": [[(1, 1), (2, 9), (3, 2), (4, 4)]],
+    "rows": [[(1, 5), (2, 11)], [(2, 16)], [(1, 2), (2, 2), (3, 2), (4, 10)]],
+    "padding": [[(1, 6), (2, 3), (0, 5)], [(0, 4), (1, 10)], [(5, 14)]],
+    "singles": [[(i, 1) for i in range(1, 9)]],
+}
+
+
+def lay_out(rows: list) -> torch.Tensor:
+    return torch.tensor([[i for i, n in row for _ in range(n)] for row in rows])
+
+
+def dense(q, k, v, segments):
+    """The oracle: one boolean mask, every key-value head repeated."""
+    T = segments.shape[1]
+    same = segments[:, :, None] == segments[:, None, :]
+    mask = (same & torch.ones(T, T, dtype=torch.bool).tril())[:, None]  # [B, 1, T, T]
+    n = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(n, 1), v.repeat_interleave(n, 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+@pytest.mark.parametrize("n_kv", [1, 2, 4])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_packed_attention_is_the_dense_mask(layout, n_kv):
+    segments = lay_out(LAYOUTS[layout])
+    B, T = segments.shape
+    g = torch.Generator().manual_seed(1)
+    shapes = [(B, 4, T, 6), (B, n_kv, T, 6), (B, n_kv, T, 6)]
+    ours = [torch.randn(s, generator=g, requires_grad=True) for s in shapes]
+    theirs = [x.detach().clone().requires_grad_() for x in ours]
+    real = (segments != 0)[:, None, :, None]  # nobody looks at the output of padding
+    cotangent = torch.randn(shapes[0], generator=g) * real
+
+    out = attend(*ours, causal=True, plan=plan_segments(segments))
+    wanted = dense(*theirs, segments)
+    torch.testing.assert_close(out * real, wanted * real, rtol=0, atol=1e-5)
+    out.backward(cotangent)
+    wanted.backward(cotangent)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=0, atol=1e-5)
+
+
+def test_packed_attention_in_bf16_has_the_gradients_of_fp32():
+    """On CPU the kernel runs in fp32 inside a bf16 graph: only in- and outputs are rounded."""
+    segments = lay_out(LAYOUTS["rows"])
+    B, T = segments.shape
+    g = torch.Generator().manual_seed(1)
+    ours = [torch.randn(B, h, T, 6, generator=g).bfloat16().requires_grad_() for h in (4, 2, 2)]
+    theirs = [x.detach().float().requires_grad_() for x in ours]
+    out, wanted = attend(*ours, causal=True, plan=plan_segments(segments)), dense(*theirs, segments)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), wanted, rtol=2**-8, atol=2**-8)
+    out.float().sum().backward()
+    wanted.sum().backward()
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.grad.dtype == torch.bfloat16
+        torch.testing.assert_close(mine.grad.float(), other.grad, rtol=2**-6, atol=2**-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_token_has_one_real_slot(layout):
+    segments = lay_out(LAYOUTS[layout])
+    plan = plan_segments(segments)
+    n_slots = sum(g.n_segments * g.length for g in plan.groups)
+    assert plan.sources.shape == (n_slots,) and plan.real.shape == (n_slots, 1, 1)
+    real = plan.real.flatten()
+    everyone = torch.arange(segments.numel())
+    assert torch.equal(plan.sources[real].sort().values, everyone)
+    assert torch.equal(plan.sources[plan.slots], everyone) and real[plan.slots].all()
+
+
+def test_a_group_wastes_less_than_half_of_its_slots():
+    """A segment joins a group only when at least half as long as its longest."""
+    plan = plan_segments(lay_out([[(i, n) for i, n in enumerate((300, 1, 2, 90, 7, 3, 160), 1)]]))
+    assert len(plan.sources) < 2 * 563
+    assert [g.length for g in plan.groups] == [300, 90, 7, 3, 1]
+
+
+def test_take_is_an_index_with_its_gradient():
+    """Repeated sources count once, through their real slot: a scatter-add of masked gradients."""
+    plan = plan_segments(lay_out(LAYOUTS["unequal"]))
+    g = torch.Generator().manual_seed(2)
+    x = torch.randn(16, 3, 2, generator=g, requires_grad=True)
+    out = _Take.apply(x, plan.sources, plan.slots, None)
+    assert torch.equal(out, x[plan.sources])
+    grad = torch.randn(out.shape, generator=g) * plan.real
+    out.backward(grad)
+    assert torch.equal(x.grad, torch.zeros_like(x).index_add(0, plan.sources, grad))
+
+    y = torch.randn(len(plan.sources), 3, 2, generator=g, requires_grad=True)
+    back = _Take.apply(y, plan.slots, plan.sources, plan.real)
+    assert torch.equal(back, y[plan.slots])
+    grad = torch.randn(back.shape, generator=g)
+    back.backward(grad)
+    assert torch.equal(y.grad, torch.zeros_like(y).index_add(0, plan.slots, grad))
+
+
+ROPES = {
+    "default": (dict(rope_type="default"), {}),
+    "linear": (dict(rope_type="linear", factor=4.0), dict(lm_rope_factor=4.0)),
+    "llama3": (  # of the 8 wavelengths some are kept, some blended, some stretched
+        dict(
+            rope_type="llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=512,
+        ),
+        dict(
+            lm_rope_factor=8.0,
+            lm_rope_low_freq_factor=1.0,
+            lm_rope_high_freq_factor=4.0,
+            lm_rope_original_max_positions=512,
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_rope_is_transformers(kind):
+    parameters, fields = ROPES[kind]
+    cfg = LMConfig(lm_hidden_dim=64, lm_n_heads=4, lm_re_base=5000.0, lm_rope_type=kind, **fields)
+    theirs = LlamaRotaryEmbedding(
+        LlamaConfig(
+            hidden_size=64,
+            num_attention_heads=4,
+            max_position_embeddings=4096,
+            rope_parameters=parameters | {"rope_theta": 5000.0},
+        )
+    )
+    freq = rope_frequencies(cfg)
+    torch.testing.assert_close(freq, theirs.inv_freq, rtol=1e-6, atol=0)
+
+    positions = torch.tensor([[0, 1, 2, 3, 50], [7, 8, 0, 1, 100]])
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 4, 5, 16, generator=g), torch.randn(2, 2, 5, 16, generator=g)
+    cos, sin = rope_tables(freq, positions, torch.float32)
+    wanted = apply_rotary_pos_emb(q, k, *theirs(q, positions))
+    # Positions to 100 amplify the last bit of a frequency to 100 * 6e-8.
+    torch.testing.assert_close(apply_rope(q, cos, sin), wanted[0], rtol=0, atol=2e-5)
+    torch.testing.assert_close(apply_rope(k, cos, sin), wanted[1], rtol=0, atol=2e-5)
+    if kind == "llama3":
+        plain = rope_frequencies(LMConfig(lm_hidden_dim=64, lm_n_heads=4, lm_re_base=5000.0))
+        ratio = plain / freq
+        inside = (ratio > 1.01) & (ratio < 7.99)
+        assert ratio.min() == 1 and ratio.max() == 8 and inside.any()
+
+
+def test_rope_tables_are_computed_in_fp32_then_cast():
+    freq, positions = rope_frequencies(LMConfig()), torch.tensor([[1999]])
+    cos, _ = rope_tables(freq, positions, torch.bfloat16)
+    assert torch.equal(cos, rope_tables(freq, positions, torch.float32)[0].bfloat16())
+
+
+def test_cache_slots_are_positions_for_unequal_rows():
+    cfg = LMConfig(lm_hidden_dim=16, lm_n_heads=2, lm_n_kv_heads=1, lm_n_blocks=2)
+    cache = KVCache(cfg, 2, 8, torch.device("cpu"), torch.float32)
+    g = torch.Generator().manual_seed(0)
+    prompt = torch.arange(4).expand(2, 4)  # row 1 has two real tokens; slots 2 and 3 hold padding
+    k0, v0 = torch.randn(2, 1, 4, 8, generator=g), torch.randn(2, 1, 4, 8, generator=g)
+    assert cache.visible(prompt) is None
+    k, v = cache.write(1, k0, v0, prompt)
+    assert torch.equal(k, k0) and torch.equal(v, v0)
+    assert not cache.k[0].any(), "another block's slots"
+
+    positions = torch.tensor([[4], [2]])
+    seen = cache.visible(positions)
+    assert seen.tolist() == [[[[True] * 5]], [[[True, True, True, False, False]]]]
+    k1, v1 = torch.randn(2, 1, 1, 8, generator=g), torch.randn(2, 1, 1, 8, generator=g)
+    k, v = cache.write(1, k1, v1, positions)
+    for new, first, later in ((k, k0, k1), (v, v0, v1)):
+        assert torch.equal(new[0], torch.cat((first[0], later[0]), dim=1))
+        assert torch.equal(new[1, :, :3], torch.cat((first[1, :, :2], later[1]), dim=1))
+
+    cache.keep_rows(torch.tensor([1]))
+    assert cache.visible(torch.tensor([[3]])).tolist() == [[[[True] * 4 + [False]]]]
+    k2 = torch.randn(1, 1, 1, 8, generator=g)
+    k, _ = cache.write(1, k2, k2, torch.tensor([[3]]))
+    assert torch.equal(k[0], torch.cat((k0[1, :, :2], k1[1], k2[0], torch.zeros(1, 1, 8)), dim=1))

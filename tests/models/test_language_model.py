@@ -1,0 +1,247 @@
+"""The decoder is transformers' Llama, Qwen2 and Qwen3; its loss is F.cross_entropy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+import models.language_model as language_model
+from configs import LMConfig
+from models.language_model import LanguageModel, RMSNorm
+from models.pretrained import llama
+from models.pretrained.engine import expand, prefixed, to_ours
+
+SIZES = dict(
+    lm_hidden_dim=48,
+    lm_inter_dim=72,
+    lm_n_heads=4,
+    lm_n_kv_heads=2,
+    lm_n_blocks=3,
+    lm_vocab_size=101,
+    lm_max_position_embeddings=64,
+    lm_rms_eps=1e-3,  # large, so that a wrong one shows
+    lm_re_base=500.0,
+)
+LLAMA3 = dict(
+    factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+)
+OUR_LLAMA3 = dict(
+    lm_rope_type="llama3",
+    lm_rope_factor=8.0,
+    lm_rope_low_freq_factor=1.0,
+    lm_rope_high_freq_factor=4.0,
+    lm_rope_original_max_positions=64,
+)
+# Their class, the fields of ours that differ from SIZES, the fields of theirs.
+CASES = {
+    "llama": ("Llama", dict(lm_tie_weights=False), {}),
+    "llama tied": ("Llama", dict(lm_tie_weights=True), dict(tie_word_embeddings=True)),
+    "llama head_dim": (
+        "Llama",
+        dict(lm_tie_weights=False, lm_head_dim=20, lm_n_kv_heads=1),
+        dict(head_dim=20, num_key_value_heads=1),
+    ),
+    "llama3 rope": (
+        "Llama",
+        dict(lm_tie_weights=False, **OUR_LLAMA3),
+        dict(rope_parameters=dict(rope_type="llama3", rope_theta=500.0, **LLAMA3)),
+    ),
+    "qwen2": ("Qwen2", dict(lm_tie_weights=False, lm_qkv_bias=True), {}),
+    "qwen3": (
+        "Qwen3",
+        dict(lm_tie_weights=False, lm_qk_norm=True, lm_head_dim=20),
+        dict(head_dim=20),
+    ),
+    "qwen3 tied": (
+        "Qwen3",
+        dict(lm_tie_weights=True, lm_qk_norm=True, lm_head_dim=16),
+        dict(head_dim=16, tie_word_embeddings=True),
+    ),
+}
+
+
+def build_pair(case: str, randomise) -> tuple[LanguageModel, torch.nn.Module]:
+    """(ours, theirs) with the same random weights, through the table."""
+    kind, our_fields, their_fields = CASES[case]
+    cfg = LMConfig(**SIZES | our_fields)
+    fields = dict(
+        vocab_size=101,
+        hidden_size=48,
+        intermediate_size=72,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        rms_norm_eps=1e-3,
+        rope_parameters=dict(rope_type="default", rope_theta=500.0),
+        initializer_range=0.2,  # at 0.02 attention is uniform, whatever queries and keys are
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    their_cfg = getattr(transformers, f"{kind}Config")(**fields | their_fields)
+    theirs = randomise(getattr(transformers, f"{kind}ForCausalLM")(their_cfg))
+    ours = LanguageModel(cfg).eval()
+    table = [*prefixed(llama.TABLE, "", "model."), ("head.weight", "lm_head.weight")]
+    names = expand(table, {"blocks.": cfg.lm_n_blocks})
+    found = to_ours(theirs.state_dict(), names, ours.state_dict(), llama.IGNORE, case)
+    ours.load_state_dict(found)
+    return ours, theirs
+
+
+def token_ids(B: int = 2, T: int = 30) -> torch.Tensor:
+    return torch.randint(101, (B, T), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_equals_transformers(case, randomise):
+    ours, theirs = build_pair(case, randomise)
+    ids = token_ids()
+    wanted = theirs(ids).logits
+    assert wanted.std() > 0.5, "logits large enough for the tolerance to mean something"
+    logits = ours.logits(ours(ours.token_embedding(ids)))
+    torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-5)
+    positions = torch.arange(30).flip(0).expand(2, -1)
+    logits = ours.logits(ours(ours.token_embedding(ids), positions))
+    wanted = theirs(ids, position_ids=positions).logits
+    torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_equal_transformers(randomise):
+    """Tied: the shared matrix gets the sum of both of its uses."""
+    ours, theirs = build_pair("llama tied", randomise)
+    ids = token_ids()
+    targets = torch.cat((ids[:, 1:], torch.full((2, 1), -100)), dim=1)
+    ours.loss(ours(ours.token_embedding(ids)), targets).backward()
+    theirs(ids, labels=ids).loss.backward()
+    for mine, other in (
+        (ours.token_embedding.weight, theirs.model.embed_tokens.weight),
+        (ours.blocks[0].attn.k_proj.weight, theirs.model.layers[0].self_attn.k_proj.weight),
+        (ours.blocks[2].norm2.weight, theirs.model.layers[2].post_attention_layernorm.weight),
+    ):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])
+def test_rms_norm_rounds_as_llamas(scale):
+    g = torch.Generator().manual_seed(0)
+    x = (scale * torch.randn(64, 96, generator=g)).bfloat16()
+    ours, theirs = RMSNorm(96, 1e-5), LlamaRMSNorm(96, 1e-5)
+    weight = torch.randn(96, generator=g)
+    for norm in (ours, theirs):
+        norm.load_state_dict({"weight": weight})
+        norm.bfloat16()
+    assert ours(x).dtype == torch.bfloat16
+    assert torch.equal(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_loss_is_cross_entropy(reduction, randomise):
+    ours, _ = build_pair("llama", randomise)
+    hidden = torch.randn(2, 30, 48, requires_grad=True)
+    targets = token_ids()
+    targets[0, :11], targets[1, 5::2] = -100, -100
+    loss = ours.loss(hidden, targets, reduction)
+    grad = torch.autograd.grad(loss, (hidden, ours.head.weight))
+    logits = ours.logits(hidden).flatten(0, 1)
+    wanted = F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction=reduction)
+    wanted_grad = torch.autograd.grad(wanted, (hidden, ours.head.weight))
+    torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)
+    for mine, other in zip(grad, wanted_grad, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_loss_without_targets_is_zero(reduction):
+    """F.cross_entropy's mean is NaN there, and would end a run on one empty batch."""
+    ours = LanguageModel(LMConfig(**SIZES))
+    hidden = ours(ours.token_embedding(token_ids()))
+    loss = ours.loss(hidden, torch.full((2, 30), -100), reduction)
+    assert loss.item() == 0
+    loss.backward()
+    for name, p in ours.named_parameters():
+        assert p.grad is not None and not p.grad.any(), name
+
+
+@torch.no_grad()
+def test_only_supervised_positions_meet_the_head(monkeypatch):
+    ours = LanguageModel(LMConfig(**SIZES))
+    targets = torch.full((2, 30), -100)
+    targets[0, 3], targets[1, 7:9] = 5, 6
+    met = []
+    monkeypatch.setattr(
+        ours.head, "forward", lambda x: met.append(x.shape) or x @ x.new_ones(48, 101)
+    )
+    ours.loss(torch.randn(2, 30, 48), targets)
+    assert met == [(3, 48)]
+
+
+def test_too_long_is_refused():
+    ours = LanguageModel(LMConfig(**SIZES))
+    assert ours(torch.zeros(1, 64, 48)).shape == (1, 64, 48)
+    with pytest.raises(ValueError, match="65 tokens exceed lm_max_position_embeddings = 64"):
+        ours(torch.zeros(1, 65, 48))
+
+
+def test_segments_and_a_cache_exclude_each_other():
+    ours = LanguageModel(LMConfig(**SIZES))
+    cache = language_model.KVCache(ours.cfg, 1, 8, torch.device("cpu"), torch.float32)
+    with pytest.raises(ValueError, match="exclude"):
+        ours(torch.zeros(1, 4, 48), segments=torch.ones(1, 4, dtype=torch.long), cache=cache)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, dict(lm_tie_weights=False), dict(lm_qkv_bias=True), dict(lm_qk_norm=True, lm_head_dim=20)],
+    ids=str,
+)
+def test_every_parameter_is_initialised(fields, monkeypatch):
+    original = language_model.init_weights
+
+    def fill_with_nan_first(module, n_residual):
+        for p in module.parameters():
+            torch.nn.init.constant_(p, torch.nan)
+        original(module, n_residual)
+
+    monkeypatch.setattr(language_model, "init_weights", fill_with_nan_first)
+    torch.manual_seed(0)
+    ours = LanguageModel(LMConfig(**SIZES | fields))
+    for name, p in ours.named_parameters():
+        assert p.isfinite().all(), name
+        if p.ndim == 1:
+            assert (p == (1.0 if name.endswith("weight") else 0.0)).all(), name
+        else:
+            assert p.std() > 0.005, name
+    tied = ours.head.weight is ours.token_embedding.weight
+    assert tied == fields.get("lm_tie_weights", True)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@torch.no_grad()
+def test_dropout_acts_in_training_only(packed):
+    torch.manual_seed(0)
+    ours = LanguageModel(LMConfig(**SIZES, lm_dropout=0.5)).eval()
+    x = torch.randn(2, 30, 48)
+    segments = torch.arange(30).div(11, rounding_mode="floor").add(1).expand(2, -1)
+    options = dict(segments=segments) if packed else {}
+    assert torch.equal(ours(x, **options), ours(x, **options))
+    ours.train()
+    assert not torch.equal(ours(x, **options), ours(x, **options))
+    for block in ours.blocks:
+        block.dropout.eval()  # what is left is attention's own
+    assert not torch.equal(ours(x, **options), ours(x, **options))
+
+
+@pytest.mark.parametrize("silent", ["attn", "mlp"])
+@torch.no_grad()
+def test_dropout_acts_on_both_branches(silent, monkeypatch):
+    ours = LanguageModel(LMConfig(**SIZES | dict(lm_n_blocks=1), lm_dropout=0.5)).train()
+    block = ours.blocks[0]
+    block.attn.eval()  # its inner dropout is not what is asked about
+    branch = getattr(block, silent)
+    monkeypatch.setattr(branch, "forward", lambda x, *_: torch.zeros_like(x))
+    x = torch.randn(2, 30, 48)
+    assert not torch.equal(ours(x), ours(x))

@@ -1,0 +1,256 @@
+"""Images land at their placeholders; padding, packing and accumulation change nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from models.vision_language_model import VisionLanguageModel
+
+
+def shifted(cfg, ids: torch.Tensor) -> torch.Tensor:
+    """Every next word, never an image placeholder: [T]."""
+    targets = torch.cat((ids[1:], torch.tensor([-100])))
+    return targets.masked_fill(targets == cfg.vlm_image_token_id, -100)
+
+
+def alone(model: VisionLanguageModel, sample) -> torch.Tensor:
+    """The oracle: one sample, no padding, no mask. [T, V]"""
+    ids, images = sample
+    return model(ids[None], images)[0][0]
+
+
+def pack(samples: list):
+    """One row: ids, images, positions, segments."""
+    ids = torch.cat([ids for ids, _ in samples])[None]
+    positions = torch.cat([torch.arange(len(ids)) for ids, _ in samples])[None]
+    segments = torch.cat([torch.full((len(ids),), i + 1) for i, (ids, _) in enumerate(samples)])
+    return ids, torch.cat([x for _, x in samples]), positions, segments[None]
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    return grads
+
+
+@pytest.fixture
+def batch(small_config, make_sample):
+    """Rows with 0, 1 and 3 images, of unequal lengths."""
+    cfg = small_config()
+    return [make_sample(cfg, n, words, seed=n) for n, words in ((0, 9), (1, 4), (3, 6))]
+
+
+@torch.no_grad()
+def test_image_tokens_stand_at_their_placeholders(small_model, batch, pad_rows):
+    """In reading order, row by row: a naive loop over the ids."""
+    model = small_model()
+    ids, images, _ = pad_rows(model.cfg, batch, "right")
+    x, tokens = model.embed(ids, images), model.embed_images(images).flatten(0, 1)
+    assert tokens.shape == (4 * 4, 48)
+    used = 0
+    for row in range(3):
+        for t in range(ids.shape[1]):
+            if ids[row, t] == model.cfg.vlm_image_token_id:
+                assert torch.equal(x[row, t], tokens[used])
+                used += 1
+            else:
+                assert torch.equal(x[row, t], model.decoder.token_embedding.weight[ids[row, t]])
+    assert used == 16
+
+
+@torch.no_grad()
+def test_cls_and_registers_never_reach_the_decoder(small_model, batch):
+    """The grid of patches is folded, so one token more in front would shift every square."""
+    model = small_model(vit_cls_flag=True, vit_n_registers=2)
+    images = batch[2][1]
+    patches = model.vision_encoder.forward_features(images)[:, 3:]
+    assert torch.equal(model.embed_images(images), model.MP(patches))
+
+
+def test_what_forward_returns(small_model, batch, pad_rows):
+    model = small_model()
+    ids, images, mask = pad_rows(model.cfg, batch, "right")
+    targets = torch.stack([shifted(model.cfg, row) for row in ids]).masked_fill(mask == 0, -100)
+    logits, loss = model(ids, images, mask)
+    assert logits.shape == (*ids.shape, 101) and loss is None
+    none, loss = model(ids, images, mask, targets)
+    assert none is None and loss.ndim == 0
+    again, same = model(ids, images, mask, targets, return_logits=True)
+    assert torch.equal(again, logits) and torch.equal(same, loss)
+    wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)
+    _, total = model(ids, images, mask, targets, reduction="sum")
+    torch.testing.assert_close(total, wanted * (targets != -100).sum(), rtol=1e-6, atol=0)
+
+
+def test_mask_and_segments_together_are_refused(small_model):
+    model = small_model()
+    ids = torch.full((1, 5), 9)
+    with pytest.raises(ValueError, match=r"attention_mask .* or segments"):
+        model(ids, attention_mask=torch.ones(1, 5), segments=torch.ones(1, 5, dtype=torch.long))
+
+
+@pytest.mark.parametrize("kind", [torch.long, torch.bool, torch.float32], ids=str)
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_padding_changes_nothing(side, kind, small_model, batch, pad_rows):
+    model = small_model()
+    ids, images, mask = pad_rows(model.cfg, batch, side)
+    logits, _ = model(ids, images, mask.to(kind))
+    assert logits.isfinite().all()
+    for row, sample in enumerate(batch):
+        mine = logits[row, mask[row].bool()]
+        torch.testing.assert_close(mine, alone(model, sample), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_positions_do_not_count_padding(small_model, batch, pad_rows, monkeypatch):
+    """RoPE is relative, so logits alone cannot tell; a prompt near the context's end could."""
+    model, given = small_model(), []
+    decoder = model.decoder.forward
+
+    def spy(x, positions, segments):
+        given.append(positions)
+        return decoder(x, positions, segments)
+
+    monkeypatch.setattr(model.decoder, "forward", spy)
+    for side in ("left", "right"):
+        ids, images, mask = pad_rows(model.cfg, batch, side)
+        model(ids, images, mask)
+        for row, (real, _) in enumerate(batch):
+            assert given[-1][row, mask[row].bool()].tolist() == list(range(len(real)))
+
+
+@torch.no_grad()
+def test_right_padding_needs_no_mask(small_model, batch, pad_rows):
+    """What training relies on when it does not pack."""
+    model = small_model()
+    ids, images, mask = pad_rows(model.cfg, batch, "right")
+    logits, _ = model(ids, images)
+    for row, sample in enumerate(batch):
+        mine = logits[row, mask[row].bool()]
+        torch.testing.assert_close(mine, alone(model, sample), rtol=0, atol=1e-5)
+
+
+def test_placeholders_and_tiles_must_match(small_model, batch, pad_rows):
+    model = small_model()
+    ids, images, _ = pad_rows(model.cfg, batch, "right")
+    broken = ids.clone()
+    broken[1, 2] = 50  # one placeholder of row 1 is lost
+    with pytest.raises(ValueError, match=r"row 1 has 3 image placeholders.*tokens_per_tile = 4"):
+        model(broken, images)
+    with pytest.raises(ValueError, match=r"\[0, 1, 3\] tiles.* 3 tiles were given"):
+        model(ids, images[1:])
+    with pytest.raises(ValueError, match=r"\[0, 1, 3\] tiles.* 5 tiles were given"):
+        model(ids, torch.cat((images, images[:1])))
+    with pytest.raises(ValueError, match=r"\[0, 1, 3\] tiles.* 0 tiles were given"):
+        model(ids)
+    with pytest.raises(ValueError, match=r"\[0\] tiles.* 4 tiles were given"):
+        model(ids[:1], images)
+
+
+@pytest.mark.parametrize("no_images", [None, torch.zeros(0, 3, 16, 16)], ids=["none", "empty"])
+@pytest.mark.parametrize(
+    "fields", [{}, dict(vit_cls_flag=True, vit_n_registers=2, lm_tie_weights=False)], ids=str
+)
+def test_a_batch_without_images_trains_with_the_same_graph(no_images, fields, small_model):
+    """A parameter without a gradient makes one process of a distributed run wait for ever."""
+    model = small_model(**fields).train()
+    ids = torch.randint(4, 101, (2, 7))
+    _, loss = model(ids, no_images, targets=ids)
+    loss.backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None, name
+        if name.startswith("decoder."):
+            assert p.grad.any(), name
+        else:
+            assert not p.grad.any(), name
+    torch.testing.assert_close(
+        model(ids)[0], model.decoder.logits(model.decoder(model.decoder.token_embedding(ids)))
+    )
+
+
+@torch.no_grad()
+def test_packed_is_unpacked(small_model, batch):
+    model = small_model()
+    ids, images, positions, segments = pack(batch)
+    pad = torch.zeros(1, 5, dtype=torch.long)  # and padding at the end: segment 0
+    logits, _ = model(
+        torch.cat((ids, pad), 1),
+        images,
+        positions=torch.cat((positions, pad), 1),
+        segments=torch.cat((segments, pad), 1),
+    )
+    wanted = torch.cat([alone(model, sample) for sample in batch])
+    torch.testing.assert_close(logits[0, :-5], wanted, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_packed_samples_never_see_each_other(small_model, small_config, make_sample):
+    """nanoVLM's flaw: there, changing a sample moves its neighbour's logits like its own."""
+    model, cfg = small_model(), small_config()
+    before, b, after = (make_sample(cfg, 1, 5, seed) for seed in (1, 2, 3))
+    others = [make_sample(cfg, 1, 5, seed) for seed in (4, 5)]
+    one = pack([before, b, after])
+    two = pack([others[0], b, others[1]])
+    n = len(b[0])
+    first, second = (
+        model(ids, images, positions=positions, segments=segments)[0]
+        for ids, images, positions, segments in (one, two)
+    )
+    assert torch.equal(first[0, n : 2 * n], second[0, n : 2 * n])
+    assert (first[0, :n] - second[0, :n]).abs().max() > 0.01
+
+
+def test_accumulation_and_packing_leave_the_gradient(
+    small_model, small_config, make_sample, pad_rows
+):
+    """1 x 8 = 4 x 2 = packed, as summed losses are divided by the targets of all micro-batches."""
+    model, cfg = small_model().train(), small_config()
+    counts = [(0, 3), (1, 20), (3, 2), (0, 30), (1, 1), (2, 9), (0, 2), (1, 6)]
+    samples = [make_sample(cfg, n, words, seed) for seed, (n, words) in enumerate(counts)]
+    total = sum(int((shifted(cfg, ids) != -100).sum()) for ids, _ in samples)
+
+    def backward(some: list):
+        ids, images, mask = pad_rows(cfg, some, "right")
+        targets = torch.full_like(ids, -100)
+        for row, (real, _) in enumerate(some):
+            targets[row, : len(real)] = shifted(cfg, real)
+        assert ((targets != -100) <= mask.bool()).all()
+        (model(ids, images, targets=targets, reduction="sum")[1] / total).backward()
+
+    backward(samples)
+    once = gradients(model)
+    for i in range(0, 8, 2):
+        backward(samples[i : i + 2])
+    accumulated = gradients(model)
+    for part in (samples[:3], samples[3:]):
+        ids, images, positions, segments = pack(part)
+        targets = torch.cat([shifted(cfg, ids) for ids, _ in part])[None]
+        _, loss = model(
+            ids, images, targets=targets, positions=positions, segments=segments, reduction="sum"
+        )
+        (loss / total).backward()
+    packed = gradients(model)
+    for name, grad in once.items():
+        torch.testing.assert_close(accumulated[name], grad, rtol=1e-4, atol=1e-6, msg=name)
+        torch.testing.assert_close(packed[name], grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_step_of_training_uses_the_image(small_model, small_config, make_sample):
+    """Two pictures, one question, two answers: only eyes can tell them apart."""
+    model, cfg = small_model().train(), small_config()
+    ids, _ = make_sample(cfg, 1, 2, seed=0)
+    ids = ids.expand(2, -1)
+    images = torch.stack([torch.full((3, 16, 16), value) for value in (-1.0, 1.0)])
+    targets = torch.full_like(ids, -100)
+    targets[:, -1] = torch.tensor([40, 41])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(12):
+        _, loss = model(ids, images, targets=targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.3, "below ln 2 = 0.69, what a blind model can reach"
+    assert model(ids, images)[0][:, -1].argmax(-1).tolist() == [40, 41]

@@ -1,0 +1,370 @@
+"""Every number of a run is checked, named when wrong, and survives JSON and the command line."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+import configs
+from configs import (
+    PRESETS,
+    DataConfig,
+    InputError,
+    LMConfig,
+    ProjectorConfig,
+    RunConfig,
+    TrainConfig,
+    ViTConfig,
+    VLMConfig,
+    from_dict,
+    parse_run,
+    read_json,
+    to_dict,
+)
+
+VIT, LM, MP, VLM, DATA, TRAIN = (
+    ViTConfig,
+    LMConfig,
+    ProjectorConfig,
+    VLMConfig,
+    DataConfig,
+    TrainConfig,
+)
+
+# (parts that own the field, broken values, the field named, its value as shown, the fix)
+BROKEN = [
+    ((VIT, VLM), dict(vit_n_blocks=0), "vit_n_blocks", "0", "greater than 0"),
+    ((VIT,), dict(vit_img_size=50), "vit_img_size", "50", "multiple of vit_patch_size = 8"),
+    ((VIT, VLM), dict(vit_hidden_dim=130), "vit_hidden_dim", "130", "multiple of vit_n_heads = 4"),
+    ((VIT, VLM), dict(vit_dropout=1.0), "vit_dropout", "1.0", "below 1"),
+    ((VIT, VLM), dict(vit_n_registers=-1), "vit_n_registers", "-1", "not be negative"),
+    ((VIT, VLM), dict(vit_pool="cls"), "vit_pool", "'cls'", "set vit_cls_flag = True"),
+    ((VIT, VLM), dict(vit_pool="max"), "vit_pool", "'max'", "auto, none, cls, mean, map"),
+    ((VIT, VLM), dict(vit_hidden_act="gleu"), "vit_hidden_act", "'gleu'", "gelu_tanh, gelu"),
+    (
+        (VIT, VLM),
+        dict(vit_image_std=(0.5, 0.0, 1.0)),
+        "vit_image_std",
+        "(0.5, 0.0, 1.0)",
+        "positive",
+    ),
+    ((VIT, VLM), dict(vit_ln_eps=float("nan")), "vit_ln_eps", "nan", "greater than 0"),
+    ((LM, VLM), dict(lm_n_kv_heads=3), "lm_n_kv_heads", "3", "divide lm_n_heads = 4"),
+    ((LM, VLM), dict(lm_hidden_dim=126), "lm_hidden_dim", "126", "multiple of lm_n_heads = 4"),
+    ((LM, VLM), dict(lm_head_dim=33), "lm_head_dim", "33", "even"),
+    ((LM, VLM), dict(lm_vocab_size=-5), "lm_vocab_size", "-5", ""),
+    ((LM, VLM), dict(lm_rope_type="yarn"), "lm_rope_type", "'yarn'", "default, linear, llama3"),
+    ((LM, VLM), dict(lm_dropout=-0.1), "lm_dropout", "-0.1", "at least 0"),
+    ((MP,), dict(mp_pixel_shuffle_factor=0), "mp_pixel_shuffle_factor", "0", "greater than 0"),
+    (
+        (VLM,),
+        dict(mp_pixel_shuffle_factor=4),
+        "mp_pixel_shuffle_factor",
+        "4",
+        "divide the 6 patches",
+    ),
+    ((VLM,), dict(max_img_size=100), "max_img_size", "100", "multiple of vit_img_size = 48"),
+    ((VLM,), dict(max_img_size=48 * 7), "max_img_size", "336", "at most 6 x vit_img_size = 288"),
+    ((VLM,), dict(vlm_image_token_id=2), "vlm_image_token_id", "[0, 1, 2, 2]", "four different"),
+    ((VLM,), dict(vlm_eos_token_id=640), "lm_vocab_size", "640", "the largest is 640"),
+    ((VLM,), dict(vit_n_channels=1), "vit_n_channels", "1", "must be 3"),
+    ((DATA,), dict(batch_size=0), "batch_size", "0", "greater than 0"),
+    ((DATA,), dict(val_fraction=1.0), "val_fraction", "1.0", "below 1"),
+    ((DATA,), dict(workers=-1), "workers", "-1", "not be negative"),
+    ((TRAIN,), dict(steps=0), "steps", "0", "greater than 0"),
+    ((TRAIN,), dict(lr_muon=-1e-3), "lr_muon", "-0.001", "not be negative"),
+    ((TRAIN,), dict(beta2=1.0), "beta2", "1.0", "below 1"),
+    ((TRAIN,), dict(optimizer="sgd"), "optimizer", "'sgd'", "adamw, muon"),
+    ((TRAIN,), dict(freeze=("eyes",)), "freeze", "('eyes',)", "vision, projector, language"),
+    (
+        (TRAIN,),
+        dict(freeze=("vision", "projector", "language")),
+        "freeze",
+        "('vision', 'projector', 'language')",
+        "nothing to train",
+    ),
+    ((RunConfig,), dict(data=DataConfig(max_length=4096)), "data.max_length", "4096", "= 2048"),
+]
+
+
+# --- Validation ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "cls, values, name, value, fix",
+    [(cls, *rest) for parts, *rest in BROKEN for cls in parts],
+    ids=lambda x: x.__name__ if isinstance(x, type) else "",
+)
+def test_a_broken_field_is_named_with_value_and_fix(cls, values, name, value, fix):
+    """Also when the field belongs to the second or third base of VLMConfig."""
+    with pytest.raises(InputError) as caught:
+        cls(**values)
+    message = str(caught.value)
+    assert re.search(rf"(^|[ ,]){re.escape(name)} = {re.escape(value)}: ", message), message
+    assert fix in message and message.endswith(".") and "\n" not in message
+    with pytest.raises(InputError):
+        replace(cls(), **values)
+
+
+def test_each_part_has_a_broken_field_above():
+    assert {cls for parts, *_ in BROKEN for cls in parts} == {
+        VIT, LM, MP, VLM, DATA, TRAIN, RunConfig
+    }  # fmt: skip
+
+
+def test_configs_cannot_be_changed():
+    for cls in (VLMConfig, RunConfig, DataConfig):
+        cfg = cls()
+        name = dataclasses.fields(cfg)[0].name
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(cfg, name, 3)
+    with pytest.raises(TypeError):
+        VLMConfig(48)  # by keyword only
+
+
+# --- Presets ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "preset, tokens, tile, longest, vocab",
+    [
+        ("tiny", 9, 48, 48, 640),
+        ("tiny-long", 9, 48, 48, 640),
+        ("222m", 49, 224, 224, 49280),
+        ("460m", 64, 512, 2048, 49280),
+        ("qwen3", 64, 512, 2048, 151936),
+    ],
+)
+def test_presets(preset, tokens, tile, longest, vocab):
+    cfg = PRESETS[preset].model
+    assert type(cfg) is VLMConfig
+    assert cfg.tokens_per_tile == tokens
+    assert (cfg.vit_img_size, cfg.max_img_size, cfg.lm_vocab_size) == (tile, longest, vocab)
+    assert cfg.vit_n_patches == tokens * cfg.mp_pixel_shuffle_factor**2
+    # A row holds the largest picture: 16 tiles and the global view, with room for an answer.
+    tiles = 1 if tile == longest else 17
+    assert tiles * (tokens + 3) + 100 < PRESETS[preset].data.max_length
+
+
+def test_every_preset_is_listed_above():
+    assert set(PRESETS) == {"tiny", "tiny-long", "222m", "460m", "qwen3"}
+    assert PRESETS["tiny"] == RunConfig()
+    outs = [run.train.out for run in PRESETS.values()]
+    assert len(set(outs)) == len(outs)
+
+
+def test_derived_numbers_follow_the_fields():
+    cfg = VLMConfig(vit_cls_flag=True, vit_n_registers=4, vit_patch_size=12, lm_n_heads=8)
+    assert (cfg.vit_grid, cfg.vit_n_patches, cfg.vit_n_prefix) == (4, 16, 5)
+    assert (cfg.tokens_per_tile, LMConfig(lm_n_heads=2, lm_n_kv_heads=1).lm_head_width) == (4, 64)
+    assert LMConfig(lm_head_dim=10).lm_head_width == 10
+
+
+# --- JSON ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_round_trip_through_json(preset):
+    run = PRESETS[preset]
+    text = json.dumps(to_dict(run))
+    again = from_dict(RunConfig, json.loads(text))
+    assert again == run and json.dumps(to_dict(again)) == text
+    assert json.loads(text)["format_version"] == configs.FORMAT_VERSION
+    model = from_dict(VLMConfig, json.loads(json.dumps(to_dict(run.model))))
+    assert model == run.model and isinstance(model.vit_image_mean, tuple)
+
+
+def test_values_other_than_the_defaults_survive_too():
+    run = RunConfig(
+        model=VLMConfig(lm_head_dim=48, vit_image_mean=(0.1, 0.2, 0.3), vit_pool="mean"),
+        data=DataConfig(packing=False, val_fraction=0.0),
+        train=TrainConfig(freeze=("vision", "language"), wandb=True, lr_muon=0.0),
+    )
+    assert from_dict(RunConfig, json.loads(json.dumps(to_dict(run)))) == run
+
+
+def test_missing_keys_take_their_defaults_and_input_is_not_changed():
+    values = {"train": {"steps": 3}, "format_version": 1}
+    kept = json.dumps(values)
+    assert from_dict(RunConfig, values) == RunConfig(train=TrainConfig(steps=3))
+    assert json.dumps(values) == kept
+    assert from_dict(TrainConfig, {"lr_muon": 1}).lr_muon == 1.0
+    assert type(from_dict(TrainConfig, {"lr_muon": 1}).lr_muon) is float
+
+
+@pytest.mark.parametrize(
+    "cls, values, message",
+    [
+        (VLMConfig, {"vit_hiden_dim": 3}, "'vit_hiden_dim'; did you mean 'vit_hidden_dim'?"),
+        (
+            RunConfig,
+            {"train": {"step": 3}},
+            "c.json.train: unknown field 'step'; did you mean 'steps'",
+        ),
+        (RunConfig, {"modle": {}}, "did you mean 'model'?"),
+        (ProjectorConfig, {"zzz": 1}, "known fields are mp_pixel_shuffle_factor"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(cls, values, message):
+    with pytest.raises(InputError) as caught:
+        from_dict(cls, values, "c.json")
+    assert message in str(caught.value) and str(caught.value).startswith("c.json")
+
+
+@pytest.mark.parametrize(
+    "values, name, wanted",
+    [
+        ({"model": {"vit_img_size": "48"}}, "vit_img_size = '48'", "int"),
+        ({"model": {"vit_img_size": 48.0}}, "vit_img_size = 48.0", "int"),
+        ({"model": {"vit_img_size": True}}, "vit_img_size = True", "int"),
+        ({"model": {"vit_cls_flag": 1}}, "vit_cls_flag = 1", "bool"),
+        ({"model": {"vit_ln_eps": "1e-6"}}, "vit_ln_eps = '1e-6'", "float"),
+        ({"model": {"lm_tokenizer": None}}, "lm_tokenizer = None", "str"),
+        ({"model": {"lm_head_dim": "64"}}, "lm_head_dim = '64'", "int"),
+        ({"model": {"lm_rope_type": 3}}, "lm_rope_type = 3", "default, linear"),
+        ({"model": {"vit_image_mean": 0.5}}, "vit_image_mean = 0.5", "three numbers"),
+        ({"model": {"vit_image_mean": [0.5, 0.5]}}, "vit_image_mean = (0.5, 0.5)", "three numbers"),
+        ({"model": {"vit_image_std": "abc"}}, "vit_image_std = 'abc'", "three numbers"),
+        ({"train": {"freeze": "vision"}}, "freeze = 'vision'", "names"),
+        ({"train": {"freeze": [["vision"]]}}, "freeze = (['vision'],)", "names"),
+        ({"train": {"lr_muon": False}}, "lr_muon = False", "float"),
+        ({"data": None}, "data = None", "object"),
+        ({"model": [1]}, "model = [1]", "object"),
+        ({"format_version": "x"}, "format_version = 'x'", "int"),
+        ({"format_version": 99}, "format_version = 99", "update picoVLM"),
+    ],
+)
+def test_a_wrong_type_is_named(values, name, wanted):
+    with pytest.raises(InputError) as caught:
+        from_dict(RunConfig, values)
+    assert name in str(caught.value) and wanted in str(caught.value)
+
+
+def test_a_renamed_field_still_loads(monkeypatch):
+    monkeypatch.setitem(configs.RENAMED, "lm_old_name", "lm_n_blocks")
+    assert from_dict(VLMConfig, {"lm_old_name": 7}).lm_n_blocks == 7
+    for old, new in configs.RENAMED.items():
+        assert old == "lm_old_name" or any(
+            new in {f.name for f in dataclasses.fields(c)} for c in (VLMConfig, DATA, TRAIN)
+        )
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe{}", b"", b'{"a": ' + b"[" * 100_000])
+def test_files_that_hold_no_object(tmp_path, content):
+    (tmp_path / "c.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"c\.json: (not JSON|must hold a JSON object)"):
+        read_json(tmp_path / "c.json")
+    with pytest.raises(InputError, match=r"none\.json: no such file"):
+        read_json(tmp_path / "none.json")
+
+
+# --- Command line -------------------------------------------------------------------------------
+
+
+def test_presets_and_flags():
+    assert parse_run([]) == parse_run(["tiny"]) == PRESETS["tiny"]
+    assert parse_run(["--train.steps", "7"]).train.steps == 7
+    flags = "--train.steps 7 --data.no-packing --model.vit-image-mean 0.1 0.2 0.3"
+    flags += " --train.freeze vision language --model.lm-head-dim 64 --train.optimizer muon"
+    run, want = parse_run(["222m", *flags.split()]), PRESETS["222m"]
+    assert run == RunConfig(
+        model=replace(want.model, vit_image_mean=(0.1, 0.2, 0.3), lm_head_dim=64),
+        data=replace(want.data, packing=False),
+        train=replace(want.train, steps=7, freeze=("vision", "language"), optimizer="muon"),
+    )
+    assert PRESETS["222m"].train.steps == 40000
+
+
+def test_a_json_file_and_flags(tmp_path):
+    saved = replace(PRESETS["460m"], train=TrainConfig(steps=11, lr_muon=0.5))
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(to_dict(saved)))
+    assert parse_run([str(path)]) == saved
+    run = parse_run([str(path), "--train.resume", "auto", "--data.batch-size", "3"])
+    assert run.train == replace(saved.train, resume="auto")
+    assert run.data == replace(saved.data, batch_size=3) and run.model == saved.model
+    path.write_text('{"train": {"stepz": 1}}')
+    with pytest.raises(InputError, match=r"run\.json\.train: unknown field 'stepz'"):
+        parse_run([str(path)])
+    with pytest.raises(InputError, match="no such file"):
+        parse_run([str(tmp_path / "none.json")])
+
+
+def test_a_mistyped_preset_names_the_nearest():
+    with pytest.raises(InputError, match=r"'tinny' is neither .*did you mean 'tiny'"):
+        parse_run(["tinny"])
+    with pytest.raises(InputError, match="presets are tiny, tiny-long, 222m"):
+        parse_run(["zzzzzz"])
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--train.stepz 3", "--train.steps"),
+        ("--train.steps many", "--train.steps"),
+        ("--train.optimizer sgd", "adamw"),
+        ("--data.batch-size 0", "batch_size = 0: must be greater than 0"),
+        ("--model.max-img-size 50", "max_img_size = 50"),
+        ("--train.steps", "--train.steps"),
+        ("again", "again"),
+    ],
+)
+def test_a_bad_flag_exits_with_2_and_says_which(flags, said, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_run(["tiny", *flags.split()])
+    assert caught.value.code == 2
+    output = capsys.readouterr()
+    assert said in " ".join((output.out + output.err).replace("│", " ").split())
+
+
+def docstrings(cls: type) -> dict[str, str]:
+    """Field -> the string under it, read from the source."""
+    body = ast.parse(inspect.getsource(cls)).body[0].body
+    return {
+        field.target.id: " ".join(ast.literal_eval(below.value).split())
+        for field, below in zip(body, body[1:])
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr)
+    }
+
+
+def test_help_shows_every_field_with_its_docstring():
+    command = [sys.executable, "train.py", "tiny", "--help"]
+    environment = os.environ | {"COLUMNS": "400", "NO_COLOR": "1"}
+    out = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=configs.__file__[:-10]
+    )
+    assert out.returncode == 0, out.stderr
+    shown = " ".join(re.sub("[│─╭╮╰╯]", " ", out.stdout).split())
+    n_fields = 0
+    for part, classes in {"model": (VIT, LM, MP, VLM), "data": (DATA,), "train": (TRAIN,)}.items():
+        for cls in classes:
+            documented = docstrings(cls)
+            own = set(cls.__annotations__)
+            assert set(documented) == own, f"{cls.__name__}: {own - set(documented)} undocumented"
+            for name, words in documented.items():
+                flag = f"--{part}.{name.replace('_', '-')}"
+                assert flag in shown, flag
+                assert words in shown, f"{flag}: {words}"
+                n_fields += 1
+    assert n_fields == sum(len(dataclasses.fields(c)) for c in (VLMConfig, DATA, TRAIN))
+
+
+def test_a_wrong_input_is_one_line_and_exit_code_2(capsys):
+    def main(argv):
+        raise InputError(f"bad {argv[0]}.")
+
+    with pytest.raises(SystemExit) as caught:
+        configs.command(main, ["thing"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: bad thing.\n"
+    with pytest.raises(ZeroDivisionError):  # our own mistakes keep their traceback
+        configs.command(lambda argv: 1 / 0, [])
