@@ -322,7 +322,7 @@ class DataConfig(Checked):
     """world (built in), or a .jsonl file of {image, question, answer} and {image, caption} rows."""
     seed: int = 0
     """Seed of the world's scenes and of the order of the rows."""
-    batch_size: int = 4
+    batch_size: int = 2
     """Rows per batch and process."""
     max_length: int = 1024
     """Longest row in tokens; with packing, the length that several conversations fill together."""
@@ -332,9 +332,9 @@ class DataConfig(Checked):
     """Most tiles of one conversation; more is refused, never cut."""
     val_fraction: float = 0.02
     """Share of a file's rows kept for validation, chosen by a hash of the row."""
-    world_questions: int = 8
+    world_questions: int = 6
     """Questions about each built-in scene in one training conversation."""
-    workers: int = 1
+    workers: int = 0
     """Processes that prepare samples; 0: the training process does."""
 
     def validate(self):
@@ -355,11 +355,11 @@ class TrainConfig(Checked):
     """Batches per optimizer step."""
     optimizer: Literal["adamw", "muon"] = "muon"
     """muon: Muon for the matrices of the blocks, AdamW for the rest."""
-    lr_vision: float = 0.004
+    lr_vision: float = 0.002
     """Peak learning rate of the vision encoder (AdamW)."""
-    lr_projector: float = 0.004
+    lr_projector: float = 0.002
     """Peak learning rate of the projector (AdamW)."""
-    lr_language: float = 0.004
+    lr_language: float = 0.002
     """Peak learning rate of the language model (AdamW)."""
     lr_muon: float = 0.02
     """Peak learning rate of matrices trained by Muon."""
@@ -536,7 +536,7 @@ PRESETS: dict[str, RunConfig] = {
                         lm_model_type="HuggingFaceTB/SmolLM2-135M",
                         lm_tokenizer="HuggingFaceTB/SmolLM2-135M", lm_hidden_dim=576,
                         lm_inter_dim=1536, lm_n_heads=9, lm_n_kv_heads=3, lm_n_blocks=30),
-        data=DataConfig(batch_size=2), train=TrainConfig(out="runs/222m", **FINE_TUNE)),
+        data=DataConfig(workers=2), train=TrainConfig(out="runs/222m", **FINE_TUNE)),
     # SigLIP2-B/16-512 + SmolLM2-360M, tiles and a global view.
     "460m": RunConfig(
         model=VLMConfig(**SIGLIP_B, **SMOLLM2, vit_img_size=512, max_img_size=2048,
@@ -544,7 +544,7 @@ PRESETS: dict[str, RunConfig] = {
                         lm_model_type="HuggingFaceTB/SmolLM2-360M-Instruct",
                         lm_tokenizer="HuggingFaceTB/SmolLM2-360M-Instruct", lm_hidden_dim=960,
                         lm_inter_dim=2560, lm_n_heads=15, lm_n_kv_heads=5, lm_n_blocks=32),
-        data=DataConfig(batch_size=1, max_length=4096),
+        data=DataConfig(batch_size=1, max_length=4096, workers=2),
         train=TrainConfig(out="runs/460m", **FINE_TUNE)),
     # SigLIP2-B/16-512 + Qwen3-0.6B, tiles and a global view. Qwen3's table has 151,936 rows, of
     # which its tokenizer uses 151,669; the image tokens take the next ones.
@@ -557,7 +557,7 @@ PRESETS: dict[str, RunConfig] = {
                         lm_re_base=1000000.0, lm_max_position_embeddings=40960,
                         lm_vocab_size=151936, vlm_pad_token_id=151643, vlm_bos_token_id=151644,
                         vlm_image_token_id=151707, vlm_eos_token_id=151708),
-        data=DataConfig(batch_size=1, max_length=4096),
+        data=DataConfig(batch_size=1, max_length=4096, workers=2),
         train=TrainConfig(out="runs/qwen3", **FINE_TUNE)),
 }
 # fmt: on

@@ -48,6 +48,8 @@ def main(argv: list[str]) -> None:
     for path in (args.json, args.predictions, args.sheet):
         if path is not None and not path.parent.is_dir():
             raise InputError(f"{path}: its folder does not exist.")
+        if path is not None and path.is_dir():
+            raise InputError(f"{path}: is a folder; name a file.")
     chat = Chat.load(args.checkpoint, setup().device)
     questions = items(args.data, args.split, args.n)
     if not questions:

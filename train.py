@@ -19,7 +19,7 @@ from data.loader import Loader
 from data.processor import Processor
 from data.sources import open_source
 from engine import checkpoint
-from engine.distributed import autocast, setup
+from engine.distributed import autocast, fast_dtype, setup
 from engine.evaluation import evaluate
 from engine.loop import train
 from engine.optim import build_optimizer
@@ -47,13 +47,15 @@ def main(argv: list[str]) -> None:
     cfg = parse_run(argv)
     run = Path(cfg.train.out)
     found = checkpoint.folders(run) if cfg.train.resume == "auto" else []
-    if found:
-        cfg = replace(cfg, train=replace(cfg.train, init_from=str(found[-1])))
+    newest = replace(cfg.train, init_from=str(found[-1])) if found else cfg.train
     dist = setup()
     source = open_source(cfg.data, "train")
-    cfg, model, processor = build(cfg)
+    built, model, processor = build(replace(cfg, train=newest))
+    if cfg.train.init_from:
+        cfg = replace(cfg, model=built.model)
     model.to(dist.device)
-    optimizer = build_optimizer(model.parts, cfg.train)
+    dtype = fast_dtype(dist.device, cfg.train.precision)
+    optimizer = build_optimizer(model.parts, cfg.train, dtype)
     loader = Loader(source, processor, cfg.data, dist.rank, dist.world, run / "skipped.jsonl")
     step = 0
     if found:
@@ -65,7 +67,7 @@ def main(argv: list[str]) -> None:
     if dist.is_main:
         checkpoint.remember_config(cfg)
         describe(cfg, model, source, step)
-    region = autocast(dist.device, cfg.train.precision)
+    region = autocast(dist.device, dtype)
     asked = partial(evaluate, model, processor, cfg.data, cfg.train.eval_samples, region)
     reached = train(cfg, model, processor, loader, optimizer, dist, region, asked, step)
     dist.close()

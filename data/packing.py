@@ -17,28 +17,27 @@ from data.sample import IGNORE, Batch, Tokens
 
 
 def fill_rows(lengths: Sequence[int], n_rows: int, capacity: int) -> list[list[int]]:
-    """Choose from waiting samples, oldest first, to fill `n_rows` rows of `capacity` tokens.
+    """Choose from waiting samples those that fill `n_rows` rows of `capacity` tokens best.
 
-    Each row starts with the oldest sample left, so none waits for ever, then takes the longest that
-    still fits, again and again: the short ones close the gaps. Returns indices into `lengths`, one
-    list per row.
+    Each row starts with the oldest sample left, so none waits for ever; the others are the subset
+    that leaves the least room (subset sum, its reachable totals kept as bits of one integer).
+    Returns indices into `lengths`, one list per row.
     """
-    waiting = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    oldest = list(range(len(lengths) - 1, -1, -1))
-    rows, taken = [], set()
-    for _ in range(n_rows):
-        while oldest and oldest[-1] in taken:
-            oldest.pop()
-        if not oldest:
-            break
-        row, room = [oldest[-1]], capacity - lengths[oldest[-1]]
-        taken.add(row[0])
-        for i in waiting:
-            if i not in taken and lengths[i] <= room:
-                row.append(i)
-                taken.add(i)
-                room -= lengths[i]
+    left, rows = list(range(len(lengths))), []
+    while left and len(rows) < n_rows:
+        first, *others = left
+        room = capacity - lengths[first]
+        reach = [1]  # bit t of reach[k]: the first k others can make a total of t
+        for i in others:
+            reach.append((reach[-1] | reach[-1] << lengths[i]) & ((1 << room + 1) - 1))
+        total = reach[-1].bit_length() - 1
+        row = [first]
+        for k in reversed(range(len(others))):
+            if not reach[k] >> total & 1:
+                row.append(others[k])
+                total -= lengths[others[k]]
         rows.append(row)
+        left = [i for i in left if i not in row]
     return rows
 
 

@@ -2,11 +2,13 @@
 
 All follows from (seed, split, index). Some pairs, counts and numbers are held out of `train` and
 `val`, so `test` can tell a model that composes what it knows from one that has memorised.
+`python -m data.world scene.png 7` draws one.
 Not here: choosing this source by name (sources.py), turning its samples into tokens (processor.py).
 """
 from __future__ import annotations
 
 import random
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,7 +38,7 @@ COLORS = {"red": (215, 35, 40), "green": (30, 180, 70), "blue": (35, 80, 225),
 BACKGROUNDS = {"white": (245, 245, 245), "light gray": (200, 200, 200), "dark gray": (70, 70, 70),
                "black": (14, 14, 14), "beige": (235, 222, 195), "light blue": (190, 215, 240)}
 # Radius in pixels, and how far the centre may move: the sum stays below half a cell.
-SIZES = {"small": (4.0, 3.0), "large": (6.5, 1.25)}
+SIZES = {"small": (4.5, 1.5), "large": (6.75, 0.75)}
 # Three by five pixels a digit, row after row.
 DIGITS = ("111101101101111", "010110010010111", "111001111100111", "111001111001111",
           "101101111001001", "111100111001111", "111100111101111", "111001001001001",
@@ -49,10 +51,12 @@ HELD_COUNTS = frozenset({(3, "circle"), (2, "cross")})  # exactly so many in one
 HELD_NUMBERS = frozenset({"17", "24", "39", "41", "56", "62", "78", "85", "93"})
 # Every other test scene holds one of these out; the mix is what a balanced test asks for.
 TEST_THEMES = ("pair", "count", "pair", "pair", "number", "pair", "pair", "count", "pair", "pair")
-# How often training asks for each skill: looking up one thing in one place takes longest to learn.
+# Half of all training pictures are described, which teaches to see; the other half are asked about,
+# most often what takes longest to learn: looking up one thing in one place.
+CAPTION_SHARE = 0.5
 WEIGHTS = {"color": 3, "shape": 2, "count": 2, "where": 3, "what": 2, "exist": 2,
-           "relation": 3, "compare": 3, "read": 3, "caption": 1}
-SKILLS = tuple(WEIGHTS)
+           "relation": 3, "compare": 3, "read": 2}
+SKILLS = (*WEIGHTS, "caption")
 
 
 @dataclass(frozen=True)
@@ -259,8 +263,12 @@ def _read(scene: Scene) -> Iterator[tuple[str, str, bool]]:
 
 
 def _caption(scene: Scene) -> Iterator[tuple[str, str, bool]]:
-    *rest, last = [f"a {t.size} {t.kind}" for t in scene.things]
-    unseen = bool(_held_counts(scene.things)) or any(t.held for t in scene.things)
+    parts = [(t.cell, f"a {t.size} {t.kind}") for t in scene.things]
+    if scene.number is not None:
+        parts.append((scene.number_cell, f"the number {scene.number}"))
+    *rest, last = [text for _, text in sorted(parts)]
+    unseen = (bool(_held_counts(scene.things)) or any(t.held for t in scene.things)
+              or scene.number in HELD_NUMBERS)
     yield "Describe the picture.", f"{', '.join(rest)} and {last}", unseen
 
 
@@ -298,10 +306,14 @@ def ask(scene: Scene, skill: str, rng: random.Random, heldout: bool,
 
 def _conversation(seed: int, split: str, index: int,
                   n_questions: int) -> tuple[Scene, tuple[Turn, ...]]:
-    """A scene and distinct questions of mixed skills; fewer than asked if it has no more."""
+    """A scene and its caption alone, or distinct questions, fewer than asked if it has no more.
+
+    Never both: a caption before a question would answer it, and teach to read instead of to see.
+    """
     scene, rng = make_scene(seed, split, index), random.Random(f"{seed}/{split}/{index}/ask")
     asked: dict[str, Question] = {}
-    for skill in rng.choices(list(WEIGHTS), list(WEIGHTS.values()), k=50 * n_questions):
+    skills = rng.choices(list(WEIGHTS), list(WEIGHTS.values()), k=50 * n_questions)
+    for skill in ["caption"] if rng.random() < CAPTION_SHARE else skills:
         if question := ask(scene, skill, rng, heldout=False):
             asked.setdefault(question.text, question)
         if len(asked) == n_questions:
@@ -350,3 +362,9 @@ def corpus(n: int = 2000) -> Iterator[str]:
         yield turns[0].text.removeprefix("<image>")
         said = [f"{role.capitalize()}: {text.removeprefix('<image>')}" for role, text in turns]
         yield "\n".join(said) + "\n\n"
+
+
+if __name__ == "__main__":
+    path, index = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    draw(make_scene(0, "test", index)).save(path)
+    print(f"scene {index} of the test split: {path}")

@@ -64,19 +64,23 @@ class Chat:
         return self.stream_tokens(self.prompt(prompt, images), sampling)
 
     def stream_tokens(self, tokens: Tokens, sampling: Sampling) -> Iterator[str]:
-        """One piece per token of the answer to `tokens`; "" while a character is incomplete."""
+        """One piece per token of the answer to `tokens`; "" while a character is incomplete.
+
+        One more where the end cuts a character off.
+        """
         ids, mask, pixels = (
             x.to(self.model.device) for x in collate_prompts([tokens], self.processor.cfg)
         )
-        new, said = [], ""
+        new, said, text = [], "", ""
         for token in self.model.stream(ids, pixels, mask, sampling):
             new.append(int(token))
             text = self.processor.decode(new)
             complete = text.startswith(said) and not text.endswith("\N{REPLACEMENT CHARACTER}")
-            stopped = int(token) == self.processor.cfg.vlm_eos_token_id
-            piece = text[len(said) :] if complete or stopped else ""
+            piece = text[len(said) :] if complete else ""
             said += piece
             yield piece
+        if len(text) > len(said):
+            yield text[len(said) :]
 
     def answers(
         self, prompts: Sequence[Tokens], sampling: Sampling = Sampling(), batch_size: int = 64

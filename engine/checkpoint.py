@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from configs import InputError, RunConfig, from_dict, to_dict
 
@@ -78,7 +79,7 @@ def save(cfg: RunConfig, step: int, model, processor, state: dict) -> Path:
     try:
         temporary.mkdir(parents=True)
         model.save_pretrained(temporary, processor)
-        provenance = {"config": to_dict(cfg), "torch": torch.__version__, "git": git_commit()}
+        provenance = {"config": to_dict(cfg), "torch": str(torch.__version__), "git": git_commit()}
         torch.save(
             {"step": step, "rng": rng_state(), "provenance": provenance} | state, temporary / STATE
         )
@@ -86,7 +87,8 @@ def save(cfg: RunConfig, step: int, model, processor, state: dict) -> Path:
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+    # A full disk is a RuntimeError to torch.save and a SafetensorError to the weights.
+    except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise InputError(
             f"{final}: the checkpoint could not be written ({error}); "

@@ -80,23 +80,28 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_mmap_threshold, 1 << 30)
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The autocast region of `precision` auto, fp32 or bf16; auto: bf16 where it is faster here."""
-    enabled = precision == "bf16" or (precision == "auto" and bf16_is_faster(device))
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+def fast_dtype(device: torch.device, precision: str) -> torch.dtype:
+    """What matrices multiply in: `precision` fp32, bf16, or auto, bf16 where that is faster."""
+    is_bf16 = precision == "bf16" or (precision == "auto" and bf16_is_faster(device))
+    return torch.bfloat16 if is_bf16 else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """The region in which matrices are multiplied in `dtype`; of float32 it changes nothing."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def bf16_is_faster(device: torch.device) -> bool:
     """Time a few products of each kind: kernels may not keep what instruction sets promise."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    a = torch.ones(512, 512)
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(512, 512, dtype=dtype)
-        times = []
+        b, times = a.to(dtype), []
         for _ in range(5):
             start = time.perf_counter()
-            a @ a
+            b @ b
             times.append(time.perf_counter() - start)
         seconds[dtype] = min(times)
     return seconds[torch.bfloat16] < 0.7 * seconds[torch.float32]

@@ -122,15 +122,15 @@ def train(
                     | meter.rates(dist),
                     step,
                 )
-            if due(step, t.eval_every, t.steps) and dist.is_main:
-                values = evaluate()
+            if due(step, t.eval_every, t.steps) and dist.is_main and (values := evaluate()):
                 logger.log(values, step)
                 logger.say(
                     f"step {step}: " + ", ".join(f"{k[4:]} {v:.3f}" for k, v in values.items())
                 )
-            if stop.received or due(step, t.save_every, t.steps):
+            stopping = dist.sum(stop.received) > 0  # so that all processes leave after one step
+            if stopping or due(step, t.save_every, t.steps):
                 save()
-            if stop.received:
+            if stopping:
                 break
     finally:
         logger.close()

@@ -18,12 +18,12 @@ from configs import InputError, TrainConfig
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
-def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
+def orthogonalise(x: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
     """Bring singular values of matrices [n, rows, cols] to about one (Jordan et al. 2024, Muon)."""
     a, b, c = NEWTON_SCHULZ
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mT
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
@@ -33,8 +33,17 @@ def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised. Matrices of one shape go through Newton-Schulz together."""
 
-    def __init__(self, params: list[Tensor], lr: float, momentum: float, weight_decay: float):
+    def __init__(
+        self,
+        params: list[Tensor],
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        dtype: torch.dtype = torch.float32,
+    ):
+        """`dtype` is that of the Newton-Schulz products only."""
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -45,15 +54,16 @@ class Muon(torch.optim.Optimizer):
                     by_shape[p.shape].append(p)
             for shape, params in by_shape.items():
                 grads = [p.grad for p in params]
-                buffers = [
-                    self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params
-                ]
+                for p in params:
+                    if "momentum" not in self.state[p]:
+                        self.state[p]["momentum"] = torch.zeros_like(p)
+                buffers = [self.state[p]["momentum"] for p in params]
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
                 steps = torch._foreach_lerp(grads, buffers, group["momentum"])  # Nesterov
                 scale = math.sqrt(max(1, shape[0] / shape[1]))
-                updates = list(orthogonalise(torch.stack(steps)).unbind())
+                updates = orthogonalise(torch.stack(steps), self.dtype).to(params[0].dtype)
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, updates, alpha=-group["lr"] * scale)
+                torch._foreach_add_(params, list(updates.unbind()), alpha=-group["lr"] * scale)
 
 
 class Optimizers:
@@ -88,7 +98,9 @@ class Optimizers:
             member.load_state_dict(state)
 
 
-def build_optimizer(parts: dict[str, nn.Module], cfg: TrainConfig) -> Optimizers:
+def build_optimizer(
+    parts: dict[str, nn.Module], cfg: TrainConfig, dtype: torch.dtype = torch.float32
+) -> Optimizers:
     """Freeze what `cfg.freeze` names and group the rest by part and decay.
 
     Norms, biases, embeddings and lone vectors never decay. With Muon, the matrices inside the
@@ -119,7 +131,7 @@ def build_optimizer(parts: dict[str, nn.Module], cfg: TrainConfig) -> Optimizers
     if adamw:
         members.append(torch.optim.AdamW(adamw, betas=(cfg.beta1, cfg.beta2), fused=True))
     if muon:
-        members.append(Muon(muon, cfg.lr_muon, cfg.muon_momentum, cfg.weight_decay))
+        members.append(Muon(muon, cfg.lr_muon, cfg.muon_momentum, cfg.weight_decay, dtype))
     return Optimizers(members)
 
 

@@ -179,17 +179,19 @@ def init_weights(module: nn.Module, n_residual: int) -> None:
     """Fill every parameter with its first values.
 
     Matrices N(0, 1/fan_in), those that write to the residual stream smaller by sqrt(n_residual)
-    (Radford et al. 2019), embeddings and tokens N(0, 0.02), norms one, biases zero.
+    (Radford et al. 2019), token embeddings N(0, 1/width), which keeps tied logits near N(0, 1) and
+    words from drowning in what attention adds; positions and extra tokens N(0, 0.02), norms one,
+    biases zero.
     """
     for name, param in module.named_parameters():
         if "norm" in name or ".ln" in name:
             nn.init.constant_(param, 1.0 if name.endswith("weight") else 0.0)
         elif name.endswith("bias"):
             nn.init.zeros_(param)
-        elif "embedding.weight" in name or not name.endswith("weight"):
+        elif not name.endswith("weight"):
             nn.init.normal_(param, std=0.02)
         else:
-            std = math.prod(param.shape[1:]) ** -0.5
+            std = math.prod(param.shape[1:]) ** -0.5  # of an embedding, too: [V, D]
             writes = name.endswith(
                 ("out_proj.weight", "o_proj.weight", "fc2.weight", "down_proj.weight")
             )

@@ -1,7 +1,9 @@
 """Every test runs offline, from the repository root, on random weights of tiny shapes."""
 
+import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -9,10 +11,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from configs import VLMConfig
+from configs import DataConfig, RunConfig, TrainConfig, VLMConfig, to_dict
 from data import processor as processors
 from models.vision_language_model import VisionLanguageModel
 
@@ -119,3 +123,90 @@ def pad_rows():
         return rows, torch.cat([images for _, images in samples]), mask
 
     return pad
+
+
+def lively(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Weights so large that pictures and words change the answer, which a fresh model's do not."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in randomise(model, seed).named_parameters():
+            if p.ndim > 1:
+                scale = 1.0 if "embedding" in name else 2 * p[0].numel() ** -0.5
+                p.copy_(scale * torch.randn(p.shape, generator=generator))
+    return model.eval()
+
+
+@pytest.fixture(name="lively", scope="session")
+def lively_fixture():
+    return lively
+
+
+# A whole run this small takes a step in milliseconds; the tokenizer is the world's.
+MINUTE = dict(
+    vit_img_size=16,
+    vit_patch_size=4,
+    vit_hidden_dim=16,
+    vit_inter_dim=32,
+    vit_n_heads=2,
+    vit_n_blocks=1,
+    lm_hidden_dim=32,
+    lm_inter_dim=48,
+    lm_n_heads=2,
+    lm_n_kv_heads=1,
+    lm_n_blocks=2,
+    max_img_size=16,
+)
+
+
+@pytest.fixture(name="minute_config", scope="session")
+def minute_config_fixture():
+    return lambda **changes: VLMConfig(**(MINUTE | changes))
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory) -> Path:
+    """24 rows, each with a picture of its own and an answer of its own length."""
+    folder = tmp_path_factory.mktemp("rows")
+    rows = []
+    for i in range(24):
+        pixels = np.random.default_rng(i).integers(0, 256, (20, 16 + i, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        row = {"image": f"{i}.png", "question": f"What is {i}?", "answer": "red " * (1 + i % 5)}
+        rows.append(json.dumps(row))
+    (folder / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    return folder / "rows.jsonl"
+
+
+@pytest.fixture
+def run_file(tmp_path, rows_file, monkeypatch, tiny_processor, minute_config):
+    """`run_file(out="a", model={...}, data={...}, **train)` -> config.json of a tiny run in out."""
+    # The tokenizer depends on the vocabulary alone: train it once a session, not once a run.
+    monkeypatch.setattr(processors, "build", lambda cfg: replace(tiny_processor, cfg=cfg))
+
+    def write(
+        out: str = "run", model: dict | None = None, data: dict | None = None, **train
+    ) -> Path:
+        rows = dict(source=str(rows_file), batch_size=1, max_length=256, workers=0)
+        rows |= dict(val_fraction=0.0, packing=False) | (data or {})
+        train = dict(steps=6, log_every=1, save_every=0, eval_every=0, warmup=2) | train
+        cfg = RunConfig(
+            model=minute_config(**(model or {})),
+            data=DataConfig(**rows),
+            train=TrainConfig(out=str(tmp_path / out), precision="fp32", **train),
+        )
+        path = tmp_path / f"{out}.json"
+        path.write_text(json.dumps(to_dict(cfg)))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(tmp_path_factory, tiny_processor, minute_config) -> Path:
+    """Random weights of a minute model with its processor, as `save_pretrained` writes them."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(0)
+    cfg = minute_config(lm_max_position_embeddings=256, lm_tie_weights=False)
+    model = lively(VisionLanguageModel(cfg))
+    model.save_pretrained(folder, replace(tiny_processor, cfg=cfg))
+    return folder

@@ -45,6 +45,22 @@ def is_expressible(cfg: VLMConfig) -> bool:
     )
 
 
+def _vision_config(cfg: VLMConfig) -> dict:
+    return {
+        "model_type": "idefics3_vision",
+        "hidden_size": cfg.vit_hidden_dim,
+        "intermediate_size": cfg.vit_inter_dim,
+        "num_hidden_layers": cfg.vit_n_blocks,
+        "num_attention_heads": cfg.vit_n_heads,
+        "num_channels": cfg.vit_n_channels,
+        "image_size": cfg.vit_img_size,
+        "patch_size": cfg.vit_patch_size,
+        "hidden_act": HIDDEN_ACT[cfg.vit_hidden_act],
+        "layer_norm_eps": cfg.vit_ln_eps,
+        "attention_dropout": 0.0,
+    }
+
+
 def config_json(cfg: VLMConfig, dtype: str) -> dict:
     """config.json as transformers 4 and 5, vLLM, llama.cpp and MLX read it; every size explicit.
 
@@ -90,19 +106,6 @@ def config_json(cfg: VLMConfig, dtype: str) -> dict:
         text["rope_scaling"] = {
             k: v for k, v in rope.items() if k != "rope_theta"
         }  # v4's name for it
-    vision = {
-        "model_type": "idefics3_vision",
-        "hidden_size": cfg.vit_hidden_dim,
-        "intermediate_size": cfg.vit_inter_dim,
-        "num_hidden_layers": cfg.vit_n_blocks,
-        "num_attention_heads": cfg.vit_n_heads,
-        "num_channels": cfg.vit_n_channels,
-        "image_size": cfg.vit_img_size,
-        "patch_size": cfg.vit_patch_size,
-        "hidden_act": HIDDEN_ACT[cfg.vit_hidden_act],
-        "layer_norm_eps": cfg.vit_ln_eps,
-        "attention_dropout": 0.0,
-    }
     return {
         "architectures": ["Idefics3ForConditionalGeneration"],
         "model_type": "idefics3",
@@ -113,5 +116,5 @@ def config_json(cfg: VLMConfig, dtype: str) -> dict:
         "tie_word_embeddings": False,
         **ids,
         "text_config": text,
-        "vision_config": vision,
+        "vision_config": _vision_config(cfg),
     }

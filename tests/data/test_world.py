@@ -93,7 +93,10 @@ def solve(scene: world.Scene, text: str) -> list[str]:
     if text == "What number is there?":
         return [scene.number] if scene.number else []
     assert text == "Describe the picture.", text
-    *rest, last = [f"a {size} {color} {shape}" for _, _, color, shape, size in sorted(things)]
+    words = {row * 3 + col: f"a {size} {color} {shape}" for row, col, color, shape, size in things}
+    if scene.number:
+        words[scene.number_cell] = f"the number {scene.number}"
+    *rest, last = [words[cell] for cell in sorted(words)]
     return [", ".join(rest) + " and " + last]
 
 
@@ -121,6 +124,8 @@ def concerns_held(scene: world.Scene, question: world.Question) -> bool:
         return question.answer in world.HELD_NUMBERS
     asked = {singular(word) for word in re.findall(MANY, question.text)}
     counts = set(world.SHAPES) if question.skill == "caption" else asked
+    if question.skill == "caption" and scene.number in world.HELD_NUMBERS:
+        return True
     return any(pair in said for pair in pairs) or any(
         shapes.count(shape) == n for n, shape in world.HELD_COUNTS if shape in counts
     )

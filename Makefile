@@ -1,0 +1,35 @@
+# Two commands do everything: `make demo` and `make test`. Each installs what it needs into .venv.
+PYTHON ?= python3
+PY = .venv/bin/python
+RUN = runs/demo
+
+.PHONY: demo test test-all lint clean
+.DEFAULT_GOAL := demo
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("picoVLM needs Python 3.11 or newer")'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -q -c constraints.txt -e '.[plot,dev]'
+	@touch $@
+
+# Train the built-in default, score it, show its answers. A finished or interrupted demo continues.
+demo: .venv/installed
+	$(PY) train.py tiny --train.out $(RUN) --train.resume auto
+	$(PY) score.py $(RUN) --data.source world --split test --json $(RUN)/score.json --sheet $(RUN)/answers.png
+	$(PY) -m data.world $(RUN)/question.png
+	@echo
+	@echo "Look at $(RUN)/answers.png, then ask it yourself:"
+	@echo "  $(PY) generate.py $(RUN) --image $(RUN)/question.png --prompt 'Describe the picture.'"
+	@$(PY) generate.py $(RUN) --image $(RUN)/question.png --prompt 'Describe the picture.'
+
+test: .venv/installed
+	$(PY) -m pytest -m "not slow"
+
+test-all: .venv/installed
+	$(PY) -m pytest
+
+lint: .venv/installed
+	$(PY) -m ruff check .
+
+clean:
+	rm -rf .venv runs *.egg-info .pytest_cache .ruff_cache .hypothesis

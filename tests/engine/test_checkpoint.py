@@ -1,0 +1,134 @@
+"""A checkpoint is whole or absent: whatever interrupts it, the one before stays."""
+
+from __future__ import annotations
+
+import random
+import resource
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from configs import InputError, RunConfig, TrainConfig, read_json
+from engine import checkpoint
+from models.vision_language_model import VisionLanguageModel
+
+
+@pytest.fixture
+def made(tmp_path, minute_config, tiny_processor):
+    """(cfg, save(step)) of a run in a folder of its own."""
+    cfg = RunConfig(model=minute_config(), train=TrainConfig(out=str(tmp_path / "run"), keep=2))
+    model, processor = VisionLanguageModel(cfg.model), replace(tiny_processor, cfg=cfg.model)
+
+    def save(step: int, **state):
+        return checkpoint.save(cfg, step, model, processor, {"optimizer": [], **state})
+
+    return cfg, save
+
+
+def names(cfg: RunConfig) -> list[str]:
+    return sorted(p.name for p in Path(cfg.train.out).iterdir())
+
+
+def test_the_newest_are_kept_and_found(made):
+    cfg, save = made
+    for step in (5, 10, 100000, 1000000):
+        save(step)
+    assert names(cfg) == ["step-100000", "step-1000000"]
+    assert checkpoint.resolve(cfg.train.out).name == "step-1000000"
+
+
+def test_what_a_crash_leaves_is_never_picked_up(made):
+    cfg, save = made
+    save(5)
+    run = Path(cfg.train.out)
+    for torn in (".saving-000009-123", "step-000009"):
+        (run / torn).mkdir()
+        (run / torn / "model.safetensors").write_bytes(b"half")
+    assert [p.name for p in checkpoint.folders(run)] == ["step-000005"]
+    assert checkpoint.resolve(run).name == "step-000005"
+    save(9)  # and the torn folder of the same step is replaced
+    assert checkpoint.load_state(checkpoint.resolve(run), cfg)["step"] == 9
+
+
+def break_save(monkeypatch, how: str) -> None:
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    if how == "weights":
+        monkeypatch.setattr("models.checkpoint_files.save_file", full)
+    elif how == "state":
+        monkeypatch.setattr(torch, "save", full)
+    else:
+        monkeypatch.setattr(Path, "rename", full)
+
+
+@pytest.mark.parametrize("how", ["weights", "state", "rename"])
+def test_a_full_disk_leaves_the_one_before_whole(made, monkeypatch, how):
+    cfg, save = made
+    save(5)
+    with monkeypatch.context() as patched:
+        break_save(patched, how)
+        with pytest.raises(InputError, match=r"step-000010.*No space left on device"):
+            save(10)
+    assert names(cfg) == ["step-000005"]
+    assert checkpoint.load_state(checkpoint.resolve(cfg.train.out), cfg)["step"] == 5
+
+
+@pytest.mark.parametrize("limit", [30_000, 300_000], ids=["weights", "state"])
+def test_a_real_refusal_to_write_is_an_input_error(made, limit):
+    """The libraries' own errors, which are not all OSError: files may not grow past the limit."""
+    cfg, save = made
+    save(5)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(InputError, match="could not be written"):
+            save(10, extra=torch.zeros(500_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert names(cfg) == ["step-000005"]
+
+
+def test_generators_continue_where_they_were():
+    def draws():
+        return torch.rand(3).tolist(), random.random(), np.random.rand(2).tolist()
+
+    random.gauss(0, 1), np.random.randn()  # leave a cached second normal in each
+    state = checkpoint.rng_state()
+    first = draws(), random.gauss(0, 1), float(np.random.randn())
+    draws()
+    checkpoint.set_rng_state(state)
+    assert (draws(), random.gauss(0, 1), float(np.random.randn())) == first
+
+
+def test_state_names_what_changed(made):
+    cfg, save = made
+    folder = save(5)
+    other = replace(cfg, train=replace(cfg.train, beta2=0.5, log_every=3, keep=9))
+    with pytest.raises(InputError, match=r"train.beta2: 0.98 then, 0.5 now\)"):
+        checkpoint.load_state(folder, other)
+    assert checkpoint.load_state(folder, cfg)["provenance"]["torch"] == torch.__version__
+
+
+def test_a_run_folder_is_not_overwritten(made):
+    cfg, save = made
+    save(5)
+    with pytest.raises(InputError, match=r"--train\.resume auto"):
+        checkpoint.remember_config(cfg)
+    resumed = replace(cfg, train=replace(cfg.train, resume="auto"))
+    checkpoint.remember_config(resumed)
+    assert read_json(Path(cfg.train.out) / "config.json")["train"]["resume"] == "auto"
+
+
+@pytest.mark.parametrize("kind", ["absent", "empty", "file"])
+def test_what_is_no_checkpoint_is_named(tmp_path, kind):
+    path = tmp_path / kind
+    if kind == "empty":
+        path.mkdir()
+    elif kind == "file":
+        path.write_text("x")
+    with pytest.raises(InputError, match=str(path)):
+        checkpoint.resolve(path)

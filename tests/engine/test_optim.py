@@ -1,0 +1,202 @@
+"""Every parameter moves once, as its optimizer's paper says, at a rate that the step alone sets."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+
+from configs import InputError, TrainConfig
+from engine.optim import Muon, build_optimizer, lr_factor, orthogonalise
+from models.vision_language_model import VisionLanguageModel
+
+RATES = dict(lr_vision=0.001, lr_projector=0.002, lr_language=0.003, lr_muon=0.05, weight_decay=0.1)
+
+
+def groups_by_name(model, cfg: TrainConfig) -> dict[str, dict]:
+    """Parameter name -> its group; a parameter in two groups, or twice in one, fails."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {}
+    for group in build_optimizer(model.parts, cfg).param_groups:
+        for p in group["params"]:
+            assert names[id(p)] not in found
+            found[names[id(p)]] = group
+    return found
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_groups(small_model, kind, tied):
+    model = small_model(
+        lm_tie_weights=tied, lm_qk_norm=True, lm_qkv_bias=True, vit_cls_flag=True, vit_n_registers=2
+    )
+    found = groups_by_name(model, TrainConfig(optimizer=kind, **RATES))
+    assert set(found) == {name for name, _ in model.named_parameters()}
+    assert ("decoder.head.weight" in found) == (not tied)
+    rates = {"vision_encoder": 0.001, "MP": 0.002, "decoder": 0.003}
+    n_muon = 0
+    for name, p in model.named_parameters():
+        group = found[name]
+        if kind == "muon" and ".blocks." in name and p.ndim == 2:
+            n_muon += 1
+            assert (group["lr"], group["momentum"]) == (0.05, 0.95), name
+        else:
+            assert group["lr"] == rates[name.split(".")[0]] and "betas" in group, name
+        spared = p.ndim < 2 or "embedding" in name
+        assert group["weight_decay"] == (0.0 if spared else 0.1), name
+    cfg = model.cfg
+    assert n_muon == (kind == "muon") * (6 * cfg.vit_n_blocks + 7 * cfg.lm_n_blocks)
+
+
+def test_registers_and_cls_do_not_decay(small_model):
+    model = small_model(vit_cls_flag=True, vit_n_registers=2)
+    found = groups_by_name(model, TrainConfig(**RATES))
+    names = [n for n in found if "cls" in n or "register" in n]
+    assert names and [found[n]["weight_decay"] for n in names] == [0.0] * len(names)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_frozen_parts_are_in_no_group(small_model, kind):
+    model = small_model()
+    found = groups_by_name(model, TrainConfig(optimizer=kind, freeze=("vision", "language")))
+    assert set(found) == {n for n, _ in model.named_parameters() if n.startswith("MP.")}
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(found)
+    groups_by_name(model, TrainConfig(optimizer=kind))  # and a later run thaws them
+    assert all(p.requires_grad for p in model.parameters())
+    everything = TrainConfig(optimizer=kind, freeze=("projector",))
+    with pytest.raises(InputError, match="nothing to train"):
+        build_optimizer({"projector": model.MP}, everything)
+
+
+@pytest.mark.parametrize("shape", [(16, 48), (48, 16), (24, 24), (1, 8)])
+def test_orthogonalise_brings_singular_values_to_about_one(shape):
+    torch.manual_seed(0)
+    x = torch.randn(3, *shape)
+    y = orthogonalise(x, torch.float32)
+    values = torch.linalg.svdvals(y)
+    # The quintic promises 0.7 to 1.2 from about 0.005 of the norm on; a square has smaller ones.
+    low = 0.6 if shape[0] != shape[1] else 0.0
+    assert y.shape == x.shape and values.max() <= 1.3 and values.min() >= low
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    # The directions stay: u.T y v is diagonal.
+    core = u.mT @ y @ vh.mT
+    torch.testing.assert_close(core, torch.diag_embed(core.diagonal(dim1=1, dim2=2)),
+                               atol=1e-4, rtol=0)  # fmt: skip
+    assert orthogonalise(torch.zeros(1, *shape), torch.float32).eq(0).all()
+
+
+def naive_muon(p, grads, lr, mu, decay):
+    """Jordan's Muon on one matrix, as his page writes it, in float64."""
+    p, buffer = p.double(), torch.zeros_like(p, dtype=torch.float64)
+    for g in grads:
+        buffer = mu * buffer + (1 - mu) * g.double()
+        x = mu * buffer + (1 - mu) * g.double()
+        x = x / x.norm()
+        if x.shape[0] > x.shape[1]:
+            x = x.T
+        for _ in range(5):
+            A = x @ x.T
+            x = 3.4445 * x - 4.7750 * A @ x + 2.0315 * A @ A @ x
+        if p.shape[0] > p.shape[1]:
+            x = x.T
+        p = (1 - lr * decay) * p - lr * max(1, p.shape[0] / p.shape[1]) ** 0.5 * x
+    return p
+
+
+def test_muon_is_the_naive_one():
+    torch.manual_seed(0)
+    shapes = [(6, 10), (10, 6), (8, 8), (6, 10), (6, 10)]
+    params = [torch.nn.Parameter(torch.randn(s)) for s in shapes]
+    idle = torch.nn.Parameter(torch.randn(6, 10))  # of a shape with others, but without gradient
+    starts, grads = [p.detach().clone() for p in params], [[torch.randn(s) for s in shapes]
+                                                           for _ in range(4)]  # fmt: skip
+    before = idle.detach().clone()
+    optimizer = Muon([*params, idle], lr=0.1, momentum=0.9, weight_decay=0.3)
+    for step in grads:
+        for p, g in zip(params, step):
+            p.grad = g.clone()
+        optimizer.step()
+    for i, p in enumerate(params):
+        wanted = naive_muon(starts[i], [step[i] for step in grads], 0.1, 0.9, 0.3)
+        torch.testing.assert_close(p.detach().double(), wanted, atol=2e-5, rtol=1e-4)
+    assert torch.equal(idle, before)
+
+
+def fill(model, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.grad = 0.1 * torch.randn(p.shape, generator=generator)
+
+
+def test_adamw_is_torchs(small_model):
+    model = small_model()
+    twin = copy.deepcopy(model)
+    cfg = TrainConfig(optimizer="adamw", **RATES)
+    ours = build_optimizer(model.parts, cfg)
+    by_id = {id(p): q for p, q in zip(model.parameters(), twin.parameters(), strict=True)}
+    theirs = [
+        torch.optim.AdamW(
+            [by_id[id(p)] for p in g["params"]],
+            lr=g["lr"],
+            betas=(0.9, 0.98),
+            weight_decay=g["weight_decay"],
+        )
+        for g in ours.param_groups
+    ]
+    for seed in range(3):
+        fill(model, seed), fill(twin, seed)
+        ours.step()
+        for optimizer in theirs:
+            optimizer.step()
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, msg=lambda text, name=name: f"{name}: {text}")
+    ours.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_state_goes_round(small_model):
+    model = small_model()
+    twin = copy.deepcopy(model)
+    a = build_optimizer(model.parts, TrainConfig(**RATES))
+    fill(model, 0)
+    a.set_lr(0.5)
+    a.step()
+    b = build_optimizer(twin.parts, TrainConfig(**RATES))
+    b.load_state_dict(copy.deepcopy(a.state_dict()))
+    twin.load_state_dict(model.state_dict())
+    for optimizer, m in ((a, model), (b, twin)):
+        fill(m, 1)
+        optimizer.set_lr(0.25)
+        optimizer.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert [g["lr"] for g in b.param_groups] == [0.25 * g["peak_lr"] for g in a.param_groups]
+
+
+def test_learning_rate_shapes():
+    def factors(schedule, warmup=4, steps=12):
+        cfg = TrainConfig(schedule=schedule, warmup=warmup, steps=steps)
+        return [lr_factor(cfg, s) for s in range(steps)]
+
+    for schedule in ("linear", "cosine", "constant"):
+        assert factors(schedule)[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+        assert all(0 < f <= 1 for f in factors(schedule, warmup=0, steps=7))
+        assert factors(schedule, warmup=0, steps=1) == [1.0]
+        assert factors(schedule, warmup=20, steps=3) == pytest.approx([0.05, 0.1, 0.15])
+    assert factors("constant")[4:] == [1.0] * 8
+    assert factors("linear")[4:] == pytest.approx([1 - i / 8 for i in range(8)])
+    assert factors("cosine")[4:] == pytest.approx(
+        [(1 + math.cos(math.pi * i / 8)) / 2 for i in range(8)]
+    )
+    past = TrainConfig(warmup=4, steps=12)
+    assert lr_factor(past, 12) == lr_factor(past, 99) == 0
+
+
+def test_a_tied_head_is_the_embedding(minute_config):
+    model = VisionLanguageModel(minute_config(lm_tie_weights=True))
+    build_optimizer(model.parts, TrainConfig(optimizer="adamw"))
+    assert model.decoder.head.weight is model.decoder.token_embedding.weight
+    found = groups_by_name(model, TrainConfig(optimizer="adamw", weight_decay=0.1))
+    assert found["decoder.token_embedding.weight"]["weight_decay"] == 0.0

@@ -1,0 +1,244 @@
+"""Who may import whom, how long a file may be, and what an import may do: nothing.
+
+The floors are those of the house: a room imports from rooms that stand before it in its own list,
+and from any room on a floor below.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PRETRAINED = [f"models.pretrained.{n}" for n in ("engine", "siglip", "llama", "idefics3")]
+# Each floor is a list of ladders; a room stands on one and sees the rungs below it.
+FLOORS: list[list[list[str]]] = [
+    [["configs"]],
+    [
+        ["models.attention", "models.vision_transformer", "models.language_model",
+         "models.modality_projector", "models.generation", "models.attention_maps",
+         "models.pretrained", *PRETRAINED],
+        ["engine.distributed"], ["engine.optim"], ["engine.scoring"],
+    ],
+    [
+        ["models.vision_language_model"],
+        ["data.sample", "data.world", "data.text", "data.augment", "data.images", "data.sources",
+         "data.processor", "data.packing", "data.loader", "data.preview"],
+    ],
+    [["models.checkpoint_files", "engine.checkpoint", "engine.logger", "engine.chat",
+      "engine.evaluation", "engine.sheet", "engine.report", "engine.adapters", "engine.loop"]],
+]  # fmt: skip
+SCRIPTS = len(FLOORS)
+UP_STAIRS = {("models.vision_language_model", "models.checkpoint_files")}  # inside a function
+ON_CALL = {"datasets", "huggingface_hub", "wandb", "gradio", "peft", "matplotlib"}
+TALKS = {"engine.distributed", "engine.checkpoint"}  # to other processes
+LONGEST_FILE, LONGEST_CONFIGS, LONGEST_FUNCTION, LONGEST_LOOP = 400, 600, 60, 100
+PLACE = {
+    room: (floor, ladder, rung)
+    for floor, ladders in enumerate(FLOORS)
+    for ladder, rooms in enumerate(ladders)
+    for rung, room in enumerate(rooms)
+}
+
+
+def modules(root: Path) -> dict[str, Path]:
+    """Dotted name -> file of every module of the house."""
+    files = [*root.glob("*.py")]
+    for room in ("models", "data", "engine"):
+        files += (root / room).rglob("*.py")
+    names = {f: ".".join(f.relative_to(root).with_suffix("").parts) for f in files}
+    return {name.removesuffix(".__init__"): f for f, name in names.items()}
+
+
+def imports(tree: ast.Module) -> list[tuple[str, bool, int]]:
+    """(dotted name, whether inside a function, line) of every import, `from a import b` as a.b."""
+    found = []
+
+    def visit(node: ast.AST, inside: bool) -> None:
+        if isinstance(node, ast.Import):
+            found.extend((alias.name, inside, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = "." * node.level + (node.module or "")
+            found.extend((f"{start}.{alias.name}", inside, node.lineno) for alias in node.names)
+        inside = inside or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for child in ast.iter_child_nodes(node):
+            visit(child, inside)
+
+    visit(tree, False)
+    return found
+
+
+def room_of(name: str, rooms: dict[str, Path]) -> str | None:
+    """The module of the house that an imported name belongs to."""
+    parts = name.split(".")
+    for n in range(len(parts), 0, -1):
+        if ".".join(parts[:n]) in rooms:
+            return ".".join(parts[:n])
+    return None
+
+
+def may_import(importer: str, imported: str) -> bool:
+    place = PLACE.get(importer, (SCRIPTS, 0, 0))
+    target = PLACE.get(imported, (SCRIPTS, 0, 0))
+    if {importer.split(".")[0], imported.split(".")[0]} == {"models", "data"}:
+        return False
+    if place[0] == target[0]:  # a neighbour must be on an earlier rung; scripts have no ladder
+        return place[0] < SCRIPTS and place[1] == target[1] and target[2] < place[2]
+    return target[0] < place[0]
+
+
+def problems(root: Path) -> list[str]:
+    """Everything in a tree that breaks the plan."""
+    rooms, found, graph = modules(root), [], {}
+    for name, path in rooms.items():
+        text = path.read_text(encoding="utf-8")
+        tree = ast.parse(text, str(path))
+        if "." in name and name not in PLACE:
+            found.append(f"{name}: has no place in the floor plan")
+        graph[name] = set()
+        for imported, inside, line in imports(tree):
+            where = f"{name} line {line}"
+            top = imported.split(".")[0]
+            if imported.startswith("."):
+                found.append(f"{where}: relative import")
+            if top in ON_CALL and not inside:
+                found.append(f"{where}: {top} belongs inside a function")
+            if f"{imported}.".startswith("torch.distributed.") and name not in TALKS:
+                found.append(f"{where}: torch.distributed")
+            room = room_of(imported, rooms)
+            if room is None and top in ("models", "data", "engine") and imported.count("."):
+                room = room_of(top, rooms)  # a package has no file of its own
+            if room is None or room == name:
+                continue
+            if not inside:
+                graph[name].add(room)
+            if not may_import(name, room) and not (inside and (name, room) in UP_STAIRS):
+                found.append(f"{where}: may not import {room}")
+        for node in ast.walk(tree):
+            is_talk = isinstance(node, ast.Attribute) and node.attr == "distributed"
+            if is_talk and ast.unparse(node) == "torch.distributed" and name not in TALKS:
+                found.append(f"{name} line {node.lineno}: torch.distributed")
+        found += too_long(name, text, tree)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        found.append(f"cycle: {' -> '.join(error.args[1])}")
+    return found
+
+
+def too_long(name: str, text: str, tree: ast.Module) -> list[str]:
+    found = []
+    limit = LONGEST_CONFIGS if name == "configs" else LONGEST_FILE
+    if (n := len(text.splitlines())) > limit:
+        found.append(f"{name}: {n} lines are more than {limit}")
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            limit = LONGEST_LOOP if (name, node.name) == ("engine.loop", "train") \
+                else LONGEST_FUNCTION  # fmt: skip
+            if (n := node.end_lineno - node.lineno + 1) > limit:
+                found.append(f"{name}.{node.name}: {n} lines are more than {limit}")
+    return found
+
+
+def test_the_house_stands():
+    assert problems(ROOT) == []
+
+
+BREAKS = [
+    ("models/attention.py", "from models.vision_language_model import VisionLanguageModel",
+     "may not import models.vision_language_model"),
+    ("models/vision_transformer.py", "from models.language_model import RMSNorm",
+     "may not import models.language_model"),
+    ("models/generation.py", "from data.sample import IGNORE", "may not import data.sample"),
+    ("data/loader.py", "import models.attention", "may not import models.attention"),
+    ("data/packing.py", "def f():\n    from data import loader", "may not import data.loader"),
+    ("data/sample.py", "from data.world import draw", "cycle"),
+    ("engine/scoring.py", "from engine import chat", "may not import engine.chat"),
+    ("engine/optim.py", "from engine.distributed import Dist", "may not import engine.distributed"),
+    ("engine/logger.py", "from engine.loop import due", "may not import engine.loop"),
+    ("generate.py", "import score", "may not import score"),
+    ("configs.py", "import train", "may not import train"),
+    ("models/vision_language_model.py", "from models import checkpoint_files",
+     "may not import models.checkpoint_files"),
+    ("engine/loop.py", "import torch.distributed as d", "torch.distributed"),
+    ("engine/optim.py", "from torch import distributed", "torch.distributed"),
+    ("engine/loop.py", "x = torch.distributed.is_initialized()", "torch.distributed"),
+    ("engine/logger.py", "import matplotlib.pyplot", "matplotlib belongs inside"),
+    ("data/text.py", "from huggingface_hub import hf_hub_download", "huggingface_hub belongs"),
+    ("models/fancy.py", "x = 1", "models.fancy: has no place"),
+    ("engine/optim.py", "from .scoring import exact", "relative import"),
+    ("engine/sheet.py", "#\n" * 400, "lines are more than 400"),
+    ("engine/sheet.py", "def long():\n" + "    x = 1\n" * 60, "engine.sheet.long: 61 lines"),
+]  # fmt: skip
+
+
+def test_the_checker_sees_every_kind_of_break(tmp_path):
+    for name in modules(ROOT).values():
+        copy = tmp_path / name.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(name, copy)
+    assert problems(tmp_path) == []
+    for file, line, says in BREAKS:
+        path = tmp_path / file
+        before = path.read_text() if path.exists() else None
+        path.write_text((before or "") + "\n" + line + "\n")
+        found = problems(tmp_path)
+        assert any(says in problem for problem in found), (file, line, found)
+        path.unlink() if before is None else path.write_text(before)
+
+
+WATCH = """
+import os, random, sys, threading
+import numpy as np, torch
+before = dict(os.environ), random.getstate(), torch.get_rng_state(), np.random.get_state()[1].copy()
+threads, opened = threading.active_count(), []
+def hook(event, args):
+    if event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+"):
+        opened.append(args[0])
+    elif event in ("os.mkdir", "os.rename", "os.remove", "socket.connect", "subprocess.Popen"):
+        opened.append((event, args))
+sys.dont_write_bytecode = True
+sys.addaudithook(hook)
+for name in sys.argv[1:]:
+    __import__(name)
+assert threading.active_count() == threads, threading.enumerate()
+ours = [x for x in opened if not str(x).endswith(".pyc")]
+assert not ours, ours
+assert dict(os.environ) == before[0], set(os.environ.items()) ^ set(before[0].items())
+assert random.getstate() == before[1], "random"
+assert torch.equal(torch.get_rng_state(), before[2]), "torch"
+assert (np.random.get_state()[1] == before[3]).all(), "numpy"
+"""
+
+
+def in_fresh_process(cwd: Path, *argv: str) -> subprocess.CompletedProcess:
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *argv], cwd=cwd, env=env, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_an_import_does_nothing_else(tmp_path):
+    done = in_fresh_process(tmp_path, "-c", WATCH, *sorted(modules(ROOT)))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (done.stdout, list(tmp_path.iterdir())) == ("", [])
+
+
+@pytest.mark.parametrize(
+    ("name", "absent"),
+    [
+        ("configs", ["torch", "numpy", "tyro", "PIL"]),
+        ("models.vision_language_model", ["transformers", "datasets", "PIL", "tokenizers", "data"]),
+    ],
+)
+def test_the_lower_floors_need_little(tmp_path, name, absent):
+    script = f"import sys, {name}; print(*[n for n in {absent} if n in sys.modules])"
+    done = in_fresh_process(tmp_path, "-c", script)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr[-2000:]
