@@ -20,7 +20,7 @@ FORMAT_VERSION = 1
 RENAMED: dict[str, str] = {}
 
 
-class InputError(ValueError):
+class InputError(Exception):
     """Something the user gave is wrong. The message is one sentence: the thing and the fix."""
 
 
@@ -44,14 +44,14 @@ def require(condition: bool, name: str, value: object, fix: str) -> None:
         raise InputError(f"{name} = {value!r}: {fix}.")
 
 
-def require_positive(config: object, *names: str) -> None:
-    for name in names:
+def require_positive(config: object, names: str) -> None:
+    for name in names.split():
         value = getattr(config, name)
         require(value > 0, name, value, "must be greater than 0")
 
 
-def require_rate(config: object, *names: str) -> None:
-    for name in names:
+def require_rate(config: object, names: str) -> None:
+    for name in names.split():
         value = getattr(config, name)
         require(0 <= value < 1, name, value, "must be at least 0 and below 1")
 
@@ -112,14 +112,8 @@ class ViTConfig(Checked):
     def validate(self):
         require_positive(
             self,
-            "vit_img_size",
-            "vit_patch_size",
-            "vit_n_channels",
-            "vit_hidden_dim",
-            "vit_inter_dim",
-            "vit_n_heads",
-            "vit_n_blocks",
-            "vit_ln_eps",
+            "vit_img_size vit_patch_size vit_n_channels vit_hidden_dim vit_inter_dim "
+            "vit_n_heads vit_n_blocks vit_ln_eps",
         )
         require_rate(self, "vit_dropout")
         require(
@@ -206,16 +200,8 @@ class LMConfig(Checked):
     def validate(self):
         require_positive(
             self,
-            "lm_hidden_dim",
-            "lm_inter_dim",
-            "lm_n_heads",
-            "lm_n_kv_heads",
-            "lm_n_blocks",
-            "lm_vocab_size",
-            "lm_max_position_embeddings",
-            "lm_rms_eps",
-            "lm_re_base",
-            "lm_rope_factor",
+            "lm_hidden_dim lm_inter_dim lm_n_heads lm_n_kv_heads lm_n_blocks lm_vocab_size "
+            "lm_max_position_embeddings lm_rms_eps lm_re_base lm_rope_factor",
         )
         require_rate(self, "lm_dropout")
         require(
@@ -291,15 +277,11 @@ class VLMConfig(ViTConfig, LMConfig, ProjectorConfig):
             f"must be at most 6 x vit_img_size = {6 * self.vit_img_size}, "
             "as Idefics3 names 6 x 6 tiles",
         )
-        ids = [
-            self.vlm_pad_token_id,
-            self.vlm_bos_token_id,
-            self.vlm_eos_token_id,
-            self.vlm_image_token_id,
-        ]
+        names = [f"vlm_{kind}_token_id" for kind in ("pad", "bos", "eos", "image")]
+        ids = [getattr(self, name) for name in names]
         require(
             len(set(ids)) == 4,
-            "vlm_pad_token_id, vlm_bos_token_id, vlm_eos_token_id, vlm_image_token_id",
+            ", ".join(names),
             ids,
             "must be four different tokens",
         )
@@ -333,13 +315,17 @@ class DataConfig(Checked):
     val_fraction: float = 0.02
     """Share of a file's rows kept for validation, chosen by a hash of the row."""
     world_questions: int = 6
-    """Questions about each built-in scene in one training conversation."""
+    """Questions about a built-in scene in one training conversation."""
+    world_described: float = 0.25
+    """Share of built-in scenes that are described, not asked about; 1 teaches to see first."""
     workers: int = 0
     """Processes that prepare samples; 0: the training process does."""
 
     def validate(self):
-        require_positive(self, "batch_size", "max_length", "max_tiles", "world_questions")
+        require_positive(self, "batch_size max_length max_tiles world_questions")
         require_rate(self, "val_fraction")
+        share = self.world_described
+        require(0 <= share <= 1, "world_described", share, "must be between 0 and 1")
         require(self.workers >= 0, "workers", self.workers, "must not be negative")
 
 
@@ -403,21 +389,13 @@ class TrainConfig(Checked):
     """Also log to Weights & Biases (offline unless WANDB_MODE says otherwise)."""
 
     def validate(self):
-        require_positive(
-            self, "steps", "accumulate", "log_every", "eval_samples", "keep", "max_bad_steps"
+        require_positive(self, "steps accumulate log_every eval_samples keep max_bad_steps")
+        require_rate(self, "beta1 beta2 muon_momentum")
+        names = (
+            "lr_vision lr_projector lr_language lr_muon weight_decay "
+            "warmup grad_clip eval_every save_every"
         )
-        require_rate(self, "beta1", "beta2", "muon_momentum")
-        for name in (
-            "lr_vision",
-            "lr_projector",
-            "lr_language",
-            "lr_muon",
-            "weight_decay",
-            "warmup",
-            "grad_clip",
-            "eval_every",
-            "save_every",
-        ):
+        for name in names.split():
             require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         parts = ("vision", "projector", "language")
         require(
@@ -569,10 +547,8 @@ PRESETS: dict[str, RunConfig] = {
 def parse_run(argv: list[str]) -> RunConfig:
     """`[preset | run.json] [--field value ...]` -> RunConfig.
 
-    Raises `InputError`; tyro exits with 2 on a bad flag.
+    Raises `InputError`; tyro exits with 2 on a value of the wrong type.
     """
-    import tyro
-
     base = "tiny"
     if argv and not argv[0].startswith("-"):
         base, *argv = argv
@@ -585,7 +561,28 @@ def parse_run(argv: list[str]) -> RunConfig:
         hint = f"did you mean {near[0]!r}?" if near else f"presets are {', '.join(PRESETS)}."
         raise InputError(f"{base!r} is neither a preset nor a .json file; {hint}")
     description = f"Presets: {', '.join(PRESETS)}. Shown here: {base}."
-    return tyro.cli(RunConfig, default=default, args=argv, description=description)
+    return parse(RunConfig, argv, default=default, description=description)
+
+
+def parse(cls: type, argv: list[str], **options):
+    """Flags -> a dataclass, by tyro. An unknown flag is an `InputError` that names the nearest."""
+    import tyro
+
+    value, unknown = tyro.cli(cls, args=argv, return_unknown_args=True, **options)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].replace("_", "-"), flags(cls), n=1)
+        hint = f"did you mean {near[0]}?" if near else "--help lists all flags."
+        raise InputError(f"unknown argument {unknown[0]!r}; {hint}")
+    return value
+
+
+def flags(cls: type, prefix: str = "--") -> list[str]:
+    """Every flag of a dataclass, those of nested ones after a dot."""
+    found = []
+    for name, hint in get_type_hints(cls).items():
+        flag = prefix + name.replace("_", "-")
+        found += flags(hint, flag + ".") if dataclasses.is_dataclass(hint) else [flag]
+    return found
 
 
 def command(main, argv: list[str] | None = None) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import tyro
 
-from configs import InputError, command
+from configs import InputError, command, parse
 from engine.chat import Chat
 from models.generation import Sampling
 
@@ -48,7 +48,7 @@ class Arguments:
 
 
 def main(argv: list[str]) -> None:
-    args = tyro.cli(Arguments, args=argv)
+    args = parse(Arguments, argv)
     try:
         sampling = Sampling(
             max_new_tokens=args.max_new_tokens,

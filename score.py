@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from configs import DataConfig, InputError, command
+from configs import DataConfig, InputError, command, parse
 from engine.chat import Chat
 from engine.distributed import setup
 from engine.evaluation import answer_items, items, report
@@ -42,7 +42,7 @@ class Arguments:
 
 
 def main(argv: list[str]) -> None:
-    args = tyro.cli(Arguments, args=argv)
+    args = parse(Arguments, argv)
     if args.n < 1:
         raise InputError(f"n = {args.n}: must be at least 1.")
     for path in (args.json, args.predictions, args.sheet):

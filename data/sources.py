@@ -26,12 +26,13 @@ class WorldSource:
     seed: int
     split: str
     n_questions: int
+    described: float
 
     def __len__(self) -> int:
         return WORLD_SCENES[self.split]
 
     def __getitem__(self, i: int) -> Sample:
-        return world.train_sample(self.seed, self.split, i, self.n_questions)
+        return world.train_sample(self.seed, self.split, i, self.n_questions, self.described)
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def open_jsonl(path: Path, split: str, val_fraction: float) -> JsonlSource:
 def open_source(cfg: DataConfig, split: str) -> WorldSource | JsonlSource:
     """`cfg.source` for split train, val or test."""
     if cfg.source == "world":
-        return WorldSource(cfg.seed, split, cfg.world_questions)
+        return WorldSource(cfg.seed, split, cfg.world_questions, cfg.world_described)
     if not cfg.source.endswith(".jsonl"):
         raise InputError(f"data.source = {cfg.source!r}: must be `world` or a .jsonl file.")
     return open_jsonl(Path(cfg.source), split, cfg.val_fraction)

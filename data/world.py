@@ -51,11 +51,9 @@ HELD_COUNTS = frozenset({(3, "circle"), (2, "cross")})  # exactly so many in one
 HELD_NUMBERS = frozenset({"17", "24", "39", "41", "56", "62", "78", "85", "93"})
 # Every other test scene holds one of these out; the mix is what a balanced test asks for.
 TEST_THEMES = ("pair", "count", "pair", "pair", "number", "pair", "pair", "count", "pair", "pair")
-# Half of all training pictures are described, which teaches to see; the other half are asked about,
-# most often what takes longest to learn: looking up one thing in one place.
-CAPTION_SHARE = 0.5
-WEIGHTS = {"color": 3, "shape": 2, "count": 2, "where": 3, "what": 2, "exist": 2,
-           "relation": 3, "compare": 3, "read": 2}
+# How often training asks for each skill: looking up one thing in one place takes longest to learn.
+WEIGHTS = {"color": 2, "shape": 1, "count": 3, "where": 4, "what": 3, "exist": 3,
+           "relation": 4, "compare": 3, "read": 1}
 SKILLS = (*WEIGHTS, "caption")
 
 
@@ -304,8 +302,8 @@ def ask(scene: Scene, skill: str, rng: random.Random, heldout: bool,
 
 # Samples
 
-def _conversation(seed: int, split: str, index: int,
-                  n_questions: int) -> tuple[Scene, tuple[Turn, ...]]:
+def _conversation(seed: int, split: str, index: int, n_questions: int,
+                  described: float) -> tuple[Scene, tuple[Turn, ...]]:
     """A scene and its caption alone, or distinct questions, fewer than asked if it has no more.
 
     Never both: a caption before a question would answer it, and teach to read instead of to see.
@@ -313,7 +311,7 @@ def _conversation(seed: int, split: str, index: int,
     scene, rng = make_scene(seed, split, index), random.Random(f"{seed}/{split}/{index}/ask")
     asked: dict[str, Question] = {}
     skills = rng.choices(list(WEIGHTS), list(WEIGHTS.values()), k=50 * n_questions)
-    for skill in ["caption"] if rng.random() < CAPTION_SHARE else skills:
+    for skill in ["caption"] if rng.random() < described else skills:
         if question := ask(scene, skill, rng, heldout=False):
             asked.setdefault(question.text, question)
         if len(asked) == n_questions:
@@ -323,9 +321,13 @@ def _conversation(seed: int, split: str, index: int,
     return scene, (Turn("user", f"<image>{turns[0].text}"), *turns[1:])
 
 
-def train_sample(seed: int, split: str, index: int, n_questions: int) -> Sample:
-    """One conversation about one scene; never about anything held out."""
-    scene, turns = _conversation(seed, split, index, n_questions)
+def train_sample(seed: int, split: str, index: int, n_questions: int,
+                 described: float) -> Sample:
+    """One conversation: its caption for a share `described` of the scenes, else questions.
+
+    Never about anything held out.
+    """
+    scene, turns = _conversation(seed, split, index, n_questions, described)
     return Sample(turns, (draw(scene),), row=f"world {split} {index}")
 
 
@@ -358,7 +360,7 @@ def corpus(n: int = 2000) -> Iterator[str]:
     The first question stands alone once more: behind a picture it has no space in front.
     """
     for index in range(n):
-        _, turns = _conversation(0, "train", index, 8)
+        _, turns = _conversation(0, "train", index, 8, 0.25)
         yield turns[0].text.removeprefix("<image>")
         said = [f"{role.capitalize()}: {text.removeprefix('<image>')}" for role, text in turns]
         yield "\n".join(said) + "\n\n"

@@ -180,8 +180,9 @@ def init_weights(module: nn.Module, n_residual: int) -> None:
 
     Matrices N(0, 1/fan_in), those that write to the residual stream smaller by sqrt(n_residual)
     (Radford et al. 2019), token embeddings N(0, 1/width), which keeps tied logits near N(0, 1) and
-    words from drowning in what attention adds; positions and extra tokens N(0, 0.02), norms one,
-    biases zero.
+    words from drowning in what attention adds; positions N(0, 0.3), about as large as the patches
+    they are added to, or "where" is learned long after "what"; CLS, registers and probe
+    N(0, 0.02); norms one, biases zero.
     """
     for name, param in module.named_parameters():
         if "norm" in name or ".ln" in name:
@@ -189,7 +190,7 @@ def init_weights(module: nn.Module, n_residual: int) -> None:
         elif name.endswith("bias"):
             nn.init.zeros_(param)
         elif not name.endswith("weight"):
-            nn.init.normal_(param, std=0.02)
+            nn.init.normal_(param, std=0.3 if "position" in name else 0.02)
         else:
             std = math.prod(param.shape[1:]) ** -0.5  # of an embedding, too: [V, D]
             writes = name.endswith(

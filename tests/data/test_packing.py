@@ -82,7 +82,7 @@ def test_rows_of_the_world_are_94_percent_full(tiny_processor):
     """
     n_rows, capacity = 4, 1024
     stream = (
-        len(tiny_processor.encode(world.train_sample(0, "train", i, 8), capacity, 64))
+        len(tiny_processor.encode(world.train_sample(0, "train", i, 8, 0.25), capacity, 64))
         for i in range(10_000)
     )
     line, filled = [], []

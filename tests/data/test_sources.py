@@ -215,7 +215,7 @@ def test_twins_stay_on_one_side(tmp_path):
 def test_the_world_is_drawn_when_asked_for():
     source = open_source(DataConfig(seed=3, world_questions=2), "val")
     assert len(source) == 2000
-    a, b = source[5], world.train_sample(3, "val", 5, 2)
+    a, b = source[5], world.train_sample(3, "val", 5, 2, 0.25)
     assert a.turns == b.turns and len(a.turns) == 4
     assert a.images[0].tobytes() == b.images[0].tobytes()
     assert a.turns != open_source(DataConfig(seed=4, world_questions=2), "val")[5].turns

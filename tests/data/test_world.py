@@ -38,7 +38,7 @@ def scored():
 @pytest.fixture(scope="module")
 def conversations():
     return [
-        (split, *world._conversation(0, split, index, 8))
+        (split, *world._conversation(0, split, index, 8, 0.25))
         for split in ("train", "val")
         for index in range(1500)
     ]
@@ -141,8 +141,8 @@ def test_same_for_ever():
         ("test", 3),
         ("test", 9),
     ):
-        sample = world.train_sample(7, split, index, 6)
-        assert sample == replace(sample, images=world.train_sample(7, split, index, 6).images)
+        sample = world.train_sample(7, split, index, 6, 0.25)
+        assert sample == replace(sample, images=world.train_sample(7, split, index, 6, 0.25).images)
         digest.update(np.asarray(sample.images[0]).tobytes() + repr(sample.turns).encode())
     assert digest.hexdigest()[:16] == "50d1c9e4a418d394"
     assert (
@@ -153,16 +153,25 @@ def test_same_for_ever():
 
 
 def test_sample_is_one_conversation():
+    """Questions or a caption, never both: the caption would answer the questions."""
+    n_described = 0
     for index in range(200):
-        sample = world.train_sample(0, "train", index, 8)
+        sample = world.train_sample(0, "train", index, 8, 0.25)
         users, answers = sample.turns[::2], sample.turns[1::2]
-        assert [turn.role for turn in sample.turns] == ["user", "assistant"] * 8
+        described = users[0].text == "<image>Describe the picture."
+        n_described += described
+        n_turns = 1 if described else 8
+        assert [turn.role for turn in sample.turns] == ["user", "assistant"] * n_turns
         assert users[0].text.startswith("<image>")
         assert not any("<image>" in turn.text for turn in sample.turns[1:])
-        assert len({turn.text.removeprefix("<image>") for turn in users}) == len(answers) == 8
-        assert sum("Describe" in turn.text for turn in users) <= 1
+        assert len({turn.text.removeprefix("<image>") for turn in users}) == len(answers) == n_turns
+        assert described or not any("Describe" in turn.text for turn in users)
         assert sample.row == f"world train {index}"
         assert sample.images[0].size == (48, 48) and sample.images[0].mode == "RGB"
+    assert 30 <= n_described <= 70
+    for share, wanted in ((0.0, 0), (1.0, 50)):
+        turns = [world.train_sample(0, "train", i, 8, share).turns for i in range(50)]
+        assert sum(t[0].text == "<image>Describe the picture." for t in turns) == wanted
 
 
 def test_nothing_held_out_in_training(conversations):

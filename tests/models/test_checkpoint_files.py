@@ -101,8 +101,6 @@ def test_bf16_survives(small_model, tmp_path):
 def test_transformers_opens_it(name, small_model, samples, pad_rows, tmp_path):
     """Alone and as a batch of unequal tile counts, which they pad with all-zero images."""
     model = small_model(**IDEFICS3[name])
-    with torch.no_grad():  # the tied embedding's 0.02 would shrink every difference
-        model.decoder.token_embedding.weight.mul_(20)
     model.save_pretrained(tmp_path)
     theirs, info = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
