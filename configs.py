@@ -316,14 +316,17 @@ class DataConfig(Checked):
     """Share of a file's rows kept for validation, chosen by a hash of the row."""
     world_questions: int = 6
     """Questions about a built-in scene in one training conversation."""
-    world_described: float = 0.25
-    """Share of built-in scenes that are described, not asked about; 1 teaches to see first."""
+    world_described: float = 0.2
+    """Share of built-in scenes that are described, not asked about."""
+    world_first: int = 14000
+    """Training scenes that come first and are all described: seeing before answering."""
     workers: int = 0
     """Processes that prepare samples; 0: the training process does."""
 
     def validate(self):
         require_positive(self, "batch_size max_length max_tiles world_questions")
         require_rate(self, "val_fraction")
+        require(self.world_first >= 0, "world_first", self.world_first, "must not be negative")
         share = self.world_described
         require(0 <= share <= 1, "world_described", share, "must be between 0 and 1")
         require(self.workers >= 0, "workers", self.workers, "must not be negative")

@@ -118,6 +118,10 @@ class Loader:
         while True:
             generator = torch.Generator().manual_seed(self.cfg.seed * 1_000_003 + epoch)
             order = torch.randperm(len(self.source), generator=generator)
+            if epoch == 0:  # what comes first, then the rest, each shuffled
+                order = torch.cat(
+                    (order[order < self.source.first], order[order >= self.source.first])
+                )
             for start in range(position, len(order), CHUNK):
                 yield order[start : start + CHUNK].tolist()
             epoch, position = epoch + 1, 0

@@ -23,16 +23,21 @@ CAPTION_PROMPT = "Describe the picture."
 class WorldSource:
     """Built-in scenes, drawn when asked for."""
 
-    seed: int
+    cfg: DataConfig
     split: str
-    n_questions: int
-    described: float
+
+    @property
+    def first(self) -> int:
+        """So many rows come before all others in the first epoch."""
+        return self.cfg.world_first if self.split == "train" else 0
 
     def __len__(self) -> int:
         return WORLD_SCENES[self.split]
 
     def __getitem__(self, i: int) -> Sample:
-        return world.train_sample(self.seed, self.split, i, self.n_questions, self.described)
+        described = 1.0 if i < self.first else self.cfg.world_described
+        n_questions = self.cfg.world_questions
+        return world.train_sample(self.cfg.seed, self.split, i, n_questions, described)
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ class JsonlSource:
     path: Path
     rows: tuple[tuple[int, int], ...]  # (row number from 1, byte offset)
     bad: tuple[str, ...]  # what is wrong with rows left out
+    first: int = 0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -122,7 +128,7 @@ def open_jsonl(path: Path, split: str, val_fraction: float) -> JsonlSource:
 def open_source(cfg: DataConfig, split: str) -> WorldSource | JsonlSource:
     """`cfg.source` for split train, val or test."""
     if cfg.source == "world":
-        return WorldSource(cfg.seed, split, cfg.world_questions, cfg.world_described)
+        return WorldSource(cfg, split)
     if not cfg.source.endswith(".jsonl"):
         raise InputError(f"data.source = {cfg.source!r}: must be `world` or a .jsonl file.")
     return open_jsonl(Path(cfg.source), split, cfg.val_fraction)

@@ -261,10 +261,11 @@ def _read(scene: Scene) -> Iterator[tuple[str, str, bool]]:
 
 
 def _caption(scene: Scene) -> Iterator[tuple[str, str, bool]]:
+    """All there is, in reading order, each with its place: one caption teaches what and where."""
     parts = [(t.cell, f"a {t.size} {t.kind}") for t in scene.things]
     if scene.number is not None:
         parts.append((scene.number_cell, f"the number {scene.number}"))
-    *rest, last = [text for _, text in sorted(parts)]
+    *rest, last = [f"{what} at the {POSITIONS[cell]}" for cell, what in sorted(parts)]
     unseen = (bool(_held_counts(scene.things)) or any(t.held for t in scene.things)
               or scene.number in HELD_NUMBERS)
     yield "Describe the picture.", f"{', '.join(rest)} and {last}", unseen

@@ -176,6 +176,14 @@ def test_the_world_resumes_too(tiny_processor):
 # --- Ranks --------------------------------------------------------------------------------------
 
 
+def test_the_world_is_described_before_it_is_asked_about(tiny_processor):
+    """Without packing the order is the reading order: 12 captions, then questions alone."""
+    cfg = replace(PLAIN, world_first=12, world_described=0.0)
+    batches = take(loader(cfg, tiny_processor), 12)
+    texts = [tiny_processor.decode(ids.tolist()) for b in batches for ids in b.input_ids]
+    assert ["Describe" in text for text in texts] == [True] * 12 + [False] * 12
+
+
 @pytest.mark.parametrize("cfg", [PACKED, PLAIN], ids=["packed", "plain"])
 def test_two_ranks_interleave_to_the_order_of_one(tiny_processor, file, cfg):
     cfg = on(file, cfg)

@@ -96,7 +96,7 @@ def solve(scene: world.Scene, text: str) -> list[str]:
     words = {row * 3 + col: f"a {size} {color} {shape}" for row, col, color, shape, size in things}
     if scene.number:
         words[scene.number_cell] = f"the number {scene.number}"
-    *rest, last = [words[cell] for cell in sorted(words)]
+    *rest, last = [f"{words[cell]} at the {world.POSITIONS[cell]}" for cell in sorted(words)]
     return [", ".join(rest) + " and " + last]
 
 

@@ -35,9 +35,7 @@ def test_right_is_green_and_wrong_is_red(tmp_path, answer, ink, other):
 def test_pictures_stand_in_their_cells(tmp_path):
     colors = [(10 * i, 90, 200) for i in range(7)]
     skills = [f"s{i}" for i in range(7)]
-    answers = [
-        answered("red", s, Image.new("RGB", (48, 48), c)) for s, c in zip(skills, colors)
-    ]
+    answers = [answered("red", s, Image.new("RGB", (48, 48), c)) for s, c in zip(skills, colors)]
     pixels = drawn(tmp_path, answers)
     assert pixels.shape == (2 * (SIDE + TEXT_HEIGHT + GAP) + GAP, COLUMNS * (SIDE + GAP) + GAP, 3)
     for i, color in enumerate(colors):
