@@ -304,7 +304,7 @@ class DataConfig(Checked):
     """world (built in), or a .jsonl file of {image, question, answer} and {image, caption} rows."""
     seed: int = 0
     """Seed of the world's scenes and of the order of the rows."""
-    batch_size: int = 2
+    batch_size: int = 4
     """Rows per batch and process."""
     max_length: int = 1024
     """Longest row in tokens; with packing, the length that several conversations fill together."""
@@ -318,7 +318,7 @@ class DataConfig(Checked):
     """Questions about a built-in scene in one training conversation."""
     world_described: float = 0.2
     """Share of built-in scenes that are described, not asked about."""
-    world_first: int = 14000
+    world_first: int = 20000
     """Training scenes that come first and are all described: seeing before answering."""
     workers: int = 0
     """Processes that prepare samples; 0: the training process does."""
@@ -338,7 +338,7 @@ class TrainConfig(Checked):
 
     out: str = "runs/tiny"
     """Run folder: configuration, log, loss curve, checkpoints."""
-    steps: int = 2400
+    steps: int = 1800
     """Optimizer steps."""
     accumulate: int = 1
     """Batches per optimizer step."""
@@ -350,7 +350,7 @@ class TrainConfig(Checked):
     """Peak learning rate of the projector (AdamW)."""
     lr_language: float = 0.002
     """Peak learning rate of the language model (AdamW)."""
-    lr_muon: float = 0.02
+    lr_muon: float = 0.015
     """Peak learning rate of matrices trained by Muon."""
     weight_decay: float = 0.01
     """Decoupled weight decay; never on norms, biases, embeddings."""
@@ -374,11 +374,11 @@ class TrainConfig(Checked):
     """Seed of initial weights and dropout."""
     log_every: int = 10
     """Steps between log lines."""
-    eval_every: int = 600
+    eval_every: int = 300
     """Steps between evaluations; 0: only at the end."""
     eval_samples: int = 200
     """Validation questions per evaluation."""
-    save_every: int = 600
+    save_every: int = 500
     """Steps between checkpoints; 0: only at the end."""
     keep: int = 2
     """Checkpoints kept, newest first."""
@@ -508,7 +508,7 @@ PRESETS: dict[str, RunConfig] = {
     # 1.4 M parameters; the class defaults.
     "tiny": RunConfig(),
     # The same model, trained long enough for the last skills (docs/recipes.md).
-    "tiny-long": RunConfig(train=TrainConfig(out="runs/tiny-long", steps=14000, eval_every=2000,
+    "tiny-long": RunConfig(train=TrainConfig(out="runs/tiny-long", steps=8500, eval_every=1000,
                                              save_every=1000)),
     # nanoVLM's first release: SigLIP-B/16-224 + SmolLM2-135M.
     "222m": RunConfig(
@@ -517,7 +517,7 @@ PRESETS: dict[str, RunConfig] = {
                         lm_model_type="HuggingFaceTB/SmolLM2-135M",
                         lm_tokenizer="HuggingFaceTB/SmolLM2-135M", lm_hidden_dim=576,
                         lm_inter_dim=1536, lm_n_heads=9, lm_n_kv_heads=3, lm_n_blocks=30),
-        data=DataConfig(workers=2), train=TrainConfig(out="runs/222m", **FINE_TUNE)),
+        data=DataConfig(batch_size=2, workers=2), train=TrainConfig(out="runs/222m", **FINE_TUNE)),
     # SigLIP2-B/16-512 + SmolLM2-360M, tiles and a global view.
     "460m": RunConfig(
         model=VLMConfig(**SIGLIP_B, **SMOLLM2, vit_img_size=512, max_img_size=2048,

@@ -90,6 +90,9 @@ def describe(cfg: RunConfig, model: VisionLanguageModel, source, step: int) -> N
         f"model: {parts}; {len(source):,} rows of {cfg.data.source}; "
         f"steps {step} to {cfg.train.steps} into {cfg.train.out}"
     )
+    named = [name for name in (cfg.model.vit_model_type, cfg.model.lm_model_type) if name]
+    if named and step == 0 and not cfg.train.init_from:
+        print(f"weights: random; those of {' and '.join(named)} are not loaded by this version")
     for reason in getattr(source, "bad", ()):
         print(f"left out: {reason}")
 

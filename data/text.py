@@ -157,7 +157,6 @@ def encode_pieces(
 
 def check_turns(turns: Iterable[Turn], n_images: int, tokenizer: Tokenizer, where: str) -> None:
     """Raise `InputError` unless the turns make a conversation about exactly these images."""
-    special = {t.content for t in tokenizer.get_added_tokens_decoder().values()} - {IMAGE}
     n_places = 0
     for turn in turns:
         if turn.role not in ("system", "user", "assistant"):
@@ -167,9 +166,9 @@ def check_turns(turns: Iterable[Turn], n_images: int, tokenizer: Tokenizer, wher
         if re.search("[\ud800-\udfff]", turn.text):  # JSON can spell it, no tokenizer takes it
             raise InputError(f"{where}: the text holds half a surrogate pair; remove it.")
         n_places += turn.text.count(IMAGE)
-        if "<" in turn.text:
-            for token in special:
-                if token in turn.text:
+        if "<" in turn.text.replace(IMAGE, ""):
+            for token in (t.content for t in tokenizer.get_added_tokens_decoder().values()):
+                if token in turn.text and token != IMAGE:
                     raise InputError(
                         f"{where}: the text holds the special token {token}; remove it."
                     )

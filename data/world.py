@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import count, permutations, product, takewhile
+from itertools import chain, count, permutations, product, takewhile
 
 import numpy as np
 from PIL import Image
@@ -51,9 +51,9 @@ HELD_COUNTS = frozenset({(3, "circle"), (2, "cross")})  # exactly so many in one
 HELD_NUMBERS = frozenset({"17", "24", "39", "41", "56", "62", "78", "85", "93"})
 # Every other test scene holds one of these out; the mix is what a balanced test asks for.
 TEST_THEMES = ("pair", "count", "pair", "pair", "number", "pair", "pair", "count", "pair", "pair")
-# How often training asks for each skill: looking up one thing in one place takes longest to learn.
-WEIGHTS = {"color": 2, "shape": 1, "count": 3, "where": 4, "what": 3, "exist": 3,
-           "relation": 4, "compare": 3, "read": 1}
+# How often training asks for each skill: comparing two things takes longest to learn.
+WEIGHTS = {"color": 2, "shape": 1, "count": 3, "where": 4, "what": 2, "exist": 2,
+           "relation": 4, "compare": 3, "read": 2}
 SKILLS = (*WEIGHTS, "caption")
 
 
@@ -311,8 +311,10 @@ def _conversation(seed: int, split: str, index: int, n_questions: int,
     """
     scene, rng = make_scene(seed, split, index), random.Random(f"{seed}/{split}/{index}/ask")
     asked: dict[str, Question] = {}
-    skills = rng.choices(list(WEIGHTS), list(WEIGHTS.values()), k=50 * n_questions)
-    for skill in ["caption"] if rng.random() < described else skills:
+    skills = (rng.choices(list(WEIGHTS), WEIGHTS.values())[0] for _ in range(50 * n_questions))
+    if rng.random() < described:
+        skills, n_questions = chain(["caption"], skills), 1
+    for skill in skills:
         if question := ask(scene, skill, rng, heldout=False):
             asked.setdefault(question.text, question)
         if len(asked) == n_questions:
