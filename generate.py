@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import Annotated
 
+import torch
 import tyro
 
 from configs import InputError, command, parse
@@ -62,6 +63,10 @@ def main(argv: list[str]) -> None:
         raise InputError(f"{error}.") from None
     if args.n < 1:
         raise InputError(f"n = {args.n}: must be at least 1.")
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:  # the latter: torch built without CUDA
+        raise InputError(f"device = {args.device!r}: {str(error).splitlines()[0]}.") from None
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     chat = Chat.load(args.checkpoint, args.device)
     tokens = chat.prompt(prompt, args.image)

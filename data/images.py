@@ -43,6 +43,8 @@ def open_image(source: str | Path | Image.Image) -> Image.Image:
         raise
     except FileNotFoundError:
         raise InputError(f"{name}: no such file.") from None
+    except Image.DecompressionBombError:
+        raise InputError(f"{name}: more than {MAX_PIXELS:,} pixels; resize it first.") from None
     except Exception as error:  # Pillow's plug-ins raise nearly every type on broken files
         reason = str(error) or type(error).__name__
         raise InputError(

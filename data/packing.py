@@ -36,7 +36,7 @@ def fill_rows(lengths: Sequence[int], n_rows: int, capacity: int) -> list[list[i
             if not reach[k] >> total & 1:
                 row.append(others[k])
                 total -= lengths[others[k]]
-        rows.append(row)
+        rows.append(sorted(row))
         left = [i for i in left if i not in row]
     return rows
 

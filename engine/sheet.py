@@ -11,6 +11,9 @@ from data.images import open_image
 from engine.evaluation import Answered, by_skill
 
 COLUMNS, SIDE, TEXT_HEIGHT, GAP = 5, 240, 84, 14
+# Drawn, as the built-in font has neither; points relative to the start of the line.
+TICK = (((1, 9), (5, 14), (12, 4)),)
+CROSS = (((2, 5), (11, 14)), ((11, 5), (2, 14)))
 GREEN, RED, INK = (20, 140, 60), (200, 30, 30), (30, 30, 30)
 
 
@@ -33,14 +36,10 @@ def draw_sheet(answered: Sequence[Answered], path: Path, per_skill: int = 2) -> 
             sheet.paste(_fit(open_image(a.item.sample.images[0])), (x, y))
         question = a.item.sample.turns[-2].text.replace("<image>", "")
         line = _write(pen, font, x, y + SIDE + 4, question, INK)
-        line = _write(
-            pen,
-            font,
-            x,
-            line,
-            ("✓ " if a.score else "✗ ") + (a.answer or "(nothing)"),
-            GREEN if a.score else RED,
-        )
+        color = GREEN if a.score else RED
+        for stroke in TICK if a.score else CROSS:
+            pen.line([(x + dx, line + dy) for dx, dy in stroke], fill=color, width=2)
+        line = _write(pen, font, x + 16, line, a.answer or "(nothing)", color)
         if not a.score:
             _write(pen, font, x, line, f"expected: {a.item.expected}", INK)
     sheet.save(path)
@@ -57,7 +56,7 @@ def _write(pen: ImageDraw.ImageDraw, font, x: int, y: int, text: str, color) -> 
     """Write at most two lines, no wider than a picture; returns where the next line goes."""
     lines = [""]
     for word in text.split():
-        if pen.textlength(f"{lines[-1]} {word}".strip(), font) > SIDE and lines[-1]:
+        if pen.textlength(f"{lines[-1]} {word}".strip(), font) > SIDE - 16 and lines[-1]:
             lines.append("")
         lines[-1] = f"{lines[-1]} {word}".strip()
     for i, line in enumerate(lines[:2]):

@@ -87,7 +87,7 @@ def load_vlm(source: str | Path) -> VisionLanguageModel:
     model.load_state_dict(found, assign=True)
     if cfg.lm_tie_weights:
         model.decoder.head.weight = model.decoder.token_embedding.weight
-    return model.requires_grad_(True)
+    return model.requires_grad_(True).eval()
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:

@@ -71,12 +71,14 @@ def choose(
 def pad_at_end(input_ids: Tensor, attention_mask: Tensor | None, pad: int) -> tuple[Tensor, Tensor]:
     """Move each row's real tokens [B, T] to its front; also their number [B].
 
-    Accepts padding on either side.
+    Accepts padding on either side. Raises ValueError on a row of nothing else.
     """
     if attention_mask is None:
         return input_ids, input_ids.new_full((len(input_ids),), input_ids.shape[1])
     attention_mask = attention_mask.long()
     lengths = attention_mask.sum(1)  # [B]
+    if int(lengths.min()) == 0:
+        raise ValueError(f"row {int(lengths.argmin())} is nothing but padding")
     order = torch.argsort(attention_mask, dim=1, descending=True, stable=True)  # [B, T]
     rows = input_ids.gather(1, order)[:, : int(lengths.max())]  # [B, T]
     steps = torch.arange(rows.shape[1], device=rows.device)

@@ -81,8 +81,6 @@ class VisionLanguageModel(nn.Module):
             )
         slots = is_image.flatten().nonzero()[:, 0]  # [N * Q]
         flat = x.flatten(0, 1).index_copy(0, slots, image_tokens.flatten(0, 1))  # [B * T, D]
-        if len(slots) == 0:
-            flat = flat + image_tokens.sum()  # zero, but it keeps the encoder in the graph
         return flat.view_as(x)
 
     def forward(
@@ -101,9 +99,9 @@ class VisionLanguageModel(nn.Module):
 
         input_ids [B, T]; images [N, 3, H, W], normalised, in reading order of the placeholders.
         targets [B, T], already shifted, -100 = no loss; with targets, logits is None unless
-        `return_logits`. attention_mask [B, T] marks padding with 0 on either side; segments [B, T]
-        keep packed samples apart (0 = padding). Both together are a ValueError. positions [B, T]
-        restart with every packed sample.
+        `return_logits`. attention_mask [B, T] marks padding with 0, at the ends of a row only;
+        segments [B, T] keep packed samples apart (0 = padding). Both together are a ValueError.
+        positions [B, T] restart with every packed sample.
         """
         if attention_mask is not None:
             if segments is not None:
@@ -159,7 +157,7 @@ class VisionLanguageModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> VisionLanguageModel:
-        """A model from a checkpoint directory (ours, Idefics3's or SmolVLM's) or hub id."""
+        """A model from a checkpoint directory, in evaluation mode. Raises `InputError`."""
         from models import checkpoint_files
 
         return checkpoint_files.load_vlm(source)

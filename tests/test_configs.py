@@ -320,7 +320,7 @@ def test_a_mistyped_preset_names_the_nearest():
 )
 def test_a_bad_flag_exits_with_2_and_says_which(flags, said, capsys):
     with pytest.raises(SystemExit) as caught:
-        parse_run(["tiny", *flags.split()])
+        configs.command(parse_run, ["tiny", *flags.split()])
     assert caught.value.code == 2
     output = capsys.readouterr()
     assert said in " ".join((output.out + output.err).replace("│", " ").split())

@@ -68,14 +68,14 @@ def test_nothing_waits_for_ever(case):
 
 
 def test_a_small_case_by_hand():
-    # Capacity 10: 4 is oldest, the longest that fits 6 is 6; 3 opens the next, 7 completes it.
+    # Capacity 10: 4 is oldest, 6 completes it; 3 opens the next, 7 completes it.
     assert fill_rows([4, 3, 6, 7, 2], 2, 10) == [[0, 2], [1, 3]]
     assert fill_rows([], 3, 10) == []
     assert fill_rows([10, 10], 1, 10) == [[0]]
     assert fill_rows([2, 2, 2], 9, 10) == [[0, 1, 2]]
 
 
-def test_rows_of_the_world_are_94_percent_full(tiny_processor):
+def test_rows_of_the_world_are_97_percent_full(tiny_processor):
     """With the loader's rule: twice a batch's tokens wait.
 
     Its lengths, 137 to 170, are the hard case: six or seven fill a row of 1024.
@@ -94,7 +94,7 @@ def test_rows_of_the_world_are_94_percent_full(tiny_processor):
         taken = {i for row in rows for i in row}
         line = [n for i, n in enumerate(line) if i not in taken]
     assert len(filled) == 12 * n_rows
-    assert sum(filled) / (len(filled) * capacity) >= 0.94
+    assert sum(filled) / (len(filled) * capacity) >= 0.97
 
 
 # --- collate ------------------------------------------------------------------------------------

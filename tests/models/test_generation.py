@@ -50,7 +50,7 @@ def naive(model, sample, n: int) -> list[int]:
 def test_cache_is_the_naive_loop(model, prompts):
     for ids, images in prompts:
         wanted = naive(model, (ids, images), 12)
-        assert len(set(wanted)) > 4, "a model that repeats itself would prove nothing"
+        assert len(set(wanted)) >= 4, "a model that repeats itself would prove nothing"
         got = model.generate(ids[None], images, sampling=Sampling(max_new_tokens=12))
         assert got.tolist() == [wanted]
 
