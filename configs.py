@@ -240,8 +240,7 @@ class VLMConfig(ViTConfig, LMConfig, ProjectorConfig):
     """A whole vision-language model. Fields are flat and carry nanoVLM's names."""
 
     max_img_size: int = 48
-    """Longest image edge after resizing, in pixels; above vit_img_size, of which it is a
-    multiple, tiles are cut."""
+    """Longest image edge after resizing, in pixels; beyond vit_img_size, tiles are cut."""
     vlm_pad_token_id: int = 0
     """Token that fills the end of rows; never a target."""
     vlm_bos_token_id: int = 1
