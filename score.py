@@ -89,7 +89,7 @@ def table(result: dict) -> str:
         f"{'skill':10} {'accuracy':>8}  {'95 % interval':>15} "
         f"{'seen':>7} {'unseen':>7} {'blind':>7} {'n':>6}"
     ]
-    for skill, s in [*result["skills"].items(), ("all", result)]:
+    for skill, s in (result["skills"] | {"all": result}).items():
         low, high = s["interval"]
         cells = ["-" if s[k] is None else f"{s[k]:.1%}" for k in ("seen", "unseen", "blind")]
         lines.append(
