@@ -5,6 +5,7 @@ Not here: building the model and the data (train.py), learning rates and groups 
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable
@@ -92,7 +93,7 @@ def train(
                 (loss_sum * dist.world / n_targets).backward()
                 total += loss_sum.detach() / n_targets
             grad_norm, loss = clip(params, t.grad_clip), dist.sum(total.item())
-            if is_finite(loss, grad_norm):
+            if math.isfinite(loss) and math.isfinite(grad_norm):
                 optimizer.step()
                 n_bad = 0
             else:
@@ -112,16 +113,9 @@ def train(
             meter.count(micro)
             logger.advance()
             if due(step, t.log_every, t.steps):
-                logger.log(
-                    {
-                        "loss": loss,
-                        "grad_norm": grad_norm,
-                        "lr_factor": lr_factor(t, step - 1),
-                        "bad_rows": len(loader.skipped),
-                    }
-                    | meter.rates(dist),
-                    step,
-                )
+                values = {"loss": loss, "grad_norm": grad_norm, "lr_factor": lr_factor(t, step - 1)}
+                values |= {"bad_rows": len(loader.skipped)} | meter.rates(dist)
+                logger.log(values, step)
             if due(step, t.eval_every, t.steps) and dist.is_main and (values := evaluate()):
                 logger.log(values, step)
                 logger.say(
@@ -136,10 +130,6 @@ def train(
         logger.close()
         stop.restore()
     return step
-
-
-def is_finite(*values: float) -> bool:
-    return all(map(torch.isfinite, map(torch.tensor, values)))
 
 
 def keep_batches(run: Path, step: int, micro: list) -> Path:

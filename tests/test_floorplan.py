@@ -39,7 +39,7 @@ SCRIPTS = len(FLOORS)
 UP_STAIRS = {("models.vision_language_model", "models.checkpoint_files")}  # inside a function
 ON_CALL = {"datasets", "huggingface_hub", "wandb", "gradio", "peft", "matplotlib"}
 TALKS = {"engine.distributed", "engine.checkpoint"}  # to other processes
-LONGEST_FILE, LONGEST_CONFIGS, LONGEST_FUNCTION, LONGEST_LOOP = 400, 600, 60, 100
+LONGEST_FILE, LONGEST_CONFIGS, LONGEST_FUNCTION, LONGEST_LOOP = 400, 600, 60, 80
 PLACE = {
     room: (floor, ladder, rung)
     for floor, ladders in enumerate(FLOORS)
