@@ -208,6 +208,11 @@ def _lookup(of: str, text: str, answer: str, scene: Scene) -> Iterator[tuple[str
         yield text.format(t, POSITIONS[t.cell]), answer.format(t, POSITIONS[t.cell]), t.held
 
 
+def _where(scene: Scene) -> Iterator[tuple[str, str, bool]]:
+    for of, name in ("kind", "{0.kind}"), ("shape", "{0.shape}"), ("color", "{0.color} thing"):
+        yield from _lookup(of, f"Where is the {name}?", "{1}", scene)
+
+
 def _count(scene: Scene) -> Iterator[tuple[str, str, bool]]:
     """None at all is an answer in half of the scenes only: there is always more that is absent."""
     shapes, colors = (Counter(getattr(t, of) for t in scene.things) for of in ("shape", "color"))
@@ -237,12 +242,13 @@ def _exist(scene: Scene) -> Iterator[tuple[str, str, bool]]:
 
 
 def _relation(scene: Scene) -> Iterator[tuple[str, str, bool]]:
+    """Which way from one thing to another: eight answers, where yes or no would be won by guess."""
     for a, b in permutations(_single(scene, "kind"), 2):
         (row_a, column_a), (row_b, column_b) = divmod(a.cell, 3), divmod(b.cell, 3)
-        for words, true in (("left of", column_a < column_b), ("right of", column_a > column_b),
-                            ("above", row_a < row_b), ("below", row_a > row_b)):
-            answer = "yes" if true else "no"
-            yield f"Is the {a.kind} {words} the {b.kind}?", answer, a.held or b.held
+        words = [("above", "below")[row_a > row_b]] * (row_a != row_b)
+        words += [("left", "right")[column_a > column_b]] * (column_a != column_b)
+        yield (f"Seen from the {b.kind}, where is the {a.kind}?", " ".join(words),
+               a.held or b.held)
 
 
 def _compare(scene: Scene) -> Iterator[tuple[str, str, bool]]:
@@ -262,13 +268,32 @@ def _read(scene: Scene) -> Iterator[tuple[str, str, bool]]:
 
 def _caption(scene: Scene) -> Iterator[tuple[str, str, bool]]:
     """All there is, in reading order, each with its place: one caption teaches what and where."""
+    yield "Describe the picture.", _describe(sorted(_parts(scene))), _any_held(scene)
+
+
+def _list(scene: Scene) -> Iterator[tuple[str, str, bool]]:
+    """In any order, for training: in reading order the next place is guessed, not looked up."""
+    parts = _parts(scene)
+    random.Random(scene.noise).shuffle(parts)
+    yield "List the things.", _describe(parts), _any_held(scene)
+
+
+def _parts(scene: Scene) -> list[tuple[int, str]]:
+    """(cell, words) of everything to see."""
     parts = [(t.cell, f"a {t.size} {t.kind}") for t in scene.things]
     if scene.number is not None:
         parts.append((scene.number_cell, f"the number {scene.number}"))
-    *rest, last = [f"{what} at the {POSITIONS[cell]}" for cell, what in sorted(parts)]
-    unseen = (bool(_held_counts(scene.things)) or any(t.held for t in scene.things)
-              or scene.number in HELD_NUMBERS)
-    yield "Describe the picture.", f"{', '.join(rest)} and {last}", unseen
+    return parts
+
+
+def _describe(parts: list[tuple[int, str]]) -> str:
+    *rest, last = [f"{what} at the {POSITIONS[cell]}" for cell, what in parts]
+    return f"{', '.join(rest)} and {last}"
+
+
+def _any_held(scene: Scene) -> bool:
+    return (bool(_held_counts(scene.things)) or any(t.held for t in scene.things)
+            or scene.number in HELD_NUMBERS)
 
 
 def _single(scene: Scene, of: str) -> list[Thing]:
@@ -279,10 +304,9 @@ def _single(scene: Scene, of: str) -> list[Thing]:
 
 ASK = {"color": partial(_lookup, "shape", "What color is the {0.shape}?", "{0.color}"),
        "shape": partial(_lookup, "color", "What shape is the {0.color} thing?", "{0.shape}"),
-       "where": partial(_lookup, "kind", "Where is the {0.kind}?", "{1}"),
        "what": partial(_lookup, "cell", "What is at the {1}?", "a {0.size} {0.kind}"),
-       "count": _count, "exist": _exist, "relation": _relation, "compare": _compare,
-       "read": _read, "caption": _caption}
+       "where": _where, "count": _count, "exist": _exist, "relation": _relation,
+       "compare": _compare, "read": _read, "caption": _caption, "list": _list}
 
 
 def ask(scene: Scene, skill: str, rng: random.Random, heldout: bool,
@@ -313,7 +337,7 @@ def _conversation(seed: int, split: str, index: int, n_questions: int,
     asked: dict[str, Question] = {}
     skills = (rng.choices(list(WEIGHTS), WEIGHTS.values())[0] for _ in range(50 * n_questions))
     if rng.random() < described:
-        skills, n_questions = chain(["caption"], skills), 1
+        skills, n_questions = chain([rng.choice(("caption", "list"))], skills), 1
     for skill in skills:
         if question := ask(scene, skill, rng, heldout=False):
             asked.setdefault(question.text, question)
