@@ -28,12 +28,15 @@ class VisionLanguageModel(nn.Module):
     distributed run builds the same graph and text-only rows train.
     """
 
-    def __init__(self, cfg: VLMConfig):
+    def __init__(
+        self, cfg: VLMConfig, vision: ViT | None = None, decoder: LanguageModel | None = None
+    ):
+        """Parts that are not given are new."""
         super().__init__()
         self.cfg = cfg
-        self.vision_encoder = ViT(cfg)
+        self.vision_encoder = ViT(cfg) if vision is None else vision
         self.MP = ModalityProjector(cfg)
-        self.decoder = LanguageModel(cfg)
+        self.decoder = LanguageModel(cfg) if decoder is None else decoder
 
     @property
     def device(self) -> torch.device:
@@ -156,11 +159,27 @@ class VisionLanguageModel(nn.Module):
         return stream(self, input_ids, images, attention_mask, sampling)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path) -> VisionLanguageModel:
-        """A model from a checkpoint directory, in evaluation mode. Raises `InputError`."""
+    def from_pretrained(
+        cls, source: str | Path, revision: str | None = None
+    ) -> VisionLanguageModel:
+        """A model in evaluation mode from a checkpoint directory or the Hub; raises `InputError`.
+
+        Ours, published Idefics3 and SmolVLM, nanoVLM's; a Hub id is taken from the cache offline.
+        """
         from models import checkpoint_files
 
-        return checkpoint_files.load_vlm(source)
+        return checkpoint_files.load_vlm(source, revision)
+
+    @classmethod
+    def from_backbones(cls, cfg: VLMConfig) -> VisionLanguageModel:
+        """A new model whose encoder and decoder start from the weights that `cfg` names, if any.
+
+        `model.cfg` has their sizes. Raises `InputError`.
+        """
+        vision = ViT.from_pretrained(cfg) if cfg.vit_model_type else None
+        cfg = vision.cfg if vision else cfg
+        decoder = LanguageModel.from_pretrained(cfg) if cfg.lm_model_type else None
+        return cls(decoder.cfg if decoder else cfg, vision, decoder)
 
     def save_pretrained(self, directory: str | Path, processor=None) -> None:
         """Write an Idefics3 directory: weights, config.json and, given a processor, its files."""
