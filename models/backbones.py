@@ -132,8 +132,9 @@ def load_vit(cfg: ViTConfig) -> ViT:
             f"resampled (bicubic) to {new.vit_grid} x {new.vit_grid}, as vit_img_size = "
             f"{new.vit_img_size}."
         )
-        n_prefix = int(new.vit_cls_flag)  # registers have no position
-        tensors[POSITION] = resample_positions(tensors[POSITION], n_prefix, new.vit_grid)
+        n_prefix, antialias = int(new.vit_cls_flag), new.vit_n_registers > 0
+        table = resample_positions(tensors[POSITION], n_prefix, new.vit_grid, antialias)
+        tensors[POSITION] = table
     return fill(ViT, new, tensors)
 
 

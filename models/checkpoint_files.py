@@ -112,7 +112,7 @@ def outline(cls: type, cfg, n_tensors: int, where: str) -> nn.Module:
     try:
         with torch.device("meta"):
             return cls(cfg)
-    except (RuntimeError, OverflowError) as error:  # sizes whose product no machine can count
+    except (RuntimeError, TypeError) as error:  # sizes that no machine can count
         reason = str(error).splitlines()[0]
         raise InputError(f"{where}: no model has such sizes ({reason}).") from None
 

@@ -40,9 +40,7 @@ SWIGLU: Table = [
     for kind in siglip.KINDS
 ]
 FIELDS: Fields = [
-    (ours, theirs, {"vit_patch_size": 14}.get(ours, default))
-    for ours, theirs, default in siglip.FIELDS
-    if ours != "vit_inter_dim"
+    row for row in siglip.FIELDS if row[0] != "vit_inter_dim"
 ] + [("vit_qkv_bias", "qkv_bias", True)]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
@@ -55,8 +53,9 @@ def inter_dim(hidden: int, ratio: float, swiglu: bool) -> int:
 
 def read(config: dict, where: str) -> dict:
     refuse_unless(config, vit.NO_DROPOUT | {"apply_layernorm": True}, where)
-    fields, swiglu = read_fields(FIELDS, config), bool(config.get("use_swiglu_ffn", False))
     with_registers = config.get("model_type") == "dinov2_with_registers"
+    fields = read_fields(FIELDS, {"patch_size": 16 if with_registers else 14} | config)
+    swiglu = bool(config.get("use_swiglu_ffn", False))
     act = read_activation(config.get("hidden_act", "gelu"), where)
     width = inter_dim(fields["vit_hidden_dim"], config.get("mlp_ratio", 4), swiglu)
     return siglip.PLAIN | fields | {

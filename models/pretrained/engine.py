@@ -179,18 +179,18 @@ def read_activation(name: str, where: str) -> str:
 # --- Weights that must fit another size ---------------------------------------------------------
 
 
-def resample_positions(table: Tensor, n_prefix: int, grid: int) -> Tensor:
+def resample_positions(table: Tensor, n_prefix: int, grid: int, antialias: bool) -> Tensor:
     """Positions [n_prefix + P, D] of a square grid -> [n_prefix + grid^2, D], bicubic.
 
-    As transformers' interpolate_pos_encoding does; those of CLS stay. Raises `InputError` unless P
-    is a square.
+    As transformers' interpolate_pos_encoding does, with `antialias` that of DINOv2 with registers;
+    those of CLS stay. Raises `InputError` unless P is a square.
     """
     prefix, patches = table[:n_prefix], table[n_prefix:]
     side = round(len(patches) ** 0.5)
     require(side * side == len(patches), "position table", len(patches), "must be a square grid")
     square = patches.float().T.reshape(1, -1, side, side)  # [1, D, side, side]
     square = torch.nn.functional.interpolate(
-        square, size=(grid, grid), mode="bicubic", align_corners=False
+        square, size=(grid, grid), mode="bicubic", antialias=antialias
     )  # [1, D, grid, grid]
     return torch.cat((prefix, square.flatten(2)[0].T.to(table.dtype)))  # [n_prefix + grid^2, D]
 

@@ -81,6 +81,8 @@ def read(config: dict, where: str) -> dict:
     fields = read_fields(FIELDS, config)
     if fields["lm_n_kv_heads"] is None:
         fields["lm_n_kv_heads"] = fields["lm_n_heads"]
+    if (fields["lm_head_dim"] or 0) * fields["lm_n_heads"] == fields["lm_hidden_dim"]:
+        fields["lm_head_dim"] = None  # what our field takes for granted
     return fields | _read_rope(config, where) | {
         "lm_qkv_bias": kind == "qwen2",
         "lm_qk_norm": kind == "qwen3",
