@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 
 from configs import InputError, RunConfig, from_dict, to_dict
+from models.hub import find
 
 STATE = "state.pt"
 
@@ -28,10 +29,11 @@ def folders(run: Path) -> list[Path]:
 
 
 def resolve(path: str | Path) -> Path:
-    """A model directory as it is, or a run folder's newest checkpoint; `InputError` if neither."""
-    path = Path(path)
-    if not path.is_dir():
-        raise InputError(f"{path}: no such checkpoint.")
+    """A model directory as it is, a run folder's newest checkpoint, or a Hub id's snapshot.
+
+    Raises `InputError` if it is none of them.
+    """
+    path = find(path)
     if folders(path):
         return folders(path)[-1]
     if (

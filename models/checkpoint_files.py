@@ -20,7 +20,7 @@ from models.attention import rope_frequencies
 from models.hub import find
 from models.language_model import LanguageModel
 from models.pretrained import idefics3, nanovlm
-from models.pretrained.engine import SAME, Pair, extend_rows, to_ours, to_theirs
+from models.pretrained.engine import SAME, Pair, to_ours, to_theirs
 from models.vision_language_model import VisionLanguageModel
 
 WEIGHTS, INDEX, CONFIG, OWN_KEY = (
@@ -226,9 +226,9 @@ def load_vlm(source: str | Path, revision: str | None = None) -> VisionLanguageM
     model = outline(VisionLanguageModel, cfg, len(found), where)
     layout = nanovlm if is_nano else idefics3
     pairs = own_names(model) if kind == OWN_KEY else layout.pairs(cfg)
-    if is_nano and not nanovlm.has_image_token(config):
+    if is_nano:
         heads = [name for name in (nanovlm.EMBEDDING, nanovlm.HEAD) if name in found]
-        found |= {name: extend_rows(found[name], len(found[name]) + 1) for name in heads}
+        found |= {name: nanovlm.swap_tokens(found[name], config) for name in heads}
     if cfg.lm_tie_weights:
         tie(found, pairs, str(directory), strict=OWN_KEY in config)
     tensors = to_ours(found, pairs, model.state_dict(), layout.IGNORE, str(directory))

@@ -9,6 +9,7 @@ Letters: B batch, T tokens, D width, H heads, K key-value heads, C head width, V
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from models.attention import (
     plan_segments,
     rope_frequencies,
     rope_tables,
+    run_blocks,
 )
 from models.vision_transformer import init_weights
 
@@ -164,9 +166,8 @@ class LanguageModel(nn.Module):
             )
         freq = rope_frequencies(self.cfg, x.device)
         ctx = Context(rope_tables(freq, positions, x.dtype), positions, segments, cache)
-        for i, block in enumerate(self.blocks):
-            x = block(x, ctx, i)
-        return self.norm(x)
+        blocks = [partial(block, ctx=ctx, block=i) for i, block in enumerate(self.blocks)]
+        return self.norm(run_blocks(blocks, x, self.cfg.lm_inter_dim, self.training))
 
     @classmethod
     def from_pretrained(cls, cfg: LMConfig) -> LanguageModel:

@@ -20,6 +20,8 @@ from models.language_model import LanguageModel
 from models.modality_projector import ModalityProjector
 from models.vision_transformer import ViT
 
+AT_ONCE = 1 << 14  # patches the encoder sees together: no faster with more, but larger
+
 
 class VisionLanguageModel(nn.Module):
     """`logits, loss = model(input_ids, images, attention_mask, targets)`.
@@ -59,7 +61,8 @@ class VisionLanguageModel(nn.Module):
             )
             return (self.MP(self.vision_encoder.patches(blank)) * 0)[:0]  # [0, Q, D]
         images = images.to(self.MP.proj.weight.dtype)
-        return self.MP(self.vision_encoder.patches(images))
+        n = max(1, AT_ONCE // self.cfg.vit_n_patches)
+        return torch.cat([self.MP(self.vision_encoder.patches(part)) for part in images.split(n)])
 
     def embed(self, input_ids: Tensor, images: Tensor | None) -> Tensor:
         """Token embeddings [B, T, D] with the image tokens at their placeholders, in reading order.

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs import ViTConfig
-from models.attention import attend
+from models.attention import attend, run_blocks
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -188,8 +188,7 @@ class ViT(nn.Module):
     def forward_features(self, images: Tensor) -> Tensor:
         """[N, channels, size, size] -> [N, T, D] after the last norm, CLS and registers first."""
         x = self.dropout(self.pre_norm(self.patch_embedding(images)))
-        for block in self.blocks:
-            x = block(x)
+        x = run_blocks(self.blocks, x, self.cfg.vit_inter_dim, self.training)
         return self.layer_norm(x)
 
     def patches(self, images: Tensor) -> Tensor:

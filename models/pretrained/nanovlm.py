@@ -1,7 +1,7 @@
 """nanoVLM's own checkpoints: today's layout and the one of its first release, the 222M.
 
 Its images are not normalised, ours are: the difference is folded into the patch convolution. Its
-prompts differ, too, and no table can change that: a model from there must learn ours by training.
+prompts differ, too, which no table can change: a model from there learns ours by further training.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from models.pretrained.engine import (
     Pair,
     Table,
     expand,
+    extend_rows,
     first_of,
     read_fields,
     refuse_unless,
@@ -63,7 +64,9 @@ LM = ["hidden_dim", "inter_dim", "rms_eps", "re_base", "max_position_embeddings"
 NAMES = [f"vit_{name}" for name in VIT] + [f"lm_{name}" for name in LM]
 NAMES += ["mp_pixel_shuffle_factor", "max_img_size"]
 FIELDS: Fields = [(name, name, None) for name in NAMES]  # it writes all, so none needs a default
-SPECIAL = dict(vlm_pad_token_id=0, vlm_bos_token_id=1, vlm_eos_token_id=2)  # SmolLM2's
+START, END = 1, 2  # SmolLM2's <|im_start|> and <|im_end|>
+# Our tokens behind its base vocabulary, in SmolVLM's order and with its gap before the last.
+GLOBAL, TILES, IMAGE, END_OF_TURN, N_NEW = 0, 1, 38, 127, 128
 
 
 def is_one(config: Mapping) -> bool:
@@ -71,13 +74,8 @@ def is_one(config: Mapping) -> bool:
     return "vit_hidden_dim" in config and "lm_hidden_dim" in config
 
 
-def has_image_token(config: Mapping) -> bool:
-    """The 222M puts its 49 image embeddings in front of the text, without a token for them."""
-    return "vlm_extra_tokens" in config or "mp_image_token_length" in config
-
-
 def read(config: dict, where: str) -> dict:
-    """Its config.json -> the fields of a VLMConfig; the 222M gets one row for an image token."""
+    """Its config.json -> the fields of a VLMConfig, with SmolVLM's tokens in place of its own."""
     only = {"vit_cls_flag": False, "lm_attn_scaling": 1.0, "vit_dropout": 0.0, "lm_dropout": 0.0}
     refuse_unless(config, only, where)
     missing = [name for name in NAMES if name not in config and name != "max_img_size"]
@@ -86,10 +84,39 @@ def read(config: dict, where: str) -> dict:
     fields["lm_re_base"] = float(fields["lm_re_base"])
     if fields["max_img_size"] is None:
         fields["max_img_size"] = fields["vit_img_size"]
-    base = config.get("lm_base_vocab_size", fields["lm_vocab_size"])
-    if not has_image_token(config):
-        fields["lm_vocab_size"] += 1
-    return fields | SPECIAL | {"vlm_image_token_id": base}
+    base = _base(config)
+    return fields | {
+        "lm_vocab_size": base + N_NEW,
+        "vlm_pad_token_id": END,
+        "vlm_bos_token_id": START,
+        "vlm_eos_token_id": base + END_OF_TURN,
+        "vlm_image_token_id": base + IMAGE,
+    }
+
+
+def _base(config: Mapping) -> int:
+    """Rows of the tokenizer it started from; the 222M has no others."""
+    return config.get("lm_base_vocab_size", config["lm_vocab_size"])
+
+
+def swap_tokens(table: Tensor, config: Mapping) -> Tensor:
+    """Its embedding or head -> one with SmolVLM's tokens behind the base vocabulary.
+
+    Those that mean the same keep their row, the end of turn gets that of <|im_end|>, others the
+    mean.
+    """
+    base = _base(config)
+    if len(table) != config["lm_vocab_size"]:
+        return table  # misshapen, as will be found
+    theirs = {name: base + i for i, name in enumerate(config.get("vlm_extra_tokens", {}))}
+    new = extend_rows(table[:base], base + N_NEW)
+    same = {"global_image_token": GLOBAL, "image_token": IMAGE}
+    same |= {f"r{r}c{c}": TILES + 6 * (r - 1) + c - 1 for r in range(1, 7) for c in range(1, 7)}
+    for name, place in same.items():
+        if theirs.get(name, len(table)) < len(table):
+            new[base + place] = table[theirs[name]]
+    new[base + END_OF_TURN] = table[END]
+    return new
 
 
 def write(cfg: VLMConfig) -> dict:
