@@ -352,6 +352,8 @@ class TrainConfig(Checked):
     """Checkpoint whose weights and tokenizer start this run; the model fields are then its own."""
     max_bad_steps: int = 3
     """Non-finite steps skipped in a row before stopping."""
+    push: str = ""
+    """Hub repository, user/name, that gets the result at the end; private if made by this."""
     wandb: bool = False
     """Also log to Weights & Biases (offline unless WANDB_MODE says otherwise)."""
 
@@ -364,6 +366,7 @@ class TrainConfig(Checked):
         )
         for name in names.split():
             require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+        need(not self.push or self.push.count("/") == 1, self, "push", "must be user/name")
         parts = ("vision", "projector", "language")
         require(
             set(self.freeze) <= set(parts), "freeze", self.freeze, f"may name {', '.join(parts)}"

@@ -24,7 +24,9 @@ from engine.distributed import autocast, fast_dtype, setup
 from engine.evaluation import evaluate
 from engine.loop import train
 from engine.optim import build_optimizer
+from engine.publish import publish
 from models.checkpoint_files import misfit
+from models.hub import require_login
 from models.vision_language_model import VisionLanguageModel
 
 
@@ -51,6 +53,8 @@ def main(argv: list[str]) -> None:
     run = Path(cfg.train.out)
     found = checkpoint.folders(run) if cfg.train.resume == "auto" else []
     newest = replace(cfg.train, init_from=str(found[-1])) if found else cfg.train
+    if cfg.train.push:
+        require_login()  # now rather than after hours
     dist = setup()
     source = open_source(cfg.data, "train")
     built, model, processor = build(replace(cfg, train=newest))
@@ -80,6 +84,8 @@ def main(argv: list[str]) -> None:
             f"saved {run} at step {reached}"
             + ("" if reached == cfg.train.steps else f"; continue with: {resume}")
         )
+        if cfg.train.push and reached == cfg.train.steps:
+            print(f"pushed to {publish(run, cfg.train.push)}")
 
 
 def describe(cfg: RunConfig, model: VisionLanguageModel, source, step: int) -> None:

@@ -187,8 +187,11 @@ def save_vlm(model: VisionLanguageModel, directory: str | Path) -> None:
     write_json(directory / "generation_config.json", ids)
 
 
-def save_nanovlm(model: VisionLanguageModel, directory: str | Path) -> None:
-    """Write what nanoVLM's own from_pretrained opens; raises `InputError` where it has no place."""
+def save_nanovlm(model: VisionLanguageModel, directory: str | Path, tokenizer: str = "") -> None:
+    """Write what nanoVLM's own from_pretrained opens; raises `InputError` where it has no place.
+
+    `tokenizer`: where it will find one, by default what our config names.
+    """
     cfg = model.cfg
     reason = idefics3.misfit(cfg) or nanovlm.misfit(cfg)
     if reason:
@@ -198,7 +201,8 @@ def save_nanovlm(model: VisionLanguageModel, directory: str | Path) -> None:
     if cfg.lm_tie_weights:
         del tensors[nanovlm.EMBEDDING]  # as its save_model does, and its load_model wants
     tensors[nanovlm.INV_FREQ] = rope_frequencies(cfg)
-    write(Path(directory), tensors, nanovlm.write(cfg) | {"lm_tokenizer": str(directory)})
+    config = nanovlm.write(cfg) | {"lm_tokenizer": tokenizer or cfg.lm_tokenizer}
+    write(Path(directory), tensors, config)
 
 
 def load_vlm(source: str | Path, revision: str | None = None) -> VisionLanguageModel:

@@ -25,7 +25,6 @@ def find(source: str | Path, revision: str | None = None) -> Path:
     if not re.fullmatch(rf"{NAME}(/{NAME})?", str(source)):
         raise InputError(f"{source}: no such checkpoint directory.")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
 
     try:
         return Path(
@@ -33,7 +32,7 @@ def find(source: str | Path, revision: str | None = None) -> Path:
                 str(source), revision=revision, allow_patterns=WANTED, ignore_patterns=["*/*"]
             )
         )
-    except (OSError, HFValidationError) as error:
+    except Exception as error:  # those of the HTTP library have no base that all versions share
         at = f" at revision {revision}" if revision else ""
         raise InputError(
             f"{source}: no such checkpoint directory, and from the Hub{at} it cannot be had: "
@@ -49,8 +48,8 @@ def push(folder: str | Path, repo_id: str, private: bool = True) -> str:
     """
     if not re.fullmatch(rf"{NAME}/{NAME}", repo_id):
         raise InputError(f"{repo_id!r}: is not the name of a repository, as in user/name.")
+    require_login()
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError
 
     api = HfApi()
     try:
@@ -58,13 +57,19 @@ def push(folder: str | Path, repo_id: str, private: bool = True) -> str:
         done = api.upload_folder(
             repo_id=repo_id, folder_path=folder, commit_message="Upload picoVLM checkpoint"
         )
-    # The library wraps what fails within a file's upload in a RuntimeError, a refusal of the
-    # storage is a ValueError.
-    except (OSError, RuntimeError, ValueError, HFValidationError) as error:
+    except Exception as error:  # as above
         raise InputError(
-            f"{repo_id}: not pushed, {reason(error)}; what was sent is kept there, so ask again."
+            f"{repo_id}: not pushed: {reason(error)}; a new try sends only what is missing."
         ) from None
     return done.repo_url.url if done.repo_url else repo_id
+
+
+def require_login() -> None:
+    """Raise `InputError` unless there is a token to push with."""
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise InputError("a push needs a login to the Hub, so run `hf auth login`.")
 
 
 def reason(error: BaseException) -> str:
@@ -72,7 +77,7 @@ def reason(error: BaseException) -> str:
     from huggingface_hub import constants, errors
 
     while isinstance(error, RuntimeError) and error.__cause__ is not None:
-        error = error.__cause__
+        error = error.__cause__  # what went wrong within one file's upload
     known = {
         errors.LocalTokenNotFoundError: "there is no login, so run `hf auth login`",
         errors.GatedRepoError: "its owners must grant access first, on its page",
@@ -94,4 +99,5 @@ def reason(error: BaseException) -> str:
         return by_status.get(status, f"the Hub answered {status}, try again later")
     if constants.is_offline_mode():
         return "HF_HUB_OFFLINE is set and it is not in the cache"
-    return f"no connection to {constants.ENDPOINT} ({type(error).__name__})"
+    said = str(error).splitlines()
+    return f"no connection to {constants.ENDPOINT} ({said[0] if said else type(error).__name__})"

@@ -8,6 +8,7 @@ V vocabulary.
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import torch
@@ -191,3 +192,15 @@ class VisionLanguageModel(nn.Module):
         checkpoint_files.save_vlm(self, directory)
         if processor is not None:
             processor.save(directory)
+
+    def push_to_hub(self, repo_id: str, private: bool = True, processor=None) -> str:
+        """Upload what `save_pretrained` writes to user/name; returns its address.
+
+        A repository made by this is private unless told otherwise. `export.py --push` also writes a
+        model card. Raises `InputError`.
+        """
+        from models import hub
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, processor)
+            return hub.push(folder, repo_id, private)

@@ -35,7 +35,8 @@ FLOORS: list[list[list[str]]] = [
     ],
     [["models.hub", "models.checkpoint_files", "models.backbones",
       "engine.checkpoint", "engine.logger", "engine.chat",
-      "engine.evaluation", "engine.sheet", "engine.report", "engine.adapters", "engine.loop"]],
+      "engine.evaluation", "engine.sheet", "engine.report", "engine.adapters", "engine.publish",
+      "engine.loop"]],
 ]  # fmt: skip
 SCRIPTS = len(FLOORS)
 UP_STAIRS = {  # inside a function
