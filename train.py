@@ -16,6 +16,7 @@ import torch
 from configs import RunConfig, command, parse_run
 from data import processor as processors
 from data.loader import Loader
+from data.preview import check_before_training
 from data.processor import Processor
 from data.sources import open_source
 from engine import checkpoint
@@ -64,9 +65,11 @@ def main(argv: list[str]) -> None:
         loader.restore(state["loader"])
         checkpoint.set_rng_state(state["rng"])
         step = state["step"]
+    looked = check_before_training(source, processor, cfg.data)
     if dist.is_main:
         checkpoint.remember_config(cfg)
         describe(cfg, model, source, step)
+        print(looked)
     region = autocast(dist.device, dtype)
     asked = partial(evaluate, model, processor, cfg.data, cfg.train.eval_samples, region)
     reached = train(cfg, model, processor, loader, optimizer, dist, region, asked, step)
@@ -93,8 +96,8 @@ def describe(cfg: RunConfig, model: VisionLanguageModel, source, step: int) -> N
     named = [name for name in (cfg.model.vit_model_type, cfg.model.lm_model_type) if name]
     if named and step == 0 and not cfg.train.init_from:
         print(f"weights: random; those of {' and '.join(named)} are not loaded by this version")
-    for reason in getattr(source, "bad", ()):
-        print(f"left out: {reason}")
+    for note in source.notes:
+        print(note)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ Not here: where a picture comes from (sources.py), augmentation.
 
 from __future__ import annotations
 
+import io
 import math
 import warnings
 from pathlib import Path
@@ -21,17 +22,18 @@ MAX_PIXELS = 89_478_485  # Pillow's own warning threshold: a quarter GiB of RGB
 MAX_EDGE = 4096  # Idefics3 never resizes beyond
 
 
-def open_image(source: str | Path | Image.Image) -> Image.Image:
-    """A path or PIL image of any mode -> upright RGB.
+def open_image(source: str | Path | bytes | Image.Image, name: str = "image") -> Image.Image:
+    """A path, a file's bytes or a PIL image of any mode -> upright RGB.
 
     Transparency is laid over white; of an animation, the first frame is taken.
-    Raises `InputError` naming the file and what is wrong with it.
+    Raises `InputError` naming the file, or `name` where there is none, and what is wrong with it.
     """
-    name = source if isinstance(source, (str, Path)) else "image"
+    name = source if isinstance(source, (str, Path)) else name
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what matters is checked or raises
-            image = source if isinstance(source, Image.Image) else Image.open(source)
+            file = io.BytesIO(source) if isinstance(source, bytes) else source
+            image = source if isinstance(source, Image.Image) else Image.open(file)
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise InputError(

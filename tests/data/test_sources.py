@@ -94,9 +94,11 @@ BAD = [
     ({"image": "a.png", "question": "q", "answer": "  "}, "'answer'"),
     ({"image": "a.png", "question": "q", "answer": 4}, "'answer'"),
     ({"image": "a.png", "question": ["q"], "answer": "a"}, "'question'"),
-    ({"image": "a.png", "caption": None}, "'answer'"),
+    ({"image": "a.png", "caption": None}, "'question'"),
     ({"image": 3, "question": "q", "answer": "a"}, "must be a path"),
-    ({"image": ["a.png"], "caption": "c"}, "must be a path"),
+    ({"image": ["a.png", 3], "caption": "c"}, "must be a path"),
+    ({"image": "a.png", "images": ["b.png"], "caption": "c"}, "both 'image' and 'images'"),
+    ({"caption": "of nothing"}, "'question'"),
     (b'{"question": "\xff\xfe", "answer": "a"}', "not JSON"),
     (b"[" * 100_000, "not JSON"),
     (b'{"question": "q", "answer": "a", "id": ' + b"1" * 5000 + b"}", "not JSON"),
@@ -149,9 +151,9 @@ def test_files_that_are_not_there_or_empty(tmp_path):
 
 
 def test_unknown_names_and_extensions(tmp_path):
-    (tmp_path / "a.csv").write_text("image,caption\n")
-    for name in (str(tmp_path / "a.csv"), "wrld", str(tmp_path)):
-        with pytest.raises(InputError, match=r"data\.source = .*must be `world` or a \.jsonl file"):
+    (tmp_path / "a.xlsx").write_text("image,caption\n")
+    for name in (str(tmp_path / "a.xlsx"), "wrld", str(tmp_path / "none"), "owner/name"):
+        with pytest.raises(InputError, match=r"data\.source = .*must be `world`, a folder that ex"):
             open_source(DataConfig(source=name), "train")
 
 
@@ -160,7 +162,7 @@ def test_unknown_names_and_extensions(tmp_path):
 def test_a_wrong_encoding_is_said(tmp_path, encoding, n_rows):
     text = "\n".join(json.dumps(qa(i)) for i in range(n_rows))
     (tmp_path / "a.jsonl").write_bytes(text.encode(encoding))
-    with pytest.raises(InputError, match=r"a\.jsonl.*row 1: not JSON"):
+    with pytest.raises(InputError, match=r"a\.jsonl: not UTF-8 \(UTF-16"):
         open_all(tmp_path / "a.jsonl", "train")
 
 
