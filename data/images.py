@@ -14,11 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from configs import InputError, VLMConfig
 
 MAX_PIXELS = 89_478_485  # Pillow's own warning threshold: a quarter GiB of RGB
+# What data sets hold. Pillow opens more, some by other programs, some in seconds when broken.
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")
 MAX_EDGE = 4096  # Idefics3 never resizes beyond
 
 
@@ -33,7 +35,7 @@ def open_image(source: str | Path | bytes | Image.Image, name: str = "image") ->
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what matters is checked or raises
             file = io.BytesIO(source) if isinstance(source, bytes) else source
-            image = source if isinstance(source, Image.Image) else Image.open(file)
+            image = source if isinstance(source, Image.Image) else Image.open(file, "r", FORMATS)
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise InputError(
@@ -47,6 +49,8 @@ def open_image(source: str | Path | bytes | Image.Image, name: str = "image") ->
         raise InputError(f"{name}: no such file.") from None
     except Image.DecompressionBombError:
         raise InputError(f"{name}: more than {MAX_PIXELS:,} pixels; resize it first.") from None
+    except UnidentifiedImageError:
+        raise InputError(f"{name}: not a readable picture ({', '.join(FORMATS)}).") from None
     except Exception as error:  # Pillow's plug-ins raise nearly every type on broken files
         reason = str(error) or type(error).__name__
         raise InputError(
