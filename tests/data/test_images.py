@@ -221,6 +221,23 @@ def test_cmyk_one_bit_and_first_frame(tmp_path):
         assert r > 240 and max(g, b) < 15, suffix
 
 
+def test_bytes_of_a_file_open_as_the_file(tmp_path, shared):
+    folder = shared / "images"
+    for name in ("exif_orientation/Portrait_6.jpg", "pillow_modes/hopper.Lab.tif"):
+        want = open_image(folder / name)
+        assert open_image((folder / name).read_bytes()).tobytes() == want.tobytes()
+    with pytest.raises(InputError, match=r"row 3, picture 2: not a readable picture"):
+        open_image(b"no picture", "row 3, picture 2")
+
+
+def test_other_programs_are_never_started(tmp_path, monkeypatch):
+    """Pillow gives an EPS file to Ghostscript; nobody trains on those."""
+    monkeypatch.setattr("subprocess.Popen", None)
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n")
+    with pytest.raises(InputError, match=r"a\.png: not a readable picture \(JPEG, PNG"):
+        open_image(tmp_path / "a.png")
+
+
 def test_a_given_picture_is_not_changed():
     picture = noise(6, 5)
     picture.getexif()[0x0112] = 6
