@@ -14,6 +14,7 @@ import json
 import mmap
 import os
 import re
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -77,7 +78,7 @@ def _text_rows(path: Path, spans: list[tuple[int, int, int]], parse: Callable) -
 
 def _parse_json(content: bytes) -> dict:
     try:
-        row = json.loads(content.decode("utf-8-sig"))
+        row = json.loads(content.removeprefix(BOM_UTF8).decode())
     except (ValueError, RecursionError) as error:  # ValueError: also bad UTF-8, numbers too long
         raise InputError(f"not JSON ({error}).") from None
     if not isinstance(row, dict):

@@ -22,6 +22,7 @@ CAPTION_PROMPT = "Describe the picture."
 LABEL_PROMPT = "What is this?"
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant",
          "gpt": "assistant", "model": "assistant"}  # fmt: skip
+Place = tuple[str, int, str]  # column, turn, key: put into words only where something is wrong
 PICTURE_COLUMNS = ("image", "images", "file_name")
 
 
@@ -48,7 +49,7 @@ def conversation(row: dict) -> Conversation:
 
     Turns after the last answer teach nothing and are left out.
     """
-    family = next((column for column in CHATS if row.get(column) is not None), "columns")
+    family = ([c for c in CHATS if row.get(c) is not None] or ["columns"])[0]
     name, read = CHATS.get(family) or (_column_names(row), _columns)
     turns, places = read(row)
     given = _pictures(row)
@@ -56,8 +57,9 @@ def conversation(row: dict) -> Conversation:
         first = next((i for i, turn in enumerate(turns) if turn.role == "user"), 0)
         turns[first] = Turn(turns[first].role, IMAGE * len(given) + turns[first].text)
         places = [None] * len(given)
-    n_given = len(given) + sum(place is not None for place in places)
-    if n_given != len(places):
+    n_missing = places.count(None)
+    if n_missing != len(given):
+        n_given = len(places) - n_missing + len(given)
         raise InputError(f"{len(places)} {IMAGE} placeholders for {n_given} images.")
     rest = iter(given)
     pictures = [next(rest) if place is None else place for place in places]
@@ -76,7 +78,7 @@ def _texts(row: dict) -> Read:
     turns = []
     for number, pair in enumerate(_objects(row, "texts"), 1):
         for role in ("user", "assistant"):
-            turns.append(Turn(role, _said(pair.get(role), role, f"texts {number}: {role!r}")))
+            turns.append(Turn(role, _said(pair.get(role), role, ("texts", number, role))))
     return _read(turns)
 
 
@@ -89,9 +91,11 @@ def _conversations(row: dict) -> Read:
     for number, item in enumerate(_objects(row, "conversations"), 1):
         spoken = item.get("from") if item.get("from") is not None else item.get("role")
         value = item.get("value") if item.get("value") is not None else item.get("content")
-        role = _role(spoken, f"conversations {number}: 'from'")
-        said = _said(value, role, f"conversations {number}: 'value'")
-        turns.append(Turn(role, re.sub(f"{IMAGE}\n|\n{IMAGE}$", IMAGE, said)))
+        role = _role(spoken, ("conversations", number, "from"))
+        said = _said(value, role, ("conversations", number, "value"))
+        if IMAGE in said:
+            said = re.sub(f"{IMAGE}\n|\n{IMAGE}$", IMAGE, said)
+        turns.append(Turn(role, said))
     return _read(turns)
 
 
@@ -99,8 +103,8 @@ def _messages(row: dict) -> Read:
     """`messages`: `role`, `content`, a string or typed parts, as OpenAI and TRL have them."""
     turns, places = [], []
     for number, message in enumerate(_objects(row, "messages"), 1):
-        at = f"messages {number}: 'content'"
-        role = _role(message.get("role"), f"messages {number}: 'role'")
+        at = "messages", number, "content"
+        role = _role(message.get("role"), ("messages", number, "role"))
         content = message.get("content")
         parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
         said = ""
@@ -111,7 +115,7 @@ def _messages(row: dict) -> Read:
     return Read(turns, places)
 
 
-def _part(part: object, at: str) -> tuple[str, list]:
+def _part(part: object, at: Place) -> tuple[str, list]:
     """(text, entry of `places` for each `<image>` in it) of one part of a message."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
@@ -122,17 +126,18 @@ def _part(part: object, at: str) -> tuple[str, list]:
         if isinstance(value, dict) and "url" in value:
             value = value["url"]
         return IMAGE, [value]
-    raise InputError(f'{at} must be a text, or parts {{"type": "text" or "image", ...}}.')
+    says = 'must be a text, or parts {"type": "text" or "image", ...}.'
+    raise InputError(f"{_in_words(at)} {says}")
 
 
 def _read(turns: list[Turn]) -> Read:
-    return Read(turns, [None] * sum(turn.text.count(IMAGE) for turn in turns))
+    return Read(turns, [None] * sum([turn.text.count(IMAGE) for turn in turns]))
 
 
 def _objects(row: dict, column: str) -> list[dict]:
     """The turns of a row, also where a table keeps them as JSON."""
     value = _unpacked(row[column], column)
-    if not isinstance(value, list) or not value or not all(isinstance(v, dict) for v in value):
+    if not isinstance(value, list) or not value or {type(v) for v in value} != {dict}:
         raise InputError(f"{column!r} must be a list of objects, one a turn.")
     return value
 
@@ -146,17 +151,21 @@ def _unpacked(value: object, column: str) -> object:
         raise InputError(f"{column!r} is not JSON ({error}).") from None
 
 
-def _role(value: object, at: str) -> str:
-    if value not in ROLES:
-        raise InputError(f"{at} is {value!r}, must be one of {', '.join(ROLES)}.")
+def _in_words(at: Place) -> str:
+    return "{} {}: {!r}".format(*at)
+
+
+def _role(value: object, at: Place) -> str:
+    if not isinstance(value, str) or value not in ROLES:
+        raise InputError(f"{_in_words(at)} is {value!r}, must be one of {', '.join(ROLES)}.")
     return ROLES[value]
 
 
-def _said(value: object, role: str, at: str) -> str:
+def _said(value: object, role: str, at: Place) -> str:
     if not isinstance(value, str):
-        raise InputError(f"{at} must be a text.")
+        raise InputError(f"{_in_words(at)} must be a text.")
     if role == "assistant" and not value.strip():
-        raise InputError(f"{at} is empty; an answer must say something.")
+        raise InputError(f"{_in_words(at)} is empty; an answer must say something.")
     return value
 
 
@@ -211,7 +220,7 @@ def _multiple_choice(row: dict) -> dict:
 
 def _pictures(row: dict) -> list:
     """The values of the one picture column a row has; an empty list without any."""
-    columns = [c for c in PICTURE_COLUMNS if row.get(c) is not None and row[c] != []]
+    columns = [c for c in PICTURE_COLUMNS if c in row and row[c] is not None and row[c] != []]
     if not columns:
         return []
     if len(columns) > 1:

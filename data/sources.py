@@ -10,9 +10,9 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import json
 import os
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -155,8 +155,8 @@ class Index:
     bad: tuple[str, ...]
 
 
-def _digest(value: object) -> int:
-    content = json.dumps(value).encode()
+def _digest(parts: Iterable[str]) -> int:
+    content = "\0".join(parts).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
 
 
@@ -178,18 +178,19 @@ def index_rows(rows: Any, name: str, fetch: bool = False) -> Index:
         except InputError as error:
             bad.append(f"{rows.where(k)}: {error}")
             continue
-        families.setdefault(found.family, f"{rows.where(k)} has {found.schema}")
-        if len(families) > 1:
-            raise InputError(
-                f"{name}: mixed schemas, {' and '.join(families.values())}; put each into a source "
-                "of its own."
-            )
+        if found.family not in families:
+            families[found.family] = f"{rows.where(k)} has {found.schema}"
+            if len(families) > 1:
+                raise InputError(
+                    f"{name}: mixed schemas, {' and '.join(families.values())}; put each into a "
+                    "source of its own."
+                )
         schemas[found.schema] += 1
         shown = [_identity(picture) for picture in found.pictures]
         owners += [len(good)] * len(shown)
-        pictures += map(_digest, shown)
+        pictures += [_digest([identity]) for identity in shown]
         good.append(k)
-        digests.append(_digest([[turn.text.strip() for turn in found.turns], shown]))
+        digests.append(_digest([turn.text.strip() for turn in found.turns] + shown))
     if len(bad) > most_bad_rows(len(rows)):
         raise InputError(f"{len(bad)} of {len(rows)} rows are bad, the first: {bad[0]}")
     if not good:
