@@ -86,6 +86,8 @@ class ViTConfig(Checked):
     """Bias on the query, key and value projections."""
     vit_dropout: float = 0.0
     """Dropout in attention and on both residual branches."""
+    vit_drop_path: float = 0.0
+    """Stochastic depth: share of samples that skip the last block's branches, 0 for the first."""
     vit_cls_flag: bool = False
     """Prepend a learned CLS token."""
     vit_n_registers: int = 0
@@ -95,9 +97,13 @@ class ViTConfig(Checked):
     vit_layer_scale: bool = False
     """A learned factor per channel on both residual branches (DINOv2)."""
     vit_n_classes: int = 0
-    """Outputs of a linear classifier on the pooled features; 0: no classifier."""
+    """Outputs of a classifier on the pooled features; 0: no classifier."""
+    vit_labels: tuple[str, ...] = ()
+    """Names of the classes."""
+    vit_head: Literal["linear", "mlp"] = "linear"
+    """The classifier; mlp has a hidden layer with tanh, as the ViT paper pretrains."""
     vit_pool: Literal["auto", "none", "cls", "mean", "map"] = "auto"
-    """What ViT(images) returns. auto: cls with a CLS token, else none (the patch sequence)."""
+    """What ViT(images) pools. auto: cls with a CLS token, else mean to classify, else none."""
     vit_image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Pixel mean subtracted per channel, after scaling to [0, 1]."""
     vit_image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -109,6 +115,12 @@ class ViTConfig(Checked):
     def vit_grid(self) -> int:
         """Patches per side."""
         return self.vit_img_size // self.vit_patch_size
+
+    @property
+    def vit_pooling(self) -> str:
+        """`vit_pool` with auto resolved."""
+        auto = "cls" if self.vit_cls_flag else "mean" if self.vit_n_classes else "none"
+        return auto if self.vit_pool == "auto" else self.vit_pool
 
     @property
     def vit_n_patches(self) -> int:
@@ -125,7 +137,7 @@ class ViTConfig(Checked):
             "vit_img_size vit_patch_size vit_n_channels vit_hidden_dim vit_inter_dim "
             "vit_n_heads vit_n_blocks vit_ln_eps",
         )
-        require_rate(self, "vit_dropout")
+        require_rate(self, "vit_dropout vit_drop_path")
         fix = f"must be a multiple of vit_patch_size = {self.vit_patch_size}"
         need(self.vit_img_size % self.vit_patch_size == 0, self, "vit_img_size", fix)
         fix = f"must be a multiple of vit_n_heads = {self.vit_n_heads}"
@@ -134,9 +146,11 @@ class ViTConfig(Checked):
         need(self.vit_n_classes >= 0, self, "vit_n_classes", "must not be negative")
         fix = "needs a CLS token, so set vit_cls_flag = True or pool by mean or map"
         need(self.vit_pool != "cls" or self.vit_cls_flag, self, "vit_pool", fix)
-        pools = self.vit_pool != "none" and (self.vit_pool != "auto" or self.vit_cls_flag)
         fix = "a classifier needs mean, cls or map"
-        need(pools or not self.vit_n_classes, self, "vit_pool", fix)
+        need(self.vit_pool != "none" or not self.vit_n_classes, self, "vit_pool", fix)
+        n, labels = self.vit_n_classes, self.vit_labels
+        fix = f"must be {n} different names, as vit_n_classes, or none"
+        require(not labels or len(set(labels)) == len(labels) == n, "vit_labels", labels, fix)
         need(min(self.vit_image_std) > 0, self, "vit_image_std", "must be positive")
 
 
@@ -299,8 +313,8 @@ class DataConfig(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(Checked):
-    """How it is trained."""
+class LoopConfig(Checked):
+    """What every training run has, whatever the model."""
 
     out: str = "runs/tiny"
     """Run folder: configuration, log, loss curve, checkpoints."""
@@ -310,12 +324,6 @@ class TrainConfig(Checked):
     """Batches per optimizer step."""
     optimizer: Literal["adamw", "muon"] = "muon"
     """muon: Muon for the matrices of the blocks, AdamW for the rest."""
-    lr_vision: float = 0.002
-    """Peak learning rate of the vision encoder (AdamW)."""
-    lr_projector: float = 0.002
-    """Peak learning rate of the projector (AdamW)."""
-    lr_language: float = 0.002
-    """Peak learning rate of the language model (AdamW)."""
     lr_muon: float = 0.015
     """Peak learning rate of matrices trained by Muon."""
     weight_decay: float = 0.01
@@ -330,10 +338,12 @@ class TrainConfig(Checked):
     """Steps of linear warm-up."""
     schedule: Literal["cosine", "linear", "constant"] = "linear"
     """Shape of the decay to zero after warm-up."""
+    layer_decay: float = 1.0
+    """Learning rate of each block as a share of the next one's; of the embeddings, of the first's."""
+    ema: float = 0.0
+    """Decay of averaged weights, which are evaluated and saved in place of the last; 0: none."""
     grad_clip: float = 1.0
     """Largest norm of the whole gradient; 0: none."""
-    freeze: tuple[Literal["vision", "projector", "language"], ...] = ()
-    """Parts that do not train."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast where the hardware computes it faster, else fp32."""
     seed: int = 0
@@ -350,8 +360,6 @@ class TrainConfig(Checked):
     """Checkpoints kept, newest first."""
     resume: Literal["no", "auto"] = "no"
     """auto: continue from the newest checkpoint in the run folder, if there is one."""
-    init_from: str = ""
-    """Checkpoint whose weights and tokenizer start this run; the model fields are then its own."""
     max_bad_steps: int = 3
     """Non-finite steps skipped in a row before stopping."""
     push: str = ""
@@ -361,19 +369,40 @@ class TrainConfig(Checked):
 
     def validate(self):
         require_positive(self, "steps accumulate log_every eval_samples keep max_bad_steps")
-        require_rate(self, "beta1 beta2 muon_momentum")
-        names = (
-            "lr_vision lr_projector lr_language lr_muon weight_decay "
-            "warmup grad_clip eval_every save_every"
-        )
+        require_rate(self, "beta1 beta2 muon_momentum ema")
+        need(0 < self.layer_decay <= 1, self, "layer_decay", "must be above 0 and at most 1")
+        names = "lr_muon weight_decay warmup grad_clip eval_every save_every"
         for name in names.split():
-            require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+            need(getattr(self, name) >= 0, self, name, "must not be negative")
         need(not self.push or self.push.count("/") == 1, self, "push", "must be user/name")
-        parts = ("vision", "projector", "language")
-        require(
-            set(self.freeze) <= set(parts), "freeze", self.freeze, f"may name {', '.join(parts)}"
-        )
-        require(set(self.freeze) != set(parts), "freeze", self.freeze, "leaves nothing to train")
+
+
+def require_freeze(cfg: object, parts: str) -> None:
+    """Every name of `cfg.freeze` is a part, and one is left to train."""
+    names = parts.split()
+    need(set(cfg.freeze) <= set(names), cfg, "freeze", f"may name {', '.join(names)}")
+    need(set(cfg.freeze) != set(names), cfg, "freeze", "leaves nothing to train")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(LoopConfig):
+    """How a vision-language model is trained."""
+
+    lr_vision: float = 0.002
+    """Peak learning rate of the vision encoder (AdamW)."""
+    lr_projector: float = 0.002
+    """Peak learning rate of the projector (AdamW)."""
+    lr_language: float = 0.002
+    """Peak learning rate of the language model (AdamW)."""
+    freeze: tuple[Literal["vision", "projector", "language"], ...] = ()
+    """Parts that do not train."""
+    init_from: str = ""
+    """Checkpoint whose weights and tokenizer start this run; the model fields are then its own."""
+
+    def validate(self):
+        for name in ("lr_vision", "lr_projector", "lr_language"):
+            need(getattr(self, name) >= 0, self, name, "must not be negative")
+        require_freeze(self, "vision projector language")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -385,12 +414,9 @@ class RunConfig(Checked):
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def validate(self):
-        require(
-            self.data.max_length <= self.model.lm_max_position_embeddings,
-            "data.max_length",
-            self.data.max_length,
-            f"must be at most lm_max_position_embeddings = {self.model.lm_max_position_embeddings}",
-        )
+        length, most = self.data.max_length, self.model.lm_max_position_embeddings
+        fix = f"must be at most lm_max_position_embeddings = {most}"
+        require(length <= most, "data.max_length", length, fix)
 
 
 # --- JSON ---------------------------------------------------------------------------------------

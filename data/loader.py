@@ -76,7 +76,7 @@ class Loader:
             state["position"],
             list(state["skipped"]),
         )
-        encoded = Encoded(self.source, self.processor, self.cfg)[state["waiting"]]
+        encoded = self._encoded()[state["waiting"]]
         self.waiting = [(i, tokens) for i, tokens in encoded if isinstance(tokens, Tokens)]
 
     def state(self) -> dict:
@@ -106,7 +106,7 @@ class Loader:
             taken = {i for row in rows for i in row}
             self.waiting = [sample for i, sample in enumerate(self.waiting) if i not in taken]
             if turn % self.world == self.rank:
-                batch = collate(groups, self.processor.cfg)
+                batch = self._collate(groups)
             if turn % self.world == self.world - 1:  # the state after all ranks' batches, on each
                 batch.state = self.state()
                 yield batch
@@ -127,7 +127,7 @@ class Loader:
             epoch, position = epoch + 1, 0
 
     def _samples(self) -> Iterator[tuple[int, Tokens]]:
-        encoded = Encoded(self.source, self.processor, self.cfg)
+        encoded = self._encoded()
         workers = self.cfg.workers
         loader = DataLoader(
             encoded,
@@ -147,6 +147,12 @@ class Loader:
                     self._skip(i, tokens.reason)
                 else:
                     yield i, tokens
+
+    def _encoded(self) -> Encoded:
+        return Encoded(self.source, self.processor, self.cfg)
+
+    def _collate(self, groups: list[list[Tokens]]) -> Batch:
+        return collate(groups, self.processor.cfg)
 
     def _skip(self, i: int, reason: str) -> None:
         if i not in self.skipped:

@@ -121,7 +121,7 @@ def _flush(folder: Path) -> None:
 def load_state(folder: Path, cfg: RunConfig) -> dict:
     """The state beside a checkpoint's weights; `InputError` where the settings have changed."""
     state = torch.load(folder / STATE, weights_only=True)
-    saved = from_dict(RunConfig, state["provenance"]["config"], str(folder / STATE))
+    saved = from_dict(type(cfg), state["provenance"]["config"], str(folder / STATE))
     changed = [
         f"{part}.{name}: {old!r} then, {new!r} now"
         for part in ("model", "data", "train")

@@ -105,7 +105,7 @@ def plot(folder: Path) -> None:
         return
     figure, axis = plt.subplots(figsize=(7, 4), constrained_layout=True)
     axis.plot(*zip(*train), lw=0.8, label="training loss")
-    axis.set(xlabel="step", ylabel="loss per token", yscale="log")
+    axis.set(xlabel="step", ylabel="loss per target", yscale="log")
     if val:
         steps, losses, accuracies = zip(*val)
         axis.plot(steps, losses, "o-", label="validation loss")

@@ -76,8 +76,9 @@ def train(
 
     def save():
         if dist.is_main:
-            state = {"optimizer": optimizer.state_dict(), "loader": micro[-1].state}
-            checkpoint.save(cfg, step, model, processor, state)
+            with optimizer.averaged():
+                state = {"optimizer": optimizer.state_dict(), "loader": micro[-1].state}
+                checkpoint.save(cfg, step, model, processor, state)
 
     try:
         while step < t.steps:
@@ -99,10 +100,8 @@ def train(
             else:
                 n_bad += 1
                 kept = keep_batches(Path(t.out), step, micro)
-                logger.say(
-                    f"step {step}: loss {loss}, gradient norm {grad_norm}; "
-                    f"skipped, batch kept in {kept}"
-                )
+                why = f"loss {loss}, gradient norm {grad_norm}"
+                logger.say(f"step {step}: {why}; skipped, batch kept in {kept}")
                 if n_bad >= t.max_bad_steps:
                     raise InputError(
                         f"{n_bad} steps in a row were not finite, the last kept in {kept}; "
@@ -116,11 +115,13 @@ def train(
                 values = {"loss": loss, "grad_norm": grad_norm, "lr_factor": lr_factor(t, step - 1)}
                 values |= {"bad_rows": len(loader.skipped)} | meter.rates(dist)
                 logger.log(values, step)
-            if due(step, t.eval_every, t.steps) and dist.is_main and (values := evaluate()):
-                logger.log(values, step)
-                logger.say(
-                    f"step {step}: " + ", ".join(f"{k[4:]} {v:.3f}" for k, v in values.items())
-                )
+            if due(step, t.eval_every, t.steps) and dist.is_main:
+                with optimizer.averaged():
+                    values = evaluate()
+                if values:
+                    logger.log(values, step)
+                    words = (f"{k[4:]} {v:.3f}" for k, v in values.items())
+                    logger.say(f"step {step}: {', '.join(words)}")
             stopping = dist.sum(stop.received) > 0  # so that all processes leave after one step
             if stopping or due(step, t.save_every, t.steps):
                 save()

@@ -1,18 +1,20 @@
 """What moves the weights: parameter groups, optimizers, the learning rate.
 
-Groups are part x decay; AdamW and Muon stand behind one object. The learning rate is a pure
+Groups are part x depth x decay; AdamW and Muon stand behind one object. The learning rate is a pure
 function of the step, so resuming needs no scheduler state.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from configs import InputError, TrainConfig
+from configs import InputError, LoopConfig
 
 # Keller Jordan's quintic: five steps bring every singular value near one.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -35,7 +37,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: list[Tensor],
+        params: list[Tensor] | list[dict],
         lr: float,
         momentum: float,
         weight_decay: float,
@@ -67,12 +69,17 @@ class Muon(torch.optim.Optimizer):
 
 
 class Optimizers:
-    """AdamW and, where used, Muon, as one optimizer."""
+    """AdamW and, where used, Muon, as one optimizer; with `ema`, averages of the weights beside.
 
-    def __init__(self, members: list[torch.optim.Optimizer]):
-        self.members = members
+    The average follows each step by 1 - ema, faster at first, when it has seen few.
+    """
+
+    def __init__(self, members: list[torch.optim.Optimizer], ema: float = 0.0):
+        self.members, self.ema, self.n_steps = members, ema, 0
         for group in self.param_groups:
             group["peak_lr"] = group["lr"]
+        self.params = [p for group in self.param_groups for p in group["params"]] if ema else []
+        self.others = [p.detach().clone() for p in self.params]
 
     @property
     def param_groups(self) -> list[dict]:
@@ -85,45 +92,70 @@ class Optimizers:
     def step(self) -> None:
         for member in self.members:
             member.step()
+        if self.ema:
+            self.n_steps += 1
+            decay = min(self.ema, self.n_steps / (self.n_steps + 9))
+            torch._foreach_lerp_(self.others, [p.data for p in self.params], 1 - decay)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within, the model has the averaged weights, and `state_dict` keeps the last ones."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for i, p in enumerate(self.params):
+            p.data, self.others[i] = self.others[i], p.data
 
     def zero_grad(self) -> None:
         for member in self.members:
             member.zero_grad(set_to_none=True)
 
     def state_dict(self) -> list[dict]:
-        return [member.state_dict() for member in self.members]
+        """To be taken while `averaged`, as the weights that are saved with it are."""
+        own = [{"weights": self.others, "n_steps": self.n_steps}] if self.ema else []
+        return [member.state_dict() for member in self.members] + own
 
     def load_state_dict(self, states: list[dict]) -> None:
+        """Go on from `states` with the model that was saved with it."""
+        if self.ema:
+            *states, own = states
+            self.n_steps = own["n_steps"]
+            self.others = [w.to(p) for w, p in zip(own["weights"], self.params, strict=True)]
+            self._swap()
         for member, state in zip(self.members, states, strict=True):
             member.load_state_dict(state)
 
 
 def build_optimizer(
-    parts: dict[str, nn.Module], cfg: TrainConfig, dtype: torch.dtype = torch.float32
+    parts: dict[str, nn.Module], cfg: LoopConfig, dtype: torch.dtype = torch.float32
 ) -> Optimizers:
-    """Freeze what `cfg.freeze` names and group the rest by part and decay.
+    """Freeze what `cfg.freeze` names and group the rest by part, depth and decay.
 
     Norms, biases, embeddings and lone vectors never decay. With Muon, the matrices inside the
     blocks of both towers go to it; patch convolution, embeddings, projector and head stay with
-    AdamW.
+    AdamW. `cfg.layer_decay` lowers the rates of both towards the input.
     """
-    adamw, muon, seen = [], [], set()
+    adamw, muon, seen = [], defaultdict(list), set()
     for part, module in parts.items():
         module.requires_grad_(part not in cfg.freeze)
-        by_decay = {True: [], False: []}
+        groups = defaultdict(list)  # in the order of the first parameter of each
         for name, p in module.named_parameters():
             if not p.requires_grad or id(p) in seen:
                 continue
             seen.add(id(p))
+            share = cfg.layer_decay ** layers_above(name, module)
             if cfg.optimizer == "muon" and p.ndim == 2 and ".blocks." in f".{name}":
-                muon.append(p)
+                muon[share].append(p)
             else:
-                by_decay[p.ndim >= 2 and "embedding" not in name].append(p)
+                groups[share, p.ndim >= 2 and "embedding" not in name].append(p)
         lr = getattr(cfg, f"lr_{part}")
         adamw += [
-            {"params": ps, "lr": lr, "weight_decay": cfg.weight_decay if decays else 0.0}
-            for decays, ps in by_decay.items()
-            if ps
+            {"params": ps, "lr": lr * share, "weight_decay": cfg.weight_decay if decays else 0.0}
+            for (share, decays), ps in sorted(groups.items(), key=lambda g: (-g[0][0], -g[0][1]))
         ]
     if not adamw and not muon:
         raise InputError(f"train.freeze = {cfg.freeze}: leaves nothing to train.")
@@ -131,11 +163,21 @@ def build_optimizer(
     if adamw:
         members.append(torch.optim.AdamW(adamw, betas=(cfg.beta1, cfg.beta2), fused=True))
     if muon:
-        members.append(Muon(muon, cfg.lr_muon, cfg.muon_momentum, cfg.weight_decay, dtype))
-    return Optimizers(members)
+        groups = [{"params": ps, "lr": cfg.lr_muon * share} for share, ps in muon.items()]
+        members.append(Muon(groups, cfg.lr_muon, cfg.muon_momentum, cfg.weight_decay, dtype))
+    return Optimizers(members, cfg.ema)
 
 
-def lr_factor(cfg: TrainConfig, step: int) -> float:
+def layers_above(name: str, part: nn.Module) -> int:
+    """How many blocks of a part, and its end, stand above a parameter; 0 for the end itself."""
+    blocks = dict(part.named_children()).get("blocks", ())
+    path = name.split(".")
+    if path[0] == "blocks":
+        return len(blocks) - int(path[1])
+    return len(blocks) + 1 if "embedding" in path[0] or path[0] == "pre_norm" else 0
+
+
+def lr_factor(cfg: LoopConfig, step: int) -> float:
     """Share of the peak learning rate at a step from 0: linear warm-up, then the decay to zero."""
     if step < cfg.warmup:
         return (step + 1) / cfg.warmup

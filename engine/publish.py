@@ -60,13 +60,13 @@ def prepare(source: str | Path, folder: Path, repo_id: str, dtype: torch.dtype |
     (folder / "README.md").write_text(card(model, record, score, folder, repo_id), encoding="utf-8")
 
 
-def read_record(checkpoint: Path) -> dict:
+def read_record(checkpoint: Path, cls: type = RunConfig) -> dict:
     """What a training checkpoint knows of its run; empty for one without."""
     if not (checkpoint / STATE).is_file():
         return {}
     state = torch.load(checkpoint / STATE, weights_only=True, mmap=True)
     provenance = state["provenance"]
-    config = from_dict(RunConfig, provenance["config"], str(checkpoint / STATE))
+    config = from_dict(cls, provenance["config"], str(checkpoint / STATE))
     log = checkpoint.parent / "log.jsonl"
     return provenance | {
         "config": config,

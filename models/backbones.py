@@ -20,6 +20,8 @@ from models.checkpoint_files import (
     IMAGES,
     OWN_KEY,
     fill,
+    is_whole,
+    load_vlm,
     outline,
     own_names,
     read_config,
@@ -43,12 +45,13 @@ from models.pretrained.engine import (
     to_ours,
     to_theirs,
 )
-from models.vision_transformer import ViT
+from models.vision_transformer import ViT, init_weights, new_head
 
 FAMILIES: dict[type, tuple[Family, ...]] = {
-    ViT: (siglip.FAMILY, clip.FAMILY, vit.FAMILY, dinov2.FAMILY, dinov2.FAMILY_SWIGLU),
+    ViT: (siglip.FAMILY, siglip.FAMILY_CLASSIFIER, clip.FAMILY, vit.FAMILY, dinov2.FAMILY,
+          dinov2.FAMILY_SWIGLU),
     LanguageModel: (llama.FAMILY,),
-}
+}  # fmt: skip
 POSITION = "patch_embedding.position_embedding"
 
 
@@ -105,27 +108,63 @@ def _image_statistics(directory: Path) -> dict:
     return {k: v * 3 if len(v) == 1 else v for k, v in pair.items() if isinstance(v, list)}
 
 
+def newest(directory: Path) -> Path:
+    """Of a run folder its newest checkpoint; any other directory as it is."""
+    return max(directory.glob("step-*"), default=directory)
+
+
+def _read_vit(name: str, pool: str) -> tuple[ViTConfig, dict]:
+    """(its config, its tensors) of an encoder, of a classifier, or of a whole model's eyes."""
+    directory = newest(find(name))
+    if is_whole(read_config(directory)):
+        require(pool != "map", "vit_pool", pool, f"{name} has no such pool, only cls or mean fit")
+        eyes = load_vlm(directory).vision_encoder.float()
+        return ViTConfig(**_part(ViTConfig, eyes.cfg)), eyes.state_dict()
+    fields = {"vit_pool": "map"} if pool == "map" else {}
+    return _read_backbone(ViT, ViTConfig, directory, **fields, **_image_statistics(directory))
+
+
+def _head(cfg: ViTConfig, source: ViTConfig) -> dict:
+    """The fields of the classifier that `cfg` asks for; the source's where it does not."""
+    names = ("vit_n_classes", "vit_labels", "vit_head")
+    if isinstance(cfg, VLMConfig):
+        return dict(zip(names, (0, (), cfg.vit_head)))
+    is_same = cfg.vit_n_classes == source.vit_n_classes and not cfg.vit_labels
+    asked = cfg if cfg.vit_n_classes and not is_same else source
+    return {name: getattr(asked, name) for name in names}
+
+
+def open_vit(name: str, pool: str = "auto") -> ViT:
+    """An encoder as it is, with its own size and classifier, pooled as `pool` says.
+
+    `name` is a directory, ours or one of transformers, a run folder, a Hub id, or a whole
+    vision-language model of which these are the eyes. Raises `InputError`.
+    """
+    source, tensors = _read_vit(name, pool)
+    return fill(ViT, source if pool == "auto" else replace(source, vit_pool=pool), tensors)
+
+
 def load_vit(cfg: ViTConfig) -> ViT:
     """The encoder `cfg.vit_model_type` names, at `cfg.vit_img_size`; raises `InputError`.
 
     Positions of another grid are resampled, and that is said. A classifier is kept outside a VLM,
-    unless `cfg.vit_n_classes` wants another.
+    unless `cfg` wants other classes or another head.
     """
-    directory = find(cfg.vit_model_type)
-    pool = {"vit_pool": "map"} if cfg.vit_pool == "map" else {}
-    source, tensors = _read_backbone(
-        ViT, ViTConfig, directory, **pool, **_image_statistics(directory)
-    )
-    kept = ("vit_img_size", "vit_pool", "vit_dropout", "vit_model_type", "vit_n_classes")
+    source, tensors = _read_vit(cfg.vit_model_type, cfg.vit_pool)
+    head, is_vlm = _head(cfg, source), isinstance(cfg, VLMConfig)
+    pool = source.vit_pool if cfg.vit_pool == "auto" and not is_vlm else cfg.vit_pool
+    kept = ("vit_img_size", "vit_dropout", "vit_drop_path", "vit_model_type")
     sizes = {name: v for name, v in _part(ViTConfig, source).items() if name not in kept}
-    n_old, n = source.vit_n_classes, cfg.vit_n_classes
-    n = 0 if isinstance(cfg, VLMConfig) else n or n_old
-    new = replace(cfg, **sizes, vit_n_classes=n)
-    if n != n_old:
-        tensors = {name: t for name, t in tensors.items() if not name.startswith("head.")}
-    if n != n_old and n:
-        say(f"{cfg.vit_model_type}: a fresh classifier of {n} classes.")
-        tensors |= {f"head.{name}": t.detach() for name, t in ViT(new).head.named_parameters()}
+    new = replace(cfg, **sizes | head | {"vit_pool": pool})
+    gone = () if new.vit_pooling == "map" else ("map_pool.",)
+    if head != {name: getattr(source, name) for name in head}:
+        fresh, gone = new_head(new), (*gone, "head.")
+        init_weights(fresh, n_residual=1)
+        tensors |= {f"fresh.{name}": t.detach() for name, t in fresh.named_parameters()}
+        if new.vit_n_classes:
+            say(f"{cfg.vit_model_type}: a fresh classifier of {new.vit_n_classes} classes.")
+    tensors = {name: t for name, t in tensors.items() if not name.startswith(gone)}
+    tensors = {name.replace("fresh.", "head."): t for name, t in tensors.items()}
     if new.vit_grid != source.vit_grid:
         say(
             f"{cfg.vit_model_type}: positions of {source.vit_grid} x {source.vit_grid} patches "
@@ -173,9 +212,21 @@ def save_lm(model: LanguageModel, directory: str | Path) -> None:
     _write_backbone(model, LMConfig(**_part(LMConfig, model.cfg)), Path(directory))
 
 
+def _family_of(model: nn.Module) -> Family | None:
+    """The layout a model is written in; None where no family has a place for all of it."""
+    cfg = model.cfg
+    return next((f for f in FAMILIES[type(model)] if not f.misfit(cfg)), None)
+
+
+def reader_of(model: nn.Module) -> str:
+    """The class of transformers that opens what is written of a model; "" where there is none."""
+    family = _family_of(model)
+    return family.write(model.cfg)["architectures"][0] if family else ""
+
+
 def _write_backbone(model: nn.Module, cfg, directory: Path) -> None:
     tensors, dtype = state_of(model)
-    family = next((f for f in FAMILIES[type(model)] if not f.misfit(cfg)), None)
+    family = _family_of(model)
     if getattr(cfg, "lm_tie_weights", False):
         del tensors[HEAD]
     if family is None:

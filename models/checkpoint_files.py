@@ -205,6 +205,11 @@ def save_nanovlm(model: VisionLanguageModel, directory: str | Path, tokenizer: s
     write(Path(directory), tensors, config)
 
 
+def is_whole(config: dict) -> bool:
+    """Whether a config.json is that of a whole vision-language model."""
+    return config.get("model_type") in (*idefics3.MODEL_TYPES, OWN_KEY) or nanovlm.is_one(config)
+
+
 def load_vlm(source: str | Path, revision: str | None = None) -> VisionLanguageModel:
     """Our own checkpoints, published Idefics3 and SmolVLM, nanoVLM's: every tensor is checked.
 

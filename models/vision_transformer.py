@@ -1,6 +1,7 @@
 """The vision encoder: a pre-norm Vision Transformer (Dosovitskiy et al. 2020; default: SigLIP's).
 
-One ViT, three jobs through `forward_features -> pool`: eyes of a VLM, classifier, image embeddings.
+One ViT, three jobs through `forward_features -> pool -> head`: eyes of a VLM, classifier, image
+embeddings.
 Not here: image resizing (data/images.py), weights of other layouts (models/pretrained).
 
 Letters: N tiles, P patches, T tokens (CLS and registers, then patches), D width, H heads,
@@ -128,8 +129,22 @@ class ViTLayerScale(nn.Module):
         return x * self.scale
 
 
+class ViTDropPath(nn.Module):
+    """In training, a branch is skipped by a share `rate` of the samples (Huang et al. 2016)."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        kept = x.new_empty(len(x), 1, 1).bernoulli_(1 - self.rate)  # [N, 1, 1]
+        return x * kept / (1 - self.rate)
+
+
 class ViTBlock(nn.Module):
-    def __init__(self, cfg: ViTConfig):
+    def __init__(self, cfg: ViTConfig, drop_path: float = 0.0):
         super().__init__()
         self.ln1 = nn.LayerNorm(cfg.vit_hidden_dim, eps=cfg.vit_ln_eps)
         self.attn = ViTMultiHeadAttention(cfg)
@@ -138,10 +153,11 @@ class ViTBlock(nn.Module):
         self.scale1 = ViTLayerScale(cfg) if cfg.vit_layer_scale else nn.Identity()
         self.scale2 = ViTLayerScale(cfg) if cfg.vit_layer_scale else nn.Identity()
         self.dropout = nn.Dropout(cfg.vit_dropout)
+        self.drop_path = ViTDropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.dropout(self.scale1(self.attn(self.ln1(x))))
-        return x + self.dropout(self.scale2(self.mlp(self.ln2(x))))
+        x = x + self.drop_path(self.dropout(self.scale1(self.attn(self.ln1(x)))))
+        return x + self.drop_path(self.dropout(self.scale2(self.mlp(self.ln2(x)))))
 
 
 class ViTMapPool(nn.Module):
@@ -162,28 +178,42 @@ class ViTMapPool(nn.Module):
         return (x + self.mlp(self.ln(x)))[:, 0]  # [N, D]
 
 
+class ViTMLPHead(nn.Module):
+    """A hidden layer with tanh before the classes: the ViT paper's head while pretraining."""
+
+    def __init__(self, cfg: ViTConfig):
+        super().__init__()
+        self.hidden = nn.Linear(cfg.vit_hidden_dim, cfg.vit_hidden_dim)
+        self.out = nn.Linear(cfg.vit_hidden_dim, cfg.vit_n_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.hidden(x)))
+
+
+def new_head(cfg: ViTConfig) -> nn.Module:
+    """Pooled features [N, D] -> logits [N, vit_n_classes]; without classes, nothing is done."""
+    if not cfg.vit_n_classes:
+        return nn.Identity()
+    is_mlp = cfg.vit_head == "mlp"
+    return ViTMLPHead(cfg) if is_mlp else nn.Linear(cfg.vit_hidden_dim, cfg.vit_n_classes)
+
+
 class ViT(nn.Module):
     """`forward_features(images)` -> all tokens, normalised; `ViT(images)` -> as `vit_pool` says."""
 
     def __init__(self, cfg: ViTConfig):
         super().__init__()
         self.cfg = cfg
-        self.pool = (
-            cfg.vit_pool if cfg.vit_pool != "auto" else ("cls" if cfg.vit_cls_flag else "none")
-        )
+        eps, n = cfg.vit_ln_eps, cfg.vit_n_blocks
+        rates = torch.linspace(0, cfg.vit_drop_path, n, device="cpu").tolist()
         self.patch_embedding = ViTPatchEmbeddings(cfg)
-        eps = cfg.vit_ln_eps
         self.pre_norm = nn.LayerNorm(cfg.vit_hidden_dim, eps) if cfg.vit_pre_norm else nn.Identity()
         self.dropout = nn.Dropout(cfg.vit_dropout)
-        self.blocks = nn.ModuleList(ViTBlock(cfg) for _ in range(cfg.vit_n_blocks))
+        self.blocks = nn.ModuleList(ViTBlock(cfg, rate) for rate in rates)
         self.layer_norm = nn.LayerNorm(cfg.vit_hidden_dim, eps)
-        self.map_pool = ViTMapPool(cfg) if self.pool == "map" else None
-        self.head = (
-            nn.Linear(cfg.vit_hidden_dim, cfg.vit_n_classes)
-            if cfg.vit_n_classes
-            else nn.Identity()
-        )
-        init_weights(self, n_residual=2 * cfg.vit_n_blocks)
+        self.map_pool = ViTMapPool(cfg) if cfg.vit_pooling == "map" else None
+        self.head = new_head(cfg)
+        init_weights(self, n_residual=2 * n)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """[N, channels, size, size] -> [N, T, D] after the last norm, CLS and registers first."""
@@ -195,17 +225,28 @@ class ViT(nn.Module):
         """The patch tokens alone, [N, P, D]: what a language model sees."""
         return self.forward_features(images)[:, self.cfg.vit_n_prefix :]
 
-    def forward(self, images: Tensor) -> Tensor:
-        """[N, D] for pools cls, mean (over patches) and map; [N, P, D] for none.
-
-        With `vit_n_classes`, logits [N, vit_n_classes] of the pooled features.
-        """
-        x = self.forward_features(images)
+    def pool(self, x: Tensor) -> Tensor:
+        """Features [N, T, D] -> [N, D] for cls, mean (over patches) and map; [N, P, D] for none."""
         if self.map_pool is not None:
-            return self.head(self.map_pool(x))
+            return self.map_pool(x)
         patches = x[:, self.cfg.vit_n_prefix :]
-        pooled = {"cls": x[:, 0], "mean": patches.mean(1), "none": patches}[self.pool]
-        return self.head(pooled)
+        return {"cls": x[:, 0], "mean": patches.mean(1), "none": patches}[self.cfg.vit_pooling]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pooled features; with `vit_n_classes`, their logits [N, vit_n_classes]."""
+        return self.head(self.pool(self.forward_features(images)))
+
+    def __str__(self) -> str:
+        cfg = self.cfg
+        wide = f"width {cfg.vit_hidden_dim}, MLP {cfg.vit_inter_dim}, {cfg.vit_n_heads} heads"
+        what = {
+            "patch_embedding": f"{cfg.vit_grid} x {cfg.vit_grid} patches of {cfg.vit_patch_size} "
+            f"pixels, {cfg.vit_n_channels} channels, {cfg.vit_n_prefix} tokens in front",
+            "blocks": f"{cfg.vit_n_blocks} x ({wide})",
+            "map_pool": "one query attends to all tokens",
+            "head": f"{cfg.vit_head}, {cfg.vit_n_classes} classes",
+        }
+        return parameter_table(dict(self.named_children()), what)
 
     @classmethod
     def from_pretrained(cls, cfg: ViTConfig) -> ViT:
@@ -222,6 +263,15 @@ class ViT(nn.Module):
         from models import backbones
 
         backbones.save_vit(self, directory)
+
+
+def parameter_table(parts: dict[str, nn.Module], what: dict[str, str]) -> str:
+    """A line for each part that has parameters, and their sum."""
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    rows = [(name, n, what.get(name, "")) for name, n in counts.items() if n]
+    rows.append(("all", sum(counts.values()), ""))
+    width = max(len(name) for name, *_ in rows)
+    return "\n".join(f"{name:<{width}}  {n:>13,}  {words}".rstrip() for name, n, words in rows)
 
 
 def init_weights(module: nn.Module, n_residual: int) -> None:

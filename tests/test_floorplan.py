@@ -21,9 +21,10 @@ PRETRAINED = [f"models.pretrained.{n}" for n in (
     "engine", "siglip", "clip", "vit", "dinov2", "llama", "idefics3", "nanovlm")]  # fmt: skip
 # Each floor is a list of ladders; a room stands on one and sees the rungs below it.
 FLOORS: list[list[list[str]]] = [
-    [["configs"]],
+    [["configs", "configs_classify"]],
     [
-        ["models.attention", "models.vision_transformer", "models.language_model",
+        ["models.attention", "models.vision_transformer", "models.rollout", "models.classifier",
+         "models.language_model",
          "models.modality_projector", "models.generation", "models.attention_maps",
          "models.pretrained", *PRETRAINED],
         ["engine.distributed"], ["engine.optim"], ["engine.scoring"],
@@ -31,19 +32,21 @@ FLOORS: list[list[list[str]]] = [
     [
         ["models.vision_language_model"],
         ["data.sample", "data.world", "data.text", "data.augment", "data.images", "data.tables",
-         "data.readers", "data.schemas", "data.sources", "data.processor", "data.packing",
-         "data.loader", "data.preview"],
+         "data.readers", "data.schemas", "data.sources", "data.classes", "data.processor",
+         "data.packing", "data.loader", "data.preview", "data.views"],
     ],
     [["models.hub", "models.checkpoint_files", "models.backbones",
       "engine.checkpoint", "engine.logger", "engine.chat",
       "engine.evaluation", "engine.sheet", "engine.report", "engine.adapters", "engine.publish",
-      "engine.loop"]],
+      "engine.classification", "engine.embedding", "engine.vit_card",
+      "engine.vit_sheet", "engine.loop"]],
 ]  # fmt: skip
 SCRIPTS = len(FLOORS)
 UP_STAIRS = {  # inside a function
     ("models.vision_language_model", "models.checkpoint_files"),
     ("models.vision_language_model", "models.hub"),
     ("models.vision_transformer", "models.backbones"),
+    ("models.classifier", "models.hub"),
     ("models.language_model", "models.backbones"),
 }
 ON_CALL = {"datasets", "huggingface_hub", "wandb", "gradio", "peft", "matplotlib"}

@@ -55,6 +55,7 @@ HEAD: Table = [
         for kind in KINDS
     ),
 ]  # fmt: skip
+CLASSIFIER: Table = [(f"head.{kind}", f"classifier.{kind}") for kind in KINDS]
 IGNORE = ("*position_ids",)
 
 FIELDS: Fields = [
@@ -75,12 +76,29 @@ PLAIN = dict(
 )  # fmt: skip
 
 
+def classes(config: dict) -> dict:
+    """Number and names of the classes; their class's default is two."""
+    names = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    names = [str(names[key]) for key in sorted(names, key=int)]
+    # Published checkpoints name some of ImageNet's classes alike.
+    labels = names if len(set(names)) == len(names) else [f"{i} {n}" for i, n in enumerate(names)]
+    return {"vit_n_classes": len(labels), "vit_labels": labels}
+
+
+def write_classes(cfg: ViTConfig) -> dict:
+    labels = cfg.vit_labels or tuple(map(str, range(cfg.vit_n_classes)))
+    id2label = {str(i): label for i, label in enumerate(labels)}
+    return {"id2label": id2label, "label2id": {label: i for i, label in enumerate(labels)}}
+
+
 def read(config: dict, where: str) -> dict:
     vision = config.get("vision_config", config)
     act = vision.get("hidden_act", "gelu_pytorch_tanh")
     refuse_unless(vision, {"attention_dropout": 0.0}, where)
     fields = read_fields(FIELDS, vision)
-    return PLAIN | fields | {"vit_hidden_act": read_activation(act, where)}
+    classifies = "SiglipForImageClassification" in (config.get("architectures") or ())
+    found = classes(config) if classifies else {}
+    return PLAIN | fields | {"vit_hidden_act": read_activation(act, where)} | found
 
 
 def sizes(cfg: ViTConfig) -> dict:
@@ -95,8 +113,32 @@ def write(cfg: ViTConfig) -> dict:
     return kind | {"vision_use_head": has_head} | sizes(cfg)
 
 
+def write_classifier(cfg: ViTConfig) -> dict:
+    kind = {"architectures": ["SiglipForImageClassification"], "model_type": "siglip"}
+    return kind | write_classes(cfg) | {
+        "vision_config": {"model_type": "siglip_vision_model", "vision_use_head": False}
+        | sizes(cfg)
+    }  # fmt: skip
+
+
 def misfit(cfg: ViTConfig) -> str:
     """What a SigLIP-type encoder has no place for, in words."""
+    return trunk_misfit(cfg) or first_of(
+        {"a classifier": cfg.vit_n_classes > 0, "pooling by mean": cfg.vit_pool == "mean"}
+    )
+
+
+def misfit_classifier(cfg: ViTConfig) -> str:
+    return trunk_misfit(cfg) or first_of(
+        {
+            "an encoder alone": not cfg.vit_n_classes,
+            "another pool than the mean": cfg.vit_pooling != "mean",
+            "a head with a hidden layer": cfg.vit_head != "linear",
+        }
+    )
+
+
+def trunk_misfit(cfg: ViTConfig) -> str:
     return first_of(
         {
             "a CLS token": cfg.vit_cls_flag,
@@ -105,8 +147,6 @@ def misfit(cfg: ViTConfig) -> str:
             "layer scales": cfg.vit_layer_scale,
             "an attention without biases": not cfg.vit_qkv_bias,
             "swiglu": cfg.vit_hidden_act == "swiglu",
-            "a classifier": cfg.vit_n_classes > 0,
-            "pooling by mean": cfg.vit_pool == "mean",
         }
     )
 
@@ -115,4 +155,8 @@ FAMILY = Family(
     ("siglip", "siglip_vision_model"), TABLE + HEAD, [], ("vision_model.", ""),
     (*IGNORE, "head.*", "vision_model.head.*", "text_model.*", "logit_scale", "logit_bias"),
     read, write, misfit,
+)  # fmt: skip
+FAMILY_CLASSIFIER = Family(
+    ("siglip",), TABLE, CLASSIFIER, ("vision_model.", ""), (*IGNORE, "vision_model.head.*"),
+    read, write_classifier, misfit_classifier,
 )  # fmt: skip

@@ -42,7 +42,6 @@ TABLE: Table = EMBEDDINGS + [
     for ours, theirs in BLOCK
     for kind in siglip.KINDS
 ]
-CLASSIFIER: Table = [(f"head.{kind}", f"classifier.{kind}") for kind in siglip.KINDS]
 FIELDS: Fields = [
     (ours, theirs, 1e-12 if ours == "vit_ln_eps" else default)
     for ours, theirs, default in siglip.FIELDS
@@ -52,21 +51,17 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 def read(config: dict, where: str) -> dict:
     refuse_unless(config, NO_DROPOUT, where)
-    labels = config.get("id2label") or {"0": "", "1": ""}  # the class's default is two
     classifies = "ViTForImageClassification" in (config.get("architectures") or ())
     return siglip.PLAIN | read_fields(FIELDS, config) | {
         "vit_cls_flag": True,
         "vit_hidden_act": read_activation(config.get("hidden_act", "gelu"), where),
-        "vit_n_classes": len(labels) if classifies else 0,
-    }  # fmt: skip
+    } | (siglip.classes(config) if classifies else {})  # fmt: skip
 
 
 def write(cfg: ViTConfig) -> dict:
     n, act = cfg.vit_n_classes, ACTIVATIONS[cfg.vit_hidden_act]
-    labels = {str(i): str(i) for i in range(n)}
     kind = {"architectures": ["ViTForImageClassification" if n else "ViTModel"]}
-    if n:
-        kind |= {"id2label": labels, "label2id": {label: int(i) for i, label in labels.items()}}
+    kind |= siglip.write_classes(cfg) if n else {}
     return kind | {"model_type": "vit", "hidden_act": act} | NO_DROPOUT | write_fields(FIELDS, cfg)
 
 
@@ -79,10 +74,11 @@ def misfit(cfg: ViTConfig) -> str:
             "layer scales": cfg.vit_layer_scale,
             "swiglu": cfg.vit_hidden_act == "swiglu",
             "another pool than CLS": cfg.vit_pool not in ("auto", "cls"),
+            "a head with a hidden layer": cfg.vit_n_classes > 0 and cfg.vit_head != "linear",
         }
     )
 
 
 FAMILY = Family(
-    ("vit",), TABLE, CLASSIFIER, ("vit.", ""), ("*pooler.*",), read, write, misfit
+    ("vit",), TABLE, siglip.CLASSIFIER, ("vit.", ""), ("*pooler.*",), read, write, misfit
 )  # fmt: skip
