@@ -1,0 +1,190 @@
+"""Pictures as vectors of length one: build an index that can be resumed, find what is alike.
+
+An index is a folder: `index.jsonl` (a line a picture), `embeddings.safetensors` (a row a picture),
+`skipped.jsonl` and `about.json`. While it grows, the rows stand in `embeddings.part`. Search is one
+matrix product; with many pictures faiss does it. Not here: the command line (embed.py).
+
+Letters: N pictures, Q queries, D width.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from tqdm import tqdm
+
+from configs import InputError, read_json
+from data.views import normalise, open_picture, whole_view
+from models.backbones import open_vit
+from models.vision_transformer import ViT
+
+ROWS, PART, LINES, SKIPPED, ABOUT = (
+    "embeddings.safetensors", "embeddings.part", "index.jsonl", "skipped.jsonl", "about.json",
+)  # fmt: skip
+AT_ONCE = 1 << 24  # similarities held in memory together
+
+
+@dataclass(frozen=True)
+class Index:
+    folder: Path
+    files: list[str]
+    rows: np.ndarray  # [N, D] float32, each of length one
+    about: dict  # which encoder, which pool
+
+
+def open_encoder(name: str, pool: str) -> ViT:
+    """The encoder `name`, pooled into one vector: by `pool`, auto means CLS, else the mean."""
+    vit = open_vit(name, pool)
+    if vit.cfg.vit_pooling == "none":
+        vit = open_vit(name, "mean")
+    return vit
+
+
+@torch.inference_mode()
+def embed(vit: ViT, pictures: Sequence) -> tuple[np.ndarray, list[str]]:
+    """Pictures -> (vectors [N, D] of those that open, what is wrong with each; "" if nothing)."""
+    views, problems = [], []
+    for picture in pictures:
+        try:
+            views.append(whole_view(open_picture(picture, vit.cfg), vit.cfg))
+            problems.append("")
+        except InputError as error:
+            problems.append(str(error))
+    if not views:
+        return np.zeros((0, vit.cfg.vit_hidden_dim), np.float32), problems
+    device = vit.patch_embedding.conv.weight.device
+    pooled = vit.pool(vit.forward_features(normalise(views, vit.cfg).to(device)))  # [N, D]
+    return torch.nn.functional.normalize(pooled.float(), dim=-1).cpu().numpy(), problems
+
+
+# --- Building -----------------------------------------------------------------------------------
+
+
+def _lines(path: Path) -> list[dict]:
+    """A JSON object a line; a last line that was cut off counts for nothing."""
+    if not path.is_file():
+        return []
+    content = path.read_text(encoding="utf-8")
+    whole = content[: content.rfind("\n") + 1]
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def _append(path: Path, lines: list[dict]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def _resume(folder: Path, about: dict, width: int) -> tuple[list[dict], list[dict]]:
+    """What an earlier start has done, both files cut to what is whole in both."""
+    done, skipped = _lines(folder / LINES), _lines(folder / SKIPPED)
+    if (folder / ABOUT).is_file():
+        before = read_json(folder / ABOUT)
+        changed = [f"{k}: {before.get(k)!r} then, {v!r} now" for k, v in about.items()
+                   if before.get(k) != v]  # fmt: skip
+        if changed:
+            raise InputError(
+                f"{folder} was made otherwise ({'; '.join(changed)}); name a new --out."
+            )
+    part = folder / PART
+    if done and not part.is_file():  # a whole index that grows
+        part.write_bytes(open_index(folder).rows.tobytes())
+    n = min(len(done), part.stat().st_size // (4 * width)) if part.is_file() else 0
+    (folder / LINES).unlink(missing_ok=True)
+    _append(folder / LINES, done[:n])
+    with open(part, "ab") as file:
+        file.truncate(4 * width * n)
+    return done[:n], skipped
+
+
+def build(vit: ViT, files: Sequence[str], folder: Path, about: dict, batch_size: int) -> Index:
+    """Add the pictures that `folder` lacks, batch by batch; raises `InputError`.
+
+    Stopped, it goes on where it was. Pictures that cannot be opened are listed and passed over.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    width = vit.cfg.vit_hidden_dim
+    done, skipped = _resume(folder, about, width)
+    (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    known = {line["file"] for line in done + skipped}
+    left = [name for name in files if name not in known]
+    with tqdm(total=len(files), initial=len(files) - len(left), unit="picture") as bar:
+        for start in range(0, len(left), batch_size):
+            part = left[start : start + batch_size]
+            rows, problems = embed(vit, part)
+            found = list(zip(part, problems))
+            with open(folder / PART, "ab") as file:
+                file.write(rows.tobytes())
+            _append(folder / LINES, [{"file": name} for name, problem in found if not problem])
+            _append(folder / SKIPPED, [{"file": n, "reason": p} for n, p in found if p])
+            bar.update(len(part))
+    rows = np.fromfile(folder / PART, np.float32).reshape(-1, width)  # [N, D]
+    if len(rows) == 0:
+        raise InputError(f"none of {len(files)} pictures can be opened; see {folder / SKIPPED}.")
+    save_file({"embeddings": rows}, folder / ROWS)
+    (folder / PART).unlink()
+    return open_index(folder)
+
+
+def open_index(folder: Path) -> Index:
+    """An index as `build` left it; raises `InputError`."""
+    if (folder / PART).is_file():
+        raise InputError(f"{folder}: not finished; run the same `embed.py build` again.")
+    if not (folder / ROWS).is_file():
+        raise InputError(f"{folder}: no index; make one with `embed.py build`.")
+    try:
+        rows = load_file(folder / ROWS)["embeddings"]
+    except (SafetensorError, KeyError, OSError) as error:
+        raise InputError(f"{folder / ROWS}: not a whole index ({error}).") from None
+    files = [line["file"] for line in _lines(folder / LINES)]
+    if len(files) != len(rows):
+        raise InputError(f"{folder}: {len(files)} lines in {LINES}, {len(rows)} rows in {ROWS}.")
+    return Index(folder, files, rows, read_json(folder / ABOUT))
+
+
+# --- Finding ------------------------------------------------------------------------------------
+
+
+def nearest(queries: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """For each query [Q, D] its `k` most similar rows: (numbers, cosines), each [Q, k]."""
+    k = min(k, len(rows))
+    scores = queries @ rows.T  # [Q, N]
+    best = np.argpartition(-scores, k - 1, axis=1)[:, :k]
+    cosines = np.take_along_axis(scores, best, 1)
+    order = np.argsort(-cosines, axis=1, kind="stable")
+    return np.take_along_axis(best, order, 1), np.take_along_axis(cosines, order, 1)
+
+
+def nearest_by_faiss(queries: np.ndarray, rows: np.ndarray, k: int):
+    """The same from faiss, by a graph of neighbours: nearly always the same, sooner."""
+    try:
+        import faiss
+    except ImportError:
+        raise InputError("engine = 'faiss': needs it, so run `pip install faiss-cpu`.") from None
+    index = faiss.IndexHNSWFlat(rows.shape[1], 32, faiss.METRIC_INNER_PRODUCT)
+    index.hnsw.efSearch = max(64, 2 * k)
+    index.add(rows)
+    cosines, numbers = index.search(queries, min(k, len(rows)))
+    return numbers, cosines
+
+
+ENGINES = {"exact": nearest, "faiss": nearest_by_faiss}
+
+
+def alike(
+    one: np.ndarray, other: np.ndarray | None, threshold: float
+) -> Iterator[tuple[int, int, float]]:
+    """(i, j, cosine) of all pairs at least `threshold` alike, within `one` or between two."""
+    rows = one if other is None else other
+    step = max(1, AT_ONCE // len(rows))
+    for start in range(0, len(one), step):
+        scores = one[start : start + step] @ rows.T  # [step, N]
+        for i, j in np.argwhere(scores >= threshold):
+            if other is not None or start + i < j:
+                yield start + int(i), int(j), float(scores[i, j])
