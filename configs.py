@@ -339,7 +339,7 @@ class LoopConfig(Checked):
     schedule: Literal["cosine", "linear", "constant"] = "linear"
     """Shape of the decay to zero after warm-up."""
     layer_decay: float = 1.0
-    """Learning rate of each block as a share of the next one's; of the embeddings, of the first's."""
+    """Learning rate of each block as a share of the next one's; the embeddings stand below all."""
     ema: float = 0.0
     """Decay of averaged weights, which are evaluated and saved in place of the last; 0: none."""
     grad_clip: float = 1.0

@@ -1,4 +1,4 @@
-"""The blueprint of a classifier's run: the ViT of configs.py, pictures with one class each, training.
+"""The blueprint of a classifier's run: the ViT of configs.py, pictures of one class each, training.
 
 Not here: fields every run has (configs.py), what augmentation does (data/augment.py).
 """

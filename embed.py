@@ -32,7 +32,7 @@ class Build:
     folder: Annotated[Path, tyro.conf.Positional]
     """Folder of pictures, at any depth."""
     model: str
-    """Encoder: a classifier, a VLM checkpoint, a run folder, a directory of transformers, Hub id."""
+    """Encoder: a classifier, a VLM checkpoint, a run folder, one of transformers, a Hub id."""
     out: Path
     """Folder of the index."""
     pool: Literal["auto", "cls", "mean", "map"] = "auto"
@@ -59,9 +59,9 @@ def build_main(argv: list[str]) -> None:
     index = build(vit, [str(p) for p in inside], args.out, about, args.batch_size)
     if args.npz:
         np.savez(args.out / "embeddings.npz", embeddings=index.rows, files=np.array(index.files))
-    n_skipped = len(inside) - len(index.files)
-    print(f"{len(index.files):,} pictures, {index.rows.shape[1]} numbers each, in {args.out}"
-          + (f"; {n_skipped:,} left out, see {args.out / SKIPPED}" if n_skipped > 0 else ""))  # fmt: skip
+    n_skipped = len(set(map(str, inside)) - set(index.files))
+    left_out = f"; {n_skipped:,} left out, see {args.out / SKIPPED}" if n_skipped else ""
+    print(f"{len(index.files):,} pictures of {index.rows.shape[1]} numbers in {args.out}{left_out}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -157,8 +157,8 @@ def main() -> None:
             wall = time.perf_counter() - start
             marks[name].append(right(model, test))
             n = sum(p.numel() for p in model.parameters())
-            print(f"fold {fold} {name}: {marks[name][-1].mean():.2%} right, {wall:.0f} s, "
-                  f"{1000 * speed[name][-1]:.1f} ms a step, {n:,} parameters", flush=True)  # fmt: skip
+            words = f"{wall:.0f} s, {1000 * speed[name][-1]:.1f} ms a step, {n:,} parameters"
+            print(f"fold {fold} {name}: {marks[name][-1].mean():.2%} right, {words}", flush=True)
     report = {}
     for name in makers:
         every = np.concatenate(marks[name])

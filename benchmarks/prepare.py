@@ -4,7 +4,7 @@ python -m benchmarks.prepare easy_vqa SHARED/datasets/easy_vqa runs/data/easy_vq
 python -m benchmarks.prepare sprite SHARED/datasets/fashion_mnist_sprite runs/data/fashion
 python -m benchmarks.prepare each SHARED/datasets/noto_emoji_72 runs/data/emoji
 easy_vqa: train.jsonl and test.jsonl, a picture's class is its colour and shape, as its questions
-tell. sprite: 900 pieces of Fashion-MNIST in a folder a class. each: every picture a class of its own.
+tell. sprite: 900 pieces of Fashion-MNIST, a folder a class. each: every picture is its own class.
 """
 
 from __future__ import annotations

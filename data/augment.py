@@ -105,7 +105,7 @@ OPERATIONS: dict[str, Operation] = {
 
 
 def soften(classes: Tensor, n_classes: int, smoothing: float) -> Tensor:
-    """Class numbers [N] -> probabilities [N, K]: `smoothing` spread evenly (Szegedy et al. 2015)."""
+    """Class numbers [N] -> probabilities [N, K], a share spread evenly (Szegedy et al. 2015)."""
     sharp = torch.nn.functional.one_hot(classes, n_classes).float()
     return sharp * (1 - smoothing) + smoothing / n_classes
 

@@ -1,0 +1,127 @@
+"""Planted near-duplicates among emoji and flags: precision and recall of embed.py.
+
+python -m benchmarks.duplicates SHARED/datasets runs/duplicates
+The trunk is trained on the pictures without their labels: each is a class of its own, seen in other
+crops and colours every time (Dosovitskiy et al. 2014, Exemplar-CNN). Every fourth picture stands
+there three times more: at 60 per cent of its size, as a JPEG, without the outer 5 per cent. The
+threshold is chosen on the plants of one half of the pictures, the figures are those of the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+from collections import defaultdict
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+import classify
+import embed
+from data.images import open_image
+from engine.embedding import alike, open_index
+
+TRAIN = (
+    "small --data.source {out}/each.jsonl --data.val-fraction 0 --model.vit-img-size 64 "
+    "--data.crop 0.7 --data.stretch 1.2 --data.randaugment 1 --data.magnitude 5 "
+    "--train.steps {steps} --train.eval-every 0 --train.out {out}/trunk --train.resume auto"
+)
+
+
+def jpeg(image: Image.Image) -> Image.Image:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=60)
+    return Image.open(buffer)
+
+
+def crop(image: Image.Image) -> Image.Image:
+    """Without a twentieth of the width and height, half of it at each side."""
+    x, y = image.width * 0.025, image.height * 0.025
+    box = (round(x), round(y), image.width - round(x), image.height - round(y))
+    return image.crop(box)
+
+
+PLANTS: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "resized": lambda image: image.resize((round(image.width * 0.6), round(image.height * 0.6))),
+    "jpeg": jpeg,
+    "cropped": crop,
+}
+
+
+def plant(files: list[Path], folder: Path, every: int = 4) -> dict[str, str]:
+    """Write all pictures and the plants; returns file -> which picture it shows."""
+    shows: dict[str, str] = {}
+    folder.mkdir(parents=True, exist_ok=True)
+    looks: dict[bytes, str] = {}
+    for number, file in enumerate(files):
+        name = f"{file.parent.parent.name}-{file.stem}"
+        image = open_image(file)
+        # Some flags are one flag: Norway's is also that of Bouvet Island and of Svalbard.
+        same = looks.setdefault(image.resize((32, 32)).tobytes(), name)
+        image.save(folder / f"{name}.png")
+        shows[str(folder / f"{name}.png")] = same
+        for kind, change in PLANTS.items() if number % every == 0 else ():
+            path = folder / f"{name}-{kind}.png"
+            change(image).save(path)
+            shows[str(path)] = same
+    return shows
+
+
+def rates(pairs: set, true: set) -> tuple[float, float]:
+    """(precision, recall) of pairs found."""
+    hit = len(pairs & true)
+    return hit / max(1, len(pairs)), hit / max(1, len(true))
+
+
+def pairs_of(shows: list[str]) -> set[tuple[int, int]]:
+    """Pairs of rows (first, later) that show the same picture."""
+    rows = defaultdict(list)
+    for i, name in enumerate(shows):
+        rows[name].append(i)
+    return {pair for group in rows.values() for pair in combinations(group, 2)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("shared", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--pool", default="auto")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    sets = ("noto_emoji_72", "flags")
+    files = [f for name in sets for f in sorted((args.shared / name / "images").glob("*.png"))]
+    lines = [{"image": str(f.absolute()), "label": f"{f.parent.parent.name} {f.stem}"}
+             for f in files]  # fmt: skip
+    (args.out / "each.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    if not (args.out / "trunk" / f"step-{args.steps:06d}").is_dir():
+        classify.main(["train", *TRAIN.format(out=args.out, steps=args.steps).split()])
+    indices, owners = {}, {}
+    for half in (0, 1):
+        folder = args.out / f"half-{half}"
+        owners[half] = plant(files[half::2], folder)
+        index = args.out / f"index-{half}-{args.pool}"
+        words = f"build {folder} --model {args.out}/trunk --out {index} --pool {args.pool}"
+        embed.main(words.split())
+        indices[half] = open_index(index)
+    found = {half: list(alike(i.rows, None, 0.5)) for half, i in indices.items()}
+    true = {half: pairs_of([owners[half][f] for f in i.files]) for half, i in indices.items()}
+
+    def at(half: int, threshold: float) -> tuple[float, float]:
+        pairs = {(i, j) for i, j, cosine in found[half] if cosine >= threshold}
+        return rates(pairs, true[half])
+
+    thresholds = np.linspace(0.5, 0.999, 250)
+    best = max(thresholds, key=lambda t: min(at(0, t)))
+    (p0, r0), (p1, r1) = at(0, best), at(1, best)
+    print(f"{len(files):,} pictures, {len(true[1]):,} pairs in the measured half")
+    print(f"threshold {best:.3f} from the other half (precision {p0:.3f}, recall {r0:.3f})")
+    print(f"precision {p1:.3f}, recall {r1:.3f}")
+
+
+if __name__ == "__main__":
+    main()
