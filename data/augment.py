@@ -88,7 +88,7 @@ OPERATIONS: dict[str, Operation] = {
     "autocontrast": lambda image, strength, rng: ImageOps.autocontrast(image),
     "equalize": lambda image, strength, rng: ImageOps.equalize(image),
     "rotate": lambda image, strength, rng: image.rotate(30 * _either(strength, rng), SMOOTH),
-    "solarize": lambda image, strength, rng: ImageOps.solarize(image, 255 - int(255 * strength)),
+    "solarize": lambda image, strength, rng: ImageOps.solarize(image, 256 - int(256 * strength)),
     "posterize": lambda image, strength, rng: ImageOps.posterize(image, 8 - int(4 * strength)),
     "color": _enhance(ImageEnhance.Color),
     "contrast": _enhance(ImageEnhance.Contrast),
