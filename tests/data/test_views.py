@@ -49,7 +49,8 @@ def rows_of(batch) -> list[int]:
 
 @pytest.mark.parametrize("cfg", [CFG, GREY], ids=["colour", "grey"])
 def test_a_whole_view_is_transformers(cfg):
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 21, 3), dtype=np.uint8))
+    pixels = np.random.default_rng(0).integers(0, 256, (37, 21, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
     opened = open_picture(picture, cfg)
     n = cfg.vit_n_channels
     theirs = ViTImageProcessorPil(

@@ -200,3 +200,71 @@ def test_a_tied_head_is_the_embedding(minute_config):
     assert model.decoder.head.weight is model.decoder.token_embedding.weight
     found = groups_by_name(model, TrainConfig(optimizer="adamw", weight_decay=0.1))
     assert found["decoder.token_embedding.weight"]["weight_decay"] == 0.0
+
+
+def test_layer_decay_lowers_rates_towards_the_input(small_model):
+    model = small_model(vit_n_blocks=3)
+    cfg = TrainConfig(optimizer="muon", layer_decay=0.5, **RATES)
+    found = groups_by_name(model, cfg)
+    shares = {"layer_norm": 1, "blocks.2": 1 / 2, "blocks.0": 1 / 8, "patch_embedding": 1 / 16}
+    for part, share in shares.items():
+        names = [n for n in found if n.startswith(f"vision_encoder.{part}.")]
+        assert names
+        for name in names:
+            peak = 0.05 if "momentum" in found[name] else 0.001
+            assert found[name]["lr"] == pytest.approx(peak * share), name
+    assert found["MP.proj.weight"]["lr"] == 0.002  # has no blocks
+    assert found["decoder.token_embedding.weight"]["lr"] == pytest.approx(0.003 / 2**4)
+
+
+def ema_run(steps: int, ema: float) -> tuple[list, list, object]:
+    """(weights after each step, model's parameters, optimizer) of a few random steps."""
+    torch.manual_seed(0)
+    part = torch.nn.Linear(3, 2)
+    optimizer = build_optimizer({"vision": part}, TrainConfig(optimizer="adamw", ema=ema, **RATES))
+    seen = [part.weight.detach().clone()]
+    for step in range(steps):
+        fill(part, step)
+        optimizer.step()
+        seen.append(part.weight.detach().clone())
+    return seen, part, optimizer
+
+
+def test_averaged_weights_are_the_naive_average():
+    seen, part, optimizer = ema_run(30, ema=0.7)
+    average = seen[0]
+    for n, weight in enumerate(seen[1:], 1):
+        decay = min(0.7, n / (n + 9))
+        average = decay * average + (1 - decay) * weight
+    with optimizer.averaged():
+        torch.testing.assert_close(part.weight.detach(), average)
+    assert torch.equal(part.weight.detach(), seen[-1])
+    assert not torch.allclose(average, seen[-1])
+
+
+def test_a_run_with_averages_resumes_exactly():
+    """The model file has the averages, the state the last weights: loaded, each is in its place."""
+    seen, *_ = ema_run(9, ema=0.7)
+    _, part, optimizer = ema_run(5, ema=0.7)
+    with optimizer.averaged():
+        state = copy.deepcopy(optimizer.state_dict())
+        saved = copy.deepcopy(part.state_dict())
+    _, part, optimizer = ema_run(0, ema=0.7)
+    part.load_state_dict(saved)
+    optimizer.load_state_dict(state)
+    assert torch.equal(part.weight, seen[5])
+    for step in range(5, 9):
+        fill(part, step)
+        optimizer.step()
+    assert torch.equal(part.weight, seen[9])
+    whole = ema_run(9, ema=0.7)
+    with optimizer.averaged(), whole[2].averaged():
+        torch.testing.assert_close(part.weight, whole[1].weight, rtol=0, atol=0)
+
+
+def test_without_averages_nothing_is_kept(small_model):
+    _, part, optimizer = ema_run(2, ema=0.0)
+    before = part.weight.detach().clone()
+    with optimizer.averaged():
+        assert torch.equal(part.weight, before)
+    assert len(optimizer.state_dict()) == 1

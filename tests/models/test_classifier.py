@@ -1,4 +1,4 @@
-"""The ViT as a classifier: heads, sizes of the paper, other classes on the same trunk, the circle."""
+"""The ViT as a classifier: heads, the paper's sizes, other classes on one trunk, the circle."""
 
 from __future__ import annotations
 

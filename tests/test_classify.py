@@ -1,0 +1,271 @@
+"""classify.py end to end on real files: train, stop, resume, measure, predict, export, look."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from PIL import Image
+from safetensors.torch import load_file
+
+import classify
+from configs import command, read_json
+from engine import loop
+from engine.classification import open_classifier
+from models.backbones import open_vit
+from models.vision_language_model import VisionLanguageModel
+
+TINY = ("--model.vit-img-size 16 --model.vit-patch-size 4 --model.vit-hidden-dim 32 "
+        "--model.vit-inter-dim 48 --model.vit-n-heads 2 --model.vit-n-blocks 2 "
+        "--data.batch-size 8 --train.warmup 2 --train.log-every 1 "
+        "--train.precision fp32")  # fmt: skip
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220)}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """Three classes told by their colour, with grain, in a folder a class."""
+    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for split, n in (("train", 24), ("val", 10)):
+        for name, colour in COLOURS.items():
+            (root / split / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = np.array(colour) + rng.integers(-30, 30, (18 + i % 3, 20, 3))
+                image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+                image.save(root / split / name / f"{i}.png")
+    return root
+
+
+def words(pictures: Path, out: Path, steps: int, *more: object) -> list[str]:
+    flags = f"small --data.source {pictures}/train --data.val {pictures}/val --train.out {out}"
+    return [*flags.split(), *TINY.split(), "--train.steps", str(steps), *map(str, more)]
+
+
+def go(*argv: object) -> None:
+    command(classify.main, [str(a) for a in argv])
+
+
+def refused(capsys, *argv: object) -> str:
+    with pytest.raises(SystemExit) as stop:
+        go(*argv)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in err
+    return err.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def trained(pictures, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "colours"
+    go("train", *words(pictures, out, 40, "--train.eval-every", 20))
+    return out
+
+
+def test_colours_are_learned(trained):
+    result = read_json(trained / "result.json")
+    assert result["val_accuracy"] == 1.0 and result["pictures"] == 30
+    assert {row["class"]: row["recall"] for row in result["classes"]} == dict.fromkeys(COLOURS, 1.0)
+    events = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
+    losses = [e["loss"] for e in events if "loss" in e]
+    assert len(losses) == 40 and losses[-1] < 0.3 * losses[0]
+    assert [e["step"] for e in events if "val_accuracy" in e] == [20, 40]
+    for name in ("loss.png", "confusion.png"):
+        assert Image.open(trained / name).width > 300
+
+
+def test_transformers_predicts_the_same(trained, pictures, tmp_path):
+    """Its own image processor and model, from the checkpoint directory."""
+    checkpoint = trained / "step-000040"
+    processor = hf.ViTImageProcessorPil.from_pretrained(checkpoint)
+    model = hf.AutoModelForImageClassification.from_pretrained(checkpoint).eval()
+    files = sorted(map(str, (pictures / "val").rglob("*.png")))[::7]
+    go("predict", trained, *files, "--k", 3, "--out", tmp_path / "a.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [line["image"] for line in lines] == files
+    for line in lines:
+        pixels = processor(Image.open(line["image"]), return_tensors="pt")
+        with torch.no_grad():
+            wanted = model(**pixels).logits.softmax(-1)[0]
+        for answer in line["classes"]:
+            k = model.config.label2id[answer["class"]]
+            assert answer["probability"] == pytest.approx(wanted[k].item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "",
+        "--train.ema 0.9 --train.layer-decay 0.7 --train.optimizer adamw --model.vit-dropout 0.1 "
+        "--model.vit-drop-path 0.2 --data.mixup 0.3 --data.cutmix 1 --data.randaugment 1 "
+        "--data.erase 0.3 --data.flip 0.5 --data.label-smoothing 0.1",
+    ],
+    ids=["plain", "everything"],
+)
+def test_stopped_and_continued_is_the_same_run(pictures, tmp_path, monkeypatch, more, capsys):
+    flags = [*more.split(), "--train.eval-every", "0"]
+    go("train", *words(pictures, tmp_path / "whole", 6, *flags))
+    original = loop.Logger.advance
+
+    def stop_at_3(self):
+        original(self)
+        if self.bar.n == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop.Logger, "advance", stop_at_3)
+    go("train", *words(pictures, tmp_path / "parts", 6, *flags))
+    monkeypatch.setattr(loop.Logger, "advance", original)
+    assert (tmp_path / "parts" / "step-000003").is_dir()
+    assert "--train.resume auto" in capsys.readouterr().out
+    go("train", tmp_path / "parts" / "config.json", "--train.resume", "auto")
+    whole, parts = (load_file(tmp_path / run / "step-000006" / "model.safetensors")
+                    for run in ("whole", "parts"))  # fmt: skip
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
+
+
+def test_a_linear_probe_moves_the_head_alone(trained, pictures, tmp_path):
+    start = open_vit(str(trained))
+    flags = ["--model.vit-model-type", trained, "--train.freeze", "trunk", "--train.lr-head", 0.01]
+    argv = words(pictures, tmp_path / "probe", 3, *flags, "--train.optimizer", "adamw")
+    go("train", *argv)
+    probe = open_vit(str(tmp_path / "probe"))
+    for name, tensor in start.state_dict().items():
+        assert torch.equal(tensor, probe.state_dict()[name]) == (not name.startswith("head.")), name
+
+
+def test_a_whole_models_eyes_are_probed_at_their_own_size(pictures, small_model, tmp_path):
+    model = small_model()
+    model.save_pretrained(tmp_path / "vlm")
+    go("train", "small", "--data.source", pictures / "train", "--model.vit-model-type",
+       tmp_path / "vlm", "--train.steps", 2, "--train.out", tmp_path / "probe",
+       "--train.freeze", "trunk", "--data.batch-size", 4)  # fmt: skip
+    probe = open_classifier(str(tmp_path / "probe"))
+    assert (probe.cfg.vit_img_size, probe.cfg.vit_pooling) == (model.cfg.vit_img_size, "mean")
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        wanted = model.eval().vision_encoder.patches(x)
+        torch.testing.assert_close(probe.vit.eval().patches(x), wanted)
+
+
+def test_the_trunk_is_a_models_eyes(trained, small_config):
+    cfg = small_config(vit_model_type=str(trained), mp_pixel_shuffle_factor=2)
+    vlm = VisionLanguageModel.from_backbones(cfg)
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(vlm.eval().vision_encoder.patches(x),
+                                   open_vit(str(trained)).patches(x))  # fmt: skip
+
+
+def test_evaluate_needs_no_run(trained, pictures, tmp_path, capsys):
+    go("evaluate", trained, "--source", pictures / "val", "--out", tmp_path)
+    assert "accuracy 100.00%" in capsys.readouterr().out
+    assert read_json(tmp_path / "result.json")["val_accuracy"] == 1.0
+
+
+def test_answers_as_csv_with_corrupt_files_left_out(trained, pictures, tmp_path, capsys):
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    good = pictures / "val" / "red" / "1.png"
+    pattern = str(pictures / "val" / "green" / "[0-2].png")
+    go("predict", trained, good, tmp_path, pattern, "--k", 2, "--out", tmp_path / "a.csv")
+    out, err = capsys.readouterr()
+    assert "broken.png" in err and "1 pictures left out" in out
+    rows = list(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))
+    assert [row["class_1"] for row in rows] == ["red", "green", "green", "green"]
+    assert all(float(row["p_1"]) > float(row["p_2"]) for row in rows)
+
+
+def test_export_has_a_card_from_the_runs_record(trained, tmp_path, capsys):
+    go("export", trained, "--out", tmp_path / "colours")
+    card = (tmp_path / "colours" / "README.md").read_text()
+    assert "ViTForImageClassification" in card and "pipeline_tag: \"image-classification\"" in card
+    assert "40 of 40, 8 pictures each" in card and "100.00% of 30 pictures" in card
+    assert (tmp_path / "colours" / "confusion.png").is_file()
+    assert open_classifier(str(tmp_path / "colours")).labels == ("blue", "green", "red")
+    assert "exists already" in refused(capsys, "export", trained, "--out", tmp_path / "colours")
+    assert "one of --out and --push" in refused(capsys, "export", trained)
+
+
+def test_rollout_sheets_for_all_three_jobs(trained, small_checkpoint, pictures, tmp_path):
+    two = [pictures / "val" / "red" / f"{i}.png" for i in range(2)]
+    for source in (trained, small_checkpoint):
+        go("look", source, *two, "--out", tmp_path / "look.png")
+        assert Image.open(tmp_path / "look.png").width > 900
+        (tmp_path / "look.png").unlink()
+
+
+# --- vit_mnist ----------------------------------------------------------------------------------
+
+
+def test_vit_mnist_predicts_as_its_own_model(shared, tmp_path, capsys):
+    """Trained elsewhere on MNIST's 0, 1 and 2: here on other people's digits, 8 x 8 scans."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    chosen = np.flatnonzero(digits.target < 3)
+    # MNIST has a margin of four pixels around a digit of twenty.
+    eight_bit = (digits.images[chosen] * 255 / 16).astype(np.uint8)
+    pixels = np.stack([np.pad(Image.fromarray(x).resize((20, 20), 2), 4) for x in eight_bit])
+    for kind, values in (("images-idx3", pixels), ("labels-idx1", digits.target[chosen])):
+        values = values.astype(np.uint8)
+        head = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape)
+        (tmp_path / f"train-{kind}-ubyte").write_bytes(head + values.tobytes())
+    folder = shared / "weights" / "vit_mnist" / "hf_3class"
+    go("evaluate", folder, "--source", tmp_path, "--out", tmp_path)
+    theirs = hf.ViTForImageClassification.from_pretrained(folder).eval()
+    x = (torch.from_numpy(pixels).float() / 255 - 0.1307) / 0.3081
+    with torch.no_grad():
+        found = theirs(x[:, None]).logits.argmax(-1).numpy()
+    accuracy = float((found == digits.target[chosen]).mean())
+    result = read_json(tmp_path / "result.json")
+    assert result["val_accuracy"] == round(accuracy, 4) and accuracy > 0.8
+    assert f"accuracy {accuracy:.2%}" in capsys.readouterr().out
+
+
+# --- Bad input ----------------------------------------------------------------------------------
+
+
+def test_wrong_commands_get_one_sentence(trained, pictures, tmp_path, capsys):
+    assert "must be one of train, evaluate" in refused(capsys, "trian")
+    assert "did you mean 's16'" in refused(capsys, "train", "s61")
+    assert "--train.steps" in refused(capsys, "train", "small", "--train.stepz", "3")
+    (tmp_path / "empty").mkdir()
+    says = refused(capsys, "train", "small", "--data.source", tmp_path / "empty")
+    assert "no pictures" in says
+    shutil.copytree(pictures / "train" / "red", tmp_path / "one" / "red")
+    says = refused(capsys, "train", "small", "--data.source", tmp_path / "one")
+    assert "one class only ('red')" in says
+    flags = words(pictures, tmp_path / "r", 2)
+    says = refused(capsys, "train", *flags, "--model.vit-n-classes", 2)
+    assert "vit_n_classes = 2: the data have 3 classes" in says
+    says = refused(capsys, "train", *flags, "--model.vit-n-classes", 2, "--model.vit-labels",
+                   "red", "green")  # fmt: skip
+    assert "class 'blue' is none of the 2" in says
+    says = refused(capsys, "train", *flags, "--model.vit-n-channels", 2)
+    assert "vit_n_channels" in says
+    assert not (tmp_path / "r").exists()
+    says = refused(capsys, "predict", trained, tmp_path / "none.png")
+    assert "no such picture" in says
+    says = refused(capsys, "predict", trained, pictures, "--out", tmp_path / "a.txt")
+    assert ".csv or .jsonl" in says
+    says = refused(capsys, "evaluate", trained, "--source", pictures / "val" / "red")
+    assert "lies in no class's folder" in says
+
+
+def test_an_encoder_classifies_nothing(small_checkpoint, pictures, capsys):
+    says = refused(capsys, "predict", small_checkpoint, pictures)
+    assert "an encoder without a classifier" in says
+
+
+def test_settings_that_change_a_run_are_refused(trained, capsys):
+    says = refused(capsys, "train", trained / "config.json", "--train.resume", "auto",
+                   "--data.flip", "0.5")  # fmt: skip
+    assert "data.flip: 0.0 then, 0.5 now" in says
+    says = refused(capsys, "train", trained / "config.json")
+    assert "holds the checkpoints of an earlier run" in says
