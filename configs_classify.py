@@ -36,6 +36,8 @@ class ClassesConfig(Checked):
     """Share of the rows kept for validation, chosen by a hash of picture and class."""
     label: str = "label"
     """Column that names a row's class."""
+    fetch_images: bool = False
+    """Download pictures that rows name by web address; otherwise such rows are refused."""
     limit: int = 0
     """Use so many training rows, as evenly over the classes as they allow; 0: all."""
     seed: int = 0

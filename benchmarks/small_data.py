@@ -51,9 +51,11 @@ def part_of(source: Classes, n: int, seed: int, data) -> Classes:
     return from_rows(source.rows.rows, replace(data, limit=n, seed=seed), "train", source.names)
 
 
-def measure(steps: int, seeds: int) -> list[dict]:
+def measure(steps: int, seeds: int, kept: Path) -> list[dict]:
+    """Every run that `kept` does not have yet; it is written after each."""
     pixels, target = digits()
-    rows = []
+    rows = json.loads(kept.read_text()) if kept.is_file() else []
+    done = {(row["model"], row["asked"], row["way"], row["seed"]) for row in rows}
     for seed, (train_rows, test_rows) in zip(range(seeds), folds(target)):
         test = all_of(pixels[test_rows], target[test_rows], DATA)
         for n in SIZES:
@@ -61,16 +63,19 @@ def measure(steps: int, seeds: int) -> list[dict]:
                 whole = all_of(pixels[train_rows], target[train_rows], data)
                 source = part_of(whole, n, seed, data)
                 for name, make in MODELS.items():
+                    if (name, n, way, seed) in done:
+                        continue
                     torch.manual_seed(seed)
                     model, start = make(), time.perf_counter()
                     cfg = replace(TRAIN, steps=steps, weight_decay=decay)
                     fit(model, loader_of(source, CFG, data), cfg)
-                    row = {"model": name, "digits": len(source), "way": way, "seed": seed,
+                    row = {"model": name, "digits": len(source), "asked": n, "way": way, "seed": seed,
                            "accuracy": float(right(model, test).mean()),
                            "parameters": sum(p.numel() for p in model.parameters()),
                            "seconds": round(time.perf_counter() - start)}  # fmt: skip
                     print(json.dumps(row), flush=True)
                     rows.append(row)
+                    kept.write_text(json.dumps(rows, indent=1) + "\n")
     return rows
 
 
@@ -118,15 +123,13 @@ def draw(rows: list[dict], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--picture", type=Path)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, required=True, help="finished runs are kept here")
     args = parser.parse_args()
-    rows = measure(args.steps, args.seeds)
+    rows = measure(args.steps, args.seeds, args.json)
     print(table(rows))
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
     if args.picture:
         draw(rows, args.picture)
 

@@ -238,7 +238,7 @@ def open_classes(cfg: ClassesConfig, split: str, names: Sequence[str] = ()) -> C
 
 def from_rows(rows: Any, cfg: ClassesConfig, split: str, names: Sequence[str] = ()) -> Classes:
     """`open_classes` of rows that are open already: a reader of rows with a `label`."""
-    index = index_rows(rows, cfg.source)
+    index = index_rows(rows, cfg.source, cfg.fetch_images)
     labels = {k: row["label"] for k, row in enumerate(rows.scan()) if isinstance(row, dict)}
     found = in_order({labels[k] for k in index.good.tolist()})
     for k in index.good.tolist() if names else ():

@@ -81,6 +81,8 @@ def fingerprint(source: str, seed: int) -> str:
     if source == "world":
         return f"the built-in world, seed {seed}"
     path = Path(source)
+    if path.is_dir():
+        return f"{path.name}, a folder"
     if not path.is_file():
         return f"{path.name} (not at hand when this card was written)"
     return f"{path.name}, SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}"

@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import classify
+from benchmarks import prepare
 from configs import command, read_json
 from engine import loop
 from engine.classification import open_classifier
@@ -190,6 +191,36 @@ def test_export_has_a_card_from_the_runs_record(trained, tmp_path, capsys):
     assert open_classifier(str(tmp_path / "colours")).labels == ("blue", "green", "red")
     assert "exists already" in refused(capsys, "export", trained, "--out", tmp_path / "colours")
     assert "one of --out and --push" in refused(capsys, "export", trained)
+
+
+def test_a_push_sends_what_export_writes(trained, tmp_path, capsys, monkeypatch):
+    sent = {}
+
+    def push(folder, repo_id, private=True):
+        sent.update(names={p.name for p in Path(folder).iterdir()}, id=repo_id, private=private)
+        return f"https://example.org/{repo_id}"
+
+    monkeypatch.setattr(classify.hub, "push", push)
+    monkeypatch.setattr(classify.hub, "require_login", lambda: None)
+    go("export", trained, "--push", "me/colours")
+    assert "https://example.org/me/colours" in capsys.readouterr().out
+    go("export", trained, "--out", tmp_path / "same")
+    assert sent["names"] == {p.name for p in (tmp_path / "same").iterdir()}
+    assert {"README.md", "model.safetensors", "config.json", "preprocessor_config.json",
+            "train_config.json"} <= sent["names"]  # fmt: skip
+    assert (sent["id"], sent["private"]) == ("me/colours", True)
+
+
+def test_fashion_is_learned_from_a_sprite(shared, tmp_path):
+    """900 real pictures of ten classes: a few steps are far from guessing's tenth."""
+    prepare.sprite(shared / "datasets" / "fashion_mnist_sprite", tmp_path / "fashion")
+    go("train", "small", "--data.source", tmp_path / "fashion", "--train.out", tmp_path / "run",
+       *TINY.split(), "--model.vit-img-size", 28, "--model.vit-patch-size", 7,
+       "--model.vit-n-channels", 1, "--data.batch-size", 32, "--train.steps", 60,
+       "--train.eval-every", 0)  # fmt: skip
+    result = read_json(tmp_path / "run" / "result.json")
+    assert len(result["classes"]) == 10 and result["val_accuracy"] > 0.4
+    assert result["val_top5"] > result["val_accuracy"]
 
 
 def test_rollout_sheets_for_all_three_jobs(trained, small_checkpoint, pictures, tmp_path):

@@ -221,6 +221,37 @@ def test_one_channel_relu_and_no_biases_are_vit_mnists(shared):
     torch.testing.assert_close(vit(x), theirs(x).logits, rtol=0, atol=1e-5)
 
 
+TRUNKS = {
+    "vit": (hf.ViTModel, hf.ViTConfig, {}),
+    "siglip": (hf.SiglipVisionModel, hf.SiglipVisionConfig, dict(intermediate_size=56)),
+    "clip": (hf.CLIPVisionModel, hf.CLIPVisionConfig, dict(projection_dim=32)),
+    "dinov2": (hf.Dinov2WithRegistersModel, hf.Dinov2WithRegistersConfig, {}),
+}
+
+
+@pytest.mark.parametrize("name", TRUNKS)
+@torch.no_grad()
+def test_every_familys_trunk_takes_a_head(name, tmp_path, randomise, capsys):
+    cls, config, more = TRUNKS[name]
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16,
+                 patch_size=4)  # fmt: skip
+    torch.manual_seed(0)
+    theirs = randomise(cls(config(**sizes | more)))
+    theirs.save_pretrained(tmp_path / "theirs")
+    fields = dict(vit_img_size=16, vit_n_classes=3, vit_labels=tuple("abc"))
+    vit = ViT.from_pretrained(ViTConfig(**fields, vit_model_type=str(tmp_path / "theirs")))
+    hidden = theirs(images()).last_hidden_state
+    if name == "clip":  # their last norm is applied to one token alone
+        hidden = getattr(theirs, "vision_model", theirs).post_layernorm(hidden)
+    pooled = hidden.mean(1) if name == "siglip" else hidden[:, 0]
+    wanted = pooled @ vit.head.weight.T + vit.head.bias
+    torch.testing.assert_close(vit(images()), wanted, rtol=0, atol=1e-5)
+    vit.save_pretrained(tmp_path / "ours")
+    again = open_vit(str(tmp_path / "ours"))
+    assert again.cfg.vit_labels == ("a", "b", "c")
+    torch.testing.assert_close(again(images()), wanted, rtol=0, atol=1e-5)
+
+
 def test_a_vit_without_classes_is_no_classifier():
     with pytest.raises(ValueError, match="vit_n_classes = 0"):
         Classifier(ViT(ViTConfig(**SMALL | dict(vit_n_classes=0))))
