@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from configs import ViTConfig
+from configs import InputError, ViTConfig
 from configs_classify import ClassesConfig, FitConfig
 from data.classes import ArrayRows, Classes, from_rows
 from data.views import Viewer, ViewLoader, evaluation_batches, loader_config
@@ -103,6 +104,16 @@ def their_vit(cfg: ViTConfig) -> Theirs:
     return Theirs(transformers.ViTForImageClassification(config), cfg, "classifier")
 
 
+def their_vit_from_ours(cfg: ViTConfig) -> Theirs:
+    """The same class with the first weights that ours would have."""
+    import transformers
+
+    with tempfile.TemporaryDirectory() as folder:
+        ViT(cfg).save_pretrained(folder)
+        opened = transformers.ViTForImageClassification.from_pretrained(folder)
+    return Theirs(opened, cfg, "classifier")
+
+
 def fit(model: nn.Module, loader: ViewLoader, cfg: FitConfig) -> None:
     """Train as told, with the optimizer, rates and views of classify.py."""
     optimizer, batches = build_optimizer(model.parts, cfg), iter(loader)
@@ -148,15 +159,21 @@ def right(model: nn.Module, source: Classes) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folds", type=int, default=5)
-    parser.add_argument("--only", choices=("ours", "theirs"))
+    parser.add_argument("--only", help="ours; theirs; theirs, our first weights")
     parser.add_argument("--steps", type=int, default=TRAIN.steps)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     cfg = replace(TRAIN, steps=args.steps)
-    makers = {"ours": lambda: Classifier(ViT(MODEL)), "theirs": lambda: their_vit(MODEL)}
+    makers = {
+        "ours": lambda: Classifier(ViT(MODEL)),
+        "theirs": lambda: their_vit(MODEL),
+        "theirs, our first weights": lambda: their_vit_from_ours(MODEL),
+    }
     makers = {name: make for name, make in makers.items() if args.only in (None, name)}
     pixels, target = digits()
     marks = {name: [] for name in makers}
+    if not makers:
+        raise InputError(f"--only {args.only!r}: is none of them; see --help.")
     seconds = seconds_per_step({name: make() for name, make in makers.items()})
     for name, found in seconds.items():
         low, mid, high = 1000 * np.percentile(found, (25, 50, 75))

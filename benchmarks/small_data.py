@@ -69,7 +69,8 @@ def measure(steps: int, seeds: int, kept: Path) -> list[dict]:
                     model, start = make(), time.perf_counter()
                     cfg = replace(TRAIN, steps=steps, weight_decay=decay)
                     fit(model, loader_of(source, CFG, data), cfg)
-                    row = {"model": name, "digits": len(source), "asked": n, "way": way, "seed": seed,
+                    row = {"model": name, "asked": n, "digits": len(source), "way": way,
+                           "seed": seed,
                            "accuracy": float(right(model, test).mean()),
                            "parameters": sum(p.numel() for p in model.parameters()),
                            "seconds": round(time.perf_counter() - start)}  # fmt: skip

@@ -148,7 +148,10 @@ def loader_config(cfg: ClassesConfig) -> DataConfig:
 def evaluation_batches(
     source: Classes, cfg: ViTConfig, names: Sequence[str], batch_size: int = 128
 ) -> Iterator[tuple[ViewBatch, list[str]]]:
-    """(batch of whole views, what is wrong with pictures left out of it), once over a source."""
+    """(batch of whole views, what is wrong with pictures left out of it), once over a source.
+
+    Where no picture can be opened, the batch is empty.
+    """
     numbers = {name: i for i, name in enumerate(names)}
     for start in range(0, len(source), batch_size):
         views, labels, failed = [], [], []
@@ -159,6 +162,7 @@ def evaluation_batches(
                 labels.append(numbers[label_of(sample)])
             except InputError as error:
                 failed.append(str(error))
-        if views:
-            yield ViewBatch(normalise(views, cfg), torch.tensor(labels)), failed
+        empty = torch.zeros(0, cfg.vit_n_channels, cfg.vit_img_size, cfg.vit_img_size)
+        images = normalise(views, cfg) if views else empty
+        yield ViewBatch(images, torch.tensor(labels, dtype=torch.int64)), failed
 

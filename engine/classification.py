@@ -73,13 +73,15 @@ def evaluate(model: Classifier, source: Classes, region: torch.autocast) -> Resu
     model.eval()
     loss, outputs, targets, failed = 0.0, [], [], []
     for batch, problems in evaluation_batches(source, model.cfg, model.labels):
+        failed += problems
+        if not batch.n_targets:
+            continue
         batch = batch.to(model.device)
         with region:
             logits, batch_loss = model(**batch.tensors(), reduction="sum")
         loss += batch_loss.item()
         outputs.append(logits.float().cpu())
         targets.append(batch.targets.cpu())
-        failed += problems
     model.train(was_training)
     if not outputs:
         raise InputError(f"no picture can be opened, the first: {failed[0]}")
