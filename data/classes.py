@@ -197,6 +197,9 @@ class WorldClasses:
     seed: int
     split: str
 
+    def label(self, i: int) -> str:
+        return world.label(world.make_scene(self.seed, self.split, i))
+
     def __getitem__(self, i: int) -> Sample:
         scene = world.make_scene(self.seed, self.split, i)
         turns = Turn("user", f"<image>{LABEL_PROMPT}"), Turn("assistant", world.label(scene))
@@ -267,7 +270,7 @@ def _world(cfg: ClassesConfig, split: str, names: Sequence[str]) -> Classes:
     n = min(cfg.limit or WORLD_SCENES["train"], WORLD_SCENES["train"]) if split == "train" else 1000
     rows = WorldClasses(cfg.seed, split)
     drawn = n <= 1000  # counted only where that is quick
-    labels = tuple(label_of(rows[i]) for i in range(n)) if drawn else Endless(n)
+    labels = tuple(rows.label(i) for i in range(n)) if drawn else Endless(n)
     return Classes(rows, labels, tuple(names) or found)
 
 
