@@ -26,7 +26,7 @@ import torch
 import tyro
 
 from configs import InputError, command, parse
-from configs_classify import ClassesConfig, ClassifyConfig, parse_classify
+from configs_classify import ClassesConfig, ClassifyConfig, parse_classify, run_command
 from data.classes import Classes, balance, open_classes
 from data.readers import PICTURES
 from data.views import Viewer, ViewLoader, loader_config, open_picture
@@ -304,12 +304,7 @@ COMMANDS = {"train": train_main, "evaluate": evaluate_main, "predict": predict_m
 
 
 def main(argv: list[str]) -> None:
-    if not argv or argv[0] not in COMMANDS:
-        print(__doc__.strip())
-        if argv[:1] not in ([], ["--help"], ["-h"]):
-            raise InputError(f"{argv[0]!r}: must be one of {', '.join(COMMANDS)}.")
-        return
-    COMMANDS[argv[0]](argv[1:])
+    run_command(__doc__, COMMANDS, argv)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Not here: fields every run has (configs.py), what augmentation does (data/augmen
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -150,6 +151,16 @@ PRESETS: dict[str, ClassifyConfig] = {
 
 
 # --- Command line -------------------------------------------------------------------------------
+
+
+def run_command(words: str, commands: dict[str, Callable], argv: list[str]) -> None:
+    """The first of `argv` names one of `commands`, which gets the rest; without any, `words`."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(words.strip())
+        return
+    if argv[0] not in commands:
+        raise InputError(f"{argv[0]!r}: must be one of {', '.join(commands)}.")
+    commands[argv[0]](argv[1:])
 
 
 def parse_classify(argv: list[str]) -> ClassifyConfig:

@@ -18,6 +18,7 @@ from typing import Annotated, Literal
 import tyro
 
 from configs import InputError, command, parse
+from configs_classify import run_command
 from data.readers import PICTURES
 from engine.embedding import ENGINES, SKIPPED, alike, build, embed, open_encoder, open_index
 from engine.vit_sheet import draw_files
@@ -156,12 +157,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 
 def main(argv: list[str]) -> None:
-    if not argv or argv[0] not in COMMANDS:
-        print(__doc__.strip())
-        if argv[:1] not in ([], ["--help"], ["-h"]):
-            raise InputError(f"{argv[0]!r}: must be one of {', '.join(COMMANDS)}.")
-        return
-    COMMANDS[argv[0]](argv[1:])
+    run_command(__doc__, COMMANDS, argv)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ Letters: N pictures, C channels, K classes.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -64,6 +64,18 @@ def whole_view(image: Image.Image, cfg: ViTConfig) -> np.ndarray:
     """The whole picture, made square: what transformers' ViTImageProcessor does, and evaluation."""
     size = (cfg.vit_img_size, cfg.vit_img_size)
     return np.array(image if image.size == size else image.resize(size, SMOOTH))
+
+
+def whole_views(pictures: Iterable, cfg: ViTConfig) -> tuple[list[np.ndarray], list[str]]:
+    """Views of those pictures that open, and for each picture what is wrong; "" if nothing is."""
+    views, problems = [], []
+    for picture in pictures:
+        try:
+            views.append(whole_view(open_picture(picture, cfg), cfg))
+            problems.append("")
+        except InputError as error:
+            problems.append(str(error))
+    return views, problems
 
 
 def normalise(pixels: Sequence[np.ndarray], cfg: ViTConfig) -> Tensor:

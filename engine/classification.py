@@ -17,7 +17,7 @@ from torch import nn
 
 from configs import InputError
 from data.classes import Classes
-from data.views import evaluation_batches, normalise, open_picture, whole_view
+from data.views import evaluation_batches, normalise, whole_views
 from engine.scoring import bootstrap_interval
 from models.backbones import open_vit
 from models.classifier import Classifier
@@ -180,13 +180,8 @@ def predict(
     """
     k = min(k, len(model.labels))
     for start in range(0, len(pictures), batch_size):
-        part, views, problems = pictures[start : start + batch_size], [], []
-        for picture in part:
-            try:
-                views.append(whole_view(open_picture(picture, model.cfg), model.cfg))
-                problems.append("")
-            except InputError as error:
-                problems.append(str(error))
+        part = pictures[start : start + batch_size]
+        views, problems = whole_views(part, model.cfg)
         images = normalise(views, model.cfg).to(model.device) if views else None
         found = iter(() if images is None else _top(model, images, k))
         for picture, problem in zip(part, problems):

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from configs import InputError, read_json
-from data.views import normalise, open_picture, whole_view
+from data.views import normalise, whole_views
 from models.backbones import open_vit
 from models.vision_transformer import ViT
 
@@ -50,13 +50,7 @@ def open_encoder(name: str, pool: str) -> ViT:
 @torch.inference_mode()
 def embed(vit: ViT, pictures: Sequence) -> tuple[np.ndarray, list[str]]:
     """Pictures -> (vectors [N, D] of those that open, what is wrong with each; "" if nothing)."""
-    views, problems = [], []
-    for picture in pictures:
-        try:
-            views.append(whole_view(open_picture(picture, vit.cfg), vit.cfg))
-            problems.append("")
-        except InputError as error:
-            problems.append(str(error))
+    views, problems = whole_views(pictures, vit.cfg)
     if not views:
         return np.zeros((0, vit.cfg.vit_hidden_dim), np.float32), problems
     device = vit.patch_embedding.conv.weight.device

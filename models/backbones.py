@@ -117,11 +117,20 @@ def _read_vit(name: str, pool: str) -> tuple[ViTConfig, dict]:
     """(its config, its tensors) of an encoder, of a classifier, or of a whole model's eyes."""
     directory = newest(find(name))
     if is_whole(read_config(directory)):
-        require(pool != "map", "vit_pool", pool, f"{name} has no such pool, only cls or mean fit")
         eyes = load_vlm(directory).vision_encoder.float()
-        return ViTConfig(**_part(ViTConfig, eyes.cfg)), eyes.state_dict()
-    fields = {"vit_pool": "map"} if pool == "map" else {}
-    return _read_backbone(ViT, ViTConfig, directory, **fields, **_image_statistics(directory))
+        source, tensors = ViTConfig(**_part(ViTConfig, eyes.cfg)), eyes.state_dict()
+    else:
+        fields = _image_statistics(directory) | ({"vit_pool": "map"} if pool == "map" else {})
+        source, tensors = _read_backbone(ViT, ViTConfig, directory, **fields)
+    has_map = pool != "map" or "map_pool.probe" in tensors
+    require(has_map, "vit_pool", pool, f"{name} has no such pool, only cls or mean fit")
+    return source, tensors
+
+
+def _pooled(tensors: dict, cfg: ViTConfig) -> dict:
+    """The tensors without a map pool that `cfg` does not ask for."""
+    is_map = cfg.vit_pooling == "map"
+    return {name: t for name, t in tensors.items() if is_map or not name.startswith("map_pool.")}
 
 
 def _head(cfg: ViTConfig, source: ViTConfig) -> dict:
@@ -141,7 +150,8 @@ def open_vit(name: str, pool: str = "auto") -> ViT:
     vision-language model of which these are the eyes. Raises `InputError`.
     """
     source, tensors = _read_vit(name, pool)
-    return fill(ViT, source if pool == "auto" else replace(source, vit_pool=pool), tensors)
+    new = source if pool == "auto" else replace(source, vit_pool=pool)
+    return fill(ViT, new, _pooled(tensors, new))
 
 
 def load_vit(cfg: ViTConfig) -> ViT:
@@ -156,15 +166,14 @@ def load_vit(cfg: ViTConfig) -> ViT:
     kept = ("vit_img_size", "vit_dropout", "vit_drop_path", "vit_model_type")
     sizes = {name: v for name, v in _part(ViTConfig, source).items() if name not in kept}
     new = replace(cfg, **sizes | head | {"vit_pool": pool})
-    gone = () if new.vit_pooling == "map" else ("map_pool.",)
+    tensors = _pooled(tensors, new)
     if head != {name: getattr(source, name) for name in head}:
-        fresh, gone = new_head(new), (*gone, "head.")
+        fresh = new_head(new)
         init_weights(fresh, n_residual=1)
-        tensors |= {f"fresh.{name}": t.detach() for name, t in fresh.named_parameters()}
+        tensors = {name: t for name, t in tensors.items() if not name.startswith("head.")}
+        tensors |= {f"head.{name}": t.detach() for name, t in fresh.named_parameters()}
         if new.vit_n_classes:
             say(f"{cfg.vit_model_type}: a fresh classifier of {new.vit_n_classes} classes.")
-    tensors = {name: t for name, t in tensors.items() if not name.startswith(gone)}
-    tensors = {name.replace("fresh.", "head."): t for name, t in tensors.items()}
     if new.vit_grid != source.vit_grid:
         say(
             f"{cfg.vit_model_type}: positions of {source.vit_grid} x {source.vit_grid} patches "

@@ -221,6 +221,23 @@ def test_one_channel_relu_and_no_biases_are_vit_mnists(shared):
     torch.testing.assert_close(vit(x), theirs(x).logits, rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
+def test_another_pool_of_the_same_files(randomise, tmp_path):
+    model = classifier(randomise, vit_pool="map")
+    model.save_pretrained(tmp_path / "map")
+    features = model.vit.forward_features(images())
+    for pool, wanted in (("cls", features[:, 0]), ("mean", features[:, 1:].mean(1)),
+                         ("auto", model.vit.pool(features))):  # fmt: skip
+        found = open_vit(str(tmp_path / "map"), pool)
+        torch.testing.assert_close(found.pool(found.forward_features(images())), wanted)
+    cfg = ViTConfig(vit_img_size=16, vit_model_type=str(tmp_path / "map"))
+    assert torch.equal(ViT.from_pretrained(cfg)(images()), model(images())[0])
+    for head, says in (("mlp", "has no such pool"), ("linear", "no place for another pool")):
+        classifier(randomise, vit_head=head).save_pretrained(tmp_path / head)
+        with pytest.raises(InputError, match=says):
+            open_vit(str(tmp_path / head), "map")
+
+
 TRUNKS = {
     "vit": (hf.ViTModel, hf.ViTConfig, {}),
     "siglip": (hf.SiglipVisionModel, hf.SiglipVisionConfig, dict(intermediate_size=56)),
