@@ -27,6 +27,7 @@ from engine.embedding import alike, open_index
 
 TRAIN = (
     "small --data.source {out}/each.jsonl --data.val-fraction 0 --model.vit-img-size 64 "
+    "--model.vit-patch-size 16 "
     "--data.crop 0.7 --data.stretch 1.2 --data.randaugment 1 --data.magnitude 5 "
     "--train.steps {steps} --train.eval-every 0 --train.out {out}/trunk --train.resume auto"
 )

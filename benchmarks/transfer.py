@@ -1,9 +1,9 @@
 """Transfer: 100 labelled pictures, from scratch and from a trunk trained on the built-in world.
 
-python -m benchmarks.transfer SHARED/datasets/easy_vqa runs/transfer --picture docs/transfer.png
-The trunk learns which shape a drawn scene has most of; then 100 pictures of easy-VQA, other shapes
-drawn by others, are learned by their shape, five times over: each seed draws its own 100. Every
-step is a command of classify.py.
+python -m benchmarks.transfer runs/demo SHARED/datasets/easy_vqa runs/transfer
+The trunk is that of `make demo`: the eyes of a model that answers questions about drawn scenes. 100
+pictures of easy-VQA, other shapes drawn by others, are learned five times over: each seed draws its
+own 100. From scratch, the encoder has the same shape. Every training is a command of classify.py.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ import numpy as np
 import classify
 from benchmarks.prepare import easy_vqa
 from configs import read_json
+from models.backbones import open_vit
 
-TRUNK = "small --train.steps {steps} --train.out {out}/trunk --train.eval-every 500"
 TUNE = (
     "small --data.source {out}/train.jsonl --data.val {out}/test.jsonl --data.label {label} "
     "--data.limit 100 --data.seed {seed} --train.seed {seed} --data.batch-size 32 "
     "--train.steps {steps} --train.eval-every 0 --train.log-every 50 --train.warmup 20 "
-    "--train.out {out}/{kind}-{label}-{seed} {flags}"
+    "--train.out {out}/{kind}-{label}-{seed} --model.no-vit-cls-flag {flags}"
 )
+SHAPE = "vit_img_size vit_patch_size vit_hidden_dim vit_inter_dim vit_n_heads vit_n_blocks"
 KINDS = {
-    "from scratch": "",
-    "fine-tuned": "--model.vit-model-type {out}/trunk --train.lr-trunk 5e-4 --train.lr-muon 0.004",
-    "linear probe": "--model.vit-model-type {out}/trunk --train.freeze trunk --train.lr-head 0.01",
+    "from scratch": "--model.vit-hidden-act {act} {shape}",
+    "fine-tuned": "--model.vit-model-type {trunk} --train.lr-trunk 5e-4 --train.lr-muon 0.004",
+    "linear probe": "--model.vit-model-type {trunk} --train.freeze trunk --train.lr-head 0.01",
 }
 
 
@@ -64,9 +65,9 @@ def draw(found: dict[str, dict[str, list[float]]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("trunk", help="a VLM or a classifier without CLS, as make demo trains")
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--trunk-steps", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--labels", nargs="+", default=["shape"])
@@ -74,14 +75,18 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     easy_vqa(args.source, args.out)
-    print(f"trunk: {run(TRUNK.format(steps=args.trunk_steps, out=args.out)):.1%}")
+    eyes = open_vit(args.trunk).cfg
+    sizes = {f"--model.{name.replace('_', '-')}": getattr(eyes, name) for name in SHAPE.split()}
+    shape = " ".join(f"{flag} {value}" for flag, value in sizes.items())
+    given = {"trunk": args.trunk, "act": eyes.vit_hidden_act, "shape": shape}
+    flags = {kind: words.format(**given) for kind, words in KINDS.items()}
     found: dict[str, dict[str, list[float]]] = {}
     for label in args.labels:
         found[label] = {kind: [] for kind in KINDS}
         for seed in range(args.seeds):
-            for kind, flags in KINDS.items():
+            for kind, words in flags.items():
                 given = {"label": label, "seed": seed, "steps": args.steps, "out": args.out}
-                given |= {"kind": kind.replace(" ", "-"), "flags": flags.format(out=args.out)}
+                given |= {"kind": kind.replace(" ", "-"), "flags": words}
                 found[label][kind].append(run(TUNE.format(**given)))
         for kind, values in found[label].items():
             mean, spread = np.mean(values), np.std(values, ddof=1)
