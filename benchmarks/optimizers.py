@@ -63,8 +63,9 @@ def main(argv: list[str]) -> None:
     draw(curves, ROOT / "docs" / "optimizers.png")
     print("| optimizer | loss | accuracy | seconds |\n|---|---|---|---|")
     for name, points in curves.items():
-        loss, accuracy, seconds = (points[-1][key] for key in ("val_loss", "val_accuracy", "seconds"))
-        print(f"| {name} | {loss:.3f} | {accuracy:.1%} | {seconds:.0f} |")
+        last = points[-1]
+        loss, accuracy = last["val_loss"], last["val_accuracy"]
+        print(f"| {name} | {loss:.3f} | {accuracy:.1%} | {last['seconds']:.0f} |")
 
 
 if __name__ == "__main__":
