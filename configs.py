@@ -477,6 +477,11 @@ PRESETS: dict[str, RunConfig] = {
     # The same model, trained long enough for the last skills (docs/recipes.md).
     "tiny-long": RunConfig(train=TrainConfig(out="runs/tiny-long", steps=8500, eval_every=1000,
                                              save_every=1000)),
+    # As small, but with SmolLM2's tokenizer and tiles, as llama.cpp wants them (docs/deploy.md).
+    "portable": RunConfig(
+        model=VLMConfig(**SMOLVLM_TOKENS, max_img_size=96,
+                        lm_tokenizer="HuggingFaceTB/SmolLM2-135M"),
+        train=TrainConfig(out="runs/portable")),
     # nanoVLM's first release: SigLIP-B/16-224 + SmolLM2-135M.
     "222m": RunConfig(
         model=VLMConfig(**SIGLIP_B, **SMOLLM2, vit_img_size=224, max_img_size=224,

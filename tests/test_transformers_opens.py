@@ -63,13 +63,16 @@ WORDS = ["What color is it?", "Describe the picture.", "How many circles are the
          "Is there a square?", "Where is 7 of 42?"]  # fmt: skip
 
 
-def make_questions(folder: Path, n: int) -> list[tuple[str, list[str]]]:
+MODES = [("RGB", "png"), ("L", "png"), ("CMYK", "jpg")]
+
+
+def make_questions(folder: Path, n: int, modes=MODES) -> list[tuple[str, list[str]]]:
     """Questions about pictures of odd sizes and modes; every seventh has two."""
     rng, paths = np.random.default_rng(0), []
     for i in range(n):
         width, height = (int(x) for x in rng.integers(5, 320, 2))
         small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-        mode, kind = [("RGB", "png"), ("L", "png"), ("CMYK", "jpg")][i % 3]
+        mode, kind = modes[i % len(modes)]
         path = folder / f"{i}.{kind}"
         small.resize((width, height), Image.Resampling.BICUBIC).convert(mode).save(path)
         paths.append(str(path))
@@ -190,9 +193,13 @@ def environment(version: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("version", ["here", "4.57.1", "4.50.3"])
 def test_a_hundred_questions(version, folder, tmp_path, record_property):
-    """4.57 places every patch one off in fp32, in SmolVLM as in ours: reported, not gated."""
+    """4.57 places every patch one off in fp32, in SmolVLM as in ours: reported, not gated.
+
+    Before 5 only RGB pictures are read rightly: others are not converted, whatever the settings.
+    """
     python = sys.executable if version == "here" else environment(version)
-    found = compare(folder, make_questions(tmp_path, 100), tmp_path, python)
+    questions = make_questions(tmp_path, 100, MODES if version == "here" else MODES[:1])
+    found = compare(folder, questions, tmp_path, python)
     print(f"\ntransformers {version}, {folder.name}: {found}")
     record_property("found", found)
     assert found["pixels"] < 1e-6, found
