@@ -64,7 +64,8 @@ class VisionLanguageModel(nn.Module):
             return (self.MP(self.vision_encoder.patches(blank)) * 0)[:0]  # [0, Q, D]
         images = images.to(self.MP.proj.weight.dtype)
         n = math.ceil(len(images) * self.cfg.vit_n_patches / AT_ONCE)
-        return torch.cat([self.MP(self.vision_encoder.patches(part)) for part in images.tensor_split(n)])
+        parts = images.tensor_split(n)  # of equal size, so that all are recomputed or none
+        return torch.cat([self.MP(self.vision_encoder.patches(part)) for part in parts])
 
     def embed(self, input_ids: Tensor, images: Tensor | None) -> Tensor:
         """Token embeddings [B, T, D] with the image tokens at their placeholders, in reading order.
