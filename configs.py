@@ -44,10 +44,14 @@ def require(condition: bool, name: str, value: object, fix: str) -> None:
         raise InputError(f"{name} = {value!r}: {fix}.")
 
 
+def need(condition: bool, config: object, name: str, fix: str) -> None:
+    """`require`, of a field: its value is read by name."""
+    require(condition, name, getattr(config, name), fix)
+
+
 def require_positive(config: object, names: str) -> None:
     for name in names.split():
-        value = getattr(config, name)
-        require(value > 0, name, value, "must be greater than 0")
+        need(getattr(config, name) > 0, config, name, "must be greater than 0")
 
 
 def require_rate(config: object, names: str) -> None:
@@ -74,8 +78,8 @@ class ViTConfig(Checked):
     """Attention heads."""
     vit_n_blocks: int = 3
     """Transformer blocks."""
-    vit_hidden_act: Literal["gelu_tanh", "gelu", "quick_gelu", "relu"] = "gelu_tanh"
-    """Activation of the MLP; SigLIP uses gelu_tanh, ViT and DINOv2 gelu, CLIP quick_gelu."""
+    vit_hidden_act: Literal["gelu_tanh", "gelu", "quick_gelu", "relu", "swiglu"] = "gelu_tanh"
+    """Activation of the MLP: SigLIP gelu_tanh, ViT gelu, DINOv2 gelu or swiglu, CLIP quick_gelu."""
     vit_ln_eps: float = 1e-6
     """Epsilon of the layer norms."""
     vit_qkv_bias: bool = True
@@ -86,6 +90,12 @@ class ViTConfig(Checked):
     """Prepend a learned CLS token."""
     vit_n_registers: int = 0
     """Learned register tokens after CLS (Darcet et al. 2023); they carry no position."""
+    vit_pre_norm: bool = False
+    """A norm before the first block instead of a bias of the patch convolution (CLIP)."""
+    vit_layer_scale: bool = False
+    """A learned factor per channel on both residual branches (DINOv2)."""
+    vit_n_classes: int = 0
+    """Outputs of a linear classifier on the pooled features; 0: no classifier."""
     vit_pool: Literal["auto", "none", "cls", "mean", "map"] = "auto"
     """What ViT(images) returns. auto: cls with a CLS token, else none (the patch sequence)."""
     vit_image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -116,33 +126,18 @@ class ViTConfig(Checked):
             "vit_n_heads vit_n_blocks vit_ln_eps",
         )
         require_rate(self, "vit_dropout")
-        require(
-            self.vit_img_size % self.vit_patch_size == 0,
-            "vit_img_size",
-            self.vit_img_size,
-            f"must be a multiple of vit_patch_size = {self.vit_patch_size}",
-        )
-        require(
-            self.vit_hidden_dim % self.vit_n_heads == 0,
-            "vit_hidden_dim",
-            self.vit_hidden_dim,
-            f"must be a multiple of vit_n_heads = {self.vit_n_heads}",
-        )
-        require(
-            self.vit_n_registers >= 0,
-            "vit_n_registers",
-            self.vit_n_registers,
-            "must not be negative",
-        )
-        require(
-            self.vit_pool != "cls" or self.vit_cls_flag,
-            "vit_pool",
-            self.vit_pool,
-            "needs a CLS token, so set vit_cls_flag = True or pool by mean or map",
-        )
-        require(
-            min(self.vit_image_std) > 0, "vit_image_std", self.vit_image_std, "must be positive"
-        )
+        fix = f"must be a multiple of vit_patch_size = {self.vit_patch_size}"
+        need(self.vit_img_size % self.vit_patch_size == 0, self, "vit_img_size", fix)
+        fix = f"must be a multiple of vit_n_heads = {self.vit_n_heads}"
+        need(self.vit_hidden_dim % self.vit_n_heads == 0, self, "vit_hidden_dim", fix)
+        need(self.vit_n_registers >= 0, self, "vit_n_registers", "must not be negative")
+        need(self.vit_n_classes >= 0, self, "vit_n_classes", "must not be negative")
+        fix = "needs a CLS token, so set vit_cls_flag = True or pool by mean or map"
+        need(self.vit_pool != "cls" or self.vit_cls_flag, self, "vit_pool", fix)
+        pools = self.vit_pool != "none" and (self.vit_pool != "auto" or self.vit_cls_flag)
+        fix = "a classifier needs mean, cls or map"
+        need(pools or not self.vit_n_classes, self, "vit_pool", fix)
+        need(min(self.vit_image_std) > 0, self, "vit_image_std", "must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +174,8 @@ class LMConfig(Checked):
     """llama3 rope: wavelengths shorter than original length / this are left alone."""
     lm_rope_original_max_positions: int = 8192
     """llama3 rope: context length before stretching."""
+    lm_nope_every: int = 0
+    """Every so many-th block attends without positions (SmolLM3: 4); 0: none does."""
     lm_qkv_bias: bool = False
     """Bias on the query, key and value projections (Qwen2)."""
     lm_qk_norm: bool = False
@@ -204,24 +201,14 @@ class LMConfig(Checked):
             "lm_max_position_embeddings lm_rms_eps lm_re_base lm_rope_factor",
         )
         require_rate(self, "lm_dropout")
-        require(
-            self.lm_n_heads % self.lm_n_kv_heads == 0,
-            "lm_n_kv_heads",
-            self.lm_n_kv_heads,
-            f"must divide lm_n_heads = {self.lm_n_heads}",
-        )
-        require(
-            self.lm_head_dim is not None or self.lm_hidden_dim % self.lm_n_heads == 0,
-            "lm_hidden_dim",
-            self.lm_hidden_dim,
-            f"must be a multiple of lm_n_heads = {self.lm_n_heads}, or set lm_head_dim",
-        )
-        require(
-            self.lm_head_width % 2 == 0,
-            "lm_head_dim",
-            self.lm_head_width,
-            "must be even, for the rotary embedding",
-        )
+        fix = f"must divide lm_n_heads = {self.lm_n_heads}"
+        need(self.lm_n_heads % self.lm_n_kv_heads == 0, self, "lm_n_kv_heads", fix)
+        whole = self.lm_head_dim is not None or self.lm_hidden_dim % self.lm_n_heads == 0
+        fix = f"must be a multiple of lm_n_heads = {self.lm_n_heads}, or set lm_head_dim"
+        need(whole, self, "lm_hidden_dim", fix)
+        need(self.lm_nope_every >= 0, self, "lm_nope_every", "must not be negative")
+        even = self.lm_head_width % 2 == 0
+        require(even, "lm_head_dim", self.lm_head_width, "must be even, for the rotary embedding")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,42 +243,21 @@ class VLMConfig(ViTConfig, LMConfig, ProjectorConfig):
         return (self.vit_grid // self.mp_pixel_shuffle_factor) ** 2
 
     def validate(self):
-        require(
-            self.vit_grid % self.mp_pixel_shuffle_factor == 0,
-            "mp_pixel_shuffle_factor",
-            self.mp_pixel_shuffle_factor,
-            f"must divide the {self.vit_grid} patches per side",
-        )
-        require(
-            self.max_img_size % self.vit_img_size == 0,
-            "max_img_size",
-            self.max_img_size,
-            f"must be a multiple of vit_img_size = {self.vit_img_size}",
-        )
-        require(
-            self.max_img_size <= 6 * self.vit_img_size,
-            "max_img_size",
-            self.max_img_size,
-            f"must be at most 6 x vit_img_size = {6 * self.vit_img_size}, "
-            "as Idefics3 names 6 x 6 tiles",
-        )
+        fits = self.vit_grid % self.mp_pixel_shuffle_factor == 0
+        fix = f"must divide the {self.vit_grid} patches per side"
+        need(fits, self, "mp_pixel_shuffle_factor", fix)
+        fix = f"must be a multiple of vit_img_size = {self.vit_img_size}"
+        need(self.max_img_size % self.vit_img_size == 0, self, "max_img_size", fix)
+        most = 6 * self.vit_img_size
+        fix = f"must be at most 6 x vit_img_size = {most}, as Idefics3 names 6 x 6 tiles"
+        need(self.max_img_size <= most, self, "max_img_size", fix)
         names = [f"vlm_{kind}_token_id" for kind in ("pad", "bos", "eos", "image")]
         ids = [getattr(self, name) for name in names]
-        require(
-            len(set(ids)) == 4,
-            ", ".join(names),
-            ids,
-            "must be four different tokens",
-        )
-        require(
-            min(ids) >= 0 and max(ids) < self.lm_vocab_size,
-            "lm_vocab_size",
-            self.lm_vocab_size,
-            f"must exceed every special token id, of which the largest is {max(ids)}",
-        )
-        require(
-            self.vit_n_channels == 3, "vit_n_channels", self.vit_n_channels, "must be 3 in a VLM"
-        )
+        require(len(set(ids)) == 4, ", ".join(names), ids, "must be four different tokens")
+        fix = f"must exceed every special token id, of which the largest is {max(ids)}"
+        need(min(ids) >= 0 and max(ids) < self.lm_vocab_size, self, "lm_vocab_size", fix)
+        need(self.vit_n_channels == 3, self, "vit_n_channels", "must be 3 in a VLM")
+        need(self.vit_n_classes == 0, self, "vit_n_classes", "must be 0 in a VLM")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -386,6 +352,8 @@ class TrainConfig(Checked):
     """Checkpoint whose weights and tokenizer start this run; the model fields are then its own."""
     max_bad_steps: int = 3
     """Non-finite steps skipped in a row before stopping."""
+    push: str = ""
+    """Hub repository, user/name, that gets the result at the end; private if made by this."""
     wandb: bool = False
     """Also log to Weights & Biases (offline unless WANDB_MODE says otherwise)."""
 
@@ -398,6 +366,7 @@ class TrainConfig(Checked):
         )
         for name in names.split():
             require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+        need(not self.push or self.push.count("/") == 1, self, "push", "must be user/name")
         parts = ("vision", "projector", "language")
         require(
             set(self.freeze) <= set(parts), "freeze", self.freeze, f"may name {', '.join(parts)}"
@@ -508,6 +477,11 @@ PRESETS: dict[str, RunConfig] = {
     # The same model, trained long enough for the last skills (docs/recipes.md).
     "tiny-long": RunConfig(train=TrainConfig(out="runs/tiny-long", steps=8500, eval_every=1000,
                                              save_every=1000)),
+    # As small, but with SmolLM2's tokenizer and tiles, as llama.cpp wants them (docs/deploy.md).
+    "portable": RunConfig(
+        model=VLMConfig(**SMOLVLM_TOKENS, max_img_size=96,
+                        lm_tokenizer="HuggingFaceTB/SmolLM2-135M"),
+        train=TrainConfig(out="runs/portable")),
     # nanoVLM's first release: SigLIP-B/16-224 + SmolLM2-135M.
     "222m": RunConfig(
         model=VLMConfig(**SIGLIP_B, **SMOLLM2, vit_img_size=224, max_img_size=224,

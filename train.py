@@ -13,34 +13,39 @@ from pathlib import Path
 
 import torch
 
-from configs import RunConfig, command, parse_run
+from configs import InputError, RunConfig, command, parse_run
 from data import processor as processors
 from data.loader import Loader
 from data.processor import Processor
 from data.sources import open_source
 from engine import checkpoint
+from engine.chat import open_checkpoint
 from engine.distributed import autocast, fast_dtype, setup
 from engine.evaluation import evaluate
 from engine.loop import train
 from engine.optim import build_optimizer
+from engine.publish import publish
+from models.checkpoint_files import misfit
+from models.hub import require_login
 from models.vision_language_model import VisionLanguageModel
 
 
 def build(cfg: RunConfig) -> tuple[RunConfig, VisionLanguageModel, Processor]:
-    """A model and its processor: new, or those of `train.init_from`.
+    """A model and its processor: new, on the backbones it names, or those of `train.init_from`.
 
-    The config of `init_from` then replaces the model fields.
+    The sizes of backbones, and the whole config of `init_from`, then replace the model fields.
     """
     if cfg.train.init_from:
-        folder = checkpoint.resolve(cfg.train.init_from)
-        processor = processors.load(folder)
-        return (
-            replace(cfg, model=processor.cfg),
-            VisionLanguageModel.from_pretrained(folder),
-            processor,
+        model, processor = open_checkpoint(cfg.train.init_from)
+        return replace(cfg, model=model.cfg), model.float(), processor
+    if cfg.model.lm_model_type and cfg.model.lm_tokenizer == "world":
+        raise InputError(
+            f"lm_tokenizer = 'world': {cfg.model.lm_model_type} was trained on other tokens; name "
+            "its own tokenizer, which most often is the same directory or Hub id."
         )
     torch.manual_seed(cfg.train.seed)
-    return cfg, VisionLanguageModel(cfg.model), processors.build(cfg.model)
+    model = VisionLanguageModel.from_backbones(cfg.model)
+    return replace(cfg, model=model.cfg), model, processors.build(model.cfg)
 
 
 def main(argv: list[str]) -> None:
@@ -48,10 +53,12 @@ def main(argv: list[str]) -> None:
     run = Path(cfg.train.out)
     found = checkpoint.folders(run) if cfg.train.resume == "auto" else []
     newest = replace(cfg.train, init_from=str(found[-1])) if found else cfg.train
+    if cfg.train.push:
+        require_login()  # now rather than after hours
     dist = setup()
     source = open_source(cfg.data, "train")
     built, model, processor = build(replace(cfg, train=newest))
-    if cfg.train.init_from:
+    if cfg.train.init_from or cfg.model.vit_model_type or cfg.model.lm_model_type:
         cfg = replace(cfg, model=built.model)
     model.to(dist.device)
     dtype = fast_dtype(dist.device, cfg.train.precision)
@@ -77,6 +84,8 @@ def main(argv: list[str]) -> None:
             f"saved {run} at step {reached}"
             + ("" if reached == cfg.train.steps else f"; continue with: {resume}")
         )
+        if cfg.train.push and reached == cfg.train.steps:
+            print(f"pushed to {publish(run, cfg.train.push)}")
 
 
 def describe(cfg: RunConfig, model: VisionLanguageModel, source, step: int) -> None:
@@ -92,7 +101,9 @@ def describe(cfg: RunConfig, model: VisionLanguageModel, source, step: int) -> N
     )
     named = [name for name in (cfg.model.vit_model_type, cfg.model.lm_model_type) if name]
     if named and step == 0 and not cfg.train.init_from:
-        print(f"weights: random; those of {' and '.join(named)} are not loaded by this version")
+        print(f"weights: from {' and '.join(named)}, the rest random")
+    if reason := misfit(cfg.model):
+        print(f"checkpoints: for this code alone, as Idefics3 has no place for {reason}")
     for reason in getattr(source, "bad", ()):
         print(f"left out: {reason}")
 

@@ -17,9 +17,24 @@ from data import processor as processors
 from data.packing import collate_prompts
 from data.processor import Processor
 from data.sample import Tokens, Turn
+from data.text import load_tokenizer
 from engine.checkpoint import resolve
 from models.generation import Sampling
 from models.vision_language_model import VisionLanguageModel
+
+MOST_TOKENS = 1 << 13  # of the prompts answered together: their keys and values fill the memory
+
+
+def open_checkpoint(source: str | Path) -> tuple[VisionLanguageModel, Processor]:
+    """Model and processor of a checkpoint directory, a run folder's newest one, or a Hub id.
+
+    Raises `InputError`.
+    """
+    folder = resolve(source)
+    model = VisionLanguageModel.from_pretrained(folder)
+    if (folder / "tokenizer.json").is_file() or model.cfg.lm_tokenizer == "world":
+        return model, Processor(model.cfg, load_tokenizer(folder))
+    return model, processors.build(model.cfg)  # nanoVLM keeps no tokenizer beside the weights
 
 
 @dataclass(frozen=True)
@@ -31,11 +46,9 @@ class Chat:
 
     @classmethod
     def load(cls, checkpoint: str | Path, device: str | torch.device = "cpu") -> Chat:
-        """From a checkpoint directory, or the newest one of a run folder. Raises `InputError`."""
-        folder = resolve(checkpoint)
-        return cls(
-            VisionLanguageModel.from_pretrained(folder).to(device).eval(), processors.load(folder)
-        )
+        """From a checkpoint directory, a run folder's newest one, or the Hub; or `InputError`."""
+        model, processor = open_checkpoint(checkpoint)
+        return cls(model.to(device), processor)
 
     def __call__(
         self,
@@ -88,8 +101,13 @@ class Chat:
         """Answers to encoded prompts, in their order. Prompts of like length share a batch."""
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         texts = [""] * len(prompts)
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+        while order:
+            n = next(
+                n
+                for n in range(min(batch_size, len(order)), 0, -1)
+                if n == 1 or n * len(prompts[order[n - 1]]) <= MOST_TOKENS
+            )
+            chosen, order = order[:n], order[n:]
             ids, mask, pixels = (
                 x.to(self.model.device)
                 for x in collate_prompts([prompts[i] for i in chosen], self.processor.cfg)

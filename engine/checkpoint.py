@@ -6,8 +6,11 @@ A checkpoint folder `step-000600` is a model directory that every loader opens, 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pickle
+import platform
 import random
 import shutil
 import subprocess
@@ -18,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 
 from configs import InputError, RunConfig, from_dict, to_dict
+from models.hub import find
 
 STATE = "state.pt"
 
@@ -28,10 +32,11 @@ def folders(run: Path) -> list[Path]:
 
 
 def resolve(path: str | Path) -> Path:
-    """A model directory as it is, or a run folder's newest checkpoint; `InputError` if neither."""
-    path = Path(path)
-    if not path.is_dir():
-        raise InputError(f"{path}: no such checkpoint.")
+    """A model directory as it is, a run folder's newest checkpoint, or a Hub id's snapshot.
+
+    Raises `InputError` if it is none of them.
+    """
+    path = find(path)
     if folders(path):
         return folders(path)[-1]
     if (
@@ -79,7 +84,12 @@ def save(cfg: RunConfig, step: int, model, processor, state: dict) -> Path:
     try:
         temporary.mkdir(parents=True)
         model.save_pretrained(temporary, processor)
-        provenance = {"config": to_dict(cfg), "torch": str(torch.__version__), "git": git_commit()}
+        provenance = {
+            "config": to_dict(cfg),
+            "torch": str(torch.__version__),
+            "git": git_commit(),
+            "hardware": hardware(),
+        }
         torch.save(
             {"step": step, "rng": rng_state(), "provenance": provenance} | state, temporary / STATE
         )
@@ -111,7 +121,11 @@ def _flush(folder: Path) -> None:
 
 def load_state(folder: Path, cfg: RunConfig) -> dict:
     """The state beside a checkpoint's weights; `InputError` where the settings have changed."""
-    state = torch.load(folder / STATE, weights_only=True)
+    try:
+        state = torch.load(folder / STATE, weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise InputError(f"{folder / STATE}: not the whole state of a run ({reason}).") from None
     saved = from_dict(RunConfig, state["provenance"]["config"], str(folder / STATE))
     changed = [
         f"{part}.{name}: {old!r} then, {new!r} now"
@@ -143,6 +157,7 @@ MAY_CHANGE = {
         "wandb",
         "eval_samples",
         "max_bad_steps",
+        "push",
     )
 } | {("data", "workers")}
 
@@ -170,6 +185,18 @@ def remember_config(cfg: RunConfig) -> None:
         raise InputError(
             f"train.out = {str(run)!r}: cannot be written ({error.strerror})."
         ) from None
+
+
+def hardware() -> str:
+    """What this run computes on, in words."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if torch.cuda.is_available():
+        return f"{world} x {torch.cuda.get_device_name()}"
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):  # Linux says more
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
+    return f"{world} process(es) on {os.cpu_count()} cores of {name}"
 
 
 def git_commit() -> str:

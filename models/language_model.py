@@ -9,6 +9,9 @@ Letters: B batch, T tokens, D width, H heads, K key-value heads, C head width, V
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +25,7 @@ from models.attention import (
     plan_segments,
     rope_frequencies,
     rope_tables,
+    run_blocks,
 )
 from models.vision_transformer import init_weights
 
@@ -46,6 +50,7 @@ class LanguageModelGroupedQueryAttention(nn.Module):
         D, C = cfg.lm_hidden_dim, cfg.lm_head_width
         self.head_width = C
         self.dropout = cfg.lm_dropout
+        self.nope_every = cfg.lm_nope_every
         self.q_proj = nn.Linear(D, cfg.lm_n_heads * C, bias=cfg.lm_qkv_bias)
         self.k_proj = nn.Linear(D, cfg.lm_n_kv_heads * C, bias=cfg.lm_qkv_bias)
         self.v_proj = nn.Linear(D, cfg.lm_n_kv_heads * C, bias=cfg.lm_qkv_bias)
@@ -61,8 +66,9 @@ class LanguageModelGroupedQueryAttention(nn.Module):
             1, 2
         )  # [B, K, T, C]
         v = self.v_proj(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)  # [B, K, T, C]
-        cos, sin = ctx.rope
-        q, k = apply_rope(q, cos, sin).to(v.dtype), apply_rope(k, cos, sin).to(v.dtype)
+        if not self.nope_every or (block + 1) % self.nope_every:
+            q, k = apply_rope(q, *ctx.rope), apply_rope(k, *ctx.rope)
+        q, k = q.to(v.dtype), k.to(v.dtype)
         if ctx.cache is not None:
             k, v = ctx.cache.write(block, k, v, ctx.positions)  # [B, K, S, C]
         out = attend(
@@ -160,9 +166,25 @@ class LanguageModel(nn.Module):
             )
         freq = rope_frequencies(self.cfg, x.device)
         ctx = Context(rope_tables(freq, positions, x.dtype), positions, segments, cache)
-        for i, block in enumerate(self.blocks):
-            x = block(x, ctx, i)
-        return self.norm(x)
+        blocks = [partial(block, ctx=ctx, block=i) for i, block in enumerate(self.blocks)]
+        return self.norm(run_blocks(blocks, x, self.cfg.lm_inter_dim, self.training))
+
+    @classmethod
+    def from_pretrained(cls, cfg: LMConfig) -> LanguageModel:
+        """The weights `cfg.lm_model_type` names, a directory or Hub id.
+
+        The sizes are the source's, the vocabulary at least `cfg.lm_vocab_size`; `lm.cfg` says what
+        they are. Raises `InputError`.
+        """
+        from models import backbones
+
+        return backbones.load_lm(cfg)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write a directory that transformers opens as the same kind of decoder."""
+        from models import backbones
+
+        backbones.save_lm(self, directory)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V]."""

@@ -8,6 +8,8 @@ V vocabulary.
 
 from __future__ import annotations
 
+import math
+import tempfile
 from pathlib import Path
 
 import torch
@@ -20,6 +22,8 @@ from models.language_model import LanguageModel
 from models.modality_projector import ModalityProjector
 from models.vision_transformer import ViT
 
+AT_ONCE = 1 << 13  # patches the encoder sees together: with more it is larger, but no faster
+
 
 class VisionLanguageModel(nn.Module):
     """`logits, loss = model(input_ids, images, attention_mask, targets)`.
@@ -28,12 +32,15 @@ class VisionLanguageModel(nn.Module):
     distributed run builds the same graph and text-only rows train.
     """
 
-    def __init__(self, cfg: VLMConfig):
+    def __init__(
+        self, cfg: VLMConfig, vision: ViT | None = None, decoder: LanguageModel | None = None
+    ):
+        """Parts that are not given are new."""
         super().__init__()
         self.cfg = cfg
-        self.vision_encoder = ViT(cfg)
+        self.vision_encoder = ViT(cfg) if vision is None else vision
         self.MP = ModalityProjector(cfg)
-        self.decoder = LanguageModel(cfg)
+        self.decoder = LanguageModel(cfg) if decoder is None else decoder
 
     @property
     def device(self) -> torch.device:
@@ -56,7 +63,9 @@ class VisionLanguageModel(nn.Module):
             )
             return (self.MP(self.vision_encoder.patches(blank)) * 0)[:0]  # [0, Q, D]
         images = images.to(self.MP.proj.weight.dtype)
-        return self.MP(self.vision_encoder.patches(images))
+        n = math.ceil(len(images) * self.cfg.vit_n_patches / AT_ONCE)
+        parts = images.tensor_split(n)  # of equal size, so that all are recomputed or none
+        return torch.cat([self.MP(self.vision_encoder.patches(part)) for part in parts])
 
     def embed(self, input_ids: Tensor, images: Tensor | None) -> Tensor:
         """Token embeddings [B, T, D] with the image tokens at their placeholders, in reading order.
@@ -156,11 +165,27 @@ class VisionLanguageModel(nn.Module):
         return stream(self, input_ids, images, attention_mask, sampling)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path) -> VisionLanguageModel:
-        """A model from a checkpoint directory, in evaluation mode. Raises `InputError`."""
+    def from_pretrained(
+        cls, source: str | Path, revision: str | None = None
+    ) -> VisionLanguageModel:
+        """A model in evaluation mode from a checkpoint directory or the Hub; raises `InputError`.
+
+        Ours, published Idefics3 and SmolVLM, nanoVLM's; a Hub id is taken from the cache offline.
+        """
         from models import checkpoint_files
 
-        return checkpoint_files.load_vlm(source)
+        return checkpoint_files.load_vlm(source, revision)
+
+    @classmethod
+    def from_backbones(cls, cfg: VLMConfig) -> VisionLanguageModel:
+        """A new model whose encoder and decoder start from the weights that `cfg` names, if any.
+
+        `model.cfg` has their sizes. Raises `InputError`.
+        """
+        vision = ViT.from_pretrained(cfg) if cfg.vit_model_type else None
+        cfg = vision.cfg if vision else cfg
+        decoder = LanguageModel.from_pretrained(cfg) if cfg.lm_model_type else None
+        return cls(decoder.cfg if decoder else cfg, vision, decoder)
 
     def save_pretrained(self, directory: str | Path, processor=None) -> None:
         """Write an Idefics3 directory: weights, config.json and, given a processor, its files."""
@@ -169,3 +194,15 @@ class VisionLanguageModel(nn.Module):
         checkpoint_files.save_vlm(self, directory)
         if processor is not None:
             processor.save(directory)
+
+    def push_to_hub(self, repo_id: str, private: bool = True, processor=None) -> str:
+        """Upload what `save_pretrained` writes to user/name; returns its address.
+
+        A repository made by this is private unless told otherwise. `export.py --push` also writes a
+        model card. Raises `InputError`.
+        """
+        from models import hub
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, processor)
+            return hub.push(folder, repo_id, private)

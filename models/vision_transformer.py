@@ -11,17 +11,24 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs import ViTConfig
-from models.attention import attend
+from models.attention import attend, run_blocks
 
 
 def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """The first half gates the second, [..., 2 * inter] -> [..., inter] (Shazeer 2020)."""
+    gate, value = x.chunk(2, dim=-1)
+    return F.silu(gate) * value
 
 
 ACTIVATIONS = {
@@ -29,6 +36,7 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "quick_gelu": quick_gelu,
     "relu": F.relu,
+    "swiglu": swiglu,
 }
 
 
@@ -42,7 +50,8 @@ class ViTPatchEmbeddings(nn.Module):
         super().__init__()
         self.cfg = cfg
         size, D = cfg.vit_patch_size, cfg.vit_hidden_dim
-        self.conv = nn.Conv2d(cfg.vit_n_channels, D, kernel_size=size, stride=size)
+        bias = not cfg.vit_pre_norm  # CLIP's norm would take it away again
+        self.conv = nn.Conv2d(cfg.vit_n_channels, D, kernel_size=size, stride=size, bias=bias)
         self.position_embedding = nn.Parameter(
             torch.empty(int(cfg.vit_cls_flag) + cfg.vit_n_patches, D)
         )
@@ -100,11 +109,23 @@ class ViTMLP(nn.Module):
     def __init__(self, cfg: ViTConfig):
         super().__init__()
         self.activation = ACTIVATIONS[cfg.vit_hidden_act]
-        self.fc1 = nn.Linear(cfg.vit_hidden_dim, cfg.vit_inter_dim)
+        n_in = 2 * cfg.vit_inter_dim if cfg.vit_hidden_act == "swiglu" else cfg.vit_inter_dim
+        self.fc1 = nn.Linear(cfg.vit_hidden_dim, n_in)
         self.fc2 = nn.Linear(cfg.vit_inter_dim, cfg.vit_hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.activation(self.fc1(x)))
+
+
+class ViTLayerScale(nn.Module):
+    """A learned factor per channel (Touvron et al. 2021)."""
+
+    def __init__(self, cfg: ViTConfig):
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(cfg.vit_hidden_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
 
 
 class ViTBlock(nn.Module):
@@ -114,11 +135,13 @@ class ViTBlock(nn.Module):
         self.attn = ViTMultiHeadAttention(cfg)
         self.ln2 = nn.LayerNorm(cfg.vit_hidden_dim, eps=cfg.vit_ln_eps)
         self.mlp = ViTMLP(cfg)
+        self.scale1 = ViTLayerScale(cfg) if cfg.vit_layer_scale else nn.Identity()
+        self.scale2 = ViTLayerScale(cfg) if cfg.vit_layer_scale else nn.Identity()
         self.dropout = nn.Dropout(cfg.vit_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.dropout(self.attn(self.ln1(x)))
-        return x + self.dropout(self.mlp(self.ln2(x)))
+        x = x + self.dropout(self.scale1(self.attn(self.ln1(x))))
+        return x + self.dropout(self.scale2(self.mlp(self.ln2(x))))
 
 
 class ViTMapPool(nn.Module):
@@ -149,17 +172,23 @@ class ViT(nn.Module):
             cfg.vit_pool if cfg.vit_pool != "auto" else ("cls" if cfg.vit_cls_flag else "none")
         )
         self.patch_embedding = ViTPatchEmbeddings(cfg)
+        eps = cfg.vit_ln_eps
+        self.pre_norm = nn.LayerNorm(cfg.vit_hidden_dim, eps) if cfg.vit_pre_norm else nn.Identity()
         self.dropout = nn.Dropout(cfg.vit_dropout)
         self.blocks = nn.ModuleList(ViTBlock(cfg) for _ in range(cfg.vit_n_blocks))
-        self.layer_norm = nn.LayerNorm(cfg.vit_hidden_dim, eps=cfg.vit_ln_eps)
+        self.layer_norm = nn.LayerNorm(cfg.vit_hidden_dim, eps)
         self.map_pool = ViTMapPool(cfg) if self.pool == "map" else None
+        self.head = (
+            nn.Linear(cfg.vit_hidden_dim, cfg.vit_n_classes)
+            if cfg.vit_n_classes
+            else nn.Identity()
+        )
         init_weights(self, n_residual=2 * cfg.vit_n_blocks)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """[N, channels, size, size] -> [N, T, D] after the last norm, CLS and registers first."""
-        x = self.dropout(self.patch_embedding(images))
-        for block in self.blocks:
-            x = block(x)
+        x = self.dropout(self.pre_norm(self.patch_embedding(images)))
+        x = run_blocks(self.blocks, x, self.cfg.vit_inter_dim, self.training)
         return self.layer_norm(x)
 
     def patches(self, images: Tensor) -> Tensor:
@@ -167,12 +196,32 @@ class ViT(nn.Module):
         return self.forward_features(images)[:, self.cfg.vit_n_prefix :]
 
     def forward(self, images: Tensor) -> Tensor:
-        """[N, D] for pools cls, mean (over patches) and map; [N, P, D] for none."""
+        """[N, D] for pools cls, mean (over patches) and map; [N, P, D] for none.
+
+        With `vit_n_classes`, logits [N, vit_n_classes] of the pooled features.
+        """
         x = self.forward_features(images)
         if self.map_pool is not None:
-            return self.map_pool(x)
+            return self.head(self.map_pool(x))
         patches = x[:, self.cfg.vit_n_prefix :]
-        return {"cls": x[:, 0], "mean": patches.mean(1), "none": patches}[self.pool]
+        pooled = {"cls": x[:, 0], "mean": patches.mean(1), "none": patches}[self.pool]
+        return self.head(pooled)
+
+    @classmethod
+    def from_pretrained(cls, cfg: ViTConfig) -> ViT:
+        """The weights `cfg.vit_model_type` names, a directory or Hub id, at `cfg.vit_img_size`.
+
+        The other sizes are the source's; `vit.cfg` says what they are. Raises `InputError`.
+        """
+        from models import backbones
+
+        return backbones.load_vit(cfg)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write a directory that transformers opens as the same kind of encoder."""
+        from models import backbones
+
+        backbones.save_vit(self, directory)
 
 
 def init_weights(module: nn.Module, n_residual: int) -> None:
@@ -182,13 +231,15 @@ def init_weights(module: nn.Module, n_residual: int) -> None:
     (Radford et al. 2019), token embeddings N(0, 1/width), which keeps tied logits near N(0, 1) and
     words from drowning in what attention adds; positions N(0, 0.3), about as large as the patches
     they are added to, or "where" is learned long after "what"; CLS, registers and probe
-    N(0, 0.02); norms one, biases zero.
+    N(0, 0.02); norms and layer scales one, biases zero.
     """
     for name, param in module.named_parameters():
         if "norm" in name or ".ln" in name:
             nn.init.constant_(param, 1.0 if name.endswith("weight") else 0.0)
         elif name.endswith("bias"):
             nn.init.zeros_(param)
+        elif name.endswith(".scale"):
+            nn.init.ones_(param)
         elif not name.endswith("weight"):
             nn.init.normal_(param, std=0.3 if "position" in name else 0.02)
         else:

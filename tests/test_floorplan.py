@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PRETRAINED = [f"models.pretrained.{n}" for n in ("engine", "siglip", "llama", "idefics3")]
+PRETRAINED = [f"models.pretrained.{n}" for n in (
+    "engine", "siglip", "clip", "vit", "dinov2", "llama", "idefics3", "nanovlm")]  # fmt: skip
 # Each floor is a list of ladders; a room stands on one and sees the rungs below it.
 FLOORS: list[list[list[str]]] = [
     [["configs"]],
@@ -32,11 +33,18 @@ FLOORS: list[list[list[str]]] = [
         ["data.sample", "data.world", "data.text", "data.augment", "data.images", "data.sources",
          "data.processor", "data.packing", "data.loader", "data.preview"],
     ],
-    [["models.checkpoint_files", "engine.checkpoint", "engine.logger", "engine.chat",
-      "engine.evaluation", "engine.sheet", "engine.report", "engine.adapters", "engine.loop"]],
+    [["models.hub", "models.checkpoint_files", "models.backbones",
+      "engine.checkpoint", "engine.logger", "engine.chat",
+      "engine.evaluation", "engine.sheet", "engine.report", "engine.adapters", "engine.publish",
+      "engine.loop"]],
 ]  # fmt: skip
 SCRIPTS = len(FLOORS)
-UP_STAIRS = {("models.vision_language_model", "models.checkpoint_files")}  # inside a function
+UP_STAIRS = {  # inside a function
+    ("models.vision_language_model", "models.checkpoint_files"),
+    ("models.vision_language_model", "models.hub"),
+    ("models.vision_transformer", "models.backbones"),
+    ("models.language_model", "models.backbones"),
+}
 ON_CALL = {"datasets", "huggingface_hub", "wandb", "gradio", "peft", "matplotlib"}
 TALKS = {"engine.distributed", "engine.checkpoint"}  # to other processes
 LONGEST_FILE, LONGEST_CONFIGS, LONGEST_FUNCTION, LONGEST_LOOP = 400, 600, 60, 80

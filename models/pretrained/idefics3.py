@@ -5,9 +5,9 @@ A SigLIP-type encoder, a pixel shuffle, one projection, a Llama-type decoder.
 
 from __future__ import annotations
 
-from configs import VLMConfig
+from configs import InputError, VLMConfig, require
 from models.pretrained import llama, siglip
-from models.pretrained.engine import Table, expand, prefixed
+from models.pretrained.engine import Pair, Table, expand, prefixed
 
 TABLE: Table = [
     *prefixed(siglip.TABLE, "vision_encoder.", "model.vision_model."),
@@ -16,49 +16,30 @@ TABLE: Table = [
     ("decoder.head.weight", "lm_head.weight"),
 ]
 IGNORE = siglip.IGNORE + llama.IGNORE
+SPECIAL = dict(
+    vlm_bos_token_id="<|im_start|>", vlm_pad_token_id="<|im_end|>",
+    vlm_eos_token_id="<end_of_utterance>", vlm_image_token_id="<image>",
+)  # fmt: skip
+MODEL_TYPES = ("idefics3", "smolvlm")
+# What Idefics3VisionConfig takes for granted where config.json is silent.
+VISION_DEFAULTS = dict(
+    hidden_size=1152, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=16,
+    num_channels=3, image_size=224, patch_size=32,
+)  # fmt: skip
 
-HIDDEN_ACT = {
-    "gelu_tanh": "gelu_pytorch_tanh",
-    "gelu": "gelu",
-    "quick_gelu": "quick_gelu",
-    "relu": "relu",
-}
 
-
-def names(cfg: VLMConfig) -> dict[str, str]:
-    """Our name of every tensor -> theirs."""
+def pairs(cfg: VLMConfig) -> list[Pair]:
+    """Every tensor of the model, ours and theirs."""
     return expand(TABLE, {"vision_encoder.": cfg.vit_n_blocks, "decoder.": cfg.lm_n_blocks})
 
 
-def is_expressible(cfg: VLMConfig) -> bool:
-    """Whether Idefics3 has a place for everything.
-
-    Its encoder knows neither CLS nor registers nor other pools, and no decoder of its kind has both
-    a bias on queries, keys and values alone (Qwen2) and a norm of queries and keys (Qwen3).
-    """
+def misfit(cfg: VLMConfig) -> str:
+    """What Idefics3 has no place for, in words; "" when everything has its place."""
     return (
-        not cfg.vit_cls_flag
-        and not cfg.vit_n_registers
-        and cfg.vit_qkv_bias
-        and cfg.vit_pool in ("auto", "none")
-        and not (cfg.lm_qkv_bias and cfg.lm_qk_norm)
+        siglip.misfit(cfg)
+        or llama.misfit(cfg)
+        or ("" if cfg.vit_pool in ("auto", "none") else "a pooled encoder")
     )
-
-
-def _vision_config(cfg: VLMConfig) -> dict:
-    return {
-        "model_type": "idefics3_vision",
-        "hidden_size": cfg.vit_hidden_dim,
-        "intermediate_size": cfg.vit_inter_dim,
-        "num_hidden_layers": cfg.vit_n_blocks,
-        "num_attention_heads": cfg.vit_n_heads,
-        "num_channels": cfg.vit_n_channels,
-        "image_size": cfg.vit_img_size,
-        "patch_size": cfg.vit_patch_size,
-        "hidden_act": HIDDEN_ACT[cfg.vit_hidden_act],
-        "layer_norm_eps": cfg.vit_ln_eps,
-        "attention_dropout": 0.0,
-    }
 
 
 def config_json(cfg: VLMConfig, dtype: str) -> dict:
@@ -67,45 +48,11 @@ def config_json(cfg: VLMConfig, dtype: str) -> dict:
     The head is declared untied and its weight written even when we tie it: v4 and v5 disagree about
     which of the two flags decides, and a head both sides find in the file needs neither.
     """
-    rope: dict[str, object] = {"rope_type": cfg.lm_rope_type, "rope_theta": cfg.lm_re_base}
-    if cfg.lm_rope_type != "default":
-        rope["factor"] = cfg.lm_rope_factor
-    if cfg.lm_rope_type == "llama3":
-        rope |= {
-            "low_freq_factor": cfg.lm_rope_low_freq_factor,
-            "high_freq_factor": cfg.lm_rope_high_freq_factor,
-            "original_max_position_embeddings": cfg.lm_rope_original_max_positions,
-        }
-    kind = "qwen3" if cfg.lm_qk_norm else "qwen2" if cfg.lm_qkv_bias else "llama"
     ids = {
         "pad_token_id": cfg.vlm_pad_token_id,
         "bos_token_id": cfg.vlm_bos_token_id,
         "eos_token_id": cfg.vlm_eos_token_id,
     }
-    text = {
-        "model_type": kind,
-        "architectures": [f"{kind.capitalize()}ForCausalLM"],
-        "vocab_size": cfg.lm_vocab_size,
-        "hidden_size": cfg.lm_hidden_dim,
-        "intermediate_size": cfg.lm_inter_dim,
-        "num_hidden_layers": cfg.lm_n_blocks,
-        "num_attention_heads": cfg.lm_n_heads,
-        "num_key_value_heads": cfg.lm_n_kv_heads,
-        "head_dim": cfg.lm_head_width,
-        "rms_norm_eps": cfg.lm_rms_eps,
-        "max_position_embeddings": cfg.lm_max_position_embeddings,
-        "rope_theta": cfg.lm_re_base,
-        "rope_parameters": rope,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": False,
-        **ids,
-    }
-    if cfg.lm_rope_type != "default":
-        text["rope_scaling"] = {
-            k: v for k, v in rope.items() if k != "rope_theta"
-        }  # v4's name for it
     return {
         "architectures": ["Idefics3ForConditionalGeneration"],
         "model_type": "idefics3",
@@ -115,6 +62,59 @@ def config_json(cfg: VLMConfig, dtype: str) -> dict:
         "vocab_size": cfg.lm_vocab_size,
         "tie_word_embeddings": False,
         **ids,
-        "text_config": text,
-        "vision_config": _vision_config(cfg),
+        "text_config": llama.write(cfg) | ids | {"tie_word_embeddings": False},
+        "vision_config": {"model_type": "idefics3_vision"} | siglip.sizes(cfg),
+    }
+
+
+def read(config: dict, images: dict, tokens: dict[str, int], where: str) -> dict:
+    """A published checkpoint's config.json, image settings and token ids -> a VLMConfig's fields.
+
+    Raises `InputError`. The head is tied as the top flag says, else the text flag, else not.
+    """
+    text, vision = config.get("text_config"), config.get("vision_config")
+    for name, part in (("text_config", text), ("vision_config", vision)):
+        require(isinstance(part, dict), f"{where}: {name}", part, "must be an object")
+    kind = text.get("model_type")
+    if kind not in llama.DEFAULTS:
+        known = ", ".join(llama.DEFAULTS)
+        raise InputError(f"{where}: text_config.model_type = {kind!r}: must be one of {known}.")
+    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+    fields = siglip.read(VISION_DEFAULTS | vision, where) | llama.read(text, where)
+    return fields | {
+        "lm_tie_weights": tied,
+        "mp_pixel_shuffle_factor": config.get("scale_factor", 2),
+        "vlm_image_token_id": config.get("image_token_id", 128257),
+        **_read_images(fields["vit_img_size"], images, where),
+        **_read_tokens(config, tokens, where),
+    }
+
+
+def _read_tokens(config: dict, tokens: dict[str, int], where: str) -> dict:
+    """Our prompt's special tokens by name; config.json's ids where there is no tokenizer.
+
+    Published ids of pad and end of turn are not to be trusted: they differ from file to file.
+    """
+    if not tokens:
+        kinds = ("pad", "bos", "eos")
+        both = [config, config["text_config"]]
+        found = {k: [c[f"{k}_token_id"] for c in both if f"{k}_token_id" in c] for k in kinds}
+        return {f"vlm_{kind}_token_id": ids[0] for kind, ids in found.items() if ids}
+    missing = ", ".join(token for token in SPECIAL.values() if token not in tokens)
+    if missing:
+        raise InputError(f"{where}: its tokenizer has no {missing}, which our prompts need.")
+    return {name: tokens[token] for name, token in SPECIAL.items()}
+
+
+def _read_images(tile: int, images: dict, where: str) -> dict:
+    """How pictures are cut, from preprocessor_config.json."""
+    size, tiles = (images.get(key, {}).get("longest_edge") for key in ("size", "max_image_size"))
+    fix = f"must be image_size = {tile} of vision_config, as tiles are"
+    require(tiles == tile, f"{where}: max_image_size", tiles, fix)
+    if images.get("do_image_splitting") is False:
+        raise InputError(f"{where}: do_image_splitting = False: is not supported, only True is.")
+    return {
+        "max_img_size": size,
+        "vit_image_mean": tuple(images.get("image_mean") or (0.5, 0.5, 0.5)),
+        "vit_image_std": tuple(images.get("image_std") or (0.5, 0.5, 0.5)),
     }

@@ -266,7 +266,9 @@ def test_broken_configs(saved):
     write([1])
     refused(directory, "config.json", "JSON object")
     write({k: v for k, v in config.items() if k != "picovlm"})
-    refused(directory, "config.json", "picovlm")
+    refused(directory, "preprocessor_config.json: no such file")  # read as a published one, then
+    write({"model_type": "llava"})
+    refused(directory, "config.json", "'llava'", "picovlm")
     write(config | {"picovlm": config["picovlm"] | {"vit_hiden_dim": 4}})
     refused(directory, "config.json", "'vit_hiden_dim'", "did you mean 'vit_hidden_dim'?")
     write(config | {"picovlm": config["picovlm"] | {"vit_hidden_dim": "wide"}})

@@ -1,0 +1,113 @@
+"""Take a checkpoint elsewhere: another layout, another dtype, the Hub.
+
+python export.py runs/demo --out demo-idefics3 --dtype bf16
+python export.py runs/demo --to nanovlm --out demo-nanovlm
+python export.py runs/demo --to text-only --out demo-text
+python export.py runs/demo --push user/name
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from configs import InputError, command, parse
+from data.processor import Processor
+from engine.chat import open_checkpoint
+from engine.publish import prepare
+from models import hub
+from models.checkpoint_files import misfit, save_nanovlm
+from models.vision_language_model import VisionLanguageModel
+
+DTYPES = {"same": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# transformers versions that place patches wrongly in grids other than these (docs/deploy.md).
+SAFE_GRIDS = (16, 32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Take a checkpoint elsewhere."""
+
+    checkpoint: Annotated[str, tyro.conf.Positional]
+    """Checkpoint directory, run folder (its newest checkpoint is used), or Hub id."""
+    to: Literal["transformers", "nanovlm", "text-only"] = "transformers"
+    """transformers: an Idefics3 directory; text-only: the language model alone."""
+    out: Path | None = None
+    """New directory to write."""
+    dtype: Literal["same", "fp32", "bf16", "fp16"] = "same"
+    """Number format of the weights."""
+    push: str = ""
+    """Upload the transformers layout with a model card to this Hub repository, user/name."""
+    public: bool = False
+    """Make a repository that is created by this push public."""
+    push_dry_run: Path | None = None
+    """Write what would be uploaded into this new directory instead."""
+
+
+def main(argv: list[str]) -> None:
+    args = parse(Arguments, argv)
+    target = args.out or args.push_dry_run
+    if (args.out is not None) + (args.push_dry_run is not None or bool(args.push)) != 1:
+        raise InputError("export.py needs one of --out, --push and --push-dry-run.")
+    if args.out is None and args.to != "transformers":
+        raise InputError(f"to = {args.to!r}: only the transformers layout is pushed; use --out.")
+    if target is not None and target.exists():
+        raise InputError(f"{target}: exists already; name a new directory.")
+    with tempfile.TemporaryDirectory(dir=_parent(target)) as temporary:
+        folder = Path(temporary) / "whole"
+        folder.mkdir()
+        if args.out is not None:
+            export(args, folder)
+        else:
+            name = args.push or args.push_dry_run.name
+            prepare(args.checkpoint, folder, name, DTYPES[args.dtype])
+        if target is None:
+            print(hub.push(folder, args.push, private=not args.public))
+        else:
+            shutil.move(folder, target)  # only when all of it is there
+            print(f"wrote {target}")
+
+
+def _parent(target: Path | None) -> Path | None:
+    if target is not None and not target.absolute().parent.is_dir():
+        raise InputError(f"{target}: its folder does not exist.")
+    return None if target is None else target.absolute().parent
+
+
+def export(args: Arguments, folder: Path) -> None:
+    """Write the layout that was asked for."""
+    model, processor = open_checkpoint(args.checkpoint)
+    model = model.to(DTYPES[args.dtype])
+    if args.to == "text-only":
+        save_text(model, processor, folder)
+    elif args.to == "nanovlm":
+        save_nanovlm(model, folder, tokenizer=str(args.out))
+        processor.save(folder)
+    else:
+        reason, grid = misfit(model.cfg), model.cfg.vit_grid
+        if reason:
+            print(f"for this code alone: Idefics3 has no place for {reason}")
+        elif grid not in SAFE_GRIDS:
+            print(
+                f"{grid} x {grid} patches a tile: transformers 4.55 to 5.16 may place them wrongly "
+                "in bf16, and 4.55 to 4.57 do in fp32; see docs/deploy.md"
+            )
+        model.save_pretrained(folder, processor)
+
+
+def save_text(model: VisionLanguageModel, processor: Processor, folder: Path) -> None:
+    """The decoder and its tokenizer, as a ...ForCausalLM."""
+    model.decoder.save_pretrained(folder)
+    processor.save(folder)
+    for name in ("preprocessor_config.json", "processor_config.json", "chat_template.json"):
+        (folder / name).unlink()
+
+
+if __name__ == "__main__":
+    command(main)
