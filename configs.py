@@ -265,7 +265,9 @@ class DataConfig(Checked):
     """What the model is trained on."""
 
     source: str = "world"
-    """world (built in), or a .jsonl file of {image, question, answer} and {image, caption} rows."""
+    """world (built in), a .jsonl .json .csv .parquet file, a folder, or hf:owner/name[@split]."""
+    fetch_images: bool = False
+    """Download pictures that rows name by web address; otherwise such rows are refused."""
     seed: int = 0
     """Seed of the world's scenes and of the order of the rows."""
     batch_size: int = 4
