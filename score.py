@@ -26,9 +26,9 @@ class Arguments:
     checkpoint: Annotated[str, tyro.conf.Positional]
     """Checkpoint directory, or run folder (its newest checkpoint is used)."""
     data: DataConfig = field(default_factory=DataConfig)
-    """What to score on: data.source is the built-in world or a .jsonl file."""
+    """What to score on: data.source is the built-in world or your own data."""
     split: Literal["train", "val", "test"] = "test"
-    """Part of the source; test of a file is every row."""
+    """Part of the source; test of your own data is every row."""
     n: int = 3000
     """Questions: for the world spread over its skills, for a file this many rows."""
     max_new_tokens: int = 96

@@ -16,6 +16,7 @@ import torch
 from configs import InputError, RunConfig, command, parse_run
 from data import processor as processors
 from data.loader import Loader
+from data.preview import check_before_training
 from data.processor import Processor
 from data.sources import open_source
 from engine import checkpoint
@@ -71,9 +72,11 @@ def main(argv: list[str]) -> None:
         loader.restore(state["loader"])
         checkpoint.set_rng_state(state["rng"])
         step = state["step"]
+    looked = check_before_training(source, processor, cfg.data)
     if dist.is_main:
         checkpoint.remember_config(cfg)
         describe(cfg, model, source, step)
+        print(looked)
     region = autocast(dist.device, dtype)
     asked = partial(evaluate, model, processor, cfg.data, cfg.train.eval_samples, region)
     reached = train(cfg, model, processor, loader, optimizer, dist, region, asked, step)
@@ -104,8 +107,8 @@ def describe(cfg: RunConfig, model: VisionLanguageModel, source, step: int) -> N
         print(f"weights: from {' and '.join(named)}, the rest random")
     if reason := misfit(cfg.model):
         print(f"checkpoints: for this code alone, as Idefics3 has no place for {reason}")
-    for reason in getattr(source, "bad", ()):
-        print(f"left out: {reason}")
+    for note in source.notes:
+        print(note)
 
 
 if __name__ == "__main__":

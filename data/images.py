@@ -7,31 +7,35 @@ Not here: where a picture comes from (sources.py), augmentation.
 
 from __future__ import annotations
 
+import io
 import math
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from configs import InputError, VLMConfig
 
 MAX_PIXELS = 89_478_485  # Pillow's own warning threshold: a quarter GiB of RGB
+# What data sets hold. Pillow opens more, some by other programs, some in seconds when broken.
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")
 MAX_EDGE = 4096  # Idefics3 never resizes beyond
 
 
-def open_image(source: str | Path | Image.Image) -> Image.Image:
-    """A path or PIL image of any mode -> upright RGB.
+def open_image(source: str | Path | bytes | Image.Image, name: str = "image") -> Image.Image:
+    """A path, a file's bytes or a PIL image of any mode -> upright RGB.
 
     Transparency is laid over white; of an animation, the first frame is taken.
-    Raises `InputError` naming the file and what is wrong with it.
+    Raises `InputError` naming the file, or `name` where there is none, and what is wrong with it.
     """
-    name = source if isinstance(source, (str, Path)) else "image"
+    name = source if isinstance(source, (str, Path)) else name
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what matters is checked or raises
-            image = source if isinstance(source, Image.Image) else Image.open(source)
+            file = io.BytesIO(source) if isinstance(source, bytes) else source
+            image = source if isinstance(source, Image.Image) else Image.open(file, "r", FORMATS)
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise InputError(
@@ -45,6 +49,8 @@ def open_image(source: str | Path | Image.Image) -> Image.Image:
         raise InputError(f"{name}: no such file.") from None
     except Image.DecompressionBombError:
         raise InputError(f"{name}: more than {MAX_PIXELS:,} pixels; resize it first.") from None
+    except UnidentifiedImageError:
+        raise InputError(f"{name}: not a readable picture ({', '.join(FORMATS)}).") from None
     except Exception as error:  # Pillow's plug-ins raise nearly every type on broken files
         reason = str(error) or type(error).__name__
         raise InputError(

@@ -27,28 +27,38 @@ class Processor:
     tokenizer: Tokenizer
 
     def encode(self, sample: Sample, max_length: int, max_tiles: int) -> Tokens:
-        """A training example of at most `max_length` tokens.
+        """A training example of at most `max_length` tokens: `cut` of `encode_whole`."""
+        return self.cut(self.encode_whole(sample, max_tiles), max_length)
 
-        Text after the last image is cut where it must be. Raises `InputError` naming the row when
-        the images alone exceed a budget, the placeholders do not match, or no answer is left to
-        learn from.
+    def encode_whole(self, sample: Sample, max_tiles: int) -> Tokens:
+        """A training example, however long.
+
+        Raises `InputError` naming the row when its images exceed `max_tiles` or do not match its
+        placeholders.
         """
         tiles, strings = self._look(sample, max_tiles)
         ids, supervised = text.encode_pieces(self.tokenizer, text.pieces(sample.turns, strings))
-        if len(ids) > max_length:
-            placeholders = np.flatnonzero(ids == self.cfg.vlm_image_token_id)
-            if len(placeholders) and placeholders[-1] + 1 >= max_length:
-                raise InputError(
-                    f"{sample.row}: its images take {placeholders[-1] + 1} tokens of a row of "
-                    f"{max_length}; raise data.max_length or lower model.max_img_size."
-                )
-            ids, supervised = ids[:max_length], supervised[:max_length]
+        return Tokens(ids, supervised, tiles, sample.row)
+
+    def cut(self, tokens: Tokens, max_length: int) -> Tokens:
+        """At most `max_length` tokens: text after the last image is cut, an image never.
+
+        Raises `InputError` naming the row when its images alone are longer, or no answer is left to
+        learn from.
+        """
+        ids, supervised = tokens.ids[:max_length], tokens.supervised[:max_length]
+        placeholders = np.flatnonzero(tokens.ids == self.cfg.vlm_image_token_id)
+        if len(tokens) > max_length and len(placeholders) and placeholders[-1] + 1 >= max_length:
+            raise InputError(
+                f"{tokens.row}: its images take {placeholders[-1] + 1} tokens of a row of "
+                f"{max_length}; raise data.max_length or lower model.max_img_size."
+            )
         if not supervised.any():
             raise InputError(
-                f"{sample.row}: nothing to learn from within {max_length} tokens; "
+                f"{tokens.row}: nothing to learn from within {max_length} tokens; "
                 "it needs an answer, or a larger data.max_length."
             )
-        return Tokens(ids, supervised, tiles, sample.row)
+        return Tokens(ids, supervised, tokens.tiles, tokens.row)
 
     def encode_prompt(
         self, turns: Sequence[Turn], pictures: Sequence = (), max_tiles: int = 1 << 30
@@ -79,8 +89,9 @@ class Processor:
         cfg = self.cfg
         text.check_turns(sample.turns, len(sample.images), self.tokenizer, sample.row)
         tiles, strings = [np.zeros((0, cfg.vit_img_size, cfg.vit_img_size, 3), dtype=np.uint8)], []
-        for picture in sample.images:
-            new, (rows, cols) = images.tile(images.open_image(picture), cfg)
+        for number, picture in enumerate(sample.images, 1):
+            image = images.open_image(picture, f"{sample.row}, picture {number}")
+            new, (rows, cols) = images.tile(image, cfg)
             tiles.append(new)
             strings.append(text.image_string(rows, cols, cfg.tokens_per_tile))
         n_tiles = sum(map(len, tiles))

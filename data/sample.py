@@ -27,7 +27,7 @@ class Sample:
     """A conversation about pictures; the turns hold one `<image>` per image, in the same order."""
 
     turns: tuple[Turn, ...]
-    images: tuple[Any, ...] = ()  # PIL images, or paths opened when the sample is encoded
+    images: tuple[Any, ...] = ()  # paths, bytes of files, or PIL images; opened when encoded
     row: str = ""  # where it came from, for messages: "train.jsonl row 17"
 
 

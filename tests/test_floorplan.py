@@ -30,8 +30,9 @@ FLOORS: list[list[list[str]]] = [
     ],
     [
         ["models.vision_language_model"],
-        ["data.sample", "data.world", "data.text", "data.augment", "data.images", "data.sources",
-         "data.processor", "data.packing", "data.loader", "data.preview"],
+        ["data.sample", "data.world", "data.text", "data.augment", "data.images", "data.tables",
+         "data.readers", "data.schemas", "data.sources", "data.processor", "data.packing",
+         "data.loader", "data.preview"],
     ],
     [["models.hub", "models.checkpoint_files", "models.backbones",
       "engine.checkpoint", "engine.logger", "engine.chat",

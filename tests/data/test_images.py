@@ -5,7 +5,10 @@ from __future__ import annotations
 import random
 import resource
 import struct
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from transformers import Idefics3ImageProcessorPil
 from configs import InputError, VLMConfig
 from data.images import fit_longest, grid, normalise, open_image, tile
 
+ROOT = Path(__file__).parent.parent.parent
 NOT_PICTURES = {"", ".txt", ".json", ".md", ".readme"}
 EXTREME = [(5, 9), (120, 30), (70, 100), (1, 300), (300, 1), (1, 1), (2, 1), (48, 48), (128, 128)]
 
@@ -221,6 +225,23 @@ def test_cmyk_one_bit_and_first_frame(tmp_path):
         assert r > 240 and max(g, b) < 15, suffix
 
 
+def test_bytes_of_a_file_open_as_the_file(tmp_path, shared):
+    folder = shared / "images"
+    for name in ("exif_orientation/Portrait_6.jpg", "pillow_modes/hopper.Lab.tif"):
+        want = open_image(folder / name)
+        assert open_image((folder / name).read_bytes()).tobytes() == want.tobytes()
+    with pytest.raises(InputError, match=r"row 3, picture 2: not a readable picture"):
+        open_image(b"no picture", "row 3, picture 2")
+
+
+def test_other_programs_are_never_started(tmp_path, monkeypatch):
+    """Pillow gives an EPS file to Ghostscript; nobody trains on those."""
+    monkeypatch.setattr("subprocess.Popen", None)
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n")
+    with pytest.raises(InputError, match=r"a\.png: not a readable picture \(JPEG, PNG"):
+        open_image(tmp_path / "a.png")
+
+
 def test_a_given_picture_is_not_changed():
     picture = noise(6, 5)
     picture.getexif()[0x0112] = 6
@@ -246,6 +267,33 @@ def test_each_corrupt_file_opens_or_is_refused_in_one_sentence(shared):
             assert image.mode == "RGB" and np.asarray(image).shape[2] == 3, file
             opened += 1
     assert opened > 20 and refused > 60
+
+
+GUARDED = """
+import resource, sys, time
+from data.images import open_image
+from configs import InputError
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))
+for file in sys.argv[1:]:
+    start = time.process_time()
+    try:
+        open_image(file)
+    except InputError as error:
+        assert "Memory" not in str(error), error
+    print(f"{time.process_time() - start:.3f}", file)
+"""
+
+
+def test_each_corrupt_file_takes_less_than_two_seconds_and_a_gibibyte(shared):
+    """In a process that may map one GiB more; whoever runs beside does not count."""
+    files = sorted(str(f) for f in (shared / "corrupt").rglob("*") if f.is_file())
+    done = subprocess.run([sys.executable, "-c", GUARDED, *files], capture_output=True, text=True,
+                          cwd=ROOT, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    slowest = max((float(line.split()[0]), line) for line in done.stdout.splitlines())
+    print(slowest)
+    assert done.stdout.count("\n") == len(files) > 130 and slowest[0] < 2
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"])

@@ -11,13 +11,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoProcessor
 
 from configs import PRESETS, InputError, VLMConfig
 from data import processor as processors
 from data import text
-from data.images import normalise
+from data.images import normalise, tile
 from data.sample import Sample, Turn
 from models.vision_language_model import VisionLanguageModel
 
@@ -69,20 +71,62 @@ def ask_theirs(theirs, question: str, pictures: list, tiles: bool = True):
 # --- The same as transformers -------------------------------------------------------------------
 
 
-def test_a_grid_expands_as_in_transformers(tiled, tiled_theirs):
-    rng = random.Random(0)
-    sizes = SIZES + [(rng.randint(1, 200), rng.randint(1, 200)) for _ in range(50)]
+def check_sizes(ours, theirs, sizes: list[tuple[int, int]]) -> set[int]:
+    """Same ids, pixels within 1e-6, for a noise picture of each size; how many tiles there were."""
     n_tiles = set()
     for seed, size in enumerate(sizes):
         picture = noise(*size, seed)
-        want_ids, want_pixels = ask_theirs(tiled_theirs, "What is it?", [picture])
-        prompt = tiled.encode_prompt([Turn("user", "<image>What is it?")], [picture])
+        want_ids, want_pixels = ask_theirs(theirs, "What is it?", [picture])
+        prompt = ours.encode_prompt([Turn("user", "<image>What is it?")], [picture])
         assert prompt.ids.tolist() == want_ids, size
-        pixels = normalise(prompt.tiles, tiled.cfg)
+        pixels = normalise(prompt.tiles, ours.cfg)
         assert pixels.shape == want_pixels.shape, size
         assert (pixels - want_pixels).abs().max() <= 1e-6, size
         n_tiles.add(len(prompt.tiles))
+    return n_tiles
+
+
+def random_sizes(n: int, largest: int) -> list[tuple[int, int]]:
+    rng = random.Random(0)
+    return [(rng.randint(1, largest), rng.randint(1, largest)) for _ in range(n)]
+
+
+def test_a_grid_expands_as_in_transformers(tiled, tiled_theirs):
+    n_tiles = check_sizes(tiled, tiled_theirs, SIZES + random_sizes(200, 200))
     assert {5, 9, 13, 17} <= n_tiles  # 4 x 1 to 4 x 4 tiles and the global view
+
+
+@pytest.fixture
+def smolvlm(shared, tmp_path):
+    """(ours, theirs) with SmolLM2's tokenizer and SmolVLM's ids, for given image sizes."""
+
+    def build(tile: int, longest: int):
+        cfg = replace(
+            PRESETS["460m"].model,
+            vit_img_size=tile,
+            vit_patch_size=tile // 8,
+            max_img_size=longest,
+            lm_tokenizer=str(shared / "tokenizers" / "smollm2"),
+        )
+        ours = processors.build(cfg)
+        ours.save(tmp_path)
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "idefics3"}))
+        return ours, AutoProcessor.from_pretrained(tmp_path)
+
+    return build
+
+
+def test_a_grid_expands_as_in_transformers_with_smolvlms_tokens(smolvlm):
+    ours, theirs = smolvlm(32, 192)
+    assert ours.tokenizer.token_to_id("<row_6_col_6>") == 49188
+    assert 37 in check_sizes(ours, theirs, SIZES + random_sizes(200, 400))  # 6 x 6 and the whole
+
+
+@pytest.mark.slow
+def test_a_grid_expands_as_in_transformers_at_smolvlms_size(smolvlm):
+    """Tiles of 512, longest edge 2048: SmolVLM's own settings."""
+    ours, theirs = smolvlm(512, 2048)
+    assert 17 in check_sizes(ours, theirs, SIZES[:5] + random_sizes(60, 3000))
 
 
 def test_one_tile_expands_as_in_transformers(tiny_processor, tiny_theirs):
@@ -249,6 +293,56 @@ def test_truncation_never_drops_a_later_image(tiled):
     between = int(placed[len(placed) // 2]) - 5  # the first image would fit
     with pytest.raises(InputError, match=r"raise data\.max_length or lower model\.max_img"):
         tiled.encode(sample, between, 99)
+
+
+text_of = st.text(st.characters(exclude_categories=["Cs"]), max_size=20).filter(
+    lambda s: "<" not in s
+)
+shapes = st.tuples(st.integers(1, 90), st.integers(1, 90))
+talks = st.lists(
+    st.tuples(
+        st.lists(st.one_of(text_of, shapes), max_size=3),  # a user's words and pictures
+        text_of.filter(str.strip),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@given(talk=talks, system=st.one_of(st.none(), text_of), cut=st.integers(1, 900))
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+def test_any_conversation_keeps_its_answers_and_its_pictures(tiled, talk, system, cut):
+    turns, pictures = [Turn("system", system)] if system is not None else [], []
+    for asked, answer in talk:
+        said = "".join("<image>" if isinstance(part, tuple) else part for part in asked)
+        turns += [Turn("user", said), Turn("assistant", answer)]
+        pictures += [noise(*part) for part in asked if isinstance(part, tuple)]
+    sample = Sample(tuple(turns), tuple(pictures), "row 3")
+    whole = tiled.encode(sample, 100_000, 999)
+
+    # Supervised is exactly what the assistant says, and its end of turn.
+    supervised = whole.ids[whole.supervised]
+    said = tiled.tokenizer.decode(supervised.tolist(), skip_special_tokens=False)
+    assert said == "".join(f" {answer.strip()}<end_of_utterance>" for _, answer in talk)
+
+    # Placeholders are tiles times tokens per tile, the tiles those of each picture in order.
+    is_image = whole.ids == TILED.vlm_image_token_id
+    assert is_image.sum() == len(whole.tiles) * TILED.tokens_per_tile
+    if pictures:
+        assert np.array_equal(whole.tiles, np.concatenate([tile(p, TILED)[0] for p in pictures]))
+
+    # Cut anywhere, all pictures stay or the row is refused.
+    try:
+        short = tiled.encode(sample, cut, 999)
+    except InputError as error:
+        last = int(np.flatnonzero(is_image)[-1]) if pictures else -1
+        first = int(np.flatnonzero(whole.supervised)[0])
+        assert cut <= max(last + 1, first) and "row 3: " in str(error)
+    else:
+        assert len(short) == min(cut, len(whole)) and short.supervised.any()
+        assert (short.ids == TILED.vlm_image_token_id).sum() == is_image.sum()
+        assert np.array_equal(short.tiles, whole.tiles)
+        assert short.ids.tolist() == whole.ids[:cut].tolist()
 
 
 def test_too_many_tiles_are_refused(tiled):

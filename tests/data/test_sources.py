@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from configs import DataConfig, InputError
 from data import world
 from data.sample import Sample, Turn
-from data.sources import open_source
+from data.sources import _download, open_source
 
 
 def write(path: Path, rows: list) -> Path:
@@ -94,9 +95,11 @@ BAD = [
     ({"image": "a.png", "question": "q", "answer": "  "}, "'answer'"),
     ({"image": "a.png", "question": "q", "answer": 4}, "'answer'"),
     ({"image": "a.png", "question": ["q"], "answer": "a"}, "'question'"),
-    ({"image": "a.png", "caption": None}, "'answer'"),
+    ({"image": "a.png", "caption": None}, "'question'"),
     ({"image": 3, "question": "q", "answer": "a"}, "must be a path"),
-    ({"image": ["a.png"], "caption": "c"}, "must be a path"),
+    ({"image": ["a.png", 3], "caption": "c"}, "must be a path"),
+    ({"image": "a.png", "images": ["b.png"], "caption": "c"}, "both 'image' and 'images'"),
+    ({"caption": "of nothing"}, "'question'"),
     (b'{"question": "\xff\xfe", "answer": "a"}', "not JSON"),
     (b"[" * 100_000, "not JSON"),
     (b'{"question": "q", "answer": "a", "id": ' + b"1" * 5000 + b"}", "not JSON"),
@@ -149,9 +152,9 @@ def test_files_that_are_not_there_or_empty(tmp_path):
 
 
 def test_unknown_names_and_extensions(tmp_path):
-    (tmp_path / "a.csv").write_text("image,caption\n")
-    for name in (str(tmp_path / "a.csv"), "wrld", str(tmp_path)):
-        with pytest.raises(InputError, match=r"data\.source = .*must be `world` or a \.jsonl file"):
+    (tmp_path / "a.xlsx").write_text("image,caption\n")
+    for name in (str(tmp_path / "a.xlsx"), "wrld", str(tmp_path / "none"), "owner/name"):
+        with pytest.raises(InputError, match=r"data\.source = .*must be `world`, a folder that ex"):
             open_source(DataConfig(source=name), "train")
 
 
@@ -160,7 +163,7 @@ def test_unknown_names_and_extensions(tmp_path):
 def test_a_wrong_encoding_is_said(tmp_path, encoding, n_rows):
     text = "\n".join(json.dumps(qa(i)) for i in range(n_rows))
     (tmp_path / "a.jsonl").write_bytes(text.encode(encoding))
-    with pytest.raises(InputError, match=r"a\.jsonl.*row 1: not JSON"):
+    with pytest.raises(InputError, match=r"a\.jsonl: not UTF-8 \(UTF-16"):
         open_all(tmp_path / "a.jsonl", "train")
 
 
@@ -207,6 +210,140 @@ def test_twins_stay_on_one_side(tmp_path):
     path = write(tmp_path / "a.jsonl", [qa(i // 4) for i in range(200)])
     train, val = (set(answers(open_all(path, s, val_fraction=0.3))) for s in ("train", "val"))
     assert not train & val and train and val
+
+
+def test_copies_stay_together_and_are_counted(tmp_path):
+    """Equal in what is said and shown, whatever else the row holds or how it is spelled."""
+    rows = [{**qa(i % 100), "id": i} for i in range(200)]
+    path = write(tmp_path / "a.jsonl", rows)
+    train, val = (open_all(path, s, val_fraction=0.3) for s in ("train", "val"))
+    assert not set(answers(train)) & set(answers(val)) and len(train) + len(val) == 200
+    assert "100 rows are copies of others; copies stay on one side" in train.notes
+    assert train.notes == val.notes
+    (tmp_path / "pictures.json").write_text(json.dumps([dict(reversed(r.items())) for r in rows]))
+    again = open_all(tmp_path / "pictures.json", "val", val_fraction=0.3)
+    assert answers(again) == answers(val)
+
+
+def test_pictures_on_both_sides_are_counted(tmp_path):
+    rows = [{**qa(i), "image": f"{i % 50}.png"} for i in range(100)]
+    path = write(tmp_path / "a.jsonl", rows)
+    train, val = (open_all(path, s, val_fraction=0.3) for s in ("train", "val"))
+    shown = {train[i].images for i in range(len(train))}
+    n = sum(val[i].images in shown for i in range(len(val)))
+    assert 0 < n < len(val)
+    assert f"{n} validation rows show a picture that training rows show too" in val.notes
+    alone = open_all(write(tmp_path / "b.jsonl", [qa(i) for i in range(100)]), "val")
+    assert len(alone.notes) == 1
+
+
+def test_a_split_that_leaves_nothing_to_train_is_refused(tmp_path):
+    path = write(tmp_path / "a.jsonl", [qa(0)])
+    with pytest.raises(InputError, match="all 1 rows are for validation; lower val_fraction"):
+        open_all(path, "train", val_fraction=0.999999)
+
+
+def test_what_was_found_is_said_aloud(tmp_path):
+    rows = [qa(0), qa(1), {"image": "a.png", "caption": "c"}, {"question": "q", "answer": "a"}, "{"]
+    path = write(tmp_path / "a.jsonl", rows)
+    first, second = open_all(path, val_fraction=0.0).notes
+    assert first == (
+        f"{path}: 2 rows of image + question + answer; 1 rows of image + caption; 1 rows of "
+        "question + answer; 0 of them for validation"
+    )
+    assert second.startswith(f"left out: {path} row 5: not JSON")
+
+
+def test_a_file_is_indexed_once_until_it_changes(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", [qa(i) for i in range(9)])
+    before = open_all(path)
+    monkeypatch.setattr("data.sources.open_rows", None)
+    assert open_all(path, "val", val_fraction=0.5).rows is before.rows
+    monkeypatch.undo()
+    write(path, [qa(i) for i in range(8)])
+    assert len(open_all(path)) == 8
+
+
+# --- Wrong input --------------------------------------------------------------------------------
+
+CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+
+
+def test_mixed_schemas_are_refused(tmp_path):
+    path = write(tmp_path / "a.jsonl", [qa(0), qa(1), CHAT])
+    says = r"mixed schemas, .*row 1 has image \+ question \+ answer and .*row 3 has messages\["
+    with pytest.raises(InputError, match=says):
+        open_all(path)
+
+
+def test_images_that_do_not_match_their_placeholders_are_named(tmp_path):
+    rows = [qa(0)] * 3 + [{**qa(1), "question": "<image> or <image>?"}]
+    [message] = open_all(write(tmp_path / "a.jsonl", rows)).bad
+    assert message == f"{tmp_path / 'a.jsonl'} row 4: 2 <image> placeholders for 1 images."
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_a_missing_column_is_named_with_those_there(tmp_path, suffix):
+    lines = {"csv": "image,cap\n" + "a.png,x\n" * 9, "jsonl": '{"image": "a", "cap": "x"}\n' * 9}
+    (tmp_path / f"a.{suffix}").write_text(lines[suffix])
+    says = r"9 of 9 rows are bad, the first: .* row \d: needs a text in 'question'.*has image, cap"
+    with pytest.raises(InputError, match=says):
+        open_all(tmp_path / f"a.{suffix}")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "parquet"])
+def test_an_empty_file_of_any_kind_is_refused(tmp_path, suffix):
+    (tmp_path / f"a.{suffix}").touch()
+    with pytest.raises(InputError, match=rf"a\.{suffix}: no rows"):
+        open_all(tmp_path / f"a.{suffix}")
+
+
+def test_a_header_alone_is_no_rows(tmp_path):
+    (tmp_path / "a.csv").write_text("image,caption\n")
+    with pytest.raises(InputError, match=r"a\.csv: no rows"):
+        open_all(tmp_path / "a.csv", "train")
+
+
+def test_web_addresses_are_left_alone_unless_allowed(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", [qa(0), {**qa(1), "image": "https://a.example/1.png"}])
+
+    def never(*_, **__):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr("urllib.request.urlopen", never)
+    source = open_all(path)
+    assert len(source) == 1
+    assert "https://a.example/1.png is a web address; download it" in source.bad[0]
+    asked = []
+
+    def answer(address, timeout):
+        asked.append(address)
+        return io.BytesIO(b"bytes of a picture")
+
+    monkeypatch.setattr("urllib.request.urlopen", answer)
+    source = open_all(path, fetch_images=True)
+    assert asked == [] and len(source) == 2  # opening asks for nothing either
+    assert source[1].images == (b"bytes of a picture",) and asked == ["https://a.example/1.png"]
+    monkeypatch.setattr("data.sources.LARGEST_DOWNLOAD", 5)
+    with pytest.raises(InputError, match=r"row 2: https://a\.example/1\.png: more than"):
+        source[1]
+    monkeypatch.undo()
+    with pytest.raises(InputError, match=r"127\.0\.0\.1:9/x: cannot be fetched"):
+        _download("http://127.0.0.1:9/x")
+
+
+@pytest.mark.parametrize("spelled", ["data:image/png;base64,!!!", "data:nothing"])
+def test_broken_base64_is_refused_when_it_is_opened(tmp_path, spelled, tiny_processor):
+    source = open_all(write(tmp_path / "a.jsonl", [{**qa(0), "image": spelled}]))
+    with pytest.raises(InputError, match="row 1"):
+        tiny_processor.encode(source[0], 200, 9)
+
+
+def test_a_path_is_not_taken_for_base64(tmp_path):
+    long = "Qk" + "a" * 90
+    for path in (long + ".png", "a/" + "b" * 100, "/9j/" + "x" * 20):
+        source = open_all(write(tmp_path / "a.jsonl", [{**qa(0), "image": path}]))
+        assert source[0].images == (str(tmp_path / path),)
 
 
 # --- The world ----------------------------------------------------------------------------------
