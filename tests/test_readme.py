@@ -39,7 +39,8 @@ def as_run(line: str) -> str:
     python = shlex.quote(sys.executable)
     if line.startswith("python -m "):
         return line.replace("python", python, 1)
-    script = next((name for name in ("train.py", "score.py", "generate.py") if name in line), None)
+    scripts = ("train.py", "score.py", "generate.py", "export.py")
+    script = next((name for name in scripts if name in line), None)
     assert script, f"no script in {line!r}"
     line = line.replace(f"python {script}", f"{python} {ROOT / script}")
     extra = SHORT.get(script, "")
