@@ -20,7 +20,7 @@ SHORT = {
     "score.py": "--n 20",
     "classify.py train": "--train.steps 2 --train.eval-every 0 --data.batch-size 8",
 }
-SCRIPTS = ("train.py", "score.py", "generate.py", "classify.py", "embed.py")
+SCRIPTS = ("train.py", "score.py", "generate.py", "export.py", "classify.py", "embed.py")
 
 
 def blocks(language: str) -> list[str]:
@@ -38,9 +38,11 @@ def run(line: str, cwd: Path) -> subprocess.CompletedProcess:
 
 def as_run(line: str) -> str:
     """The command with this interpreter, the scripts' full paths and the shortening flags."""
+    python = shlex.quote(sys.executable)
+    if line.startswith("python -m "):
+        return line.replace("python", python, 1)
     script = next((name for name in SCRIPTS if name in line), None)
     assert script, f"no script in {line!r}"
-    python = shlex.quote(sys.executable)
     line = line.replace(f"python {script}", f"{python} {ROOT / script}")
     extra = next((flags for words, flags in SHORT.items() if f"/{words}" in line), "")
     if "--help" in line or "--train.resume auto" in line:
