@@ -35,9 +35,9 @@ FLOORS: list[list[list[str]]] = [
          "data.loader", "data.preview"],
     ],
     [["models.hub", "models.checkpoint_files", "models.backbones",
-      "engine.checkpoint", "engine.logger", "engine.chat",
-      "engine.evaluation", "engine.sheet", "engine.report", "engine.adapters", "engine.publish",
-      "engine.loop"]],
+      "engine.checkpoint", "engine.logger", "engine.chat", "engine.conversation", "engine.batch",
+      "engine.evaluation", "engine.predictions", "engine.sheet", "engine.report",
+      "engine.adapters", "engine.publish", "engine.loop"]],
 ]  # fmt: skip
 SCRIPTS = len(FLOORS)
 UP_STAIRS = {  # inside a function
@@ -46,7 +46,8 @@ UP_STAIRS = {  # inside a function
     ("models.vision_transformer", "models.backbones"),
     ("models.language_model", "models.backbones"),
 }
-ON_CALL = {"datasets", "huggingface_hub", "wandb", "gradio", "peft", "matplotlib"}
+ON_CALL = {"datasets", "huggingface_hub", "wandb", "gradio", "peft", "matplotlib", "torchao",
+           "pycocoevalcap"}
 TALKS = {"engine.distributed", "engine.checkpoint"}  # to other processes
 LONGEST_FILE, LONGEST_CONFIGS, LONGEST_FUNCTION, LONGEST_LOOP = 400, 600, 60, 80
 PLACE = {
