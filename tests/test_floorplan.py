@@ -37,7 +37,9 @@ FLOORS: list[list[list[str]]] = [
     [["models.hub", "models.checkpoint_files", "models.backbones",
       "engine.checkpoint", "engine.logger", "engine.chat", "engine.conversation", "engine.batch",
       "engine.evaluation", "engine.predictions", "engine.sheet", "engine.report",
-      "engine.adapters", "engine.publish", "engine.loop"]],
+      "engine.adapters", "engine.publish", "engine.loop",
+      *(f"tasks.{n}" for n in ("world", "rows", "mmstar", "pope", "scienceqa", "chartqa",
+                               "textvqa", "docvqa", "coco_captions"))]],
 ]  # fmt: skip
 SCRIPTS = len(FLOORS)
 UP_STAIRS = {  # inside a function
@@ -61,7 +63,7 @@ PLACE = {
 def modules(root: Path) -> dict[str, Path]:
     """Dotted name -> file of every module of the house."""
     files = [*root.glob("*.py")]
-    for room in ("models", "data", "engine"):
+    for room in ("models", "data", "engine", "tasks"):
         files += (root / room).rglob("*.py")
     names = {f: ".".join(f.relative_to(root).with_suffix("").parts) for f in files}
     return {name.removesuffix(".__init__"): f for f, name in names.items()}
