@@ -195,9 +195,12 @@ class Chat:
         weights = [math.exp(x - max(found)) for x in found]
         return [w / sum(weights) for w in weights]
 
+    def pixels(self, tokens: Tokens) -> Tensor:
+        """The tiles of a prompt as the encoder takes them, [N, 3, H, W]."""
+        return normalise(tokens.tiles, self.processor.cfg)
+
     def _encoded(self, tokens: Tokens) -> Prompt:
-        ids = torch.from_numpy(tokens.ids).long()
-        return Prompt(ids, normalise(tokens.tiles, self.processor.cfg))
+        return Prompt(torch.from_numpy(tokens.ids).long(), self.pixels(tokens))
 
 
 def question(prompt: str, images: Sequence) -> Turn:

@@ -208,6 +208,12 @@ def by_skill(answered: Iterable[Answered]) -> dict[str, list[Answered]]:
     return groups
 
 
+def firsts(answered: Sequence[Answered]) -> list[Answered]:
+    """The answers that an evaluation logs: SHOWN in all, as many of each skill."""
+    groups = by_skill(answered)
+    return [a for group in groups.values() for a in group[: max(1, SHOWN // len(groups))]]
+
+
 def mean(answered: Sequence[Answered]) -> float | None:
     """Average score; None of nothing."""
     return sum(a.score for a in answered) / len(answered) if answered else None
@@ -264,11 +270,10 @@ def evaluate(
     model.train(was_training)
     groups = by_skill(answered)
     accuracies = {f"val_{skill}": round(mean(group), 4) for skill, group in groups.items()}
-    firsts = [a for group in groups.values() for a in group[: max(1, SHOWN // len(groups))]]
     return {
         "val_loss": round(loss, 4),
         "val_accuracy": round(mean(answered) or 0.0, 4),
         **accuracies,
-        "val_answers": [[a.item.skill, a.answer] for a in firsts],
+        "val_answers": [a.answer for a in firsts(answered)],
     }
 

@@ -118,9 +118,8 @@ def train(
                 logger.log(values, step)
             if due(step, t.eval_every, t.steps) and dist.is_main and (values := evaluate()):
                 logger.log(values, step)
-                logger.say(
-                    f"step {step}: " + ", ".join(f"{k[4:]} {v:.3f}" for k, v in values.items())
-                )
+                numbers = ((k[4:], v) for k, v in values.items() if isinstance(v, float))
+                logger.say(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in numbers))
             stopping = dist.sum(stop.received) > 0  # so that all processes leave after one step
             if stopping or due(step, t.save_every, t.steps):
                 save()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from configs import DataConfig, command, read_json
 from data.sources import open_source
 from engine.chat import Chat
 from models.generation import Sampling
+from tasks.world import CHOICES
 
 
 def refused(capsys, main, *argv: object) -> str:
@@ -353,3 +357,73 @@ def test_score_writes_what_it_prints(small_checkpoint, rows_file, capsys, tmp_pa
     rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert sum(r["score"] for r in rows) / 3 == pytest.approx(result["accuracy"])
     assert Image.open(tmp_path / "s.png").width > 1000
+
+
+def test_an_interrupted_score_goes_on(small_checkpoint, rows_file, capsys, tmp_path, monkeypatch):
+    kept = tmp_path / "p.jsonl"
+    argv = [small_checkpoint, "--data.source", rows_file, "--n", 6, "--max-new-tokens", 3]
+    argv = [str(a) for a in (*argv, "--predictions", kept, "--json", tmp_path / "s.json")]
+    command(score.main, argv)
+    whole, figures = kept.read_text(), read_json(tmp_path / "s.json")
+    kept.rename(f"{kept}.part0")
+    lines = whole.splitlines(keepends=True)
+    (tmp_path / "p.jsonl.part0").write_text("".join(lines[:2] + lines[4:]))
+    asked = []
+    replies = Chat.replies
+
+    def counted(self, prompts, *rest):
+        return replies(self, (asked.append(1) or p for p in prompts), *rest)
+
+    monkeypatch.setattr(Chat, "replies", counted)
+    command(score.main, argv)
+    assert kept.read_text() == whole and len(asked) == 2 * 3, "two questions, in three views"
+    assert read_json(tmp_path / "s.json") == figures
+    capsys.readouterr()
+    assert "other settings" in refused(capsys, score.main, *argv, "--max-new-tokens", 4)
+
+
+def test_two_checkpoints_are_compared_on_the_same_questions(
+    small_checkpoint, rows_file, capsys, tmp_path
+):
+    on = ["--data.source", rows_file, "--max-new-tokens", 3]
+    argv = [str(a) for a in (small_checkpoint, *on, "--n", 5, "--predictions", tmp_path / "a")]
+    command(score.main, argv)
+    argv[-2:] = ["--against", str(tmp_path / "a"), "--json", str(tmp_path / "s.json")]
+    command(score.main, argv)
+    against = read_json(tmp_path / "s.json")["against"]
+    assert against == {"difference": 0.0, "interval": [0.0, 0.0], "p": 1.0}
+    assert "better by +0.0%" in capsys.readouterr().out
+    says = refused(capsys, score.main, small_checkpoint, *on, "--n", 4, *argv[-4:-2])
+    assert "other questions" in says
+
+
+def test_multiple_choice_by_likelihood(small_checkpoint, capsys, tmp_path):
+    argv = [small_checkpoint, "--by", "likelihood", "--n", 20, "--predictions", tmp_path / "p"]
+    command(score.main, [str(a) for a in argv])
+    rows = [json.loads(line) for line in (tmp_path / "p").read_text().splitlines()]
+    assert len(rows) == 16, "two questions of each skill but what and caption"
+    assert all(r["views"]["answer"] in CHOICES[r["skill"]] for r in rows)
+    assert "what" not in capsys.readouterr().out
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "What?", "answer": "yes"}\n')
+    says = refused(capsys, score.main, small_checkpoint, "--by", "likelihood",
+                   "--data.source", rows, "--data.val-fraction", 0)  # fmt: skip
+    assert "or none with choices" in says
+
+
+def test_two_processes_score_as_one(small_checkpoint, rows_file, tmp_path):
+    root = Path(__file__).parent.parent
+    argv = [small_checkpoint, "--data.source", rows_file, "--n", 7, "--max-new-tokens", 3]
+    for world, name in ((1, "one"), (2, "two")):
+        run = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               f"--nproc-per-node={world}"]  # fmt: skip
+        flags = [*argv, "--predictions", tmp_path / name, "--json", tmp_path / f"{name}.json"]
+        done = subprocess.run(
+            [str(a) for a in (*run, root / "score.py", *flags)],
+            env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "one").read_text() == (tmp_path / "two").read_text()
+    assert read_json(tmp_path / "one.json") == read_json(tmp_path / "two.json")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "one.json", "two", "two.json"]

@@ -36,7 +36,7 @@ FLOORS: list[list[list[str]]] = [
     ],
     [["models.hub", "models.checkpoint_files", "models.backbones",
       "engine.checkpoint", "engine.logger", "engine.chat", "engine.conversation", "engine.batch",
-      "engine.evaluation", "engine.predictions", "engine.sheet", "engine.report",
+      "engine.look", "engine.evaluation", "engine.predictions", "engine.sheet", "engine.report",
       "engine.adapters", "engine.publish", "engine.loop",
       *(f"tasks.{n}" for n in ("world", "rows", "mmstar", "pope", "scienceqa", "chartqa",
                                "textvqa", "docvqa", "coco_captions"))]],

@@ -141,7 +141,7 @@ def test_logprobs_are_those_of_a_forward_pass(chat):
     ((_, reply),) = chat.replies([tokens], SHORT)
     answer = torch.tensor([[*tokens.ids, *reply.tokens]])
     with torch.no_grad():
-        logits, _ = chat.model(answer, chat._encoded(tokens).images)
+        logits, _ = chat.model(answer, chat.pixels(tokens))
     wanted = logits[0, len(tokens) - 1 : -1].log_softmax(-1)
     wanted = wanted.gather(1, torch.tensor(reply.tokens)[:, None])[:, 0]
     torch.testing.assert_close(torch.tensor(reply.logprobs), wanted, atol=1e-4, rtol=1e-4)
