@@ -12,13 +12,14 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from configs import InputError, command, parse
 from data import world
@@ -73,19 +74,28 @@ def open_pictures(paths: Sequence[str]) -> list[Image.Image]:
     pictures = []
     for path in paths:
         name = Path(path).name
-        with contextlib.suppress(OSError, ValueError, SyntaxError, UnidentifiedImageError,
-                                 Image.DecompressionBombError):  # fmt: skip
-            with Image.open(path, formats=FORMATS) as image:  # reads the header alone
-                if image.width * image.height > MOST_PIXELS:
-                    raise InputError(
-                        f"{name}: {image.width} x {image.height} pixels are more than "
-                        f"{MOST_PIXELS:,}; send a smaller one."
-                    )
+        width, height = size_of(path)
+        if width * height > MOST_PIXELS:
+            raise InputError(
+                f"{name}: {width} x {height} pixels are more than {MOST_PIXELS:,}; "
+                "send a smaller one."
+            )
         try:
             pictures.append(open_image(path))
         except InputError as error:
             raise InputError(str(error).replace(str(path), name)) from None
     return pictures
+
+
+def size_of(path: str) -> tuple[int, int]:
+    """Width and height by a picture's header; (0, 0) of what is none, which open_image explains."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with Image.open(path, formats=FORMATS) as image:
+                return image.size
+        except Exception:  # Pillow's plug-ins raise nearly every type on broken files
+            return 0, 0
 
 
 def answer(chat: Chat, paths: Sequence[str] | None, prompt: str) -> Iterator[dict]:
@@ -250,13 +260,13 @@ class BodyLimit:
 
 def main(argv: list[str]) -> None:
     args = parse(Arguments, argv)
+    chat = Chat.load(args.checkpoint, args.device)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
     try:
         import gradio as gr
         from starlette.middleware import Middleware
     except ImportError:
         raise InputError("demo.py needs gradio: run `pip install gradio`.") from None
-    chat = Chat.load(args.checkpoint, args.device)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         fonts = ["system-ui", "sans-serif"]  # Gradio's own would come from the network

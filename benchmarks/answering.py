@@ -11,6 +11,7 @@ Everything compared runs in one process, in turns, so that what else the machine
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -57,7 +58,8 @@ def conversation(chat: Chat, n: int = 20) -> None:
         del calls[calls_before:]
         same &= alone == "".join(p.text for p in talk.ask(question, shown))
     print(f"5 turns: {sum(calls)} tiles encoded; the same answers as without a cache: {same}")
-    print(f"{'pictures':>8} {'first turn':>11} {'later turn':>11} {'without':>9}   (ms to first token)")
+    print("milliseconds to the first token")
+    print(f"{'pictures':>8} {'first turn':>11} {'later turn':>11} {'without':>9}")
     for n_pictures in (1, 2, 4, 8):
         first, later, without = [], [], []
         for _ in range(n):
@@ -88,7 +90,7 @@ def in_fixed_batches(chat: Chat, prompts, sampling: Sampling, n_rows: int) -> li
 def batch(chat: Chat, n: int = 500, n_rows: int = 32, rounds: int = 3) -> None:
     """Questions of all skills in random order: short answers and captions mixed."""
     asked = [i.sample for i in items(DataConfig(), "test", n)]
-    asked = [asked[i] for i in torch.randperm(len(asked), generator=torch.Generator().manual_seed(0))]
+    random.Random(0).shuffle(asked)
     prompts = [chat.processor.encode_prompt(s.turns[:-1], s.images) for s in asked]
     sampling, times = Sampling(max_new_tokens=96), {"fixed": [], "refilled": []}
     for _ in range(rounds):
@@ -109,20 +111,22 @@ def batch(chat: Chat, n: int = 500, n_rows: int = 32, rounds: int = 3) -> None:
 
 def choices(chat: Chat, n: int = 3000) -> None:
     """Yes/no and colour questions: free greedy answers, and the likeliest of the choices."""
-    asked = [i for i in TASK.items(DataConfig(), "test", n) if i.skill in ("exist", "compare", "color")]
+    skills = ("exist", "compare", "color")
+    asked = [i for i in TASK.items(DataConfig(), "test", n) if i.skill in skills]
     free = answer_items(chat, asked)
     prompts = [chat.processor.encode_prompt(i.sample.turns[:-1], i.sample.images) for i in asked]
     chosen = []
     for item, tokens in zip(asked, prompts):
         shares = chat.choose(tokens, item.choices)
         chosen.append(float(item.choices[shares.index(max(shares))] == item.expected))
-    for skill in ("exist", "compare", "color"):
+    for skill in skills:
         which = [k for k, i in enumerate(asked) if i.skill == skill]
         a, b = mean([free[k] for k in which]), sum(chosen[k] for k in which) / len(which)
         print(f"{skill:8} free {a:.1%}, by choice {b:.1%}, n {len(which)}")
     found = paired_difference(chosen, [f.score for f in free])
     low, high = found["interval"]
-    print(f"difference {found['difference']:+.2%} ({low:+.2%} to {high:+.2%}), p = {found['p']:.3f}")
+    print(f"difference {found['difference']:+.2%} ({low:+.2%} to {high:+.2%}), "
+          f"p = {found['p']:.3f}")  # fmt: skip
 
 
 # --- 8 bits ---------------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ class User:
         self.address, self.session = address, uuid.uuid4().hex
         self.open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
         config = json.loads(self.open(f"{address}/config", timeout=120).read())
-        self.number = next(d["id"] for d in config["dependencies"] if d["targets"][0][1] == "click")
+        self.number = next(d["id"] for d in config["dependencies"] if d["api_name"] == "ask")
 
     def upload(self, path: Path) -> dict:
         edge = uuid.uuid4().hex
