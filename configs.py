@@ -146,7 +146,7 @@ class LMConfig(Checked):
 
     lm_hidden_dim: int = 128
     """Width of the decoder."""
-    lm_inter_dim: int = 384
+    lm_inter_dim: int = 256
     """Width of the hidden layer of the gated MLP."""
     lm_n_heads: int = 4
     """Query heads."""
@@ -280,11 +280,11 @@ class DataConfig(Checked):
     """Most tiles of one conversation; more is refused, never cut."""
     val_fraction: float = 0.02
     """Share of a file's rows kept for validation, chosen by a hash of the row."""
-    world_questions: int = 6
+    world_questions: int = 4
     """Questions about a built-in scene in one training conversation."""
     world_described: float = 0.2
     """Share of built-in scenes that are described, not asked about."""
-    world_first: int = 20000
+    world_first: int = 14000
     """Training scenes that come first and are all described: seeing before answering."""
     workers: int = 0
     """Processes that prepare samples; 0: the training process does."""
@@ -304,19 +304,19 @@ class TrainConfig(Checked):
 
     out: str = "runs/tiny"
     """Run folder: configuration, log, loss curve, checkpoints."""
-    steps: int = 1800
+    steps: int = 1500
     """Optimizer steps."""
     accumulate: int = 1
     """Batches per optimizer step."""
     optimizer: Literal["adamw", "muon"] = "muon"
     """muon: Muon for the matrices of the blocks, AdamW for the rest."""
-    lr_vision: float = 0.002
+    lr_vision: float = 0.0015
     """Peak learning rate of the vision encoder (AdamW)."""
-    lr_projector: float = 0.002
+    lr_projector: float = 0.0015
     """Peak learning rate of the projector (AdamW)."""
-    lr_language: float = 0.002
+    lr_language: float = 0.0015
     """Peak learning rate of the language model (AdamW)."""
-    lr_muon: float = 0.015
+    lr_muon: float = 0.012
     """Peak learning rate of matrices trained by Muon."""
     weight_decay: float = 0.01
     """Decoupled weight decay; never on norms, biases, embeddings."""
@@ -326,7 +326,7 @@ class TrainConfig(Checked):
     """AdamW's second moment decay."""
     muon_momentum: float = 0.95
     """Muon's momentum."""
-    warmup: int = 100
+    warmup: int = 50
     """Steps of linear warm-up."""
     schedule: Literal["cosine", "linear", "constant"] = "linear"
     """Shape of the decay to zero after warm-up."""
@@ -474,11 +474,16 @@ FINE_TUNE = dict(optimizer="adamw", lr_vision=5e-5, lr_projector=0.005, lr_langu
                  eval_every=500, save_every=500)
 
 PRESETS: dict[str, RunConfig] = {
-    # 1.4 M parameters; the class defaults.
+    # 1.2 M parameters; the class defaults.
     "tiny": RunConfig(),
     # The same model, trained long enough for the last skills (docs/recipes.md).
-    "tiny-long": RunConfig(train=TrainConfig(out="runs/tiny-long", steps=8500, eval_every=1000,
+    "tiny-long": RunConfig(train=TrainConfig(out="runs/tiny-long", steps=5000, eval_every=1000,
                                              save_every=1000)),
+    # As small, but with SmolLM2's tokenizer and tiles, as llama.cpp wants them (docs/deploy.md).
+    "portable": RunConfig(
+        model=VLMConfig(**SMOLVLM_TOKENS, max_img_size=96,
+                        lm_tokenizer="HuggingFaceTB/SmolLM2-135M"),
+        train=TrainConfig(out="runs/portable")),
     # nanoVLM's first release: SigLIP-B/16-224 + SmolLM2-135M.
     "222m": RunConfig(
         model=VLMConfig(**SIGLIP_B, **SMOLLM2, vit_img_size=224, max_img_size=224,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, count, permutations, product, takewhile
@@ -202,28 +202,31 @@ def _blend(picture: np.ndarray, cell: int, alpha: np.ndarray, color: list[int]) 
 
 # Questions: for each skill, every unambiguous (text, answer, unseen) that a scene has
 
-def _lookup(of: str, text: str, answer: str, scene: Scene) -> Iterator[tuple[str, str, bool]]:
-    """About each thing that no other shares its `of` with."""
-    for t in _single(scene, of):
-        yield text.format(t, POSITIONS[t.cell]), answer.format(t, POSITIONS[t.cell]), t.held
-
-
-def _where(scene: Scene) -> Iterator[tuple[str, str, bool]]:
-    for of, name in ("kind", "{0.kind}"), ("shape", "{0.shape}"), ("color", "{0.color} thing"):
-        yield from _lookup(of, f"Where is the {name}?", "{1}", scene)
+def _lookup(ways: dict[str, str], answer: str, scene: Scene) -> Iterator[tuple[str, str, bool]]:
+    """About each thing that no other shares its color, shape, kind or cell with."""
+    for of, text in ways.items():
+        for t in _single(scene, of):
+            yield text.format(t, POSITIONS[t.cell]), answer.format(t, POSITIONS[t.cell]), t.held
 
 
 def _count(scene: Scene) -> Iterator[tuple[str, str, bool]]:
-    """None at all is an answer in half of the scenes only: there is always more that is absent."""
+    """None at all is an answer in half of the scenes only: there is always more that is absent.
+
+    Sums and rests give every number to every shape, so no shape is learned to be never three.
+    """
     shapes, colors = (Counter(getattr(t, of) for t in scene.things) for of in ("shape", "color"))
-    for shape, plural in PLURAL.items():
-        if shapes[shape] or scene.noise % 2:
-            unseen = (shapes[shape], shape) in HELD_COUNTS
-            yield f"How many {plural} are there?", str(shapes[shape]), unseen
+    n, held = len(scene.things), {shape for _, shape in _held_counts(scene.things)}
+    yield "How many things are there?", str(n), False
     for color in COLORS:
         if colors[color] or scene.noise % 2:
             yield f"How many {color} things are there?", str(colors[color]), False
-    yield "How many things are there?", str(len(scene.things)), False
+    for a in SHAPES:
+        if shapes[a] or scene.noise % 2:
+            yield f"How many {PLURAL[a]} are there?", str(shapes[a]), a in held
+            yield f"How many things are not {PLURAL[a]}?", str(n - shapes[a]), a in held
+    for a, b in permutations(shapes, 2):
+        text = f"How many {PLURAL[a]} and {PLURAL[b]} are there?"
+        yield text, str(shapes[a] + shapes[b]), a in held or b in held
 
 
 def _exist(scene: Scene) -> Iterator[tuple[str, str, bool]]:
@@ -266,34 +269,20 @@ def _read(scene: Scene) -> Iterator[tuple[str, str, bool]]:
         yield "What number is there?", scene.number, scene.number in HELD_NUMBERS
 
 
-def _caption(scene: Scene) -> Iterator[tuple[str, str, bool]]:
-    """All there is, in reading order, each with its place: one caption teaches what and where."""
-    yield "Describe the picture.", _describe(sorted(_parts(scene))), _any_held(scene)
-
-
-def _list(scene: Scene) -> Iterator[tuple[str, str, bool]]:
-    """In any order, for training: in reading order the next place is guessed, not looked up."""
-    parts = _parts(scene)
-    random.Random(scene.noise).shuffle(parts)
-    yield "List the things.", _describe(parts), _any_held(scene)
-
-
-def _parts(scene: Scene) -> list[tuple[int, str]]:
-    """(cell, words) of everything to see."""
+def _describe(text: str, order: Callable, scene: Scene) -> Iterator[tuple[str, str, bool]]:
+    """All there is, each with its place: one caption teaches what and where."""
     parts = [(t.cell, f"a {t.size} {t.kind}") for t in scene.things]
     if scene.number is not None:
         parts.append((scene.number_cell, f"the number {scene.number}"))
-    return parts
+    *rest, last = [f"{what} at the {POSITIONS[cell]}" for cell, what in order(parts)]
+    unseen = (bool(_held_counts(scene.things)) or any(t.held for t in scene.things)
+              or scene.number in HELD_NUMBERS)
+    yield text, f"{', '.join(rest)} and {last}", unseen
 
 
-def _describe(parts: list[tuple[int, str]]) -> str:
-    *rest, last = [f"{what} at the {POSITIONS[cell]}" for cell, what in parts]
-    return f"{', '.join(rest)} and {last}"
-
-
-def _any_held(scene: Scene) -> bool:
-    return (bool(_held_counts(scene.things)) or any(t.held for t in scene.things)
-            or scene.number in HELD_NUMBERS)
+def _shuffled(parts: list) -> list:
+    """For training: in reading order the next place is guessed, not looked up."""
+    return random.Random(str(parts)).sample(parts, len(parts))
 
 
 def _single(scene: Scene, of: str) -> list[Thing]:
@@ -302,11 +291,17 @@ def _single(scene: Scene, of: str) -> list[Thing]:
     return [t for t in scene.things if times[getattr(t, of)] == 1]
 
 
-ASK = {"color": partial(_lookup, "shape", "What color is the {0.shape}?", "{0.color}"),
-       "shape": partial(_lookup, "color", "What shape is the {0.color} thing?", "{0.shape}"),
-       "what": partial(_lookup, "cell", "What is at the {1}?", "a {0.size} {0.kind}"),
-       "where": _where, "count": _count, "exist": _exist, "relation": _relation,
-       "compare": _compare, "read": _read, "caption": _caption, "list": _list}
+ASK = {"color": partial(_lookup, {"shape": "What color is the {0.shape}?",
+                                  "cell": "What color is the thing at the {1}?"}, "{0.color}"),
+       "shape": partial(_lookup, {"color": "What shape is the {0.color} thing?",
+                                  "cell": "What shape is the thing at the {1}?"}, "{0.shape}"),
+       "where": partial(_lookup, {"kind": "Where is the {0.kind}?",
+                                  "shape": "Where is the {0.shape}?",
+                                  "color": "Where is the {0.color} thing?"}, "{1}"),
+       "what": partial(_lookup, {"cell": "What is at the {1}?"}, "a {0.size} {0.kind}"),
+       "count": _count, "exist": _exist, "relation": _relation, "compare": _compare,
+       "read": _read, "caption": partial(_describe, "Describe the picture.", sorted),
+       "list": partial(_describe, "List the things.", _shuffled)}
 
 
 def ask(scene: Scene, skill: str, rng: random.Random, heldout: bool,

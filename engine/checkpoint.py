@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import platform
 import random
 import shutil
@@ -120,7 +121,11 @@ def _flush(folder: Path) -> None:
 
 def load_state(folder: Path, cfg: RunConfig) -> dict:
     """The state beside a checkpoint's weights; `InputError` where the settings have changed."""
-    state = torch.load(folder / STATE, weights_only=True)
+    try:
+        state = torch.load(folder / STATE, weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise InputError(f"{folder / STATE}: not the whole state of a run ({reason}).") from None
     saved = from_dict(RunConfig, state["provenance"]["config"], str(folder / STATE))
     changed = [
         f"{part}.{name}: {old!r} then, {new!r} now"

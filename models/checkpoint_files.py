@@ -195,7 +195,7 @@ def save_nanovlm(model: VisionLanguageModel, directory: str | Path, tokenizer: s
     cfg = model.cfg
     reason = idefics3.misfit(cfg) or nanovlm.misfit(cfg)
     if reason:
-        raise InputError(f"{directory}: nanoVLM has no place for {reason}.")
+        raise InputError(f"this model cannot be written for nanoVLM: it has no place for {reason}.")
     tensors, _ = state_of(model)
     tensors = to_theirs(nanovlm.unfold(tensors), nanovlm.pairs(cfg))
     if cfg.lm_tie_weights:

@@ -8,6 +8,7 @@ V vocabulary.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from models.language_model import LanguageModel
 from models.modality_projector import ModalityProjector
 from models.vision_transformer import ViT
 
-AT_ONCE = 1 << 14  # patches the encoder sees together: no faster with more, but larger
+AT_ONCE = 1 << 13  # patches the encoder sees together: with more it is larger, but no faster
 
 
 class VisionLanguageModel(nn.Module):
@@ -65,8 +66,9 @@ class VisionLanguageModel(nn.Module):
             )
             return (self.MP(self.vision_encoder.patches(blank)) * 0)[:0]  # [0, Q, D]
         images = images.to(self.MP.proj.weight.dtype)
-        n = max(1, AT_ONCE // self.cfg.vit_n_patches)
-        return torch.cat([self.MP(self.vision_encoder.patches(part)) for part in images.split(n)])
+        n = math.ceil(len(images) * self.cfg.vit_n_patches / AT_ONCE)
+        parts = images.tensor_split(n)  # of equal size, so that all are recomputed or none
+        return torch.cat([self.MP(self.vision_encoder.patches(part)) for part in parts])
 
     def embed(self, input_ids: Tensor, images: Tensor | None) -> Tensor:
         """Token embeddings [B, T, D] with the image tokens at their placeholders, in reading order.

@@ -335,6 +335,16 @@ def test_nothing_to_train(run_file, capsys):
     assert "freeze = ('vision', 'projector', 'language'): leaves nothing to train" in err
 
 
+def test_backbones_that_cannot_be_had(run_file, capsys, tmp_path):
+    argv = [run_file(), "--model.vit-model-type"]
+    line = refused(capsys, train.main, *argv, "some/encoder")
+    assert "some/encoder: no such checkpoint directory, and from the Hub it cannot be had" in line
+    assert "HF_HUB_OFFLINE is set" in line
+    assert "no such checkpoint directory." in refused(capsys, train.main, *argv, tmp_path / "no")
+    line = refused(capsys, train.main, run_file(), "--model.lm-model-type", tmp_path)
+    assert "lm_tokenizer = 'world'" in line and "name its own tokenizer" in line
+
+
 # --- score.py ------------------------------------------------------------------------------------
 
 

@@ -47,6 +47,8 @@ BROKEN = [
     ((VIT, VLM), dict(vit_hidden_dim=130), "vit_hidden_dim", "130", "multiple of vit_n_heads = 4"),
     ((VIT, VLM), dict(vit_dropout=1.0), "vit_dropout", "1.0", "below 1"),
     ((VIT, VLM), dict(vit_n_registers=-1), "vit_n_registers", "-1", "not be negative"),
+    ((VIT,), dict(vit_n_classes=-1), "vit_n_classes", "-1", "not be negative"),
+    ((VIT,), dict(vit_n_classes=3), "vit_pool", "'auto'", "a classifier needs mean, cls or map"),
     ((VIT, VLM), dict(vit_pool="cls"), "vit_pool", "'cls'", "set vit_cls_flag = True"),
     ((VIT, VLM), dict(vit_pool="max"), "vit_pool", "'max'", "auto, none, cls, mean, map"),
     ((VIT, VLM), dict(vit_hidden_act="gleu"), "vit_hidden_act", "'gleu'", "gelu_tanh, gelu"),
@@ -61,6 +63,7 @@ BROKEN = [
     ((LM, VLM), dict(lm_n_kv_heads=3), "lm_n_kv_heads", "3", "divide lm_n_heads = 4"),
     ((LM, VLM), dict(lm_hidden_dim=126), "lm_hidden_dim", "126", "multiple of lm_n_heads = 4"),
     ((LM, VLM), dict(lm_head_dim=33), "lm_head_dim", "33", "even"),
+    ((LM, VLM), dict(lm_nope_every=-1), "lm_nope_every", "-1", "not be negative"),
     ((LM, VLM), dict(lm_vocab_size=-5), "lm_vocab_size", "-5", ""),
     ((LM, VLM), dict(lm_rope_type="yarn"), "lm_rope_type", "'yarn'", "default, linear, llama3"),
     ((LM, VLM), dict(lm_dropout=-0.1), "lm_dropout", "-0.1", "at least 0"),
@@ -77,6 +80,7 @@ BROKEN = [
     ((VLM,), dict(vlm_image_token_id=2), "vlm_image_token_id", "[0, 1, 2, 2]", "four different"),
     ((VLM,), dict(vlm_eos_token_id=640), "lm_vocab_size", "640", "the largest is 640"),
     ((VLM,), dict(vit_n_channels=1), "vit_n_channels", "1", "must be 3"),
+    ((VLM,), dict(vit_n_classes=3, vit_pool="mean"), "vit_n_classes", "3", "must be 0 in a VLM"),
     ((DATA,), dict(batch_size=0), "batch_size", "0", "greater than 0"),
     ((DATA,), dict(val_fraction=1.0), "val_fraction", "1.0", "below 1"),
     ((DATA,), dict(workers=-1), "workers", "-1", "not be negative"),
@@ -139,6 +143,7 @@ def test_configs_cannot_be_changed():
     [
         ("tiny", 9, 48, 48, 640),
         ("tiny-long", 9, 48, 48, 640),
+        ("portable", 9, 48, 96, 49280),
         ("222m", 49, 224, 224, 49280),
         ("460m", 64, 512, 2048, 49280),
         ("qwen3", 64, 512, 2048, 151936),
@@ -150,13 +155,13 @@ def test_presets(preset, tokens, tile, longest, vocab):
     assert cfg.tokens_per_tile == tokens
     assert (cfg.vit_img_size, cfg.max_img_size, cfg.lm_vocab_size) == (tile, longest, vocab)
     assert cfg.vit_n_patches == tokens * cfg.mp_pixel_shuffle_factor**2
-    # A row holds the largest picture: 16 tiles and the global view, with room for an answer.
-    tiles = 1 if tile == longest else 17
+    # A row holds the largest picture: all tiles and the global view, with room for an answer.
+    tiles = 1 if tile == longest else (longest // tile) ** 2 + 1
     assert tiles * (tokens + 3) + 100 < PRESETS[preset].data.max_length
 
 
 def test_every_preset_is_listed_above():
-    assert set(PRESETS) == {"tiny", "tiny-long", "222m", "460m", "qwen3"}
+    assert set(PRESETS) == {"tiny", "tiny-long", "portable", "222m", "460m", "qwen3"}
     assert PRESETS["tiny"] == RunConfig()
     outs = [run.train.out for run in PRESETS.values()]
     assert len(set(outs)) == len(outs)
@@ -302,7 +307,7 @@ def test_a_json_file_and_flags(tmp_path):
 def test_a_mistyped_preset_names_the_nearest():
     with pytest.raises(InputError, match=r"'tinny' is neither .*did you mean 'tiny'"):
         parse_run(["tinny"])
-    with pytest.raises(InputError, match="presets are tiny, tiny-long, 222m"):
+    with pytest.raises(InputError, match="presets are tiny, tiny-long, portable, 222m"):
         parse_run(["zzzzzz"])
 
 

@@ -36,9 +36,12 @@ def run(line: str, cwd: Path) -> subprocess.CompletedProcess:
 
 def as_run(line: str) -> str:
     """The command with this interpreter, the scripts' full paths and the shortening flags."""
-    script = next((name for name in ("train.py", "score.py", "generate.py") if name in line), None)
-    assert script, f"no script in {line!r}"
     python = shlex.quote(sys.executable)
+    if line.startswith("python -m "):
+        return line.replace("python", python, 1)
+    scripts = ("train.py", "score.py", "generate.py", "export.py")
+    script = next((name for name in scripts if name in line), None)
+    assert script, f"no script in {line!r}"
     line = line.replace(f"python {script}", f"{python} {ROOT / script}")
     extra = SHORT.get(script, "")
     if "--help" in line or "--train.resume auto" in line:

@@ -1,21 +1,32 @@
-"""What we save, transformers alone opens: no line of this repository, and the same answers."""
+"""What we save, transformers alone opens: no line of this repository, and the same answers.
+
+Here in the newest version, and in older ones in environments of their own (slow).
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from configs import PRESETS
+from data import processor as processors
+from data.images import normalise
 from engine.chat import Chat
 from models.generation import Sampling
 from models.vision_language_model import VisionLanguageModel
 
+ROOT = Path(__file__).parent.parent
 NEW = 12
 STRANGER = """
 import json, sys
@@ -25,71 +36,173 @@ for name in ("models", "configs", "data", "engine"):
     except ImportError:
         continue
     raise SystemExit(f"{name} can be imported here")
+import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-asked, answers = json.load(sys.stdin), []
+asked, answers, arrays = json.load(sys.stdin), [], {}
 processor = AutoProcessor.from_pretrained(asked["folder"])
-model = AutoModelForImageTextToText.from_pretrained(asked["folder"], dtype=torch.float32).eval()
-for question, paths in asked["questions"]:
+model = AutoModelForImageTextToText.from_pretrained(asked["folder"]).float().eval()
+for i, (question, paths) in enumerate(asked["questions"]):
     content = [{"type": "image"} for _ in paths] + [{"type": "text", "text": question}]
     messages = [{"role": "user", "content": content}]
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
     inputs = processor(text=text, images=[Image.open(p) for p in paths], return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**inputs).logits[0, -8:]
     new = model.generate(**inputs, do_sample=False, max_new_tokens=asked["new"])
     new = new[:, inputs["input_ids"].shape[1] :]
     answers.append(processor.batch_decode(new, skip_special_tokens=True)[0].strip())
+    arrays |= {f"ids{i}": inputs["input_ids"][0], f"pixels{i}": inputs["pixel_values"][0]}
+    arrays[f"logits{i}"] = logits
+np.savez(asked["out"], **{name: x.numpy() for name, x in arrays.items()})
 print(json.dumps(answers))
 """
+WORDS = ["What color is it?", "Describe the picture.", "How many circles are there?",
+         "Is there a square?", "Where is 7 of 42?"]  # fmt: skip
+
+
+MODES = [("RGB", "png"), ("L", "png"), ("CMYK", "jpg")]
+
+
+def make_questions(folder: Path, n: int, modes=MODES) -> list[tuple[str, list[str]]]:
+    """Questions about pictures of odd sizes and modes; every seventh has two."""
+    rng, paths = np.random.default_rng(0), []
+    for i in range(n):
+        width, height = (int(x) for x in rng.integers(5, 320, 2))
+        small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        mode, kind = modes[i % len(modes)]
+        path = folder / f"{i}.{kind}"
+        small.resize((width, height), Image.Resampling.BICUBIC).convert(mode).save(path)
+        paths.append(str(path))
+    return [(WORDS[i % 5], [paths[i], paths[i - 1]][: 1 + (i % 7 == 6)]) for i in range(n)]
+
+
+def ask_a_stranger(folder: Path, questions, at: Path, python: str = sys.executable):
+    """(answers, arrays) of a fresh process in which our repository cannot be imported."""
+    script = at / "stranger.py"
+    script.write_text(STRANGER)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    asked = {"folder": str(folder), "questions": questions, "new": NEW, "out": str(at / "out.npz")}
+    done = subprocess.run(
+        [python, str(script)], cwd=at, env=env, input=json.dumps(asked), capture_output=True,
+        text=True, timeout=1800,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1]), np.load(at / "out.npz")
+
+
+@torch.no_grad()
+def compare(folder: Path, questions, at: Path, python: str = sys.executable) -> dict[str, float]:
+    """Ids equal; the largest difference of pixels and of logits; the share of equal answers."""
+    theirs, arrays = ask_a_stranger(folder, questions, at, python)
+    chat = Chat.load(folder)
+    worst, same = {"pixels": 0.0, "logits": 0.0}, 0
+    for i, (question, paths) in enumerate(questions):
+        tokens = chat.prompt(question, paths)
+        assert tokens.ids.tolist() == arrays[f"ids{i}"].tolist(), (question, paths)
+        pixels = normalise(tokens.tiles, chat.processor.cfg)
+        logits, _ = chat.model(torch.from_numpy(tokens.ids)[None].long(), pixels)
+        for name, ours in (("pixels", pixels), ("logits", logits[0, -8:])):
+            difference = np.abs(ours.numpy() - arrays[f"{name}{i}"]).max()
+            worst[name] = max(worst[name], float(difference))
+        same += chat(question, paths, Sampling(max_new_tokens=NEW)) == theirs[i]
+    return worst | {"same": same / len(questions), "distinct": len(set(theirs))}
+
+
+TILED = {"vit_img_size": 32, "vit_patch_size": 8, "max_img_size": 64}
 
 
 @pytest.fixture
-def questions(tmp_path) -> list[tuple[str, list[str]]]:
-    """Five questions about pictures of odd sizes, one of them CMYK."""
+def saved(tmp_path, tiny_processor, minute_config, lively):
+    """`saved(**model fields)` -> a directory of random weights that look and listen."""
 
-    def picture(width: int, height: int, name: str, mode: str = "RGB") -> str:
-        rng = np.random.default_rng(width)
-        small = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
-        image = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
-        image.convert(mode).save(tmp_path / name)
-        return str(tmp_path / name)
+    def save(**fields) -> Path:
+        cfg = minute_config(**fields)
+        # Weights between a fresh model's, deaf and blind, and so large that logits are coarse.
+        model = VisionLanguageModel(cfg)
+        torch.manual_seed(0)
+        lively(model)
+        model.save_pretrained(tmp_path / "saved", replace(tiny_processor, cfg=cfg))
+        return tmp_path / "saved"
 
-    a, b = picture(32, 70, "a.png"), picture(48, 48, "b.png")
-    c, d = picture(300, 200, "c.png"), picture(81, 57, "d.jpg", "CMYK")
-    return [
-        ("What color is it?", [a]),
-        ("Describe the picture.", [b]),
-        ("How many circles are there?", [c]),
-        ("Is there a square?", [d]),
-        ("Which is bigger, the first or the second?", [c, a]),
-    ]
+    return save
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"vit_img_size": 32, "vit_patch_size": 8, "max_img_size": 64}],
-    ids=["untiled", "tiled"],
-)
-def test_a_stranger_gets_our_answers(
-    changes, questions, tmp_path, tiny_processor, minute_config, lively
-):
-    cfg = minute_config(lm_tie_weights=False, **changes)
-    model = lively(VisionLanguageModel(cfg))
-    folder = tmp_path / "saved"
-    model.save_pretrained(folder, replace(tiny_processor, cfg=cfg))
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("tiling", [{}, TILED], ids=["untiled", "tiled"])
+def test_a_stranger_gets_our_answers(tiling, tied, saved, tmp_path):
+    found = compare(saved(lm_tie_weights=tied, **tiling), make_questions(tmp_path, 8), tmp_path)
+    assert found["same"] == 1 and found["distinct"] > 3, found
+    assert found["pixels"] < 1e-6 and found["logits"] < 1e-4, found
 
-    chat = Chat.load(folder)
-    ours = [chat(q, paths, Sampling(max_new_tokens=NEW)) for q, paths in questions]
-    assert len(set(ours)) == len(ours)
 
-    script = tmp_path / "stranger.py"
-    script.write_text(STRANGER)
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    asked = {"folder": str(folder), "questions": questions, "new": NEW}
-    done = subprocess.run(
-        [sys.executable, str(script)], cwd=tmp_path, env=env, input=json.dumps(asked),
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == ours
+def smollm2(shared: Path, minute_config, lively, tmp_path: Path) -> Path:
+    """A small model on SmolLM2's real tokenizer, with SmolVLM's real ids."""
+    real = PRESETS["460m"].model
+    names = ("lm_vocab_size", "vlm_pad_token_id", "vlm_bos_token_id", "vlm_eos_token_id",
+             "vlm_image_token_id")  # fmt: skip
+    ids = {name: getattr(real, name) for name in names}
+    cfg = minute_config(**ids, **TILED, lm_tokenizer=str(shared / "tokenizers" / "smollm2"))
+    folder = tmp_path / "smollm2"
+    lively(VisionLanguageModel(cfg)).save_pretrained(folder, processors.build(cfg))
+    return folder
+
+
+def test_the_same_with_smollm2s_tokenizer(shared, minute_config, lively, tmp_path):
+    folder = smollm2(shared, minute_config, lively, tmp_path)
+    found = compare(folder, make_questions(tmp_path, 8), tmp_path)
+    assert found["same"] == 1 and found["pixels"] < 1e-6 and found["logits"] < 1e-4, found
+
+
+# --- A hundred questions, a trained model, older versions ----------------------------------------
+
+
+@pytest.fixture(params=["trained", "tiled", "smollm2"])
+def folder(request, tmp_path):
+    if request.param == "trained":
+        runs = sorted((ROOT / "runs" / "demo").glob("step-*"))
+        if not runs:
+            pytest.skip("runs/demo is absent: make demo trains it")
+        return runs[-1]
+    if request.param == "tiled":
+        return request.getfixturevalue("saved")(lm_tie_weights=False, **TILED)
+    parts = [request.getfixturevalue(name) for name in ("shared", "minute_config", "lively")]
+    return smollm2(*parts, tmp_path)
+
+
+def environment(version: str) -> str:
+    """The Python of an environment with this transformers, made on first use."""
+    home = Path(tempfile.gettempdir()) / f"picovlm-transformers-{version}"
+    python = home / "bin" / "python"
+    if not python.exists():
+        wanted = [f"transformers=={version}", f"torch=={torch.__version__.split('+')[0]}"]
+        try:
+            subprocess.run([sys.executable, "-m", "venv", home], check=True, timeout=120)
+            subprocess.run(
+                [python, "-m", "pip", "install", "-q", *wanted, "pillow", "jinja2", "numpy"],
+                check=True, timeout=1200, capture_output=True,
+            )  # fmt: skip
+        except (subprocess.SubprocessError, OSError) as error:
+            shutil.rmtree(home, ignore_errors=True)
+            pytest.skip(f"no environment with transformers {version}: {error}")
+    return str(python)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["here", "4.57.1", "4.50.3"])
+def test_a_hundred_questions(version, folder, tmp_path, record_property):
+    """4.57 places every patch one off in fp32, in SmolVLM as in ours: reported, not gated.
+
+    Before 5 only RGB pictures are read rightly: others are not converted, whatever the settings.
+    """
+    python = sys.executable if version == "here" else environment(version)
+    questions = make_questions(tmp_path, 100, MODES if version == "here" else MODES[:1])
+    found = compare(folder, questions, tmp_path, python)
+    print(f"\ntransformers {version}, {folder.name}: {found}")
+    record_property("found", found)
+    assert found["pixels"] < 1e-6, found
+    if version == "4.57.1":
+        pytest.xfail(f"huggingface/transformers issue 41190: {found}")
+    assert found["same"] == 1 and found["logits"] < 1e-4, found

@@ -50,7 +50,7 @@ def file(tmp_path) -> Path:
     rows = [
         {"image": "wide.png", "question": "Which half is dark?", "answer": "left"},
         {"image": "broken.png", "question": "What?", "answer": "nothing"},
-        *({"question": f"{i}?", "answer": "word " * 3 ** (i % 4)} for i in range(8)),
+        *({"question": f"{i}?", "answer": "word " * 4 ** (i % 4)} for i in range(8)),
         "broken",
     ]
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
@@ -165,11 +165,11 @@ def test_the_sheet_shows_the_tiles_themselves(tiled, file, tmp_path):
 
 def test_the_command_end_to_end(file, tmp_path):
     argv = ["-m", "data.preview", str(file), "tiny", "--sheet", str(tmp_path / "s.png"), "--n", "2",
-            "--data.max-length", "30", "--data.val-fraction", "0"]  # fmt: skip
+            "--data.max-length", "50", "--data.val-fraction", "0"]  # fmt: skip
     done = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert f"{file}: 2 rows of image + question + answer; 8 rows of question" in done.stdout
-    assert "cut at data.max_length = 30: 4 rows lose" in done.stdout
+    assert "cut at data.max_length = 50: 4 rows lose" in done.stdout
     assert len(re.findall(r"\[\[.*?\]\]", done.stdout, re.S)) == 3  # two shown, and the legend
     assert Image.open(tmp_path / "s.png").width > 500
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import data.loader
 import engine.loop
-from configs import InputError, read_json
+from configs import InputError, TrainConfig, read_json
 from models.vision_language_model import VisionLanguageModel
 from train import main
 
@@ -200,7 +200,7 @@ def test_settings_that_change_the_run_are_refused(run_file, stop_after):
     run = go(run_file("run"))
     go_on = ["--train.resume", "auto"]
     for flag, value, name in [
-        ("--train.lr-muon", "0.5", "train.lr_muon: 0.015 then, 0.5 now"),
+        ("--train.lr-muon", "0.5", f"train.lr_muon: {TrainConfig().lr_muon} then, 0.5 now"),
         ("--data.batch-size", "3", "data.batch_size: 1 then, 3 now"),
         ("--model.lm-dropout", "0.5", "model.lm_dropout: 0.0 then, 0.5 now"),
     ]:

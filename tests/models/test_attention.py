@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from configs import LMConfig
+from models import attention
 from models.attention import (
     KVCache,
     _Take,
@@ -218,3 +221,32 @@ def test_rows_of_a_cache_are_copied_and_replaced():
     big.keep_rows(torch.tensor([1, 1, 0]))
     assert torch.equal(big.k[:, 0], big.k[:, 1]) and big.rows.tolist() == [[0], [1], [2]]
     assert torch.equal(big.k[:, 2, :, :5], small.k[:, 1])
+
+
+@pytest.mark.parametrize("fields", [{}, dict(vit_cls_flag=True, vit_layer_scale=True)], ids=str)
+def test_recomputed_blocks_give_the_same_gradients(fields, small_model, make_sample, monkeypatch):
+    """Bit for bit; and they are recomputed: every block runs twice."""
+    model = small_model(**fields).train()
+    ids, images = make_sample(model.cfg, 3, 20, seed=0)
+    runs, found = [], []
+    for block in (*model.vision_encoder.blocks, *model.decoder.blocks):
+        block.register_forward_pre_hook(lambda *_: runs.append(1))
+    for bytes_of_the_machine in (math.inf, 0):
+        monkeypatch.setattr(attention, "memory", lambda device, n=bytes_of_the_machine: n)
+        runs.clear()
+        _, loss = model(ids[None], images, targets=ids[None])
+        loss.backward()
+        found.append([len(runs), loss.detach(), *(p.grad.clone() for p in model.parameters())])
+        model.zero_grad()
+    (once, *kept), (twice, *again) = found
+    assert (once, twice) == (5, 10)
+    assert all(torch.equal(a, b) for a, b in zip(kept, again))
+    monkeypatch.setattr(attention, "memory", lambda device: 0)
+    runs.clear()
+    with torch.no_grad():
+        model(ids[None], images)
+    assert len(runs) == 5, "nothing to recompute without a backward pass"
+
+
+def test_memory_of_this_machine():
+    assert 2**28 < attention.memory(torch.device("cpu")) < 2**45

@@ -10,10 +10,11 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
-from configs import InputError, LMConfig, ViTConfig
+from configs import PRESETS, InputError, LMConfig, ViTConfig
 from models.backbones import FAMILIES
 from models.language_model import LanguageModel
 from models.pretrained import llama
+from models.vision_language_model import VisionLanguageModel
 from models.vision_transformer import ViT
 
 # Large epsilons make a wrong one visible; sizes differ wherever they may.
@@ -508,6 +509,53 @@ def test_a_decoder_of_no_family(tmp_path):
     ours = shake(LanguageModel(LMConfig(lm_qkv_bias=True, lm_qk_norm=True, lm_nope_every=2)))
     ours.save_pretrained(tmp_path)
     assert torch.equal(lm_logits(load_lm(tmp_path), IDS), lm_logits(ours, IDS))
+
+
+# --- True sizes -----------------------------------------------------------------------------------
+
+SIGLIP_B = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+                num_attention_heads=12, patch_size=16)  # fmt: skip
+SMOLLM2 = dict(vocab_size=49152, max_position_embeddings=8192, rms_norm_eps=1e-5,
+               tie_word_embeddings=True,
+               rope_parameters={"rope_type": "default", "rope_theta": 100000.0})  # fmt: skip
+TRUE = {
+    "222m": (
+        hf.SiglipVisionConfig(**SIGLIP_B, image_size=224),
+        hf.LlamaConfig(**SMOLLM2, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+                       num_attention_heads=9, num_key_value_heads=3),
+    ),
+    "460m": (
+        hf.SiglipVisionConfig(**SIGLIP_B, image_size=512),
+        hf.LlamaConfig(**SMOLLM2, hidden_size=960, intermediate_size=2560, num_hidden_layers=32,
+                       num_attention_heads=15, num_key_value_heads=5),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", TRUE)
+@torch.no_grad()
+def test_presets_at_their_true_size(preset, tmp_path, capsys):
+    """Random weights of their real configs -> files -> a VLM on both; one forward of each part."""
+    vision, text = TRUE[preset]
+    eyes, mouth = hf.SiglipVisionModel(vision).eval(), hf.LlamaForCausalLM(text).eval()
+    eyes.save_pretrained(tmp_path / "eyes")
+    mouth.save_pretrained(tmp_path / "mouth")
+    cfg = replace(
+        PRESETS[preset].model,
+        vit_model_type=str(tmp_path / "eyes"),
+        lm_model_type=str(tmp_path / "mouth"),
+    )
+    model = VisionLanguageModel.from_backbones(cfg)
+    assert model.cfg == cfg, "the preset's sizes are those of its backbones"
+    assert "resampled" not in capsys.readouterr().err
+    x = images(1, vision.image_size)
+    model.eval()
+    close(model.vision_encoder.forward_features(x), eyes(x).last_hidden_state)
+    ids = torch.randint(0, 49152, (1, 100))
+    close(lm_logits(model.decoder, ids)[..., :49152], mouth(ids).logits)
+    mean = mouth.get_input_embeddings().weight.mean(0)
+    torch.testing.assert_close(model.decoder.token_embedding.weight[49190], mean)
 
 
 # --- Really trained weights -----------------------------------------------------------------------

@@ -1,0 +1,95 @@
+"""docs/own-data.md is true: its commands run on fifty real pictures, its rows are read."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from configs import DataConfig, read_json
+from data.sources import open_source
+
+ROOT = Path(__file__).parent.parent.parent
+PAGE = (ROOT / "docs" / "own-data.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.S)
+
+
+def run(line: str, place: Path) -> str:
+    """Standard output of a documented command, with this interpreter, somewhere else."""
+    line = re.sub(r"^python (?=\w+\.py)", f"python {ROOT}/", line)
+    line = line.replace("python ", f"{shlex.quote(sys.executable)} ", 1)
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", "-c", line], cwd=place, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def make_place(place: Path, shared: Path, demo_steps: int) -> Path:
+    """Fifty flags named for their countries, and a demo so far trained."""
+    folder, names = shared / "datasets" / "flags", []
+    for line in (folder / "names.tsv").read_text(encoding="utf-8").splitlines()[1:]:
+        file, country = line.split("\t")
+        if len(names) < 50 and re.fullmatch("[A-Za-z ]+", country):
+            names.append(country)
+            (place / "flags").mkdir(exist_ok=True)
+            shutil.copy(folder / "images" / file, place / "flags" / f"{country}.png")
+    assert len(names) == 50 and {"Andorra", "United Arab Emirates"} <= set(names)
+    short = "--train.eval-every 0 --train.eval-samples 10 --data.max-length 256"
+    run(f"python train.py tiny --train.out runs/demo --train.steps {demo_steps} {short}", place)
+    return place
+
+
+def commands() -> list[str]:
+    [block] = blocks("bash")
+    return block.splitlines()
+
+
+def test_the_commands_run_on_fifty_pictures(shared, tmp_path):
+    """With two steps instead of all."""
+    place = make_place(tmp_path, shared, 2)
+    preview, train, score, ask = commands()
+    said = run(preview, place)
+    for block in blocks("text")[0].split("...\n"):
+        assert block.strip() in said, block
+    assert (place / "preview.png").is_file()
+    run(f"{train} --train.steps 2", place)
+    run(score, place)
+    assert read_json(place / "runs/flags/score.json")["n"] == 50
+    assert run(ask, place).endswith("\n")
+
+
+@pytest.mark.slow
+def test_fifty_pictures_are_learned(shared, tmp_path):
+    """As written, on a demo of 20 steps: what is learned is learned here."""
+    place = make_place(tmp_path, shared, 20)
+    outputs = [run(line, place) for line in commands()]
+    assert read_json(place / "runs/flags/score.json")["accuracy"] >= 0.9
+    assert outputs[-1] == "Andorra\n"
+
+
+def test_the_rows_are_read_as_the_page_says(tmp_path):
+    for name in ("cat", "dog"):
+        Image.new("RGB", (9, 9)).save(tmp_path / f"{name}.png")
+    seen = []
+    for i, block in enumerate(blocks("json")):
+        (tmp_path / f"{i}.jsonl").write_text(block)
+        rows = [json.loads(line) for line in block.splitlines()]
+        source = open_source(DataConfig(source=str(tmp_path / f"{i}.jsonl")), "test")
+        assert len(source) == len(rows) and source.bad == ()
+        seen.append([source[k] for k in range(len(rows))])
+    columns, [llava], [cauldron], [trl] = seen
+    assert [s.turns[-1].text for s in columns] == ["a cat", "a dog on a lawn", "B", "4"]
+    assert llava.turns == (("user", "<image>What is this?"), ("assistant", "a cat"))
+    assert cauldron.turns[0].text == "<image><image>Which is the cat?" and len(cauldron.images) == 2
+    assert trl.turns[:2] == (("system", "Be brief."), ("user", "<image>What is this?"))

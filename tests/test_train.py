@@ -1,0 +1,79 @@
+"""train.py starts from other people's backbones, and goes on with them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import torch
+import transformers as hf
+from safetensors.torch import load_file
+
+import train
+from configs import command, read_json
+from data import processor as processors
+from engine.chat import Chat
+from models.vision_language_model import VisionLanguageModel
+
+
+def test_a_run_on_backbones(run_file, tmp_path, capsys):
+    """Their sizes replace the config's; frozen parts keep their weights; a resume is itself."""
+    torch.manual_seed(0)
+    eyes = hf.Dinov2WithRegistersModel(
+        hf.Dinov2WithRegistersConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=4,
+            num_register_tokens=2,
+        )
+    )  # fmt: skip
+    eyes.save_pretrained(tmp_path / "eyes")
+    mouth = hf.Qwen3ForCausalLM(
+        hf.Qwen3Config(
+            vocab_size=600, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=1, head_dim=16, tie_word_embeddings=True,
+            max_position_embeddings=512,
+        )
+    )  # fmt: skip
+    mouth.save_pretrained(tmp_path / "mouth")
+    processors.build(train.RunConfig().model).tokenizer.save(str(tmp_path / "tokenizer.json"))
+    argv = [str(run_file(save_every=2))]
+    argv += ["--model.vit-model-type", str(tmp_path / "eyes")]
+    argv += ["--model.lm-model-type", str(tmp_path / "mouth")]
+    argv += ["--model.lm-tokenizer", str(tmp_path), "--train.freeze", "vision"]
+    command(train.main, [*argv, "--train.steps", "4"])
+    said = capsys.readouterr()
+    both = f"{tmp_path / 'eyes'} and {tmp_path / 'mouth'}"
+    assert f"weights: from {both}, the rest random" in said.out
+    assert "checkpoints: for this code alone, as Idefics3 has no place for a CLS token" in said.out
+    assert "7 x 7 patches resampled (bicubic) to 4 x 4" in said.err
+
+    run = tmp_path / "run"
+    cfg = read_json(run / "config.json")["model"]
+    wanted = dict(vit_hidden_dim=32, vit_patch_size=4, vit_n_registers=2, vit_layer_scale=True,
+                  vit_img_size=16, lm_hidden_dim=48, lm_qk_norm=True, lm_head_dim=16,
+                  lm_vocab_size=640)  # fmt: skip
+    assert cfg.items() >= wanted.items() and cfg["vit_image_mean"] == [0.485, 0.456, 0.406]
+    model = VisionLanguageModel.from_pretrained(run / "step-000002")
+    frozen = load_file(tmp_path / "eyes" / "model.safetensors")["encoder.layer.1.mlp.fc1.weight"]
+    assert torch.equal(model.vision_encoder.blocks[1].mlp.fc1.weight, frozen)
+    moved = model.decoder.token_embedding.weight[:600] - mouth.get_input_embeddings().weight
+    assert 0 < moved.abs().max() < 0.05
+
+    shutil.rmtree(run / "step-000004")
+    command(train.main, [*argv, "--train.steps", "4", "--train.resume", "auto"])
+    assert "weights: from" not in capsys.readouterr().out, "a resumed run has its own"
+    events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    losses = {e["step"]: [] for e in events if "loss" in e}
+    for event in events:
+        losses[event["step"]].append(event["loss"])
+    assert [len(losses[step]) for step in (1, 2, 3, 4)] == [1, 1, 2, 2]
+    assert losses[3][0] == losses[3][1] and losses[4][0] == losses[4][1]
+    assert Chat.load(run).model.cfg == model.cfg
+
+
+def test_a_run_from_a_bf16_copy_trains_in_fp32(run_file, small_checkpoint, tmp_path):
+    chat = Chat.load(small_checkpoint)
+    chat.model.bfloat16().save_pretrained(tmp_path / "bf16", chat.processor)
+    argv = [str(run_file()), "--train.init-from", str(tmp_path / "bf16"), "--train.steps", "1"]
+    command(train.main, argv)
+    model = VisionLanguageModel.from_pretrained(tmp_path / "run" / "step-000001")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
