@@ -1,37 +1,62 @@
 """Ask a model about pictures: the answer alone on stdout as it is made, speed on stderr.
 
+python generate.py runs/demo --image cat.png                       a conversation in the terminal
 python generate.py runs/demo --image cat.png --prompt "What color is the circle?"
 python generate.py runs/demo --image a.png b.png --prompt "<image>One <image>two: which is bigger?"
+python generate.py runs/demo --image cat.png --prompt "Is it red?" --choices yes no
+python generate.py runs/demo --jsonl questions.jsonl --out answers.jsonl
 echo "Describe the picture." | python generate.py runs/demo --image cat.png --prompt -
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 import tyro
 
 from configs import InputError, command, parse
-from engine.chat import Chat
+from engine.batch import answer_file
+from engine.chat import Chat, Piece, alternatives, quantize_int8
+from engine.conversation import Conversation
 from models.generation import Sampling
+
+HELP = """/image FILE ...   show pictures with the next question
+/reset            forget what was said, keep the pictures
+/save FILE        append the conversation to a JSONL file that trains as it is
+/quit             leave, as does Ctrl-D; Ctrl-C cuts an answer short"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Ask a model about pictures."""
+    """Ask a model about pictures; without a prompt or a file of questions, talk with it."""
 
     checkpoint: Annotated[str, tyro.conf.Positional]
     """Checkpoint directory, or run folder (its newest checkpoint is used)."""
     image: tuple[str, ...] = ()
     """Picture files, any number; they precede the prompt unless it places them by <image>."""
-    prompt: str = "Describe the picture."
+    prompt: str | None = None
     """The question; - reads it from stdin."""
+    jsonl: Path | None = None
+    """Questions, one {"image": ..., "question": ...} a line; image paths relative to the file."""
+    out: Path | None = None
+    """Where the answers to --jsonl go; lines that are there already are not asked again."""
     n: int = 1
     """How many answers; more than one needs a temperature above 0 to differ."""
+    choices: tuple[str, ...] = ()
+    """Answer with the likeliest of these."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer; they are not part of it."""
+    logprobs: bool = False
+    """Show each token's log-probability and what else was likely, on stderr or in --out."""
+    batch_size: int = 64
+    """Questions of --jsonl answered together."""
     max_new_tokens: int = 256
     """Longest answer in tokens."""
     temperature: float = 0.0
@@ -44,49 +69,160 @@ class Arguments:
     """Above 1 makes tokens that already occurred less likely."""
     seed: int | None = None
     """Makes sampling repeatable."""
+    quantize: Literal["no", "int8"] = "no"
+    """int8: hold the decoder's matrices in 8 bits (needs torchao)."""
     device: str = "cpu"
     """cpu, cuda, mps."""
 
 
 def main(argv: list[str]) -> None:
     args = parse(Arguments, argv)
+    sampling = check(args)
+    chat = Chat.load(args.checkpoint, args.device)
+    if args.quantize == "int8":
+        quantize_int8(chat.model)
+    if args.jsonl is not None:
+        answer_file(chat, args.jsonl, args.out, sampling, args.stop, args.choices,
+                    args.logprobs, args.batch_size)  # fmt: skip
+        return
+    if args.prompt is None:
+        lines = typed() if sys.stdin.isatty() else sys.stdin
+        talk(Conversation(chat), args.image, lines, sampling, args.stop)
+        return
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    tokens = chat.prompt(prompt, args.image)
+    if args.choices:
+        shares = chat.choose(tokens, args.choices)
+        print(max(zip(shares, args.choices))[1])
+        for share, choice in zip(shares, args.choices):
+            print(f"{share:.1%} {choice}", file=sys.stderr)
+        return
+    for i in range(args.n):
+        # Each answer has its own seed, so that they differ and can still be repeated.
+        own = replace(sampling, seed=None if args.seed is None else args.seed + i)
+        pieces = list(show(chat.watch(tokens, own, args.stop)))
+        if args.logprobs:
+            print(token_table(chat, pieces), file=sys.stderr)
+
+
+def check(args: Arguments) -> Sampling:
+    """The sampling options; `InputError` where an argument is wrong."""
     try:
-        sampling = Sampling(
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            repetition_penalty=args.repetition_penalty,
-            seed=args.seed,
-        )
+        names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
+        sampling = Sampling(**{name: getattr(args, name) for name in names})
     except ValueError as error:
         raise InputError(f"{error}.") from None
-    if args.n < 1:
-        raise InputError(f"n = {args.n}: must be at least 1.")
+    for name in ("n", "batch_size"):
+        if getattr(args, name) < 1:
+            raise InputError(f"{name} = {getattr(args, name)}: must be at least 1.")
+    if (args.jsonl is None) != (args.out is None):
+        raise InputError("jsonl and out: give both, where to read questions and put answers.")
+    if "" in args.stop or "" in args.choices:
+        raise InputError("stop and choices: an empty text is none.")
     try:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:  # the latter: torch built without CUDA
         raise InputError(f"device = {args.device!r}: {str(error).splitlines()[0]}.") from None
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    chat = Chat.load(args.checkpoint, args.device)
-    tokens = chat.prompt(prompt, args.image)
-    for i in range(args.n):
-        # Each answer has its own seed, so that they differ and can still be repeated.
-        answer(chat, tokens, replace(sampling, seed=None if args.seed is None else args.seed + i))
+    return sampling
 
 
-def answer(chat: Chat, tokens, sampling: Sampling) -> None:
-    """Print one answer as it is made, then its speed on stderr."""
-    start = time.perf_counter()
-    times = []
-    for piece in chat.stream_tokens(tokens, sampling):
+def show(pieces: Iterator[Piece]) -> Iterator[Piece]:
+    """Print an answer as it is made, then its speed on stderr; pass its pieces on."""
+    start, times = time.perf_counter(), []
+    for piece in pieces:
         times.append(time.perf_counter() - start)
-        print(piece, end="", flush=True)
+        print(piece.text, end="", flush=True)
+        yield piece
     print()
     print(
         f"{times[0] * 1000:.0f} ms to the first token, {len(times) / times[-1]:.1f} tokens/s",
         file=sys.stderr,
     )
+
+
+def token_table(chat: Chat, pieces: Iterable[Piece]) -> str:
+    """A line per token: itself, its log-probability, and what else was likely."""
+    word = chat.processor.tokenizer.id_to_token
+    lines = []
+    for piece in pieces:
+        if piece.token is None:
+            continue
+        logprob = float(piece.logits.float().log_softmax(-1)[piece.token])
+        others = [(t, p) for t, p in alternatives(piece.logits, 4) if t != piece.token][:3]
+        likely = "  ".join(f"{json.dumps(word(t), ensure_ascii=False)} {p:.1%}" for t, p in others)
+        name = json.dumps(word(piece.token), ensure_ascii=False)
+        lines.append(f"{name:24} {logprob:8.3f}   {likely}")
+    return "\n".join(lines)
+
+
+# --- In the terminal ----------------------------------------------------------------------------
+
+
+def typed() -> Iterator[str]:
+    """Lines from the keyboard, with history where Python has readline."""
+    import contextlib
+
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  input() then edits lines and remembers them
+    print("Ask; /help lists commands.", file=sys.stderr)
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            print(file=sys.stderr)
+            return
+
+
+def talk(
+    conversation: Conversation,
+    images: Iterable[str],
+    lines: Iterable[str],
+    sampling: Sampling,
+    stop: tuple[str, ...],
+) -> None:
+    """Answer line after line. A mistake costs a sentence, not the conversation."""
+    shown = list(images)
+    if shown:
+        conversation.chat.prompt("", shown)  # a picture that cannot be read is said at once
+    waiting = list(shown)
+    for line in map(str.strip, lines):
+        word, _, rest = line.partition(" ")
+        try:
+            if word == "/quit":
+                return
+            if word == "/image":
+                conversation.chat.prompt("", rest.split())
+                waiting, shown = waiting + rest.split(), shown + rest.split()
+            elif word == "/reset":
+                conversation.reset()
+                waiting = list(shown)
+            elif word == "/save":
+                save(conversation, Path(rest))
+            elif word.startswith("/"):
+                print(HELP, file=sys.stderr)
+            elif line:
+                for _ in show(conversation.ask(line, waiting, sampling, stop)):
+                    waiting = []
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+
+
+def save(conversation: Conversation, path: Path) -> None:
+    """Append the conversation as a row that `data.source` reads."""
+    if not conversation.turns:
+        raise InputError("nothing was said yet.")
+    row = {
+        "images": [str(Path(p).resolve()) for p in conversation.pictures],
+        "messages": [{"role": turn.role, "content": turn.text} for turn in conversation.turns],
+    }
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}).") from None
+    print(f"appended to {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,29 @@
-"""Score a checkpoint: exact greedy answers per skill, with error bars and a blind check.
+"""Score a checkpoint on a task: answers with error bars, blind, and with pictures exchanged.
 
 python score.py runs/demo --data.source world --split test --json score.json
+python score.py runs/demo --task mmstar --by likelihood --predictions mmstar.jsonl
+python score.py runs/other --task mmstar --against mmstar.jsonl
+torchrun --nproc-per-node 2 score.py runs/demo
 """
 
 from __future__ import annotations
 
+import importlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from tqdm import tqdm
 
 from configs import DataConfig, InputError, command, parse
 from engine.chat import Chat
-from engine.distributed import setup
-from engine.evaluation import answer_items, items, report
+from engine.checkpoint import resolve
+from engine.distributed import Dist, setup
+from engine.evaluation import VIEWS, Task, answer_views, choose_views, graded, report
+from engine.predictions import fingerprint, keep, read_found, read_scores, write_all
+from engine.scoring import paired_difference
 from engine.sheet import draw_sheet
 
 
@@ -25,18 +33,28 @@ class Arguments:
 
     checkpoint: Annotated[str, tyro.conf.Positional]
     """Checkpoint directory, or run folder (its newest checkpoint is used)."""
+    task: Literal[
+        "auto", "world", "rows", "mmstar", "pope", "scienceqa", "chartqa", "textvqa", "docvqa",
+        "coco_captions",
+    ] = "auto"  # fmt: skip
+    """What is asked; auto: the world, or the rows of another data.source. The public sets come from
+    the Hub, or from a file or folder with their columns that data.source names."""
     data: DataConfig = field(default_factory=DataConfig)
     """What to score on: data.source is the built-in world or your own data."""
     split: Literal["train", "val", "test"] = "test"
-    """Part of the source; test of your own data is every row."""
+    """Part of the world or of your own rows; test of your own rows is every row."""
     n: int = 3000
-    """Questions: for the world spread over its skills, for a file this many rows."""
+    """Questions: of the world spread over its skills, of others this many rows."""
+    by: Literal["generation", "likelihood"] = "generation"
+    """likelihood: the likeliest of a question's choices; questions without any are left out."""
     max_new_tokens: int = 96
     """Longest answer in tokens."""
     json: Path | None = None
     """Write the figures here."""
     predictions: Path | None = None
-    """Write every question with its answer here, one JSON object a line."""
+    """Keep every question and its answers here, one JSON object a line; goes on where it ends."""
+    against: Path | None = None
+    """The predictions of another checkpoint: is this one better on the same questions?"""
     sheet: Path | None = None
     """Write a picture of some questions with their answers, right or wrong, here."""
 
@@ -50,52 +68,92 @@ def main(argv: list[str]) -> None:
             raise InputError(f"{path}: its folder does not exist.")
         if path is not None and path.is_dir():
             raise InputError(f"{path}: is a folder; name a file.")
-    chat = Chat.load(args.checkpoint, setup().device)
-    questions = items(args.data, args.split, args.n)
+    auto = "world" if args.data.source == "world" else "rows"
+    name = auto if args.task == "auto" else args.task
+    task: Task = importlib.import_module(f"tasks.{name}").TASK
+    data = args.data
+    if data.source == "world" and task.source:
+        data = replace(data, source=task.source)
+    dist = setup()
+    chat = Chat.load(args.checkpoint, dist.device)
+    questions = task.items(data, args.split, args.n)
+    if args.by == "likelihood":
+        questions = [item for item in questions if item.choices]
     if not questions:
-        raise InputError(f"{args.data.source}: no rows in split {args.split}.")
-    answered, blind = (
-        answer_items(chat, questions, is_blind, args.data.max_tiles, args.max_new_tokens)
-        for is_blind in (False, True)
+        raise InputError(f"{data.source}: no rows in split {args.split}, or none with choices.")
+    what = (name, data.source, data.seed, args.split, args.n, args.by, args.max_new_tokens)
+    run = fingerprint(resolve(args.checkpoint), what)
+    found = answers(args, chat, questions, dist, run)
+    if dist.is_main:
+        views = {
+            view: graded(questions, [found[i][view] for i in range(len(questions))], task.metric)
+            for view in VIEWS
+        }
+        show(args, views, {"task": name, "by": args.by, **also(task, views["answer"])}, run)
+    dist.close()
+
+
+def answers(args: Arguments, chat: Chat, questions, dist: Dist, run: str) -> dict:
+    """Every question's answers: those on disk, and the rest, shared among the processes."""
+    found = read_found(args.predictions, run)
+    which = [i for i in range(len(questions)) if i not in found][dist.rank :: dist.world]
+    tiles, new = args.data.max_tiles, args.max_new_tokens
+    making = (
+        choose_views(chat, questions, which, VIEWS, tiles)
+        if args.by == "likelihood"
+        else answer_views(chat, questions, which, VIEWS, tiles, new)
     )
-    result = report(answered, blind)
+    made = dict(
+        tqdm(
+            keep(args.predictions, dist.rank, run, making),
+            total=len(which),
+            unit="question",
+            disable=not dist.is_main or not which,
+        )
+    )
+    for part in dist.gather(made):
+        found |= part
+    return found
+
+
+def also(task: Task, answered) -> dict:
+    return task.also([a.answer for a in answered], [a.item.right for a in answered])
+
+
+def show(args: Arguments, views: dict, extra: dict, run: str) -> None:
+    """Print and write what was found."""
+    result = report(views) | extra
+    if args.against is not None:
+        others = read_scores(args.against, views["answer"])
+        result["against"] = paired_difference([a.score for a in views["answer"]], others)
     print(table(result))
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     if args.predictions is not None:
-        lines = (
-            json.dumps(
-                {
-                    "row": a.item.sample.row,
-                    "skill": a.item.skill,
-                    "unseen": a.item.unseen,
-                    "question": a.item.sample.turns[-2].text,
-                    "expected": a.item.expected,
-                    "answer": a.answer,
-                    "blind": b.answer,
-                    "score": a.score,
-                }
-            )
-            for a, b in zip(answered, blind, strict=True)
-        )
-        args.predictions.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_all(args.predictions, run, views)
     if args.sheet is not None:
-        draw_sheet(answered, args.sheet)
+        draw_sheet(views["answer"], args.sheet)
 
 
 def table(result: dict) -> str:
     """The figures for people."""
-    lines = [
-        f"{'skill':10} {'accuracy':>8}  {'95 % interval':>15} "
-        f"{'seen':>7} {'unseen':>7} {'blind':>7} {'n':>6}"
-    ]
+    columns = ("seen", "unseen", *VIEWS[1:])
+    lines = [f"{'skill':10} {'accuracy':>8}  {'95 % interval':>15} "
+             + " ".join(f"{c:>8}" for c in (*columns, "n"))]  # fmt: skip
     for skill, s in (result["skills"] | {"all": result}).items():
         low, high = s["interval"]
-        cells = ["-" if s[k] is None else f"{s[k]:.1%}" for k in ("seen", "unseen", "blind")]
+        cells = ["-" if s[k] is None else f"{s[k]:.1%}" for k in columns]
         lines.append(
             f"{skill:10} {s['accuracy']:8.1%}  {low:6.1%} - {high:6.1%} "
-            f"{cells[0]:>7} {cells[1]:>7} {cells[2]:>7} {s['n']:6}"
+            + " ".join(f"{cell:>8}" for cell in (*cells, s["n"]))
         )
+    extra = [k for k in ("precision", "recall", "f1", "says_yes") if k in result]
+    lines += [", ".join(f"{k} {result[k]:.1%}" for k in extra)] if extra else []
+    if "against" in result:
+        a = result["against"]
+        low, high = a["interval"]
+        verdict = f"better by {a['difference']:+.1%} ({low:+.1%} to {high:+.1%}), p = {a['p']:.4f}"
+        lines.append(f"against the other checkpoint: {verdict}")
     return "\n".join(lines)
 
 

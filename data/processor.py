@@ -61,15 +61,20 @@ class Processor:
         return Tokens(ids, supervised, tokens.tiles, tokens.row)
 
     def encode_prompt(
-        self, turns: Sequence[Turn], pictures: Sequence = (), max_tiles: int = 1 << 30
+        self,
+        turns: Sequence[Turn],
+        pictures: Sequence = (),
+        max_tiles: int = 1 << 30,
+        opening: str = text.START,
     ) -> Tokens:
         """A conversation up to "Assistant:", nothing supervised.
 
-        Raises `InputError` past the model's context.
+        With the opening `text.NEXT`, the part of one that follows an answer: encoded apart, parts
+        are what the whole is. Raises `InputError` past the model's context.
         """
         sample = Sample((*turns, Turn("assistant", "")), tuple(pictures), row="prompt")
         tiles, strings = self._look(sample, max_tiles)
-        *runs, _answer, _newline = text.pieces(sample.turns, strings)
+        *runs, _answer, _newline = text.pieces(sample.turns, strings, opening)
         ids, supervised = text.encode_pieces(self.tokenizer, runs)
         limit = self.cfg.lm_max_position_embeddings
         if len(ids) >= limit:
@@ -79,6 +84,11 @@ class Processor:
                 f"context ends at {limit}; shorten it."
             )
         return Tokens(ids, np.zeros_like(supervised), tiles, "prompt")
+
+    def encode_answer(self, answer: str) -> np.ndarray:
+        """The ids, [T] int32, that say `answer` and end the turn."""
+        _, (run, _), _ = text.pieces([Turn("assistant", answer)], ())
+        return text.encode_pieces(self.tokenizer, [(run, True)])[0]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of an answer, without special tokens and outer spaces."""

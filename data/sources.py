@@ -74,7 +74,7 @@ class RowSource:
         where, row = self.rows.where(k), self.rows[k]
         try:
             found = conversation(row)
-            pictures = tuple(_locate(p, self.rows.folder) for p in found.pictures)
+            pictures = tuple(locate(p, self.rows.folder) for p in found.pictures)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
         return Sample(found.turns, pictures, where)
@@ -88,7 +88,7 @@ def most_bad_rows(n_rows: int) -> int:
 # --- Pictures -----------------------------------------------------------------------------------
 
 
-def _locate(picture: Any, folder: Path) -> str | bytes | Image.Image:
+def locate(picture: Any, folder: Path) -> str | bytes | Image.Image:
     """What `open_image` opens: a path from the source's folder, bytes, or the image itself."""
     if isinstance(picture, dict):
         picture = picture.get("bytes") or picture["path"]

@@ -19,6 +19,7 @@ from configs import InputError, VLMConfig
 from data.sample import Turn
 
 START, END_OF_TURN, PAD = "<|im_start|>", "<end_of_utterance>", "<|im_end|>"
+NEXT = "\n"  # between an answer and what follows
 IMAGE, FAKE, GLOBAL = "<image>", "<fake_token_around_image>", "<global-img>"
 ROWS_COLS = [f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7)]
 WORLD_SPECIAL = [PAD, START, END_OF_TURN, IMAGE, FAKE, GLOBAL, *ROWS_COLS]
@@ -134,15 +135,19 @@ def image_string(rows: int, cols: int, tokens_per_tile: int) -> str:
     return "".join(lines) + f"\n{FAKE}{GLOBAL}{tokens}{FAKE}"
 
 
-def pieces(turns: Iterable[Turn], image_strings: Iterable[str]) -> Iterator[tuple[str, bool]]:
+def pieces(
+    turns: Iterable[Turn], image_strings: Iterable[str], opening: str = START
+) -> Iterator[tuple[str, bool]]:
     """The conversation as (text, supervised) runs: answers with leading space and end of turn.
+
+    The `opening` stands first; turns that continue a conversation after an answer have NEXT there.
 
     The runs meet only between ":" and " x" or beside a special token, where no tokenizer merges; a
     test holds their ids against the template's on the whole text. Texts are stripped, so " x" is
     never two spaces.
     """
     fill = iter(image_strings)
-    prompt = START
+    prompt = opening
     for role, text in turns:
         text = text.strip()
         space = "" if text.startswith(IMAGE) else " "
@@ -150,7 +155,7 @@ def pieces(turns: Iterable[Turn], image_strings: Iterable[str]) -> Iterator[tupl
         if role == "assistant":
             yield prompt + "Assistant:", False
             yield space + text + END_OF_TURN, True
-            prompt = "\n"
+            prompt = NEXT
         else:
             prompt += f"{role.capitalize()}:{space}{text}{END_OF_TURN}\n"
     if prompt:

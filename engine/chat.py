@@ -1,28 +1,30 @@
 """Pictures and strings in, text out: model and processor together, in one call.
 
-Not here: how a token is chosen (models/generation.py), a web page (demo.py).
+Not here: how a token is chosen (models/generation.py), several turns (conversation.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from configs import InputError
 from data import processor as processors
+from data.images import normalise
 from data.packing import collate_prompts
 from data.processor import Processor
 from data.sample import Tokens, Turn
 from data.text import load_tokenizer
 from engine.checkpoint import resolve
-from models.generation import Sampling
+from models.generation import Prompt, Sampling, Step, likelihoods, serve, steps
 from models.vision_language_model import VisionLanguageModel
-
-MOST_TOKENS = 1 << 13  # of the prompts answered together: their keys and values fill the memory
 
 
 def open_checkpoint(source: str | Path) -> tuple[VisionLanguageModel, Processor]:
@@ -35,6 +37,77 @@ def open_checkpoint(source: str | Path) -> tuple[VisionLanguageModel, Processor]
     if (folder / "tokenizer.json").is_file() or model.cfg.lm_tokenizer == "world":
         return model, Processor(model.cfg, load_tokenizer(folder))
     return model, processors.build(model.cfg)  # nanoVLM keeps no tokenizer beside the weights
+
+
+def quantize_int8(model: VisionLanguageModel) -> VisionLanguageModel:
+    """Keep the decoder's matrices as 8-bit integers with a scale per row, for answering alone.
+
+    In place, by torchao. Raises `InputError` where that is not installed.
+    """
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError:
+        raise InputError("quantize = 'int8': needs torchao; run `pip install torchao`.") from None
+    quantize_(model.decoder, Int8WeightOnlyConfig())
+    return model
+
+
+class Piece(NamedTuple):
+    """What one token adds to an answer."""
+
+    text: str  # "" while a character, or what may be a stop string, is incomplete
+    token: int | None  # None: a last piece, of what had been held back
+    logits: Tensor | None  # [V], what the token was chosen from
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A whole answer; `tokens` hold its end of turn, unless it was cut short."""
+
+    text: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]  # of each token, under the model alone
+
+
+def answer_text(processor: Processor, tokens: Sequence[int], stop: Sequence[str] = ()) -> str:
+    """The text of an answer, up to the first stop string."""
+    text = processor.tokenizer.decode(list(tokens), skip_special_tokens=True).lstrip()
+    return text[: min((text.find(s) for s in stop if s in text), default=len(text))].rstrip()
+
+
+def speak(processor: Processor, said: Iterable[Step], stop: Sequence[str] = ()) -> Iterator[Piece]:
+    """Steps of a single row as text; nothing from a stop string on.
+
+    One piece per token, and one more where the end had something held back.
+    """
+    tokens, out = [], ""
+    for step in said:
+        tokens.append(int(step.tokens[0]))
+        whole = processor.tokenizer.decode(tokens, skip_special_tokens=True).lstrip()
+        text = answer_text(processor, tokens, stop)
+        stopped = any(s in whole for s in stop)
+        held = 0 if stopped else max((_overlap(whole, s) for s in stop), default=0)
+        text = text[: max(0, len(whole) - held)].rstrip() if held else text
+        complete = text.startswith(out) and not text.endswith("\N{REPLACEMENT CHARACTER}")
+        new = text[len(out) :] if complete else ""
+        out += new
+        yield Piece(new, tokens[-1], step.logits[0])
+        if stopped:
+            return
+    rest = answer_text(processor, tokens, stop)[len(out) :]
+    if rest:
+        yield Piece(rest, None, None)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many last characters of the text may be the beginning of a stop string."""
+    return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def alternatives(logits: Tensor, n: int) -> list[tuple[int, float]]:
+    """The n likeliest tokens of [V] with their probabilities."""
+    probs, tokens = logits.float().softmax(-1).topk(min(n, len(logits)))
+    return list(zip(tokens.tolist(), probs.tolist()))
 
 
 @dataclass(frozen=True)
@@ -61,11 +134,7 @@ class Chat:
 
     def prompt(self, prompt: str, images: Sequence[str | Path | Image.Image] = ()) -> Tokens:
         """Encode a question; pictures stand before it unless it names their places by `<image>`."""
-        if not prompt.strip() and not images:
-            raise InputError("the prompt is empty; ask something or give an image.")
-        if "<image>" not in prompt:
-            prompt = "<image>" * len(images) + prompt
-        return self.processor.encode_prompt([Turn("user", prompt)], images)
+        return self.processor.encode_prompt([question(prompt, images)], images)
 
     def stream(
         self,
@@ -74,49 +143,68 @@ class Chat:
         sampling: Sampling = Sampling(),
     ) -> Iterator[str]:
         """The answer in pieces, as it is made; joined they are the whole answer."""
-        return self.stream_tokens(self.prompt(prompt, images), sampling)
+        return (piece.text for piece in self.watch(self.prompt(prompt, images), sampling))
 
-    def stream_tokens(self, tokens: Tokens, sampling: Sampling) -> Iterator[str]:
-        """One piece per token of the answer to `tokens`; "" while a character is incomplete.
-
-        One more where the end cuts a character off.
-        """
+    def watch(
+        self, tokens: Tokens, sampling: Sampling = Sampling(), stop: Sequence[str] = ()
+    ) -> Iterator[Piece]:
+        """The answer to `tokens` piece by piece, with what each token was chosen from."""
         ids, mask, pixels = (
             x.to(self.model.device) for x in collate_prompts([tokens], self.processor.cfg)
         )
-        new, said, text = [], "", ""
-        for token in self.model.stream(ids, pixels, mask, sampling):
-            new.append(int(token))
-            text = self.processor.decode(new)
-            complete = text.startswith(said) and not text.endswith("\N{REPLACEMENT CHARACTER}")
-            piece = text[len(said) :] if complete else ""
-            said += piece
-            yield piece
-        if len(text) > len(said):
-            yield text[len(said) :]
+        return speak(self.processor, steps(self.model, ids, pixels, mask, sampling), stop)
+
+    def replies(
+        self,
+        prompts: Iterable[Tokens],
+        sampling: Sampling = Sampling(),
+        stop: Sequence[str] = (),
+        n_rows: int = 64,
+    ) -> Iterator[tuple[int, Reply]]:
+        """(number of the prompt, its answer) in the order in which they are done.
+
+        Prompts are read as rows of the batch become free, so they may be made one by one.
+        """
+        tokenizer = self.processor.tokenizer
+
+        def said_stop(tokens: list[int]) -> bool:
+            text = tokenizer.decode(tokens, skip_special_tokens=True).lstrip() if stop else ""
+            return any(s in text for s in stop)
+
+        encoded = (self._encoded(tokens) for tokens in prompts)
+        for index, tokens, logprobs in serve(self.model, encoded, sampling, n_rows, said_stop):
+            text = answer_text(self.processor, tokens, stop)
+            yield index, Reply(text, tuple(tokens), tuple(logprobs))
 
     def answers(
-        self, prompts: Sequence[Tokens], sampling: Sampling = Sampling(), batch_size: int = 64
+        self, prompts: Iterable[Tokens], sampling: Sampling = Sampling(), n_rows: int = 64
     ) -> list[str]:
-        """Answers to encoded prompts, in their order. Prompts of like length share a batch."""
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        texts = [""] * len(prompts)
-        while order:
-            n = next(
-                n
-                for n in range(min(batch_size, len(order)), 0, -1)
-                if n == 1 or n * len(prompts[order[n - 1]]) <= MOST_TOKENS
-            )
-            chosen, order = order[:n], order[n:]
-            ids, mask, pixels = (
-                x.to(self.model.device)
-                for x in collate_prompts([prompts[i] for i in chosen], self.processor.cfg)
-            )
-            for i, row in zip(chosen, self.model.generate(ids, pixels, mask, sampling).tolist()):
-                stop = (
-                    row.index(self.processor.cfg.vlm_eos_token_id)
-                    if self.processor.cfg.vlm_eos_token_id in row
-                    else len(row)
-                )
-                texts[i] = self.processor.decode(row[:stop])
-        return texts
+        """Answers to encoded prompts, in their order."""
+        texts = {index: r.text for index, r in self.replies(prompts, sampling, (), n_rows)}
+        return [texts[i] for i in range(len(texts))]
+
+    def choose(self, tokens: Tokens, choices: Sequence[str]) -> list[float]:
+        """How likely each of some whole answers is, as shares of their sum.
+
+        An answer's likelihood is the product of its tokens', the end of turn included.
+        """
+        if not choices:
+            raise InputError("choices: name at least one.")
+        said = [self.processor.encode_answer(choice).tolist() for choice in choices]
+        found = [float(x.sum()) for x in likelihoods(self.model, self._encoded(tokens), said)]
+        weights = [math.exp(x - max(found)) for x in found]
+        return [w / sum(weights) for w in weights]
+
+    def pixels(self, tokens: Tokens) -> Tensor:
+        """The tiles of a prompt as the encoder takes them, [N, 3, H, W]."""
+        return normalise(tokens.tiles, self.processor.cfg)
+
+    def _encoded(self, tokens: Tokens) -> Prompt:
+        return Prompt(torch.from_numpy(tokens.ids).long(), self.pixels(tokens))
+
+
+def question(prompt: str, images: Sequence) -> Turn:
+    """A user's turn with a place for each picture."""
+    if not prompt.strip() and not images:
+        raise InputError("the prompt is empty; ask something or give an image.")
+    return Turn("user", prompt if "<image>" in prompt else "<image>" * len(images) + prompt)

@@ -38,6 +38,14 @@ class Dist:
         dist.all_reduce(total)
         return total.item()
 
+    def gather(self, value: object) -> list:
+        """Every process's value, to every process, in the order of their ranks."""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
     def wrap(self, model: nn.Module) -> nn.Module:
         """Average gradients over the processes; a lone process needs nothing."""
         return model if self.world == 1 else DistributedDataParallel(model)

@@ -1,11 +1,12 @@
-"""How good a model is: loss on held-out batches, and exact answers by greedy generation, per skill.
+"""How good a model is: loss on held-out batches, and answers to questions, scored per skill.
 
-Not here: the metrics themselves (scoring.py), training (loop.py).
+Not here: the metrics themselves (scoring.py), what is asked (tasks/), training (loop.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -16,11 +17,15 @@ from configs import DataConfig, InputError
 from data import world
 from data.loader import Loader
 from data.processor import Processor
-from data.sample import Sample, Tokens
-from data.sources import open_source
+from data.readers import open_rows
+from data.sample import Sample, Tokens, Turn
+from data.sources import locate, open_source
 from engine.chat import Chat
-from engine.scoring import bootstrap_interval, exact
+from engine.scoring import Metric, any_exact, bootstrap_interval, each
 from models.generation import Sampling
+
+SHOWN = 10  # answers that an evaluation logs and a sheet shows
+VIEWS = ("answer", "blind", "shuffled")  # the picture; mid grey; another question's picture
 
 
 @dataclass(frozen=True)
@@ -29,11 +34,27 @@ class Item:
 
     sample: Sample
     skill: str
-    unseen: bool  # about a combination that never occurs in training
+    unseen: bool = False  # about a combination that never occurs in training
+    references: tuple[str, ...] = ()  # right answers; without any, the sample's last turn
+    choices: tuple[str, ...] = ()  # of which one is right, where it is multiple choice
 
     @property
     def expected(self) -> str:
-        return self.sample.turns[-1].text
+        return self.right[0]
+
+    @property
+    def right(self) -> tuple[str, ...]:
+        return self.references or (self.sample.turns[-1].text,)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked and what an answer is worth; see tasks/."""
+
+    items: Callable[[DataConfig, str, int], Sequence[Item]]  # (data, split, at most so many)
+    metric: Metric = each(any_exact)
+    source: str = ""  # asked for where the command names none
+    also: Callable[[Sequence[str], Sequence[Sequence[str]]], dict] = lambda answers, right: {}
 
 
 def items(cfg: DataConfig, split: str, n: int) -> list[Item]:
@@ -46,42 +67,138 @@ def items(cfg: DataConfig, split: str, n: int) -> list[Item]:
         ]
     source = open_source(cfg, split)
     order = np.random.default_rng(0).permutation(len(source))[:n]
-    return [Item(source[int(i)], "all", False) for i in order]
+    return [Item(source[int(i)], "all") for i in order]
+
+
+@dataclass(frozen=True)
+class RowItems(Sequence):
+    """Questions of a public data set, read when asked for: their pictures may be gigabytes."""
+
+    rows: object  # a reader
+    order: np.ndarray  # [n] int64
+    read: Callable[[dict], tuple]  # row -> prompt, picture, Item's fields from `skill` on
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, i: int) -> Item:
+        k = int(self.order[i])
+        where, row = self.rows.where(k), self.rows[k]
+        try:
+            prompt, picture, fields = self.read(row)
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise InputError(
+                f"{where}: not a row of this task ({type(error).__name__} {error}); it has "
+                f"{', '.join(row)}."
+            ) from None
+        images = () if picture is None else (locate(picture, self.rows.folder),)
+        turns = Turn("user", "<image>" * len(images) + prompt), Turn("assistant", "")
+        return Item(Sample(turns, images, where), **fields)
+
+
+def row_items(read: Callable[[dict], tuple]) -> Callable[[DataConfig, str, int], RowItems]:
+    """`Task.items` of a data set with columns of its own; `cfg.source` names the split."""
+
+    def found(cfg: DataConfig, split: str, n: int) -> RowItems:
+        rows = open_rows(cfg.source)
+        order = np.random.default_rng(0).permutation(len(rows))[:n]
+        return RowItems(rows, order, read)
+
+    return found
+
+
+# --- Answers ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Answered:
     item: Item
     answer: str
+    score: float
 
-    @property
-    def score(self) -> float:
-        return exact(self.answer, self.item.expected)
+
+def prompt_of(chat: Chat, questions: Sequence[Item], i: int, view: str, max_tiles: int) -> Tokens:
+    """Question i as a model sees it that looks, is blind, or looks at another picture.
+
+    Blank pictures are mid grey; the other one is that of the question half the list away, or of
+    the next after it with as many pictures. A picture that cannot be opened raises `InputError`:
+    a score over other questions would mislead.
+    """
+    sample = questions[i].sample
+    images, n = sample.images, len(questions)
+    if view == "shuffled":
+        order = [j for k in range(n) if (j := (i + n // 2 + k) % n) != i]
+        others = (questions[j].sample.images for j in order)
+        images = next((other for other in others if len(other) == len(images)), images)
+    tokens = chat.processor.encode_prompt(sample.turns[:-1], images, max_tiles)
+    if view != "blind":
+        return tokens
+    return Tokens(tokens.ids, tokens.supervised, np.full_like(tokens.tiles, 128))
+
+
+def answer_views(
+    chat: Chat,
+    questions: Sequence[Item],
+    which: Sequence[int],
+    views: Sequence[str] = ("answer",),
+    max_tiles: int = 1 << 30,
+    max_new_tokens: int = 96,
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """(i, its greedy answer in each view) for the i in `which`, as they are done."""
+    asked = [(i, view) for i in which for view in views]
+    prompts = (prompt_of(chat, questions, i, view, max_tiles) for i, view in asked)
+    found: dict[int, dict[str, str]] = {}
+    for number, reply in chat.replies(prompts, Sampling(max_new_tokens=max_new_tokens)):
+        i, view = asked[number]
+        found.setdefault(i, {})[view] = reply.text
+        if len(found[i]) == len(views):
+            yield i, found.pop(i)
+
+
+def choose_views(
+    chat: Chat,
+    questions: Sequence[Item],
+    which: Sequence[int],
+    views: Sequence[str] = ("answer",),
+    max_tiles: int = 1 << 30,
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """(i, the likeliest of its choices in each view) for the i in `which`."""
+    for i in which:
+        choices, found = questions[i].choices, {}
+        for view in views:
+            shares = chat.choose(prompt_of(chat, questions, i, view, max_tiles), choices)
+            found[view] = choices[max(range(len(choices)), key=shares.__getitem__)]
+        yield i, found
+
+
+def graded(
+    questions: Sequence[Item], answers: Sequence[str], metric: Metric
+) -> list[Answered]:
+    """Answers with their scores; of each skill only the first SHOWN keep their pictures."""
+    kept, n_of = [], Counter()
+    for item in questions:
+        n_of[item.skill] += 1
+        light = replace(item, sample=replace(item.sample, images=()))
+        kept.append(item if n_of[item.skill] <= SHOWN else light)
+    scores = metric(answers, [item.right for item in kept]) if kept else []
+    return [Answered(*found) for found in zip(kept, answers, scores, strict=True)]
 
 
 def answer_items(
     chat: Chat,
     questions: Sequence[Item],
-    blind: bool = False,
+    view: str = "answer",
     max_tiles: int = 1 << 30,
     max_new_tokens: int = 96,
+    metric: Metric = each(any_exact),
 ) -> list[Answered]:
-    """Greedy answers to the questions.
+    """Greedy answers to all questions in one view, scored."""
+    which = range(len(questions))
+    found = dict(answer_views(chat, questions, which, (view,), max_tiles, max_new_tokens))
+    return graded(questions, [found[i][view] for i in which], metric)
 
-    `blind` blanks every picture to mid grey: what is then still right was guessed. A picture that
-    cannot be opened raises `InputError`: a score over other questions would mislead.
-    """
-    prompts = []
-    for item in questions:
-        tokens = chat.processor.encode_prompt(item.sample.turns[:-1], item.sample.images, max_tiles)
-        prompts.append(
-            Tokens(tokens.ids, tokens.supervised, np.full_like(tokens.tiles, 128))
-            if blind
-            else tokens
-        )
-    with torch.inference_mode():
-        texts = chat.answers(prompts, Sampling(max_new_tokens=max_new_tokens))
-    return [Answered(item, text) for item, text in zip(questions, texts, strict=True)]
+
+# --- Figures ------------------------------------------------------------------------------------
 
 
 def by_skill(answered: Iterable[Answered]) -> dict[str, list[Answered]]:
@@ -91,30 +208,37 @@ def by_skill(answered: Iterable[Answered]) -> dict[str, list[Answered]]:
     return groups
 
 
+def firsts(answered: Sequence[Answered]) -> list[Answered]:
+    """The answers that an evaluation logs: SHOWN in all, as many of each skill."""
+    groups = by_skill(answered)
+    return [a for group in groups.values() for a in group[: max(1, SHOWN // len(groups))]]
+
+
 def mean(answered: Sequence[Answered]) -> float | None:
     """Average score; None of nothing."""
     return sum(a.score for a in answered) / len(answered) if answered else None
 
 
-def summary(answered: Sequence[Answered], blind: Sequence[Answered]) -> dict:
-    """The figures of score.py: accuracy, interval, seen and unseen apart, blind beside it."""
+def summary(views: dict[str, Sequence[Answered]]) -> dict:
+    """The figures of score.py: accuracy, interval, seen and unseen apart, other views beside it."""
+    answered = views["answer"]
     return {
         "accuracy": mean(answered),
         "interval": bootstrap_interval([a.score for a in answered]),
         "seen": mean([a for a in answered if not a.item.unseen]),
         "unseen": mean([a for a in answered if a.item.unseen]),
-        "blind": mean(blind),
+        **{view: mean(views[view]) for view in VIEWS[1:] if view in views},
         "n": len(answered),
     }
 
 
-def report(answered: Sequence[Answered], blind: Sequence[Answered]) -> dict:
+def report(views: dict[str, Sequence[Answered]]) -> dict:
     """`summary` over everything and, under `skills`, of each."""
-    unsighted = by_skill(blind)
+    groups = {view: by_skill(answered) for view, answered in views.items()}
     skills = {
-        skill: summary(group, unsighted[skill]) for skill, group in by_skill(answered).items()
+        skill: summary({view: groups[view][skill] for view in views}) for skill in groups["answer"]
     }
-    return summary(answered, blind) | {"skills": skills}
+    return summary(views) | {"skills": skills}
 
 
 @torch.inference_mode()
@@ -131,7 +255,7 @@ def validation_loss(model, loader: Loader, n_batches: int, region: torch.autocas
 def evaluate(
     model, processor: Processor, cfg: DataConfig, n_questions: int, region: torch.autocast
 ) -> dict:
-    """Validation loss and accuracy per skill, for the log; empty without validation rows."""
+    """Validation loss, accuracy per skill and the first answers; empty without validation rows."""
     source = open_source(cfg, "val")
     if len(source) == 0:
         return {}
@@ -140,13 +264,16 @@ def evaluate(
     loader = Loader(source, processor, replace(cfg, workers=0))
     loss = validation_loss(model, loader, 2, region)
     try:
-        groups = by_skill(answer_items(Chat(model, processor), items(cfg, "val", n_questions)))
+        answered = answer_items(Chat(model, processor), items(cfg, "val", n_questions))
     except InputError:
-        groups = {}
+        answered = []
     model.train(was_training)
+    groups = by_skill(answered)
     accuracies = {f"val_{skill}": round(mean(group), 4) for skill, group in groups.items()}
-    everything = [a for group in groups.values() for a in group]
     return {
         "val_loss": round(loss, 4),
-        "val_accuracy": round(mean(everything) or 0.0, 4),
-    } | accuracies
+        "val_accuracy": round(mean(answered) or 0.0, 4),
+        **accuracies,
+        "val_answers": [a.answer for a in firsts(answered)],
+    }
+

@@ -44,7 +44,8 @@ class Logger:
         )
         self.file.flush()
         if self.wandb is not None:
-            self.wandb.log(values, step=step)
+            numbers = {k: v for k, v in values.items() if isinstance(v, (int, float))}
+            self.wandb.log(numbers, step=step)
         if "loss" in values:
             self.bar.set_postfix_str(
                 f"loss {values['loss']:.3f}, {values['tokens_per_s']:,.0f} tok/s, "

@@ -120,8 +120,8 @@ def train(
                     values = evaluate()
                 if values:
                     logger.log(values, step)
-                    words = (f"{k[4:]} {v:.3f}" for k, v in values.items())
-                    logger.say(f"step {step}: {', '.join(words)}")
+                    numbers = ((k[4:], v) for k, v in values.items() if isinstance(v, float))
+                    logger.say(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in numbers))
             stopping = dist.sum(stop.received) > 0  # so that all processes leave after one step
             if stopping or due(step, t.save_every, t.steps):
                 save()

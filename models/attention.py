@@ -227,7 +227,7 @@ class KVCache:
 
     A token at position p stands in slot p of its row, whatever the other rows hold, and sees slots
     0..p. Prompts of unequal length are padded at the end: the padding's slots are overwritten
-    before any later token can see them.
+    before any later token can see them. So is what a conversation that goes back leaves behind.
     """
 
     def __init__(
@@ -237,15 +237,19 @@ class KVCache:
         self.k = torch.zeros(shape, device=device, dtype=dtype)  # [blocks, B, K, S, C]
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.rows = torch.arange(n_rows, device=device)[:, None]  # [B, 1]
-        self.used = 0  # slots any row has reached
+        self.used = 0  # slots the rows of this pass reach
+
+    @property
+    def n_slots(self) -> int:
+        return self.k.shape[3]
 
     def visible(self, positions: Tensor) -> Tensor | None:
         """[B, 1, T, S] for tokens about to be written at `positions` [B, T].
 
-        None for a first, contiguous prompt.
+        None for contiguous prompts from position 0 on, which need no mask.
         """
-        first, self.used = self.used == 0, max(self.used, int(positions.max()) + 1)
-        if first:
+        self.used = int(positions.max()) + 1
+        if not positions[:, 0].any():
             return None
         return (torch.arange(self.used, device=positions.device) <= positions[:, :, None])[:, None]
 
@@ -256,5 +260,11 @@ class KVCache:
         return self.k[block, :, :, : self.used], self.v[block, :, :, : self.used]
 
     def keep_rows(self, rows: Tensor) -> None:
-        """Forget all rows but these, as when others have finished."""
-        self.k, self.v, self.rows = self.k[:, rows], self.v[:, rows], self.rows[: len(rows)]
+        """Forget all rows but these, as when others have finished; a row named twice is copied."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.rows = torch.arange(len(rows), device=self.k.device)[:, None]
+
+    def put(self, rows: Tensor, other: KVCache) -> None:
+        """Copy all rows of `other`, which has no more slots, over these."""
+        self.k[:, rows, :, : other.n_slots] = other.k
+        self.v[:, rows, :, : other.n_slots] = other.v

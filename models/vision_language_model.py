@@ -54,10 +54,13 @@ class VisionLanguageModel(nn.Module):
     def embed_images(self, images: Tensor | None) -> Tensor:
         """Tiles [N, 3, H, W] -> image tokens [N, Q, D].
 
-        Without images [0, Q, D], still part of the graph.
+        Without images [0, Q, D], still part of the graph where there is one.
         """
         if images is None or len(images) == 0:
             cfg = self.cfg
+            if not torch.is_grad_enabled():
+                weight = self.MP.proj.weight
+                return weight.new_zeros(0, cfg.tokens_per_tile, weight.shape[0])  # [0, Q, D]
             blank = self.MP.proj.weight.new_zeros(
                 1, cfg.vit_n_channels, cfg.vit_img_size, cfg.vit_img_size
             )
@@ -125,13 +128,20 @@ class VisionLanguageModel(nn.Module):
         return logits, loss
 
     def prefill(
-        self, input_ids: Tensor, images: Tensor | None, lengths: Tensor, cache: KVCache
+        self,
+        input_ids: Tensor,
+        images: Tensor | None,
+        lengths: Tensor,
+        cache: KVCache,
+        start: int = 0,
     ) -> Tensor:
-        """Run prompts [B, T] into the cache -> next logits [B, V].
+        """Run prompts [B, T] into the cache, behind its first `start` tokens -> next logits [B, V].
 
         The prompts are of unequal `lengths` [B], padded at the end.
         """
-        hidden = self.decoder(self.embed(input_ids, images), cache=cache)  # [B, T, D]
+        positions = start + torch.arange(input_ids.shape[1], device=input_ids.device)
+        positions = positions.expand(input_ids.shape)  # [B, T]
+        hidden = self.decoder(self.embed(input_ids, images), positions, cache=cache)  # [B, T, D]
         return self.decoder.logits(
             hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1]
         )

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -17,7 +20,11 @@ from safetensors.torch import load_file, save_file
 import generate
 import score
 import train
-from configs import command, read_json
+from configs import DataConfig, command, read_json
+from data.sources import open_source
+from engine.chat import Chat
+from models.generation import Sampling
+from tasks.world import CHOICES
 
 
 def refused(capsys, main, *argv: object) -> str:
@@ -140,6 +147,120 @@ def test_several_pictures_stand_where_the_prompt_says(small_checkpoint, pictures
     assert "2 <image> placeholders for 1 images" in says
 
 
+def test_a_choice_and_its_shares(small_checkpoint, pictures, capsys):
+    flags = ["--image", pictures / "0.png", "--prompt", "Is it red?", "--choices", "yes", "no"]
+    out, err = ask(capsys, small_checkpoint, *flags)
+    shares = dict(reversed(line.split("% ")) for line in err.splitlines())
+    assert set(shares) == {"yes", "no"} and sum(map(float, shares.values())) == pytest.approx(100)
+    assert out.strip() == max(shares, key=lambda name: float(shares[name]))
+
+
+def test_logprobs_name_every_token(small_checkpoint, pictures, capsys):
+    flags = ["--image", pictures / "0.png", "--prompt", "What?", "--max-new-tokens", 5]
+    plain, _ = ask(capsys, small_checkpoint, *flags)
+    out, err = ask(capsys, small_checkpoint, *flags, "--logprobs")
+    assert out == plain and len(err.splitlines()) == 1 + 5
+    word, logprob, *others = err.splitlines()[1].split()
+    assert float(logprob) < 0 and "%" in others[1] and word.startswith('"')
+
+
+def test_a_stop_string_is_cut_off(small_checkpoint, pictures, capsys):
+    flags = ["--image", pictures / "0.png", "--prompt", "What?", "--max-new-tokens", 8]
+    plain = ask(capsys, small_checkpoint, *flags)[0].strip()
+    stop = plain[3:5]
+    assert ask(capsys, small_checkpoint, *flags, "--stop", stop)[0].strip() \
+        == plain.split(stop)[0].rstrip()  # fmt: skip
+
+
+@pytest.fixture
+def typed(monkeypatch, capsys):
+    """`typed(checkpoint, *flags, lines=[...])` -> what a conversation prints."""
+
+    def run(*argv: object, lines: list[str]) -> tuple[str, str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
+        return ask(capsys, *argv)
+
+    return run
+
+
+def test_a_conversation_in_the_terminal(small_checkpoint, pictures, typed, tmp_path):
+    flags = [small_checkpoint, "--image", pictures / "0.png", "--max-new-tokens", 6]
+    saved = tmp_path / "said.jsonl"
+    lines = ["What?", "", "Sure?", "/image lost.png", "/nonsense", f"/save {saved}", "/reset"]
+    lines += ["What?", f"/image {pictures / '1.png'}", "Which?", f"/save {saved}", "/quit", "No?"]
+    out, err = typed(*flags, lines=lines)
+    answers = out.splitlines()
+    assert len(answers) == 4 and answers[0] == answers[2], "a reset keeps the pictures"
+    assert "error: lost.png: no such file." in err and "/save FILE" in err
+    first, second = map(json.loads, saved.read_text().splitlines())
+    assert [m["role"] for m in first["messages"]] == ["user", "assistant"] * 2
+    assert first["messages"][0]["content"] == "<image>What?" and len(first["images"]) == 1
+    assert second["messages"][2]["content"] == "<image>Which?" and len(second["images"]) == 2
+    rows = open_source(DataConfig(source=str(saved), val_fraction=0.0), "train")
+    assert [len(rows[i].images) for i in (0, 1)] == [1, 2], "what was saved trains"
+    assert "nothing was said" in typed(*flags, lines=[f"/save {saved}"])[1]
+    long = typed(*flags, lines=["word " * 300, "What?"])
+    assert "context ends at 256" in long[1] and long[0].strip() == answers[0]
+
+
+# --- generate.py --jsonl ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def questions(pictures) -> Path:
+    rows = [{"image": f"{i % 2}.png", "question": f"What is {i}?", "id": i} for i in range(9)]
+    rows[4] = {"prompt": "Hello?"}
+    rows[6]["choices"] = ["yes", "no", "maybe"]
+    (pictures / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return pictures / "in.jsonl"
+
+
+def test_a_file_of_questions(small_checkpoint, questions, capsys, tmp_path):
+    out = tmp_path / "out.jsonl"
+    flags = [small_checkpoint, "--jsonl", questions, "--out", out, "--max-new-tokens", 5]
+    ask(capsys, *flags, "--batch-size", 3, "--logprobs")
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["row"] for row in rows] == list(range(9)) and rows[3]["id"] == 3
+    chat = Chat.load(small_checkpoint)
+    alone = chat("What is 5?", [questions.parent / "1.png"], Sampling(5))
+    assert rows[5]["answer"] == alone and len(rows[5]["logprobs"]) == len(rows[5]["tokens"]) == 5
+    assert rows[6]["answer"] in ("yes", "no", "maybe") and sum(rows[6]["shares"]) == \
+        pytest.approx(1, abs=1e-5)  # fmt: skip
+    # An interrupted run: its last line is torn. Only what is missing is asked again.
+    whole = out.read_text()
+    kept = whole.splitlines(keepends=True)
+    out.write_text("".join([*kept[5:], kept[0], kept[1][:20]]))
+    ask(capsys, *flags, "--logprobs")
+    assert out.read_text() == whole
+    out.write_text(whole.replace('"answer": "', '"answer": "kept '))
+    ask(capsys, *flags)
+    assert out.read_text().count("kept ") >= 8, "answers that are there are not asked again"
+
+
+def test_a_file_of_questions_that_cannot_be_asked(small_checkpoint, questions, capsys, tmp_path):
+    out = tmp_path / "out.jsonl"
+    flags = [small_checkpoint, "--jsonl", questions, "--max-new-tokens", 3]
+    assert "give both" in refused(capsys, generate.main, *flags)
+    flags += ["--out", out]
+    rows = questions.read_text()
+    questions.write_text(rows.replace('"1.png"', '"text.png"', 1))
+    with pytest.raises(SystemExit) as stop:
+        command(generate.main, [str(a) for a in flags])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "1 of 9 rows are not answered" in last
+    assert "in.jsonl row 2" in last and "not a readable picture" in last
+    assert len(out.read_text().splitlines()) == 8
+    questions.write_text(rows)
+    ask(capsys, *flags)
+    assert len(out.read_text().splitlines()) == 9, "the mended row is asked by the next run"
+    questions.write_text(rows.replace("What is 3?", "Else?"))
+    assert "holds other answers" in refused(capsys, generate.main, *flags)
+    questions.write_text('{"image": "0.png"}\n')
+    flags[-1] = tmp_path / "n"
+    assert "needs a text in 'question'" in refused(capsys, generate.main, *flags)
+    assert not (tmp_path / "n").exists()
+
+
 # --- train.py ------------------------------------------------------------------------------------
 
 
@@ -246,3 +367,73 @@ def test_score_writes_what_it_prints(small_checkpoint, rows_file, capsys, tmp_pa
     rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert sum(r["score"] for r in rows) / 3 == pytest.approx(result["accuracy"])
     assert Image.open(tmp_path / "s.png").width > 1000
+
+
+def test_an_interrupted_score_goes_on(small_checkpoint, rows_file, capsys, tmp_path, monkeypatch):
+    kept = tmp_path / "p.jsonl"
+    argv = [small_checkpoint, "--data.source", rows_file, "--n", 6, "--max-new-tokens", 3]
+    argv = [str(a) for a in (*argv, "--predictions", kept, "--json", tmp_path / "s.json")]
+    command(score.main, argv)
+    whole, figures = kept.read_text(), read_json(tmp_path / "s.json")
+    kept.rename(f"{kept}.part0")
+    lines = whole.splitlines(keepends=True)
+    (tmp_path / "p.jsonl.part0").write_text("".join(lines[:2] + lines[4:]))
+    asked = []
+    replies = Chat.replies
+
+    def counted(self, prompts, *rest):
+        return replies(self, (asked.append(1) or p for p in prompts), *rest)
+
+    monkeypatch.setattr(Chat, "replies", counted)
+    command(score.main, argv)
+    assert kept.read_text() == whole and len(asked) == 2 * 3, "two questions, in three views"
+    assert read_json(tmp_path / "s.json") == figures
+    capsys.readouterr()
+    assert "other settings" in refused(capsys, score.main, *argv, "--max-new-tokens", 4)
+
+
+def test_two_checkpoints_are_compared_on_the_same_questions(
+    small_checkpoint, rows_file, capsys, tmp_path
+):
+    on = ["--data.source", rows_file, "--max-new-tokens", 3]
+    argv = [str(a) for a in (small_checkpoint, *on, "--n", 5, "--predictions", tmp_path / "a")]
+    command(score.main, argv)
+    argv[-2:] = ["--against", str(tmp_path / "a"), "--json", str(tmp_path / "s.json")]
+    command(score.main, argv)
+    against = read_json(tmp_path / "s.json")["against"]
+    assert against == {"difference": 0.0, "interval": [0.0, 0.0], "p": 1.0}
+    assert "better by +0.0%" in capsys.readouterr().out
+    says = refused(capsys, score.main, small_checkpoint, *on, "--n", 4, *argv[-4:-2])
+    assert "other questions" in says
+
+
+def test_multiple_choice_by_likelihood(small_checkpoint, capsys, tmp_path):
+    argv = [small_checkpoint, "--by", "likelihood", "--n", 20, "--predictions", tmp_path / "p"]
+    command(score.main, [str(a) for a in argv])
+    rows = [json.loads(line) for line in (tmp_path / "p").read_text().splitlines()]
+    assert len(rows) == 16, "two questions of each skill but what and caption"
+    assert all(r["views"]["answer"] in CHOICES[r["skill"]] for r in rows)
+    assert "what" not in capsys.readouterr().out
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "What?", "answer": "yes"}\n')
+    says = refused(capsys, score.main, small_checkpoint, "--by", "likelihood",
+                   "--data.source", rows, "--data.val-fraction", 0)  # fmt: skip
+    assert "or none with choices" in says
+
+
+def test_two_processes_score_as_one(small_checkpoint, rows_file, tmp_path):
+    root = Path(__file__).parent.parent
+    argv = [small_checkpoint, "--data.source", rows_file, "--n", 7, "--max-new-tokens", 3]
+    for world, name in ((1, "one"), (2, "two")):
+        run = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               f"--nproc-per-node={world}"]  # fmt: skip
+        flags = [*argv, "--predictions", tmp_path / name, "--json", tmp_path / f"{name}.json"]
+        done = subprocess.run(
+            [str(a) for a in (*run, root / "score.py", *flags)],
+            env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "one").read_text() == (tmp_path / "two").read_text()
+    assert read_json(tmp_path / "one.json") == read_json(tmp_path / "two.json")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "one.json", "two", "two.json"]

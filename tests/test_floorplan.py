@@ -36,10 +36,12 @@ FLOORS: list[list[list[str]]] = [
          "data.packing", "data.loader", "data.preview", "data.views"],
     ],
     [["models.hub", "models.checkpoint_files", "models.backbones",
-      "engine.checkpoint", "engine.logger", "engine.chat",
-      "engine.evaluation", "engine.sheet", "engine.report", "engine.adapters", "engine.publish",
-      "engine.classification", "engine.embedding", "engine.vit_card",
-      "engine.vit_sheet", "engine.loop"]],
+      "engine.checkpoint", "engine.logger", "engine.chat", "engine.conversation", "engine.batch",
+      "engine.look", "engine.evaluation", "engine.predictions", "engine.sheet", "engine.report",
+      "engine.adapters", "engine.publish", "engine.classification", "engine.embedding",
+      "engine.vit_card", "engine.vit_sheet", "engine.loop",
+      *(f"tasks.{n}" for n in ("world", "rows", "mmstar", "pope", "scienceqa", "chartqa",
+                               "textvqa", "docvqa", "coco_captions"))]],
 ]  # fmt: skip
 SCRIPTS = len(FLOORS)
 UP_STAIRS = {  # inside a function
@@ -49,7 +51,8 @@ UP_STAIRS = {  # inside a function
     ("models.classifier", "models.hub"),
     ("models.language_model", "models.backbones"),
 }
-ON_CALL = {"datasets", "huggingface_hub", "wandb", "gradio", "peft", "matplotlib"}
+ON_CALL = {"datasets", "huggingface_hub", "wandb", "gradio", "peft", "matplotlib", "torchao",
+           "pycocoevalcap"}
 TALKS = {"engine.distributed", "engine.checkpoint"}  # to other processes
 LONGEST_FILE, LONGEST_CONFIGS, LONGEST_FUNCTION, LONGEST_LOOP = 400, 600, 60, 80
 PLACE = {
@@ -63,7 +66,7 @@ PLACE = {
 def modules(root: Path) -> dict[str, Path]:
     """Dotted name -> file of every module of the house."""
     files = [*root.glob("*.py")]
-    for room in ("models", "data", "engine"):
+    for room in ("models", "data", "engine", "tasks"):
         files += (root / room).rglob("*.py")
     names = {f: ".".join(f.relative_to(root).with_suffix("").parts) for f in files}
     return {name.removesuffix(".__init__"): f for f, name in names.items()}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from PIL import Image
 
 from configs import InputError
-from data.sample import Turn
-from engine.chat import Chat
-from models.generation import Sampling
+from data.packing import collate
+from data.sample import Sample, Turn
+from engine.chat import Chat, alternatives
+from models.generation import Sampling, Step
 
 SHORT = Sampling(max_new_tokens=16)
 RED, BLUE = Image.new("RGB", (40, 30), "red"), Image.new("RGB", (20, 60), "blue")
@@ -60,11 +63,15 @@ def test_half_characters_are_held_back(chat, monkeypatch):
     text = "a Ω😀 – ü"
     ids = [i for byte in text.encode() for i in byte_tokens(chat, byte)]
     eos = chat.processor.cfg.vlm_eos_token_id
-    fake = iter([torch.tensor([i]) for i in [*ids, eos]])
-    monkeypatch.setattr(type(chat.model), "stream", lambda *_: fake)
+    monkeypatch.setattr("engine.chat.steps", lambda *_: said([*ids, eos]))
     pieces = list(chat.stream("What?", [], SHORT))
     assert "".join(pieces) == text and "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
     assert [p for p in pieces if p.strip()] == ["a", " Ω", "😀", " –", " ü"]
+
+
+def said(ids: list[int]):
+    """What a model would yield that says just this."""
+    return iter([Step(torch.tensor([i]), torch.zeros(1, 4)) for i in ids])
 
 
 def byte_tokens(chat: Chat, byte: int) -> list[int]:
@@ -77,10 +84,10 @@ def byte_tokens(chat: Chat, byte: int) -> list[int]:
 
 def test_a_broken_end_is_said_when_the_turn_ends(chat, monkeypatch):
     ids = [byte_tokens(chat, ord("a"))[0], byte_tokens(chat, 0xCE)[0]]  # half an Ω, then the end
-    fake = [torch.tensor([i]) for i in [*ids, chat.processor.cfg.vlm_eos_token_id]]
-    monkeypatch.setattr(type(chat.model), "stream", lambda *_: iter(fake))
-    said = "".join(chat.stream("What?", [], SHORT))
-    assert said == chat.processor.decode(ids) == "a\N{REPLACEMENT CHARACTER}"
+    eos = chat.processor.cfg.vlm_eos_token_id
+    monkeypatch.setattr("engine.chat.steps", lambda *_: said([*ids, eos]))
+    answer = "".join(chat.stream("What?", [], SHORT))
+    assert answer == chat.processor.decode(ids) == "a\N{REPLACEMENT CHARACTER}"
 
 
 def test_it_answers_from_the_newest_checkpoint_of_a_run(small_checkpoint, tmp_path):
@@ -96,4 +103,68 @@ def test_it_answers_from_the_newest_checkpoint_of_a_run(small_checkpoint, tmp_pa
 def test_turns_of_a_longer_conversation_are_answered(chat):
     turns = [Turn("user", "<image>What?"), Turn("assistant", "red"), Turn("user", "Sure?")]
     tokens = chat.processor.encode_prompt(turns, [RED])
-    assert chat.answers([tokens], SHORT) == ["".join(chat.stream_tokens(tokens, SHORT))]
+    assert chat.answers([tokens], SHORT) == ["".join(p.text for p in chat.watch(tokens, SHORT))]
+
+
+# --- Stop strings, log-probabilities, choices ----------------------------------------------------
+
+
+def spoken(chat: Chat, monkeypatch, text: str, stop: tuple[str, ...]) -> list[str]:
+    ids = [*chat.processor.tokenizer.encode(text).ids, chat.processor.cfg.vlm_eos_token_id]
+    monkeypatch.setattr("engine.chat.steps", lambda *_: said(ids))
+    tokens = chat.prompt("What?")
+    return [piece.text for piece in chat.watch(tokens, SHORT, stop)]
+
+
+def test_nothing_of_a_stop_string_is_said(chat, monkeypatch):
+    text = " one two, then three"
+    assert "".join(spoken(chat, monkeypatch, text, ())) == text.strip()
+    pieces = spoken(chat, monkeypatch, text, ("two, th", "three"))
+    assert "".join(pieces) == "one" and len(pieces) < 12, "and it stops there"
+    # What only begins like a stop string comes late, but whole.
+    assert "".join(spoken(chat, monkeypatch, text, ("two, x", "threes"))) == text.strip()
+
+
+def test_stop_strings_stop_rows_of_a_batch(chat):
+    prompts = [chat.prompt(*asked) for asked in ASKED]
+    plain = {i: r.text for i, r in chat.replies(prompts, SHORT)}
+    stop = plain[0][3:5]
+    cut = {i: r for i, r in chat.replies(prompts, SHORT, (stop,))}
+    assert {i: r.text for i, r in cut.items()} == {
+        i: text.split(stop)[0].rstrip() for i, text in plain.items()
+    }
+    assert len(cut[0].tokens) < 16
+
+
+def test_logprobs_are_those_of_a_forward_pass(chat):
+    tokens = chat.prompt(*ASKED[0])
+    ((_, reply),) = chat.replies([tokens], SHORT)
+    answer = torch.tensor([[*tokens.ids, *reply.tokens]])
+    with torch.no_grad():
+        logits, _ = chat.model(answer, chat.pixels(tokens))
+    wanted = logits[0, len(tokens) - 1 : -1].log_softmax(-1)
+    wanted = wanted.gather(1, torch.tensor(reply.tokens)[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(reply.logprobs), wanted, atol=1e-4, rtol=1e-4)
+    pieces = [p for p in chat.watch(tokens, SHORT) if p.token is not None]
+    assert [p.token for p in pieces] == list(reply.tokens)
+    (best, share), *_ = alternatives(pieces[0].logits, 3)
+    assert best == pieces[0].token and share == pytest.approx(math.exp(reply.logprobs[0]), abs=1e-4)
+
+
+def test_a_choice_is_weighed_as_a_whole_answer(chat):
+    """The share of each is the softmax of its loss, computed as in training."""
+    tokens, choices = chat.prompt(*ASKED[0]), ["yes", "no", "a cross", "yes, it"]
+    losses = []
+    for choice in choices:
+        turns = (Turn("user", "<image>" + ASKED[0][0]), Turn("assistant", choice))
+        sample = chat.processor.encode(Sample(turns, tuple(ASKED[0][1])), 256, 9)
+        row = collate([[sample]], chat.processor.cfg)
+        with torch.no_grad():
+            _, loss = chat.model(**row.tensors(), reduction="sum")
+        losses.append(loss)
+    # The row ends with a newline that no model says; it carries no loss.
+    wanted = torch.softmax(-torch.stack(losses), 0).tolist()
+    assert chat.choose(tokens, choices) == pytest.approx(wanted, abs=1e-5)
+    assert len({round(share, 6) for share in wanted}) > 2
+    with pytest.raises(InputError, match="name at least one"):
+        chat.choose(tokens, [])

@@ -17,7 +17,20 @@ from data.sample import Sample, Turn
 from data.sources import open_source
 from engine import evaluation
 from engine.chat import Chat
-from engine.evaluation import Answered, Item, answer_items, evaluate, items, report, validation_loss
+from engine.evaluation import (
+    VIEWS,
+    Item,
+    answer_items,
+    answer_views,
+    choose_views,
+    evaluate,
+    graded,
+    items,
+    prompt_of,
+    report,
+    validation_loss,
+)
+from engine.scoring import any_exact, each
 
 OFF = torch.autocast("cpu", torch.bfloat16, enabled=False)
 
@@ -52,16 +65,19 @@ def test_items_of_a_file_are_its_rows_in_one_order(rows_file):
 
 def test_report_adds_up():
     right, wrong = "red", "blue"
-    answered = [
-        Answered(item("red"), right), Answered(item("red"), wrong),
-        Answered(item("red", unseen=True), right), Answered(item("red", "count"), wrong),
-    ]  # fmt: skip
-    blind = [replace(a, answer=b) for a, b in zip(answered, (right, wrong, wrong, wrong))]
-    result = report(answered, blind)
-    assert set(result) == {"accuracy", "interval", "seen", "unseen", "blind", "n", "skills"}
+    asked = [item("red"), item("red"), item("red", unseen=True), item("red", "count")]
+    answers = {
+        "answer": (right, wrong, right, wrong),
+        "blind": (right, wrong, wrong, wrong),
+        "shuffled": (wrong, wrong, wrong, wrong),
+    }
+    metric = each(any_exact)
+    result = report({view: graded(asked, given, metric) for view, given in answers.items()})
+    keys = {"accuracy", "interval", "seen", "unseen", "blind", "shuffled", "n"}
+    assert set(result) == keys | {"skills"} and result["shuffled"] == 0
     assert list(result["skills"]) == ["color", "count"]
     color = result["skills"]["color"]
-    assert set(color) == {"accuracy", "interval", "seen", "unseen", "blind", "n"}
+    assert set(color) == keys
     assert (color["accuracy"], color["n"]) == (pytest.approx(2 / 3), 3)
     assert (color["seen"], color["unseen"]) == (0.5, 1.0)
     assert color["blind"] == pytest.approx(1 / 3) and result["blind"] == 0.25
@@ -71,16 +87,51 @@ def test_report_adds_up():
     assert json.loads(json.dumps(result))["interval"] == list(result["interval"])
 
 
-def test_blind_blanks_every_picture(chat, rows_file, monkeypatch):
+def test_a_blind_view_blanks_and_a_shuffled_one_exchanges(chat, rows_file):
     cfg = DataConfig(source=str(rows_file), val_fraction=0.0)
-    questions = items(cfg, "test", 4)
-    seen = []
-    monkeypatch.setattr(Chat, "answers", lambda _, prompts, __: seen.append(prompts) or [""] * 4)
-    for blind in (False, True):
-        answer_items(chat, questions, blind)
-    for sighted, blank in zip(*seen, strict=True):
-        assert np.array_equal(sighted.ids, blank.ids) and sighted.tiles.shape == blank.tiles.shape
-        assert sighted.tiles.std() > 10 and (blank.tiles == 128).all()
+    questions = items(cfg, "test", 6)
+    plain = [prompt_of(chat, questions, i, "answer", 9) for i in range(6)]
+    for i in range(6):
+        blank = prompt_of(chat, questions, i, "blind", 9)
+        other = prompt_of(chat, questions, i, "shuffled", 9)
+        assert np.array_equal(plain[i].ids, blank.ids) and np.array_equal(plain[i].ids, other.ids)
+        assert plain[i].tiles.std() > 10 and (blank.tiles == 128).all()
+        assert np.array_equal(other.tiles, plain[(i + 3) % 6].tiles)
+    text = Item(Sample((Turn("user", "Yes?"), Turn("assistant", "yes"))), "all")
+    mixed = [text, *questions[:2], text]
+    other = prompt_of(chat, mixed, 1, "shuffled", 9)
+    assert np.array_equal(other.tiles, plain[1].tiles), "never a picture for a question without"
+    assert len(prompt_of(chat, mixed, 0, "shuffled", 9).tiles) == 0
+
+
+def test_views_are_answered_together_as_apart(chat, rows_file):
+    cfg = DataConfig(source=str(rows_file), val_fraction=0.0)
+    questions = items(cfg, "test", 5)
+    together = dict(answer_views(chat, questions, [4, 1, 2], VIEWS, max_new_tokens=5))
+    assert set(together) == {1, 2, 4}
+    for view in VIEWS:
+        apart = answer_items(chat, questions, view, max_new_tokens=5)
+        assert [together[i][view] for i in (1, 2, 4)] == [apart[i].answer for i in (1, 2, 4)]
+    assert len({found[view] for found in together.values() for view in VIEWS}) > 3
+
+
+def test_the_likeliest_choice_is_an_answer(chat, rows_file):
+    cfg = DataConfig(source=str(rows_file), val_fraction=0.0)
+    choices = ("red", "red red", "no")
+    questions = [replace(i, choices=choices) for i in items(cfg, "test", 3)]
+    for i, found in choose_views(chat, questions, [0, 2], ("answer", "blind")):
+        shares = chat.choose(prompt_of(chat, questions, i, "answer", 9), choices)
+        assert found["answer"] == choices[int(np.argmax(shares))] and found["blind"] in choices
+
+
+def test_graded_keeps_few_pictures_and_every_reference(rows_file):
+    cfg = DataConfig(source=str(rows_file), val_fraction=0.0)
+    questions = items(cfg, "test", 24)
+    right = [item.expected for item in questions]
+    found = graded(questions, right, each(any_exact))
+    assert [a.score for a in found] == [1.0] * 24 and [a.item.expected for a in found] == right
+    assert [bool(a.item.sample.images) for a in found] == [True] * 10 + [False] * 14
+    assert graded([], [], each(any_exact)) == []
 
 
 def test_a_blind_model_cannot_tell_pictures_apart(chat, tmp_path):
@@ -92,7 +143,7 @@ def test_a_blind_model_cannot_tell_pictures_apart(chat, tmp_path):
     questions = [about("red"), about("blue")]
     red, blue = answer_items(chat, questions, max_new_tokens=8)
     assert red.answer != blue.answer and red.item is questions[0]
-    red, blue = answer_items(chat, questions, blind=True, max_new_tokens=8)
+    red, blue = answer_items(chat, questions, "blind", max_new_tokens=8)
     assert red.answer == blue.answer
 
 
@@ -121,7 +172,8 @@ def test_evaluate_leaves_the_model_as_it_was(chat, cfg):
     chat.model.eval()
     assert values == evaluate(chat.model, chat.processor, cfg, 3, OFF)
     assert not chat.model.training
-    assert set(values) == {"val_loss", "val_accuracy", "val_all"}
+    assert set(values) == {"val_loss", "val_accuracy", "val_all", "val_answers"}
+    assert len(values["val_answers"]) == 3 and all(map(str, values["val_answers"]))
 
 
 def test_validation_loss_is_a_mean_over_targets(chat, cfg):

@@ -14,7 +14,7 @@ from engine.sheet import COLUMNS, GAP, GREEN, RED, SIDE, TEXT_HEIGHT, draw_sheet
 def answered(answer: str, skill: str, picture=None, question: str = "What?") -> Answered:
     images = () if picture is None else (picture,)
     turns = (Turn("user", "<image>" * len(images) + question), Turn("assistant", "red"))
-    return Answered(Item(Sample(turns, images), skill, False), answer)
+    return Answered(Item(Sample(turns, images), skill), answer, float(answer == "red"))
 
 
 def drawn(tmp_path, answers: list[Answered]) -> np.ndarray:

@@ -200,10 +200,27 @@ def test_cache_slots_are_positions_for_unequal_rows():
         assert torch.equal(new[1, :, :3], torch.cat((first[1, :, :2], later[1]), dim=1))
 
     cache.keep_rows(torch.tensor([1]))
-    assert cache.visible(torch.tensor([[3]])).tolist() == [[[[True] * 4 + [False]]]]
+    assert cache.visible(torch.tensor([[3]])).tolist() == [[[[True] * 4]]], "the longer row left"
     k2 = torch.randn(1, 1, 1, 8, generator=g)
     k, _ = cache.write(1, k2, k2, torch.tensor([[3]]))
-    assert torch.equal(k[0], torch.cat((k0[1, :, :2], k1[1], k2[0], torch.zeros(1, 1, 8)), dim=1))
+    assert torch.equal(k[0], torch.cat((k0[1, :, :2], k1[1], k2[0]), dim=1))
+
+
+def test_rows_of_a_cache_are_copied_and_replaced():
+    cfg = LMConfig(lm_hidden_dim=16, lm_n_heads=2, lm_n_kv_heads=1, lm_n_blocks=2)
+    device = torch.device("cpu")
+    big, small = (KVCache(cfg, *shape, device, torch.float32) for shape in ((3, 8), (2, 5)))
+    for cache in (big, small):
+        cache.k.normal_(), cache.v.normal_()
+    k, v = big.k.clone(), big.v.clone()
+    big.put(torch.tensor([2, 0]), small)
+    for now, before, other in ((big.k, k, small.k), (big.v, v, small.v)):
+        assert torch.equal(now[:, [2, 0], :, :5], other)
+        assert torch.equal(now[:, 1], before[:, 1])
+        assert torch.equal(now[..., 5:, :], before[..., 5:, :])
+    big.keep_rows(torch.tensor([1, 1, 0]))
+    assert torch.equal(big.k[:, 0], big.k[:, 1]) and big.rows.tolist() == [[0], [1], [2]]
+    assert torch.equal(big.k[:, 2, :, :5], small.k[:, 1])
 
 
 @pytest.mark.parametrize("fields", [{}, dict(vit_cls_flag=True, vit_layer_scale=True)], ids=str)

@@ -13,7 +13,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from models.generation import Sampling, choose, pad_at_end
+from models import generation
+from models.generation import Prompt, Sampling, choose, likelihoods, pad_at_end, serve, steps
 
 
 @pytest.fixture
@@ -263,3 +264,104 @@ def test_the_global_generator_is_left_alone(seed, model, prompts):
 def test_a_wrong_option_is_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} = {value}"):
         Sampling(**{name: value})
+
+
+# --- Many prompts through few rows ---------------------------------------------------------------
+
+
+@pytest.fixture
+def many(small_config, make_sample):
+    cfg = small_config()
+    shapes = [(i % 3, 3 + 7 * i % 16) for i in range(14)]
+    return [Prompt(*make_sample(cfg, n, words, seed)) for seed, (n, words) in enumerate(shapes)]
+
+
+def alone(model, prompt: Prompt, sampling: Sampling) -> list[int]:
+    return model.generate(prompt.ids[None], prompt.images, sampling=sampling)[0].tolist()
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 5, 64])
+def test_refilled_rows_answer_as_alone(n_rows, model, many):
+    plain = [alone(model, p, Sampling(12)) for p in many]
+    model.cfg = replace(model.cfg, vlm_eos_token_id=plain[0][3])  # some stop early, some never
+    wanted = [alone(model, p, Sampling(12)) for p in many]
+    assert len({len(answer) for answer in wanted}) > 2
+    read = []
+    source = (read.append(i) or p for i, p in enumerate(many))
+    got = list(serve(model, source, Sampling(12), n_rows))
+    assert sorted(said.index for said in got) == list(range(len(many))) == read
+    assert {said.index: said.tokens for said in got} == dict(enumerate(wanted))
+
+
+def test_a_free_row_takes_the_next_prompt_at_once(model, many):
+    """One answer of 12 tokens beside many of one: they pass it, and nobody waits for it."""
+    first = alone(model, many[0], Sampling(12))
+    ends = {alone(model, p, Sampling(1))[0] for p in many[1:]}
+    stop = lambda tokens: len(tokens) == 1 and tokens[0] in ends - {first[0]}  # noqa: E731
+    calls = []
+    decode = model.decode
+    model.decode = lambda tokens, *rest: calls.append(len(tokens)) or decode(tokens, *rest)
+    order = [said.index for said in serve(model, many, Sampling(12), 2, stop)]
+    assert order.index(0) >= 9, "short answers that came later were done before"
+    assert len(calls) < 12 + len(many)
+
+
+def test_long_prompts_get_fewer_rows(model, many, monkeypatch):
+    wanted = [alone(model, p, Sampling(6)) for p in many]
+    monkeypatch.setattr(generation, "MOST_SLOTS", 100)
+    monkeypatch.setattr(generation, "STEP", 1)
+    widths = []
+    decode = model.decode
+    model.decode = lambda tokens, *rest: widths.append(len(tokens)) or decode(tokens, *rest)
+    got = {said.index: said.tokens for said in serve(model, many, Sampling(6), 8)}
+    assert got == dict(enumerate(wanted))
+    longest = max(len(p.ids) for p in many) + 6
+    assert max(widths) > 1 and widths[-3] <= 100 // longest * 2
+
+
+def test_sampling_does_not_depend_on_the_rows(model, many):
+    sampling = Sampling(8, temperature=1.0, seed=5, repetition_penalty=1.3)
+    answers = [
+        {said.index: said.tokens for said in serve(model, many, sampling, n)} for n in (1, 3, 64)
+    ]
+    assert answers[0] == answers[1] == answers[2]
+    one = replace(sampling, seed=5 + 4)
+    assert answers[0][4] == alone(model, many[4], one)
+    assert list(serve(model, [], sampling)) == []
+
+
+@torch.no_grad()
+def test_steps_go_on_from_a_cache(model, prompts):
+    ids, images = prompts[2]
+    whole = [int(s.tokens) for s in steps(model, ids[None], images, None, Sampling(9))]
+    cache = generation.KVCache(model.cfg, 1, 64, ids.device, torch.float32)
+    for cut in (5, len(ids) - 1, 11):
+        held = images[: int((ids[:cut] == model.cfg.vlm_image_token_id).sum()) // 4]
+        list(steps(model, ids[None, :cut], held, None, Sampling(3), cache))
+        rest = steps(model, ids[None, cut:], images[len(held) :], None, Sampling(9), cache, cut)
+        assert [int(s.tokens) for s in rest] == whole, "what came after the cut is overwritten"
+
+
+@torch.no_grad()
+def test_likelihoods_are_those_of_forward(model, prompts):
+    continuations = [[5, 9, 11, 3 + 4], [8], [5, 9, 2]]
+    for ids, images in prompts:
+        got = likelihoods(model, Prompt(ids, images), continuations)
+        for row, tokens in zip(got, continuations, strict=True):
+            logits, _ = model(torch.cat((ids, torch.tensor(tokens)))[None], images)
+            wanted = logits[0, len(ids) - 1 : -1].log_softmax(-1)[range(len(tokens)), tokens]
+            torch.testing.assert_close(row, wanted, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_no_picture_costs_no_encoder(model, prompts):
+    calls = []
+    model.vision_encoder.register_forward_hook(lambda *_: calls.append(1))
+    patches = model.vision_encoder.patches
+    model.vision_encoder.patches = lambda x: calls.append(len(x)) or patches(x)
+    ids, _ = prompts[0]
+    model.generate(ids[None], sampling=Sampling(4))
+    assert calls == []
+    with torch.enable_grad():
+        model(ids[None])
+    assert calls == [1], "with a graph to build the blank tile runs"

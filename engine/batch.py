@@ -1,0 +1,148 @@
+"""A file of questions -> a file of answers, which an interrupted run goes on with.
+
+Each row is a JSON object: "image" or "images" (paths relative to the file), a "question" or
+"prompt", and "choices" where the likeliest of some answers is wanted. Its answer repeats it.
+Not here: how many are answered together (models/generation.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from configs import InputError
+from data.readers import open_rows
+from data.sample import Tokens
+from engine.chat import Chat, Reply
+from models.generation import Sampling
+
+
+def answer_file(
+    chat: Chat,
+    questions: Path,
+    out: Path,
+    sampling: Sampling,
+    stop: Sequence[str] = (),
+    choices: Sequence[str] = (),
+    logprobs: bool = False,
+    n_rows: int = 64,
+) -> None:
+    """Append an answer to `out` as soon as it is there; when all are, put them in order.
+
+    Raises `InputError` before the first answer where a row lacks something, and after the last
+    where pictures could not be read: those rows are asked again by the next run.
+    """
+    rows = open_rows(str(questions))
+    asked = [_asked(rows, k) for k in range(len(rows))]
+    done = read_done(out, asked)
+    left = [k for k in range(len(rows)) if k not in done]
+    failed: dict[int, str] = {}
+
+    def prompts(which: Iterable[int], order: list[int]) -> Iterator[Tokens]:
+        for k in which:
+            try:
+                prompt, images, _ = asked[k]
+                tokens = chat.prompt(prompt, images)
+            except InputError as error:
+                failed[k] = f"{rows.where(k)}: {error}"
+                bar.update()
+                continue
+            order.append(k)
+            yield tokens
+
+    limited = [k for k in left if asked[k][2] or choices]
+    free = [k for k in left if not (asked[k][2] or choices)]
+    with tqdm(total=len(rows), initial=len(done), unit="row") as bar, _open(out) as file:
+
+        def write(k: int, values: dict) -> None:
+            row = done[k] = {**_plain(rows[k]), **values, "row": k}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            bar.update()
+
+        order: list[int] = []
+        for i, reply in chat.replies(prompts(free, order), sampling, stop, n_rows):
+            write(order[i], {"answer": reply.text} | (_details(chat, reply) if logprobs else {}))
+        order = []
+        for i, tokens in enumerate(prompts(limited, order)):
+            offered = asked[order[i]][2] or list(choices)
+            shares = chat.choose(tokens, offered)
+            best = max(range(len(offered)), key=shares.__getitem__)
+            write(order[i], {"answer": offered[best], "shares": [round(s, 6) for s in shares]})
+    _in_order(out, done)
+    if failed:
+        raise InputError(
+            f"{out}: {len(failed)} of {len(rows)} rows are not answered, the first: "
+            f"{next(iter(failed.values()))}"
+        )
+
+
+def _asked(rows, k: int) -> tuple[str, list[str], list[str]]:
+    """(prompt, picture paths, choices) of a row."""
+    row = rows[k]
+    prompt = row.get("question", row.get("prompt"))
+    images = row.get("images", row.get("image", []))
+    images = [images] if isinstance(images, str) else images
+    choices = row.get("choices", [])
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise InputError(f"{rows.where(k)}: needs a text in 'question' or 'prompt'.")
+    for name, value in (("image", images), ("choices", choices)):
+        if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
+            raise InputError(f"{rows.where(k)}: {name!r} must be a text or a list of texts.")
+    return prompt, [str(rows.folder / image) for image in images], choices
+
+
+def _plain(row: dict) -> dict:
+    """What of a row is repeated in its answer."""
+    names = ("id", "image", "images", "question", "prompt", "choices")
+    return {name: row[name] for name in names if name in row}
+
+
+def _details(chat: Chat, reply: Reply) -> dict:
+    words = [chat.processor.tokenizer.id_to_token(t) for t in reply.tokens]
+    return {"tokens": words, "logprobs": [round(x, 4) for x in reply.logprobs]}
+
+
+# --- What is there already ----------------------------------------------------------------------
+
+
+def read_done(out: Path, asked: Sequence[tuple]) -> dict[int, dict]:
+    """Row number -> its line, of an earlier run; a torn last line is cut off the file.
+
+    Raises `InputError` where the file holds answers to other questions.
+    """
+    if not out.exists():
+        return {}
+    done, whole = {}, 0
+    for line in out.read_bytes().splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+            same = asked[row["row"]][0] == row.get("question", row.get("prompt"))
+        except (ValueError, KeyError, IndexError, TypeError):
+            if not line.endswith(b"\n"):
+                os.truncate(out, whole)
+                break
+            same = False
+        if not same:
+            raise InputError(f"{out}: holds other answers; name another file, or delete it.")
+        done[row["row"]], whole = row, whole + len(line)
+    return done
+
+
+def _open(out: Path):
+    try:
+        return open(out, "a", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"out = {out}: cannot be written ({error.strerror}).") from None
+
+
+def _in_order(out: Path, done: dict[int, dict]) -> None:
+    """Rewrite the file in the order of the questions, at once or not at all."""
+    beside = out.with_name(out.name + ".ordered")
+    lines = (json.dumps(done[k], ensure_ascii=False) + "\n" for k in sorted(done))
+    beside.write_text("".join(lines), encoding="utf-8")
+    beside.replace(out)

@@ -1,0 +1,118 @@
+"""Answers on disk while they are made, so that scoring goes on where it was interrupted.
+
+Every process appends to a part of its own; in the end one file holds all, a question a line.
+Not here: what is asked, and what an answer is worth (evaluation.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from configs import InputError
+from engine.evaluation import Answered
+
+Found = dict[int, dict[str, str]]  # number of the question -> view -> answer
+
+
+def fingerprint(checkpoint: Path, settings: Iterable[object]) -> str:
+    """Twelve digits that tell these weights and settings from others."""
+    digest = hashlib.blake2b(repr(list(settings)).encode(), digest_size=6)
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "blake2b").digest())
+    return digest.hexdigest()
+
+
+def parts(path: Path) -> list[Path]:
+    return sorted(path.parent.glob(f"{path.name}.part*"))
+
+
+def read_found(path: Path | None, run: str) -> Found:
+    """Answers of an interrupted run, or of a finished one; a torn line does not count.
+
+    Raises `InputError` where they are of another checkpoint or other settings.
+    """
+    found: Found = {}
+    for part in [] if path is None else [path, *parts(path)]:
+        for line in part.read_text(encoding="utf-8").splitlines() if part.exists() else ():
+            try:
+                row = json.loads(line)
+                number, run_of_row, views = row["number"], row["run"], row["views"]
+            except ValueError:
+                continue
+            except (KeyError, TypeError):
+                run_of_row = None
+            if run_of_row != run:
+                raise InputError(
+                    f"{part}: holds predictions of another checkpoint or other settings; name "
+                    "another file, or delete it."
+                )
+            found[number] = views
+    return found
+
+
+def keep(
+    path: Path | None, rank: int, run: str, found: Iterable[tuple[int, dict[str, str]]]
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """Pass answers on, each written to this process's part first; without a path only that."""
+    if path is None:
+        yield from found
+        return
+    with open(f"{path}.part{rank}", "a", encoding="utf-8") as file:
+        for number, views in found:
+            file.write(json.dumps({"run": run, "number": number, "views": views}) + "\n")
+            file.flush()
+            yield number, views
+
+
+def write_all(path: Path, run: str, views: dict[str, Sequence[Answered]]) -> None:
+    """The whole file in place of its parts: questions in order, with scores."""
+    lines = []
+    for number, answered in enumerate(zip(*views.values(), strict=True)):
+        item, first = answered[0].item, answered[0]
+        row = {
+            "number": number,
+            "row": item.sample.row,
+            "skill": item.skill,
+            "unseen": item.unseen,
+            "question": item.sample.turns[-2].text,
+            "expected": item.expected,
+            "score": first.score,
+            "views": {view: a.answer for view, a in zip(views, answered)},
+            "run": run,
+        }
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    beside = path.with_name(path.name + ".new")
+    beside.write_text("".join(lines), encoding="utf-8")
+    beside.replace(path)
+    for part in parts(path):
+        part.unlink()
+
+
+def read_scores(path: Path, answered: Sequence[Answered]) -> list[float]:
+    """The scores of another checkpoint's predictions for the same questions.
+
+    Raises `InputError` where they are not the same.
+    """
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no such file; it is what score.py --predictions wrote of the other model."
+        )
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        asked = [(r["row"], r["question"], r["expected"]) for r in rows]
+        scores = [float(r["score"]) for r in rows]
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path}: not a finished file of score.py --predictions.") from None
+    ours = [
+        (a.item.sample.row, a.item.sample.turns[-2].text, a.item.expected) for a in answered
+    ]
+    if asked != ours:
+        raise InputError(
+            f"{path}: answers {len(asked)} other questions; score both with the same task, source, "
+            "split and n."
+        )
+    return scores

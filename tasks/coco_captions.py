@@ -1,0 +1,15 @@
+"""COCO captions: a sentence about a photograph, against five people's (Chen et al. 2015)."""
+
+from engine.evaluation import Task, row_items
+from engine.scoring import cider
+
+PROMPT = "Provide a one-sentence caption for the provided image."
+
+
+def read(row: dict) -> tuple:
+    """question_id, image, question, answer (five captions), id, license, file_name, coco_url,
+    height, width, date_captured."""
+    return PROMPT, row["image"], {"skill": "all", "references": tuple(row["answer"])}
+
+
+TASK = Task(row_items(read), cider, "hf:lmms-lab/COCO-Caption@val")

@@ -1,0 +1,26 @@
+"""ScienceQA, the questions with a picture: school science, multiple choice (Lu et al. 2022)."""
+
+import string
+
+from engine.evaluation import Task, row_items
+from engine.scoring import each, letter
+
+PROMPT = "{context}{question}\n{options}\nAnswer with the option's letter from the given choices directly."  # noqa: E501
+
+
+def read(row: dict) -> tuple:
+    """image, question, choices, answer (a number), hint, task, grade, subject, topic, category,
+    skill, lecture, solution."""
+    letters = string.ascii_uppercase[: len(row["choices"])]
+    prompt = PROMPT.format(
+        context=f"Context: {row['hint']}\n" if row["hint"] else "",
+        question=row["question"],
+        options="\n".join(f"{name}. {text}" for name, text in zip(letters, row["choices"])),
+    )
+    right = row["answer"]
+    references = (letters[right], row["choices"][right])
+    fields = {"skill": row["subject"], "references": references, "choices": tuple(letters)}
+    return prompt, row["image"], fields
+
+
+TASK = Task(row_items(read), each(letter), "hf:lmms-lab/ScienceQA:ScienceQA-IMG@test")

@@ -1,0 +1,16 @@
+"""TextVQA: what is written in photographs, by ten people's answers (Singh et al. 2019)."""
+
+from engine.evaluation import Task, row_items
+from engine.scoring import each, vqa_accuracy
+
+PROMPT = "{}\nAnswer the question using a single word or phrase."
+
+
+def read(row: dict) -> tuple:
+    """image_id, question_id, question, question_tokens, image, image_width, image_height,
+    flickr_original_url, flickr_300k_url, answers (ten), image_classes, set_name, ocr_tokens."""
+    fields = {"skill": "all", "references": tuple(row["answers"])}
+    return PROMPT.format(row["question"].capitalize()), row["image"], fields
+
+
+TASK = Task(row_items(read), each(vqa_accuracy), "hf:lmms-lab/textvqa@validation")

@@ -1,0 +1,82 @@
+"""The page about a run holds what the run wrote, stands alone, and says what it lacks."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+
+import train
+from configs import InputError, command, read_json
+from engine import report
+from engine.logger import read_log
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, rows_file, minute_config):
+    """A run of six steps with two evaluations, and a score."""
+    from configs import DataConfig, RunConfig, TrainConfig, to_dict
+
+    folder = tmp_path_factory.mktemp("report") / "run"
+    data = DataConfig(source=str(rows_file), batch_size=1, max_length=256, packing=False,
+                      val_fraction=0.3)  # fmt: skip
+    made = TrainConfig(out=str(folder), steps=6, log_every=1, eval_every=3, warmup=2,
+                       eval_samples=12, precision="fp32")  # fmt: skip
+    cfg = RunConfig(model=minute_config(), data=data, train=made)
+    (folder.parent / "config.json").write_text(json.dumps(to_dict(cfg)))
+    command(train.main, [str(folder.parent / "config.json")])
+    one = {"accuracy": 0.25, "interval": [0.1, 0.4], "blind": 0.125, "shuffled": 0.1, "n": 8,
+           "seen": 0.2, "unseen": None}  # fmt: skip
+    (folder / "score.json").write_text(json.dumps(one | {"skills": {"<b>all</b>": one}}))
+    return folder
+
+
+def test_the_page_says_what_the_run_wrote(run, capsys):
+    command(report.main, [str(run)])
+    page = (run / "report.html").read_text()
+    assert "report.html" in capsys.readouterr().out
+    last = [e for e in read_log(run) if "loss" in e][-1]
+    assert f"{last['loss']:.3f}" in page and "<td class=\"n\">6</td>" in page
+    assert "25.0 %" in page and "10.0 – 40.0" in page and "12.5 %" in page
+    assert "&lt;b&gt;all&lt;/b&gt;" in page and "<b>all</b>" not in page, "texts are escaped"
+    answers = [e["val_answers"] for e in read_log(run) if "val_answers" in e]
+    assert len(answers) == 2 and page.count("<th>step ") == 2
+    rows = re.findall(r'<td class="(?:right|wrong)">', page)
+    assert len(rows) == 2 * len(answers[0]) > 4
+    assert page.count("<figure>") >= 4 and "What is " in page, "maps of answers' tokens"
+    assert "model.vit_img_size" in page and "train.steps" in page and "supervised:" in page
+    assert page.count("data:image/svg+xml;base64,") == 3
+
+
+def test_the_page_stands_alone_and_fits_a_phone(run):
+    page = report.write_page([report.about(run)])
+    assert not re.findall(r'(?:src|href)="(?!data:)', page) and "http" not in re.sub(
+        r"data:[^\"]*", "", page
+    )
+    assert 'name="viewport"' in page and len(page) < 4 * 2**20
+
+
+def test_two_runs_stand_side_by_side(run, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    values = read_json(other / "config.json")
+    values["train"]["lr_muon"] = 0.123
+    (other / "config.json").write_text(json.dumps(values))
+    command(report.main, [str(run), str(other), "--out", str(tmp_path / "both.html")])
+    page = (tmp_path / "both.html").read_text()
+    assert page.count("<section>") == 2
+    differs = re.findall(r'class="differs"><th>(.*?)</th><td>(.*?)</td>', page)
+    assert ("train.lr_muon", "0.123") in differs and len(differs) == 2
+
+
+def test_what_is_missing_is_said(run, tmp_path):
+    with pytest.raises(InputError, match="not a run folder"):
+        report.about(tmp_path)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "log.jsonl"):
+        shutil.copy(run / name, bare)
+    page = report.write_page([report.about(bare)])
+    assert "none yet: score.py" in page and "not available: " in page, "no checkpoint any more"
