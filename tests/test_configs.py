@@ -48,7 +48,7 @@ BROKEN = [
     ((VIT, VLM), dict(vit_dropout=1.0), "vit_dropout", "1.0", "below 1"),
     ((VIT, VLM), dict(vit_n_registers=-1), "vit_n_registers", "-1", "not be negative"),
     ((VIT,), dict(vit_n_classes=-1), "vit_n_classes", "-1", "not be negative"),
-    ((VIT,), dict(vit_n_classes=3), "vit_pool", "'auto'", "a classifier needs mean, cls or map"),
+    ((VIT,), dict(vit_n_classes=3, vit_pool="none"), "vit_pool", "'none'", "mean, cls or map"),
     ((VIT, VLM), dict(vit_pool="cls"), "vit_pool", "'cls'", "set vit_cls_flag = True"),
     ((VIT, VLM), dict(vit_pool="max"), "vit_pool", "'max'", "auto, none, cls, mean, map"),
     ((VIT, VLM), dict(vit_hidden_act="gleu"), "vit_hidden_act", "'gleu'", "gelu_tanh, gelu"),
