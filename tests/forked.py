@@ -2,7 +2,8 @@
 
 One JSON object a line on standard input: argv (what follows `python`), cwd, env, and out, err,
 the files that get the child's output. Its exit code is the answer, a line on standard output.
-Only torch is imported ahead: what reads the environment at import does so in the child.
+Only torch is imported ahead, with what its optimizers import: what reads the environment at import
+does so in the child.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch._dynamo
 
 
 def become(argv: list[str], cwd: str, env: dict[str, str], out: str, err: str) -> None:
