@@ -6,58 +6,27 @@ Class defaults are the `tiny` preset, which trains on two CPU cores in minutes.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import json
-import os
-import sys
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
-FORMAT_VERSION = 1
-# Old field name -> today's; a checkpoint written before a rename still loads.
-RENAMED: dict[str, str] = {}
-
-
-class InputError(Exception):
-    """Something the user gave is wrong. The message is one sentence: the thing and the fix."""
-
-
-class Checked:
-    """Runs `validate()` of *every* base: plain inheritance would run only the first one's."""
-
-    def __post_init__(self):
-        for name, hint in get_type_hints(type(self)).items():
-            allowed = get_args(hint)
-            is_choice = getattr(hint, "__origin__", None) is Literal
-            if is_choice and getattr(self, name) not in allowed:
-                require(False, name, getattr(self, name), f"must be one of {', '.join(allowed)}")
-        for base in type(self).__mro__:
-            if "validate" in vars(base):
-                base.validate(self)
-
-
-def require(condition: bool, name: str, value: object, fix: str) -> None:
-    """Raise `InputError` naming field, value and fix unless `condition` holds."""
-    if not condition:
-        raise InputError(f"{name} = {value!r}: {fix}.")
-
-
-def need(condition: bool, config: object, name: str, fix: str) -> None:
-    """`require`, of a field: its value is read by name."""
-    require(condition, name, getattr(config, name), fix)
-
-
-def require_positive(config: object, names: str) -> None:
-    for name in names.split():
-        need(getattr(config, name) > 0, config, name, "must be greater than 0")
-
-
-def require_rate(config: object, names: str) -> None:
-    for name in names.split():
-        value = getattr(config, name)
-        require(0 <= value < 1, name, value, "must be at least 0 and below 1")
+# Some are only passed on: the rest of the house takes all of these from here.
+from configs_base import (  # noqa: F401
+    FORMAT_VERSION,
+    RENAMED,
+    Checked,
+    InputError,
+    command,
+    flags,
+    from_dict,
+    need,
+    parse,
+    read_json,
+    require,
+    require_positive,
+    require_rate,
+    to_dict,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,12 +243,27 @@ class VLMConfig(ViTConfig, LMConfig, ProjectorConfig):
         need(self.vit_n_classes == 0, self, "vit_n_classes", "must be 0 in a VLM")
 
 
+RATINGS = ("min_relevance", "min_image_correspondence", "min_visual_dependency", "min_formatting")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Checked):
     """What the model is trained on."""
 
     source: str = "world"
-    """world (built in), a .jsonl .json .csv .parquet file, a folder, or hf:owner/name[@split]."""
+    """world, a .jsonl .json .csv .parquet file, a folder, hf:owner/name[@split]; or a=0.7 b=0.3."""
+    stream: bool = False
+    """Read rows in passing: no pass over all of them first, no length, nothing kept."""
+    stream_block: int = 1000
+    """Rows of a stream that are held and shuffled together."""
+    min_relevance: int = 1
+    """Least `relevance_ratings` of a question and answer, 1 to 5, where FineVision rates them."""
+    min_image_correspondence: int = 1
+    """Least `image_correspondence_ratings`."""
+    min_visual_dependency: int = 1
+    """Least `visual_dependency_ratings`."""
+    min_formatting: int = 1
+    """Least `formatting_ratings`."""
     fetch_images: bool = False
     """Download pictures that rows name by web address; otherwise such rows are refused."""
     seed: int = 0
@@ -292,6 +276,8 @@ class DataConfig(Checked):
     """Put several conversations in one row; they never see each other."""
     max_tiles: int = 64
     """Most tiles of one conversation; more is refused, never cut."""
+    tiles_per_batch: int = 0
+    """Most tiles of a packed batch, shared by its rows; 0: as many as its tokens allow."""
     val_fraction: float = 0.02
     """Share of a file's rows kept for validation, chosen by a hash of the row."""
     world_questions: int = 4
@@ -304,7 +290,12 @@ class DataConfig(Checked):
     """Processes that prepare samples; 0: the training process does."""
 
     def validate(self):
-        require_positive(self, "batch_size max_length max_tiles world_questions")
+        require_positive(self, "batch_size max_length max_tiles world_questions stream_block")
+        fix = f"must be 0, or at least batch_size x max_tiles = {self.batch_size * self.max_tiles}"
+        enough = self.tiles_per_batch >= self.batch_size * self.max_tiles
+        need(not self.tiles_per_batch or enough, self, "tiles_per_batch", fix)
+        for name in RATINGS:
+            need(1 <= getattr(self, name) <= 5, self, name, "must be from 1 to 5")
         require_rate(self, "val_fraction")
         require(self.world_first >= 0, "world_first", self.world_first, "must not be negative")
         share = self.world_described
@@ -357,7 +348,7 @@ class LoopConfig(Checked):
     save_every: int = 500
     """Steps between checkpoints; 0: only at the end."""
     keep: int = 2
-    """Checkpoints kept, newest first."""
+    """Checkpoints kept, newest first; beside them the best evaluated one."""
     resume: Literal["no", "auto"] = "no"
     """auto: continue from the newest checkpoint in the run folder, if there is one."""
     max_bad_steps: int = 3
@@ -398,8 +389,31 @@ class TrainConfig(LoopConfig):
     """Parts that do not train."""
     init_from: str = ""
     """Checkpoint whose weights and tokenizer start this run; the model fields are then its own."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Of several processes each has the whole model (ddp), or a part of every block (fsdp)."""
+    lora: tuple[Literal["vision", "projector", "language"], ...] = ()
+    """Parts that train low-rank adapters instead of their weights (needs peft)."""
+    lora_r: int = 8
+    """Rank of the adapters."""
+    lora_alpha: float = 16.0
+    """Adapters count lora_alpha / lora_r."""
+    lora_targets: tuple[str, ...] = ()
+    """Linear layers that get one, by the end of their names: q_proj v_proj; none named: all."""
+    answers_every: int = 1
+    """Evaluations between pictures of sample answers, answers-STEP.png; 0: none."""
+    dry_run: bool = False
+    """Build everything, take one step with the largest batch, say what the run will take, stop."""
 
     def validate(self):
+        require_positive(self, "lora_r lora_alpha")
+        need(self.answers_every >= 0, self, "answers_every", "must not be negative")
+        names = ("vision", "projector", "language")
+        need(set(self.lora) <= set(names), self, "lora", f"may name {', '.join(names)}")
+        plain = self.optimizer == "adamw" and not self.ema and not self.lora
+        fix = "parts of matrices go with adamw alone: no muon, ema or lora"
+        need(self.parallel == "ddp" or plain, self, "parallel", fix)
+        fix = "a frozen part trains no adapters, so name it once"
+        need(not set(self.lora) & set(self.freeze), self, "lora", fix)
         for name in ("lr_vision", "lr_projector", "lr_language"):
             need(getattr(self, name) >= 0, self, name, "must not be negative")
         require_freeze(self, "vision projector language")
@@ -419,73 +433,6 @@ class RunConfig(Checked):
         require(length <= most, "data.max_length", length, fix)
 
 
-# --- JSON ---------------------------------------------------------------------------------------
-
-
-def to_dict(config: object) -> dict:
-    """A config as plain JSON values, with `format_version`."""
-    return {"format_version": FORMAT_VERSION} | dataclasses.asdict(config)
-
-
-def from_dict(cls: type, values: dict, where: str = "config"):
-    """The inverse of `to_dict`.
-
-    Raises `InputError` on an unknown key (with the nearest name) or a wrong type.
-    """
-    require(isinstance(values, dict), where, values, "must be an object of fields")
-    values = {RENAMED.get(key, key): value for key, value in values.items()}
-    version = values.pop("format_version", FORMAT_VERSION)
-    require(isinstance(version, int), f"{where}: format_version", version, "must be int")
-    require(
-        version <= FORMAT_VERSION,
-        f"{where}: format_version",
-        version,
-        f"is newer than this code reads ({FORMAT_VERSION}), so update picoVLM",
-    )
-    hints = get_type_hints(cls)
-    known = {f.name: hints[f.name] for f in dataclasses.fields(cls)}
-    for key, value in values.items():
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known fields are {', '.join(known)}."
-            raise InputError(f"{where}: unknown field {key!r}; {hint}")
-        if dataclasses.is_dataclass(known[key]):
-            values[key] = from_dict(known[key], value, f"{where}.{key}")
-        else:
-            values[key] = _typed(value, known[key], f"{where}: {key}")
-    return cls(**values)
-
-
-def _typed(value: object, hint: type, name: str) -> object:
-    if isinstance(value, list):
-        value = tuple(value)
-    if get_origin(hint) is tuple:  # (float, float, float), or (a Literal, ...)
-        item, *rest = get_args(hint)
-        fits = isinstance(value, tuple) and (rest == [...] or len(value) == 1 + len(rest))
-        fits = fits and all(isinstance(v, (int, float) if item is float else str) for v in value)
-        what = "three numbers" if rest[1:] else "names"
-        require(fits, name, value, f"must be a list of {what}")
-    kinds = {int: int, float: (int, float), bool: bool, str: str, int | None: (int, type(None))}
-    wrong = (wanted := kinds.get(hint)) and (
-        not isinstance(value, wanted) or (hint is not bool and isinstance(value, bool))
-    )
-    require(not wrong, name, value, f"must be {getattr(hint, '__name__', hint)}")
-    return float(value) if hint is float else value
-
-
-def read_json(path: str | Path) -> dict:
-    """A JSON object from a file. Raises `InputError` naming file and line."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file.") from None
-    except (ValueError, RecursionError) as error:  # ValueError: also bad UTF-8, numbers too long
-        raise InputError(f"{path}: not JSON ({error}).") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: must hold a JSON object, not {type(value).__name__}.")
-    return value
-
-
 # --- Presets ------------------------------------------------------------------------------------
 
 # fmt: off
@@ -498,6 +445,17 @@ SMOLLM2 = dict(lm_re_base=100000.0, lm_max_position_embeddings=8192, lm_rms_eps=
 FINE_TUNE = dict(optimizer="adamw", lr_vision=5e-5, lr_projector=0.005, lr_language=5e-5,
                  warmup=1000, schedule="cosine", beta2=0.95, steps=40000, accumulate=8,
                  eval_every=500, save_every=500)
+
+
+
+def two_stages(name: str, whole: RunConfig) -> dict[str, RunConfig]:
+    """A run of other people's backbones in two: the projector alone, then everything."""
+    first = replace(whole.train, out=f"runs/{name}-1", freeze=("vision", "language"), steps=2000,
+                    warmup=100, lr_projector=0.001)
+    second = replace(whole.train, out=f"runs/{name}-2", init_from=f"runs/{name}-1", warmup=300,
+                     lr_projector=2e-5, lr_vision=2e-6, lr_language=2e-5)
+    return {f"{name}-1": replace(whole, train=first), f"{name}-2": replace(whole, train=second)}
+
 
 PRESETS: dict[str, RunConfig] = {
     # 1.2 M parameters; the class defaults.
@@ -541,6 +499,8 @@ PRESETS: dict[str, RunConfig] = {
         data=DataConfig(batch_size=1, max_length=4096, workers=2),
         train=TrainConfig(out="runs/qwen3", **FINE_TUNE)),
 }
+for _name in ("222m", "460m"):
+    PRESETS |= two_stages(_name, PRESETS[_name])
 # fmt: on
 
 
@@ -552,7 +512,7 @@ def parse_run(argv: list[str]) -> RunConfig:
 
     Raises `InputError`; tyro exits with 2 on a value of the wrong type.
     """
-    base = "tiny"
+    base, argv = "tiny", together(argv, "--data.source")
     if argv and not argv[0].startswith("-"):
         base, *argv = argv
     if base in PRESETS:
@@ -567,34 +527,10 @@ def parse_run(argv: list[str]) -> RunConfig:
     return parse(RunConfig, argv, default=default, description=description)
 
 
-def parse(cls: type, argv: list[str], **options):
-    """Flags -> a dataclass, by tyro. An unknown flag is an `InputError` that names the nearest."""
-    import tyro
-
-    value, unknown = tyro.cli(cls, args=argv, return_unknown_args=True, **options)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0].replace("_", "-"), flags(cls), n=1)
-        hint = f"did you mean {near[0]}?" if near else "--help lists all flags."
-        raise InputError(f"unknown argument {unknown[0]!r}; {hint}")
-    return value
-
-
-def flags(cls: type, prefix: str = "--") -> list[str]:
-    """Every flag of a dataclass, those of nested ones after a dot."""
-    found = []
-    for name, hint in get_type_hints(cls).items():
-        flag = prefix + name.replace("_", "-")
-        found += flags(hint, flag + ".") if dataclasses.is_dataclass(hint) else [flag]
-    return found
-
-
-def command(main, argv: list[str] | None = None) -> None:
-    """Run a script's `main(argv)`; a wrong input becomes one sentence on stderr and exit code 2."""
-    try:
-        main(sys.argv[1:] if argv is None else argv)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:  # the reader of our stdout left, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+def together(argv: list[str], flag: str) -> list[str]:
+    """All words behind a flag as one value: `--data.source a=0.7 b=0.3`."""
+    if flag not in argv:
+        return argv
+    first = argv.index(flag) + 1
+    last = next((i for i in range(first, len(argv)) if argv[i].startswith("--")), len(argv))
+    return [*argv[:first], *[" ".join(argv[first:last])][: last - first], *argv[last:]]

@@ -161,7 +161,9 @@ def test_presets(preset, tokens, tile, longest, vocab):
 
 
 def test_every_preset_is_listed_above():
-    assert set(PRESETS) == {"tiny", "tiny-long", "portable", "222m", "460m", "qwen3"}
+    staged = {f"{name}-{stage}" for name in ("222m", "460m") for stage in "12"}
+    names = {"tiny", "tiny-long", "portable", "222m", "460m", "qwen3"}
+    assert set(PRESETS) == names | staged
     assert PRESETS["tiny"] == RunConfig()
     outs = [run.train.out for run in PRESETS.values()]
     assert len(set(outs)) == len(outs)
@@ -175,6 +177,16 @@ def test_derived_numbers_follow_the_fields():
 
 
 # --- JSON ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["222m", "460m"])
+def test_two_stages_train_the_projector_then_all(name):
+    first, second = PRESETS[f"{name}-1"], PRESETS[f"{name}-2"]
+    assert first.train.freeze == ("vision", "language") and second.train.freeze == ()
+    assert second.train.init_from == first.train.out != second.train.out
+    assert second.train.lr_vision < second.train.lr_language <= second.train.lr_projector
+    assert first.train.lr_projector > 10 * second.train.lr_projector
+    assert first.model == second.model == PRESETS[name].model
 
 
 @pytest.mark.parametrize("preset", PRESETS)

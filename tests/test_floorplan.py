@@ -22,7 +22,7 @@ PRETRAINED = [f"models.pretrained.{n}" for n in (
     "engine", "siglip", "clip", "vit", "dinov2", "llama", "idefics3", "nanovlm")]  # fmt: skip
 # Each floor is a list of ladders; a room stands on one and sees the rungs below it.
 FLOORS: list[list[list[str]]] = [
-    [["configs", "configs_classify"]],
+    [["configs_base", "configs", "configs_classify"]],
     [
         ["models.attention", "models.vision_transformer", "models.rollout", "models.classifier",
          "models.language_model",
@@ -33,14 +33,15 @@ FLOORS: list[list[list[str]]] = [
     [
         ["models.vision_language_model"],
         ["data.sample", "data.world", "data.text", "data.augment", "data.images", "data.tables",
-         "data.readers", "data.schemas", "data.sources", "data.classes", "data.processor",
-         "data.packing", "data.loader", "data.preview", "data.views"],
+         "data.readers", "data.schemas", "data.sources", "data.classes", "data.streams",
+         "data.processor", "data.packing", "data.loader", "data.stream_loader", "data.preview",
+         "data.views", "data.prepare"],
     ],
     [["models.hub", "models.checkpoint_files", "models.backbones",
       "engine.checkpoint", "engine.logger", "engine.chat", "engine.conversation", "engine.batch",
       "engine.look", "engine.evaluation", "engine.predictions", "engine.sheet", "engine.report",
       "engine.adapters", "engine.publish", "engine.classification", "engine.embedding",
-      "engine.vit_card", "engine.vit_sheet", "engine.loop",
+      "engine.vit_card", "engine.vit_sheet", "engine.meter", "engine.loop", "engine.dry_run",
       *(f"tasks.{n}" for n in ("world", "rows", "mmstar", "pope", "scienceqa", "chartqa",
                                "textvqa", "docvqa", "coco_captions"))]],
 ]  # fmt: skip
@@ -51,6 +52,7 @@ UP_STAIRS = {  # inside a function
     ("models.vision_transformer", "models.backbones"),
     ("models.classifier", "models.hub"),
     ("models.language_model", "models.backbones"),
+    ("data.sources", "data.streams"),  # one door for every kind of source
 }
 ON_CALL = {"datasets", "huggingface_hub", "wandb", "gradio", "peft", "matplotlib", "torchao",
            "pycocoevalcap"}
