@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from configs import InputError
+from configs import DataConfig, InputError
 from configs_classify import ClassesConfig
 from data import world
 from data.readers import PICTURES, open_rows
@@ -241,7 +241,7 @@ def open_classes(cfg: ClassesConfig, split: str, names: Sequence[str] = ()) -> C
 
 def from_rows(rows: Any, cfg: ClassesConfig, split: str, names: Sequence[str] = ()) -> Classes:
     """`open_classes` of rows that are open already: a reader of rows with a `label`."""
-    index = index_rows(rows, cfg.source, cfg.fetch_images)
+    index = index_rows(rows, cfg.source, DataConfig(fetch_images=cfg.fetch_images))
     labels = {k: row["label"] for k, row in enumerate(rows.scan()) if isinstance(row, dict)}
     found = in_order({labels[k] for k in index.good.tolist()})
     for k in index.good.tolist() if names else ():
@@ -253,7 +253,8 @@ def from_rows(rows: Any, cfg: ClassesConfig, split: str, names: Sequence[str] = 
     if split == "train" and len(found) < 2:
         raise InputError(f"{cfg.source}: one class only ({found[0]!r}); to tell needs two.")
     fraction = 0.0 if cfg.val and split == "train" else cfg.val_fraction
-    chosen: RowSource = choose(index, cfg.source, split, fraction)
+    data = DataConfig(val_fraction=fraction)
+    chosen: RowSource = choose(index, cfg.source, split, data)
     kept = np.arange(len(chosen))
     if split == "train" and cfg.limit:
         kept = evenly([labels[k] for k in chosen.chosen.tolist()], cfg.limit, cfg.seed)

@@ -6,6 +6,7 @@ itself, so that a run resumes with the very next batch. Not here: the rules of p
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -46,6 +47,13 @@ class Encoded(Dataset):
             return self.processor.encode(self.source[i], self.cfg.max_length, self.cfg.max_tiles)
         except InputError as error:
             return Skipped(str(error))
+        except Exception as error:
+            raise told(error, f"row {i + 1} of {self.cfg.source}") from error
+
+
+def told(error: Exception, where: str) -> RuntimeError:
+    """A mistake of this code, with the row it was made on."""
+    return RuntimeError(f"{where}: {type(error).__name__}: {error}")
 
 
 def _one_thread(_worker: int) -> None:
@@ -71,33 +79,46 @@ class Loader:
 
     def restore(self, state: dict) -> None:
         """Continue after the batch that carried `state`."""
-        self.epoch, self.position, self.skipped = (
-            state["epoch"],
-            state["position"],
-            list(state["skipped"]),
-        )
-        encoded = self._encoded()[state["waiting"]]
-        self.waiting = [(i, tokens) for i, tokens in encoded if isinstance(tokens, Tokens)]
+        self.go_to(state)
+        self.skipped = list(state["skipped"])
+        self.waiting = self.again(state["waiting"])
+
+    def go_to(self, state: dict) -> None:
+        """Read on from where `place` was."""
+        self.epoch, self.position = state["epoch"], state["position"]
+
+    def again(self, waiting: list) -> list[tuple[int, Tokens]]:
+        """Samples that were read, but in no batch yet."""
+        encoded = self._encoded()[waiting]
+        return [(i, tokens) for i, tokens in encoded if isinstance(tokens, Tokens)]
+
+    def place(self) -> dict:
+        """Where the next sample is read."""
+        return {"epoch": self.epoch, "position": self.position}
 
     def state(self) -> dict:
-        return {
-            "epoch": self.epoch,
-            "position": self.position,
-            "waiting": [i for i, _ in self.waiting],
-            "skipped": list(self.skipped),
-        }
+        waiting = [i for i, _ in self.waiting]
+        return self.place() | {"waiting": waiting, "skipped": list(self.skipped)}
+
+    @property
+    def deal(self) -> tuple[int, int]:
+        """(which, of how many) batches are this rank's: all form the same order and take turns."""
+        return self.rank, self.world
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches of this rank: all ranks form the same global order and take turns."""
+        """Batches of this rank."""
         samples = self._samples()
         n_rows, capacity = self.cfg.batch_size, self.cfg.max_length
-        turn = 0
+        turn, (rank, world) = 0, self.deal
         while True:
             if self.cfg.packing:
                 # Twice a batch's tokens wait, so that a row finds what fits it.
                 while sum(len(t) for _, t in self.waiting) < 2 * n_rows * capacity:
                     self.waiting.append(next(samples))
-                rows = fill_rows([len(t) for _, t in self.waiting], n_rows, capacity)
+                lengths = [len(t) for _, t in self.waiting]
+                tiles = [len(t.tiles) for _, t in self.waiting] if self.cfg.tiles_per_batch else []
+                most = self.cfg.tiles_per_batch // n_rows
+                rows = fill_rows(lengths, n_rows, capacity, tiles, most)
             else:
                 while len(self.waiting) < n_rows:
                     self.waiting.append(next(samples))
@@ -105,9 +126,9 @@ class Loader:
             groups = [[self.waiting[i][1] for i in row] for row in rows]
             taken = {i for row in rows for i in row}
             self.waiting = [sample for i, sample in enumerate(self.waiting) if i not in taken]
-            if turn % self.world == self.rank:
+            if turn % world == rank:
                 batch = self._collate(groups)
-            if turn % self.world == self.world - 1:  # the state after all ranks' batches, on each
+            if turn % world == world - 1:  # the state after all ranks' batches, on each
                 batch.state = self.state()
                 yield batch
             turn += 1
@@ -157,9 +178,15 @@ class Loader:
     def _skip(self, i: int, reason: str) -> None:
         if i not in self.skipped:
             self.skipped.append(i)
-            if self.skipped_file is not None and self.rank == 0:  # every rank sees the same rows
-                with open(self.skipped_file, "a", encoding="utf-8") as file:
-                    file.write(json.dumps({"row": i, "reason": reason}) + "\n")
+            if self.deal[0] == 0:  # every rank sees the same rows, or each its own
+                self._list({"row": i, "reason": reason})
         n_rows = len(self.source)
         if len(self.skipped) > most_bad_rows(n_rows) or len(self.skipped) == n_rows:
             raise InputError(f"{len(self.skipped)} rows could not be used, the last: {reason}")
+
+    def _list(self, bad: dict) -> None:
+        """A line in skipped.jsonl; what cannot be written is no reason to stop training."""
+        if self.skipped_file is not None:
+            with contextlib.suppress(OSError):
+                with open(self.skipped_file, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(bad) + "\n")

@@ -16,29 +16,44 @@ from data.images import normalise
 from data.sample import IGNORE, Batch, Tokens
 
 
-def fill_rows(lengths: Sequence[int], n_rows: int, capacity: int) -> list[list[int]]:
+def fill_rows(
+    lengths: Sequence[int],
+    n_rows: int,
+    capacity: int,
+    tiles: Sequence[int] = (),
+    most_tiles: int = 0,
+) -> list[list[int]]:
     """Choose from waiting samples those that fill `n_rows` rows of `capacity` tokens best.
 
     Each row starts with the oldest sample left, so none waits for ever; the others are the subset
     that leaves the least room (subset sum, its reachable totals kept as bits of one integer).
+    With `most_tiles`, no row has more of `tiles` than that: while the best has, the sample of it
+    with most tiles is set aside and the row is filled again. So rows have about as many each.
     Returns indices into `lengths`, one list per row.
     """
     left, rows = list(range(len(lengths))), []
     while left and len(rows) < n_rows:
         first, *others = left
-        room = capacity - lengths[first]
-        reach = [1]  # bit t of reach[k]: the first k others can make a total of t
-        for i in others:
-            reach.append((reach[-1] | reach[-1] << lengths[i]) & ((1 << room + 1) - 1))
-        total = reach[-1].bit_length() - 1
-        row = [first]
-        for k in reversed(range(len(others))):
-            if not reach[k] >> total & 1:
-                row.append(others[k])
-                total -= lengths[others[k]]
+        row = [first, *best_fill(lengths, others, capacity - lengths[first])]
+        while most_tiles and sum(tiles[i] for i in row) > most_tiles and len(row) > 1:
+            others.remove(max(row[1:], key=lambda i: tiles[i]))
+            row = [first, *best_fill(lengths, others, capacity - lengths[first])]
         rows.append(sorted(row))
         left = [i for i in left if i not in row]
     return rows
+
+
+def best_fill(lengths: Sequence[int], others: Sequence[int], room: int) -> list[int]:
+    """The subset of `others` that leaves the least of `room`; totals are bits of one integer."""
+    reach = [1]  # bit t of reach[k]: the first k others can make a total of t
+    for i in others:
+        reach.append((reach[-1] | reach[-1] << lengths[i]) & ((1 << room + 1) - 1))
+    total, row = reach[-1].bit_length() - 1, []
+    for k in reversed(range(len(others))):
+        if not reach[k] >> total & 1:
+            row.append(others[k])
+            total -= lengths[others[k]]
+    return row
 
 
 def collate(rows: Sequence[Sequence[Tokens]], cfg: VLMConfig) -> Batch:

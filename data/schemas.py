@@ -70,6 +70,26 @@ def conversation(row: dict) -> Conversation:
     return Conversation(family, name, tuple(turns), tuple(map(_picture, pictures)))
 
 
+def rated(row: dict, least: dict[str, int]) -> dict | None:
+    """The row without the questions and answers that FineVision rates lower; None if none is left.
+
+    `least`: the smallest rating by its column's name; what is not rated stays.
+    """
+    kept = row.get("texts")
+    if not isinstance(kept, list):
+        return row
+    low = set()
+    for column, smallest in least.items():
+        ratings = row.get(column)
+        for i, rating in enumerate(ratings if isinstance(ratings, list) else []):
+            if isinstance(rating, int) and rating < smallest:
+                low.add(i)
+    if not low:
+        return row
+    kept = [pair for i, pair in enumerate(kept) if i not in low]
+    return row | {"texts": kept} if kept else None
+
+
 # --- Chats --------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from configs import InputError
 
+PASSING = {".parquet": "parquet", ".jsonl": "json", ".csv": "csv"}  # what streams, and as what
 TAIL = 64  # bytes at the end of a picture that tell it from others: compressed data and checksums
 
 
@@ -98,7 +99,7 @@ def _with_datasets(name: str, opens: Callable):
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error
         reason = (str(cause) or type(cause).__name__).strip().splitlines()[0][:200]
-        raise InputError(f"{name}: cannot be opened as a data set ({reason}).") from None
+        raise InputError(f"{name}: cannot be opened as a data set ({reason}).") from error
 
 
 def open_parquet(path: Path | list[Path]) -> ArrowRows:
@@ -110,6 +111,29 @@ def open_parquet(path: Path | list[Path]) -> ArrowRows:
     paths = [str(file) for file in files]
     opened = _with_datasets(name, lambda datasets: datasets.Dataset.from_parquet(paths))
     return _arrow_rows(opened, name, "", files[0].parent)
+
+
+def open_passing(source: str):
+    """Files, a folder of Parquet files or a data set of the Hub as a stream of plain rows.
+
+    Pictures stay bytes. Raises `InputError`.
+    """
+    name, _, part = source.partition("@") if source.startswith("hf:") else (source, "", "")
+    path, options = Path(source), {"split": part or "train", "streaming": True}
+    if name.startswith("hf:"):
+        repository, _, configuration = name.removeprefix("hf:").partition(":")
+        words = (repository, configuration or None)
+    else:
+        files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+        kind = PASSING.get(files[0].suffix if files else "")
+        if kind is None or not files[0].is_file():
+            raise InputError(
+                f"data.source = {source!r}: only a file ({' '.join(PASSING)}), a folder of Parquet "
+                "files or hf:owner/name is a stream; leave out --data.stream."
+            )
+        words, options = (kind,), options | {"data_files": [str(f) for f in files]}
+    opened = _with_datasets(source, lambda datasets: datasets.load_dataset(*words, **options))
+    return opened if opened.features is None else opened.decode(False)
 
 
 def open_saved(folder: Path, part: str) -> ArrowRows:

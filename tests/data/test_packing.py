@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -73,6 +75,27 @@ def test_a_small_case_by_hand():
     assert fill_rows([], 3, 10) == []
     assert fill_rows([10, 10], 1, 10) == [[0]]
     assert fill_rows([2, 2, 2], 9, 10) == [[0, 1, 2]]
+
+
+def test_no_row_has_more_tiles_than_its_share():
+    """Rows fill as well as they can within it, each sample once, and none waits for ever."""
+    rng = random.Random(0)
+    line = [(rng.randint(5, 60), rng.choice([0, 0, 1, 1, 2, 9])) for _ in range(400)]
+    seen, fill, n = [], 0, 0
+    while len(line) > 60:
+        waiting = line[:60]
+        lengths, tiles = zip(*waiting)
+        rows = fill_rows(lengths, 4, 128, tiles, 10)
+        assert max(sum(tiles[i] for i in row) for row in rows) <= 10
+        assert rows[0][0] == 0, "the oldest goes first"
+        taken = [i for row in rows for i in row]
+        assert len(set(taken)) == len(taken)
+        seen += [waiting[i] for i in taken]
+        line = [s for i, s in enumerate(waiting) if i not in taken] + line[60:]
+        fill, n = fill + sum(sum(lengths[i] for i in row) for row in rows), n + 4 * 128
+    assert len(seen) > 300 and fill / n > 0.95
+    free = fill_rows(lengths, 4, 128)
+    assert free == fill_rows(lengths, 4, 128, tiles, 0), "no share, no change"
 
 
 def test_rows_of_the_world_are_97_percent_full(tiny_processor):

@@ -276,7 +276,7 @@ def test_pil_images_and_rows_made_in_python(folder):
 
     rows = [{"image": Image.new("RGB", (9, 9), (50, 0, 0)), "caption": "dark"},
             {"image": picture(200), "caption": "light"}]  # fmt: skip
-    source = choose(index_rows(ListRows(rows), "mine"), "mine", "test", 0.5)
+    source = choose(index_rows(ListRows(rows), "mine", DataConfig()), "mine", "test", DataConfig())
     assert [reds(source[i]) for i in range(2)] == [[50], [200]]
     assert source[1].row == "row 2" and np.array_equal(source.chosen, [0, 1])
 

@@ -332,6 +332,32 @@ def test_web_addresses_are_left_alone_unless_allowed(tmp_path, monkeypatch):
         _download("http://127.0.0.1:9/x")
 
 
+@pytest.mark.parametrize("trouble", [TimeoutError("timed out"), 503])
+def test_a_server_that_is_late_is_asked_again(monkeypatch, trouble):
+    import urllib.error
+    import urllib.request
+
+    from data import sources
+
+    waits, left = [], [2]
+    busy = urllib.error.HTTPError("http://x", trouble, "busy", {}, None) \
+        if isinstance(trouble, int) else urllib.error.URLError(trouble)  # fmt: skip
+
+    def answer(_address, timeout):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise busy
+        return io.BytesIO(b"a picture")
+
+    monkeypatch.setattr(urllib.request, "urlopen", answer)
+    monkeypatch.setattr(sources.time, "sleep", waits.append)
+    assert _download("http://x/a.png") == b"a picture" and waits == [1, 4]
+    left[0] = 9
+    with pytest.raises(InputError, match=r"x/a\.png: cannot be fetched"):
+        _download("http://x/a.png")
+    assert waits == [1, 4, 1, 4] and left[0] == 6
+
+
 @pytest.mark.parametrize("spelled", ["data:image/png;base64,!!!", "data:nothing"])
 def test_broken_base64_is_refused_when_it_is_opened(tmp_path, spelled, tiny_processor):
     source = open_all(write(tmp_path / "a.jsonl", [{**qa(0), "image": spelled}]))

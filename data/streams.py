@@ -1,0 +1,176 @@
+"""Rows read in passing: a stream of the `datasets` library, in parts, in blocks that are shuffled.
+
+Every process, and every worker of one, reads a part of its own. A block of rows is held, put in an
+order that (seed, epoch, part, block) give, and let go. Where a part stands is therefore a few
+numbers and the library's place at the start of a block: no buffer has to be saved, no row is lost.
+Not here: what a row means (sources.py), batches (loader.py).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from configs import DataConfig, InputError
+from data.readers import ListRows
+from data.sample import Sample
+from data.sources import RowSource, meaning, most_bad_rows, sample_of
+from data.tables import open_passing
+
+TRIES = 6  # of a block; the waits between them double from a second
+READING = (OSError, ValueError, RuntimeError, InputError)  # what reading may raise; Arrow's too
+HEAD = 64  # rows looked at before training
+MOST_SCANNED = 20_000  # rows read to find validation rows
+MOST_VALIDATION = 256  # rows kept for validation
+
+
+@dataclass(frozen=True)
+class StreamSource:
+    """A source that is read from its start, in parts, and again in the next epoch."""
+
+    cfg: DataConfig
+    name: str
+    head: RowSource  # its first training rows
+    notes: tuple[str, ...]
+    fingerprint: str = ""
+    bad: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        """Rows of the head: how many there are in all, nobody has counted."""
+        return len(self.head)
+
+    def __getitem__(self, i: int) -> Sample:
+        return self.head[i]
+
+    def part(self, number: int, of: int) -> Part:
+        return Part(self, number, of)
+
+    def sample(self, row: dict, where: str) -> Sample | None:
+        """A training example; None of a row that is for validation, or rated too low.
+
+        Raises `InputError` naming the row.
+        """
+        try:
+            found = meaning(row, self.cfg)
+            if found is None or found.is_val:
+                return None
+            return sample_of(found.conversation, Path(), where)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+
+
+class Part:
+    """One of `of` parts of a stream, of which every row is in exactly one."""
+
+    def __init__(self, source: StreamSource, number: int, of: int):
+        self.source, self.number, self.of = source, number, of
+        self.rows = self.data = self.after = None
+
+    def block(self, state: dict | None) -> tuple[list[dict], dict]:
+        """(rows from the library's place `state` on, at most `stream_block`; the place after).
+
+        Raises `InputError` when the source cannot be read, after some tries.
+        """
+        for attempt in range(TRIES):
+            try:
+                if self.rows is None or state != self.after:
+                    self._open(state)
+                found = list(islice(self.rows, self.source.cfg.stream_block))
+                self.after = self.data.state_dict()
+                return found, self.after
+            except Exception as error:
+                if not (is_lost(error) or isinstance(error, READING)):
+                    raise  # a mistake of this code
+                self.rows, reason = None, error
+                if not may_pass(error):
+                    break
+                if attempt + 1 < TRIES:
+                    time.sleep(2**attempt)
+        if isinstance(reason, InputError):
+            raise reason
+        words = (str(reason) or type(reason).__name__).splitlines()[0][:200]
+        raise InputError(
+            f"{self.source.name}: cannot be read ({words}), tried {attempt + 1} times; continue "
+            "later with --train.resume auto."
+        ) from None
+
+    def _open(self, state: dict | None) -> None:
+        from datasets.distributed import split_dataset_by_node
+
+        self.data = split_dataset_by_node(open_passing(self.source.name), self.number, self.of)
+        if state is not None:
+            self.data.load_state_dict(state)
+        # One by one through `iter`, which, unlike a loop, does not deal rows to workers of its own.
+        self.rows = ({name: v[0] for name, v in one.items()} for one in self.data.iter(1))
+
+    def shuffled(self, rows: list[dict], epoch: int, block: int) -> list[tuple[int, dict]]:
+        """(number in the part, row) of a block, in the order it is read in."""
+        seed = (self.source.cfg.seed, epoch, self.number, block)
+        order = np.random.default_rng(seed).permutation(len(rows)).tolist()
+        first = block * self.source.cfg.stream_block
+        return [(first + i, rows[i]) for i in order]
+
+    def where(self, number: int) -> str:
+        return f"{self.source.name} row {number + 1} of part {self.number + 1} of {self.of}"
+
+
+def is_lost(error: BaseException) -> bool:
+    """A time-out or lost connection of the Hub's client, httpx of any version: no OSError."""
+    kinds = type(error).__mro__
+    return any(k.__name__ == "TransportError" and k.__module__.startswith("httpx") for k in kinds)
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether trying again may help: a time-out or a lost connection, whoever reports it."""
+    if isinstance(error, InputError):
+        return error.__cause__ is not None and may_pass(error.__cause__)
+    for_good = isinstance(error, (FileNotFoundError, PermissionError))
+    for_good = for_good or type(error).__name__ == "OfflineModeIsEnabled"
+    return (isinstance(error, OSError) or is_lost(error)) and not for_good
+
+
+@lru_cache(maxsize=4)
+def _first_rows(cfg: DataConfig, name: str, is_val: bool) -> tuple[RowSource, str]:
+    """The first usable rows of a side, and the columns of the first one."""
+    part, state = Part(StreamSource(cfg, name, None, ()), 0, 1), None
+    kept, n_read, n_bad, reason, columns = [], 0, 0, "", ""
+    most = MOST_VALIDATION if is_val else HEAD
+    while len(kept) < most and n_read < MOST_SCANNED:
+        rows, state = part.block(state)
+        if not rows:
+            break
+        for row in rows:
+            n_read += 1
+            try:
+                found = meaning(row, cfg)
+            except InputError as error:
+                n_bad, reason = n_bad + 1, reason or f"{part.where(n_read - 1)}: {error}"
+                continue
+            columns = columns or (found.conversation.schema if found else "")
+            if found is not None and found.is_val == is_val and len(kept) < most:
+                kept.append(row)
+    if n_bad > most_bad_rows(n_read):
+        raise InputError(f"{n_bad} of the first {n_read} rows are bad, the first: {reason}")
+    if not kept and not is_val:
+        raise InputError(f"{name}: no rows to train on" + (f"; {reason}" if reason else "."))
+    head = RowSource(ListRows(kept, Path()), np.arange(len(kept)), (), (), cfg)
+    return head, columns
+
+
+def open_stream(cfg: DataConfig, name: str, split: str) -> Any:
+    """A stream to train on; for validation, rows of its beginning whose hash says so."""
+    if name == "world":
+        raise InputError(
+            "data.stream = True: world is drawn when it is asked for, so leave the flag out."
+        )
+    head, columns = _first_rows(cfg, name, split == "val")
+    if split == "val":
+        return head
+    note = f"{name}: a stream of {columns}; {cfg.val_fraction:.1%} of it for validation"
+    return StreamSource(cfg, name, head, (note,), name)
