@@ -33,7 +33,7 @@ from data.views import Viewer, ViewLoader, loader_config, open_picture
 from engine import checkpoint, classification
 from engine.classification import Result, draw_confusion, open_classifier, table
 from engine.distributed import autocast, fast_dtype, setup
-from engine.loop import train
+from engine.loop import Best, train
 from engine.optim import build_optimizer
 from engine.vit_card import CONFUSION, RESULT, prepare
 from engine.vit_sheet import draw_rollout
@@ -86,26 +86,28 @@ def train_main(argv: list[str]) -> None:
     loader = ViewLoader(
         source, viewer, loader_config(cfg.data), dist.rank, dist.world, run / "skipped.jsonl"
     )
-    step = 0
+    checkpoint.seed_generators(cfg.train.seed, dist.rank)
+    step, best = 0, Best()
     if found:
-        state = checkpoint.load_state(found[-1], cfg)
-        optimizer.load_state_dict(state["optimizer"])
-        loader.restore(state["loader"])
-        checkpoint.set_rng_state(state["rng"])
-        step = state["step"]
+        step, best = checkpoint.restore(found[-1], cfg, model, optimizer, loader, dist)
+        best = Best(*best)
     if dist.is_main:
-        checkpoint.remember_config(cfg)
+        lock = checkpoint.remember_config(cfg)  # ours while this function runs
         describe(cfg, model, source, val, step)
     region = autocast(dist.device, dtype)
     n_val = len(val)
 
-    def asked() -> dict:
+    def asked(_step: int) -> dict:
         return classification.evaluate(model, val, region).values() if n_val else {}
 
-    reached = train(cfg, model, None, loader, optimizer, dist, region, asked, step)
+    def write(model: Classifier, folder: Path) -> None:
+        model.save_pretrained(folder)
+
+    reached = train(cfg, model, write, loader, optimizer, dist, region, asked, step, best)
     dist.close()
     if not dist.is_main:
         return
+    lock.close()
     if reached < cfg.train.steps:
         resume = f"python classify.py train {run}/config.json --train.resume auto"
         print(f"saved {run} at step {reached}; continue with: {resume}")

@@ -15,17 +15,19 @@ import torch
 
 from configs import InputError, RunConfig, command, parse_run
 from data import processor as processors
-from data.loader import Loader
 from data.preview import check_before_training
 from data.processor import Processor
 from data.sources import open_source
-from engine import checkpoint
+from data.stream_loader import open_loader
+from engine import adapters, checkpoint
 from engine.chat import open_checkpoint
-from engine.distributed import autocast, fast_dtype, setup
+from engine.distributed import Dist, autocast, fast_dtype, setup
+from engine.dry_run import dry_run
 from engine.evaluation import evaluate
-from engine.loop import train
+from engine.loop import Best, train
 from engine.optim import build_optimizer
 from engine.publish import publish
+from engine.sheet import draw_sheet
 from models.checkpoint_files import misfit
 from models.hub import require_login
 from models.vision_language_model import VisionLanguageModel
@@ -36,6 +38,7 @@ def build(cfg: RunConfig) -> tuple[RunConfig, VisionLanguageModel, Processor]:
 
     The sizes of backbones, and the whole config of `init_from`, then replace the model fields.
     """
+    torch.manual_seed(cfg.train.seed)
     if cfg.train.init_from:
         model, processor = open_checkpoint(cfg.train.init_from)
         return replace(cfg, model=model.cfg), model.float(), processor
@@ -44,7 +47,6 @@ def build(cfg: RunConfig) -> tuple[RunConfig, VisionLanguageModel, Processor]:
             f"lm_tokenizer = 'world': {cfg.model.lm_model_type} was trained on other tokens; name "
             "its own tokenizer, which most often is the same directory or Hub id."
         )
-    torch.manual_seed(cfg.train.seed)
     model = VisionLanguageModel.from_backbones(cfg.model)
     return replace(cfg, model=model.cfg), model, processors.build(model.cfg)
 
@@ -52,43 +54,69 @@ def build(cfg: RunConfig) -> tuple[RunConfig, VisionLanguageModel, Processor]:
 def main(argv: list[str]) -> None:
     cfg = parse_run(argv)
     run = Path(cfg.train.out)
-    found = checkpoint.folders(run) if cfg.train.resume == "auto" else []
-    newest = replace(cfg.train, init_from=str(found[-1])) if found else cfg.train
     if cfg.train.push:
         require_login()  # now rather than after hours
-    dist = setup()
+    dist = setup(cfg.train.parallel)
+    found = checkpoint.seen_by_all(run, dist) if cfg.train.resume == "auto" else []
     source = open_source(cfg.data, "train")
-    built, model, processor = build(replace(cfg, train=newest))
+    start = adapters.start_of(found[-1]) if found else cfg.train.init_from
+    built, model, processor = build(replace(cfg, train=replace(cfg.train, init_from=str(start))))
     if cfg.train.init_from or cfg.model.vit_model_type or cfg.model.lm_model_type:
         cfg = replace(cfg, model=built.model)
+    looked = check_before_training(source, processor, cfg.data)
+    adapters.attach(model, cfg.train)
     model.to(dist.device)
     dtype = fast_dtype(dist.device, cfg.train.precision)
+    dist.shard(model, dtype)
     optimizer = build_optimizer(model.parts, cfg.train, dtype)
-    loader = Loader(source, processor, cfg.data, dist.rank, dist.world, run / "skipped.jsonl")
-    step = 0
+    if found and cfg.train.lora:
+        adapters.load(model, found[-1])
+    skipped = None if cfg.train.dry_run else run / "skipped.jsonl"
+    loader = open_loader(source, processor, cfg.data, dist.rank, dist.world, skipped)
+    checkpoint.seed_generators(cfg.train.seed, dist.rank)
+    step, best, data = 0, Best(), source.fingerprint
     if found:
-        state = checkpoint.load_state(found[-1], cfg)
-        optimizer.load_state_dict(state["optimizer"])
-        loader.restore(state["loader"])
-        checkpoint.set_rng_state(state["rng"])
-        step = state["step"]
-    looked = check_before_training(source, processor, cfg.data)
+        step, best = checkpoint.restore(found[-1], cfg, model, optimizer, loader, dist, data)
+        best = Best(*best)
+    if dist.is_main and not cfg.train.dry_run:
+        lock = checkpoint.remember_config(cfg)  # ours while this function runs
+        if not found:
+            adapters.keep_base(model, processor, cfg.train)
     if dist.is_main:
-        checkpoint.remember_config(cfg)
         describe(cfg, model, source, step)
         print(looked)
     region = autocast(dist.device, dtype)
-    asked = partial(evaluate, model, processor, cfg.data, cfg.train.eval_samples, region)
-    reached = train(cfg, model, processor, loader, optimizer, dist, region, asked, step)
+    if cfg.train.dry_run:
+        said = dry_run(cfg, model, processor, loader, optimizer, dist, region)
+        if dist.is_main:
+            print(said)
+        return dist.close()
+    asked = partial(examine, cfg, model, processor, dist, region)
+    write = partial(adapters.write, processor=processor, cfg=cfg.train)
+    reached = train(cfg, model, write, loader, optimizer, dist, region, asked, step, best, data)
     dist.close()
     if dist.is_main:
-        resume = f"python train.py {run}/config.json --train.resume auto"
-        print(
-            f"saved {run} at step {reached}"
-            + ("" if reached == cfg.train.steps else f"; continue with: {resume}")
-        )
-        if cfg.train.push and reached == cfg.train.steps:
-            print(f"pushed to {publish(run, cfg.train.push)}")
+        finish(cfg, reached)
+        lock.close()
+
+
+def examine(cfg: RunConfig, model, processor, dist: Dist, region, step: int) -> dict:
+    """Evaluate; the main process also draws sample answers, as often as the settings say."""
+    t = cfg.train
+    number = step // t.eval_every if t.eval_every else 0
+    wanted = t.answers_every and (step == t.steps or number % t.answers_every == 0)
+    sheet = Path(t.out, f"answers-{step:06d}.png")
+    show = partial(draw_sheet, path=sheet) if wanted and dist.is_main else None
+    return evaluate(model, processor, cfg.data, t.eval_samples, region, show)
+
+
+def finish(cfg: RunConfig, reached: int) -> None:
+    """The last words, and the way to the Hub."""
+    run, is_done = Path(cfg.train.out), reached == cfg.train.steps
+    resume = f"python train.py {run}/config.json --train.resume auto"
+    print(f"saved {run} at step {reached}" + ("" if is_done else f"; continue with: {resume}"))
+    if cfg.train.push and is_done:
+        print(f"pushed to {publish(run, cfg.train.push)}")
 
 
 def describe(cfg: RunConfig, model: VisionLanguageModel, source, step: int) -> None:
@@ -98,8 +126,9 @@ def describe(cfg: RunConfig, model: VisionLanguageModel, source, step: int) -> N
         f"{name} {n / 1e6:.2f} M{' (frozen)' if name in cfg.train.freeze else ''}"
         for name, n in counts.items()
     )
+    rows = "a stream" if cfg.data.stream else f"{len(source):,} rows"
     print(
-        f"model: {parts}; {len(source):,} rows of {cfg.data.source}; "
+        f"model: {parts}; {rows} of {cfg.data.source}; "
         f"steps {step} to {cfg.train.steps} into {cfg.train.out}"
     )
     named = [name for name in (cfg.model.vit_model_type, cfg.model.lm_model_type) if name]

@@ -14,6 +14,7 @@ import platform
 import random
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +22,25 @@ import torch
 from safetensors import SafetensorError
 
 from configs import InputError, RunConfig, from_dict, to_dict
+from engine.distributed import Dist
+from engine.optim import Optimizers
 from models.hub import find
 
-STATE = "state.pt"
+STATE, SHARDS = "state.pt", "shards"
 
 
 def folders(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     return sorted(p for p in run.glob("step-*") if (p / STATE).is_file())
+
+
+def seen_by_all(run: Path, dist: Dist) -> list[Path]:
+    """`folders`; raises `InputError` where processes, on different machines, see different ones."""
+    found = folders(run)
+    seen = {tuple(p.name for p in paths) for paths in dist.gather(found)}
+    if len(seen) > 1:
+        raise InputError(f"{run}: not the same on all machines; name a folder that they share.")
+    return found
 
 
 def resolve(path: str | Path) -> Path:
@@ -73,29 +85,69 @@ def set_rng_state(state: dict) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def save(cfg: RunConfig, step: int, model, processor, state: dict) -> Path:
-    """Write checkpoint `step`, then drop all but the newest `keep`.
+def seed_generators(seed: int, rank: int) -> None:
+    """Python's and numpy's, and torch's of every rank but the first.
 
-    On failure nothing of it remains. Raises `InputError` when the disk refuses; earlier checkpoints
-    are untouched.
+    That one goes on from where the initial weights left it; the others' dropout must not be its.
     """
+    random.seed(f"{seed}/{rank}")
+    np.random.seed((seed * 1_000_003 + rank) % 2**32)
+    if rank:
+        torch.manual_seed(seed * 1_000_003 + rank)
+
+
+def save(
+    cfg: RunConfig,
+    step: int,
+    model,
+    write: Callable[[object, Path], None],
+    optimizer: Optimizers,
+    dist: Dist,
+    state: dict,
+) -> None:
+    """Write checkpoint `step`, then drop all but the newest `keep` and the best evaluated one.
+
+    Called by every process. On failure nothing of it remains. Raises `InputError` when the disk
+    refuses; earlier checkpoints are untouched.
+    """
+    state = state | {"rng": dist.gather(rng_state())}
+    if not dist.is_sharded:
+        state["optimizer"] = optimizer.state_dict()
+        if dist.is_main:
+            _write(cfg, step, lambda folder: write(model, folder), state)
+        dist.sum(0)  # none goes on before it is there
+        return
+    tensors = dist.whole(model)
+    shards = Path(cfg.train.out) / f".shards-{step:06d}"
+    dist.save_shards(model, optimizer.members[0], shards)
+
+    def write_all(folder: Path) -> None:
+        write(model.assembled(tensors), folder)
+        shards.rename(folder / SHARDS)
+
+    if dist.is_main:
+        _write(cfg, step, write_all, state)
+    dist.sum(0)
+
+
+def _write(cfg: RunConfig, step: int, write: Callable[[Path], None], state: dict) -> None:
     run = Path(cfg.train.out)
     final, temporary = run / f"step-{step:06d}", run / f".saving-{step:06d}-{os.getpid()}"
     try:
         temporary.mkdir(parents=True)
-        model.save_pretrained(temporary, processor)
+        write(temporary)
         provenance = {
             "config": to_dict(cfg),
             "torch": str(torch.__version__),
             "git": git_commit(),
             "hardware": hardware(),
         }
-        torch.save(
-            {"step": step, "rng": rng_state(), "provenance": provenance} | state, temporary / STATE
-        )
+        torch.save({"step": step, "provenance": provenance} | state, temporary / STATE)
         _flush(temporary)
         if final.exists():
             shutil.rmtree(final)
+        if not (run / "config.json").exists():  # deleted under the run
+            _write_config(cfg)
         temporary.rename(final)
     # A full disk is a RuntimeError to torch.save and a SafetensorError to the weights.
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -104,14 +156,26 @@ def save(cfg: RunConfig, step: int, model, processor, state: dict) -> Path:
             f"{final}: the checkpoint could not be written ({error}); "
             "earlier checkpoints are whole, free some space and continue with --train.resume auto."
         ) from None
+    best = f"step-{state.get('best', (0,))[0]:06d}"
     for old in folders(run)[: -cfg.train.keep]:
-        shutil.rmtree(old)
-    return final
+        if old.name != best:
+            shutil.rmtree(old, ignore_errors=True)  # somebody else may delete it too
+    _point(run / "best", run / best)
+
+
+def _point(link: Path, target: Path) -> None:
+    """Let `link` name a checkpoint, at once; where the file system has no links, it does not."""
+    beside = link.with_name(f".{link.name}-{os.getpid()}")
+    with contextlib.suppress(OSError):
+        if target.is_dir():
+            beside.unlink(missing_ok=True)
+            beside.symlink_to(target.name)
+            beside.replace(link)
 
 
 def _flush(folder: Path) -> None:
     """Force the files to the disk before the rename makes them official."""
-    for path in [*folder.iterdir(), folder]:
+    for path in [*folder.rglob("*"), folder]:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -119,8 +183,11 @@ def _flush(folder: Path) -> None:
             os.close(handle)
 
 
-def load_state(folder: Path, cfg: RunConfig) -> dict:
-    """The state beside a checkpoint's weights; `InputError` where the settings have changed."""
+def load_state(folder: Path, cfg: RunConfig, world: int = 1, data: str = "") -> dict:
+    """The state beside a checkpoint's weights.
+
+    Raises `InputError` where the settings, the number of processes or the `data` have changed.
+    """
     try:
         state = torch.load(folder / STATE, weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -135,14 +202,40 @@ def load_state(folder: Path, cfg: RunConfig) -> dict:
         )
         if old != new and (part, name) not in MAY_CHANGE
     ]
+    for what, now in (("world", world), ("data", data)):
+        if state.get(what, now) != now:
+            changed.append(f"{SAYS[what]}: {state[what]} then, {now} now")
+    then, now = (max(1, c.data.workers) for c in (saved, cfg))
+    if getattr(saved.data, "stream", False) and then != now:
+        changed.append(f"data.workers, which share a stream: {then} then, {now} now")
     if changed:
         raise InputError(
-            f"{folder} was made with other settings ({'; '.join(changed)}); "
-            "set them back, or start a new run with --train.init-from."
+            f"{folder} was made with other settings ({'; '.join(changed)}); set them back, or "
+            f"start a new run from its weights: --train.init-from {folder} --train.out another."
         )
     return state
 
 
+def restore(
+    folder: Path, cfg: RunConfig, model, optimizer: Optimizers, loader, dist: Dist, data: str = ""
+) -> tuple[int, tuple]:
+    """Go on from a checkpoint whose weights `model` has: (step, the best evaluation)."""
+    state = load_state(folder, cfg, dist.world, data)
+    if dist.is_sharded:
+        dist.load_shards(model, optimizer.members[0], folder / SHARDS)
+    else:
+        optimizer.load_state_dict(state["optimizer"])
+    loader.restore(_of_rank(state["loader"], dist.rank))
+    set_rng_state(_of_rank(state["rng"], dist.rank))
+    return state["step"], state.get("best", (0, (-1.0, 0.0)))
+
+
+def _of_rank(values: object, rank: int) -> object:
+    """A process's own; checkpoints of earlier versions have one for all."""
+    return values[rank] if isinstance(values, list) else values
+
+
+SAYS = {"world": "processes", "data": "rows of the source"}
 # Settings that do not change what is computed.
 MAY_CHANGE = {
     ("train", n)
@@ -158,14 +251,42 @@ MAY_CHANGE = {
         "eval_samples",
         "max_bad_steps",
         "push",
+        "answers_every",
+        "dry_run",
     )
 } | {("data", "workers")}
 
 
-def remember_config(cfg: RunConfig) -> None:
+def claim(run: Path):
+    """The open file whose lock says that this process trains in `run`, until it is closed.
+
+    The lock ends with the process, however it ends, and is not inherited by others. Raises
+    `InputError` while another process has it.
+    """
+    file = open(run / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
+    try:
+        import fcntl
+    except ImportError:  # not POSIX: no lock
+        return file
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise InputError(
+            f"{run}: process {file.read().strip()} is training in it; choose another --train.out, "
+            "or stop that one first."
+        ) from None
+    file.truncate(0)
+    file.write(f"{os.getpid()} on {platform.node()}\n")
+    file.flush()
+    return file
+
+
+def remember_config(cfg: RunConfig):
     """Write the run's config.json, the file that `python train.py runs/x/config.json` reads.
 
-    Raises `InputError` when the folder holds another run and this one does not resume it.
+    Returns what `claim` does. Raises `InputError` when the folder holds another run and this one
+    does not resume it, or another process trains in it.
     """
     run = Path(cfg.train.out)
     if cfg.train.resume == "no" and folders(run):
@@ -175,16 +296,23 @@ def remember_config(cfg: RunConfig) -> None:
         )
     try:
         run.mkdir(parents=True, exist_ok=True)
+        lock = claim(run)
+        for torn in (*run.glob(".saving-*"), *run.glob(".shards-*")):  # left by a kill
+            shutil.rmtree(torn)
         if cfg.train.resume == "no":
             for stale in ("log.jsonl", "skipped.jsonl"):
                 (run / stale).unlink(missing_ok=True)
-        (run / "config.json").write_text(
-            json.dumps(to_dict(cfg), indent=2) + "\n", encoding="utf-8"
-        )
+        _write_config(cfg)
     except OSError as error:
         raise InputError(
             f"train.out = {str(run)!r}: cannot be written ({error.strerror})."
         ) from None
+    return lock
+
+
+def _write_config(cfg: RunConfig) -> None:
+    path = Path(cfg.train.out, "config.json")
+    path.write_text(json.dumps(to_dict(cfg), indent=2) + "\n", encoding="utf-8")
 
 
 def hardware() -> str:

@@ -11,11 +11,15 @@ import ctypes
 import os
 import time
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+LONGEST_WAIT = timedelta(hours=2)  # of one process for another: one of them may read a huge table
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,12 @@ class Dist:
     rank: int
     world: int
     device: torch.device
+    parallel: str = "ddp"
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a part of every block only."""
+        return self.parallel == "fsdp" and self.world > 1
 
     @property
     def is_main(self) -> bool:
@@ -46,20 +56,74 @@ class Dist:
         dist.all_gather_object(values, value)
         return values
 
+    def shard(self, model: nn.Module, dtype: torch.dtype) -> None:
+        """Keep a part of every block here, and gather a block in `dtype` when it computes (FSDP2).
+
+        Before the optimizer is made, and only where `parallel` says so. Gradients are averaged, in
+        float32, as DDP does.
+        """
+        if not self.is_sharded:
+            return
+        from torch.distributed.fsdp import (
+            MixedPrecisionPolicy,
+            fully_shard,
+            register_fsdp_forward_method,
+        )
+
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        for part in list(model.modules()):
+            for block in getattr(part, "blocks", ()):
+                fully_shard(block, mp_policy=policy)
+        fully_shard(model, mp_policy=policy)
+        for name in ("prefill", "decode"):  # evaluation comes in by these doors too
+            if hasattr(model, name):
+                register_fsdp_forward_method(model, name)
+
     def wrap(self, model: nn.Module) -> nn.Module:
         """Average gradients over the processes; a lone process needs nothing."""
-        return model if self.world == 1 else DistributedDataParallel(model)
+        if self.world == 1 or self.is_sharded:
+            return model
+        return DistributedDataParallel(model)
 
     def sync(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
         """Talk to the other ranks in the last micro-batch of a step only."""
-        return contextlib.nullcontext() if last or self.world == 1 else model.no_sync()
+        if self.is_sharded:
+            model.set_requires_gradient_sync(last)
+        return contextlib.nullcontext() if last or self.world == 1 or self.is_sharded \
+            else model.no_sync()  # fmt: skip
+
+    def whole(self, model: nn.Module) -> dict[str, Tensor]:
+        """All tensors of a model in parts, on the CPU of the main process; elsewhere nothing."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return get_model_state_dict(model, options=options)
+
+    def save_shards(self, model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+        """Every process writes its part of the optimizer's state."""
+        import torch.distributed.checkpoint as shards
+        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+        shards.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=folder)
+
+    def load_shards(self, model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+        """The inverse of `save_shards`, in place."""
+        import torch.distributed.checkpoint as shards
+        from torch.distributed.checkpoint.state_dict import (
+            get_optimizer_state_dict,
+            set_optimizer_state_dict,
+        )
+
+        state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+        shards.load(state, checkpoint_id=folder)
+        set_optimizer_state_dict(model, optimizer, state["optimizer"])
 
     def close(self) -> None:
         if self.world > 1:
             dist.destroy_process_group()
 
 
-def setup() -> Dist:
+def setup(parallel: str = "ddp") -> Dist:
     """Read torchrun's environment, join the other processes if there are any, choose the device."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
@@ -71,8 +135,8 @@ def setup() -> Dist:
     else:
         keep_freed_memory()
     if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    return Dist(rank, world, device)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=LONGEST_WAIT)
+    return Dist(rank, world, device, parallel)
 
 
 def keep_freed_memory() -> None:

@@ -253,9 +253,17 @@ def validation_loss(model, loader: Loader, n_batches: int, region: torch.autocas
 
 
 def evaluate(
-    model, processor: Processor, cfg: DataConfig, n_questions: int, region: torch.autocast
+    model,
+    processor: Processor,
+    cfg: DataConfig,
+    n_questions: int,
+    region: torch.autocast,
+    show: Callable[[Sequence[Answered]], object] | None = None,
 ) -> dict:
-    """Validation loss, accuracy per skill and the first answers; empty without validation rows."""
+    """Validation loss, accuracy per skill and the first answers; empty without validation rows.
+
+    `show` gets the answers with their pictures.
+    """
     source = open_source(cfg, "val")
     if len(source) == 0:
         return {}
@@ -268,6 +276,8 @@ def evaluate(
     except InputError:
         answered = []
     model.train(was_training)
+    if show is not None and answered:
+        show(answered)
     groups = by_skill(answered)
     accuracies = {f"val_{skill}": round(mean(group), 4) for skill, group in groups.items()}
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -30,7 +31,11 @@ class Logger:
         if not is_main:
             return
         self.start = time.time()
-        self.file = open(self.folder / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self.failed, self.path = False, self.folder / "log.jsonl"
+        torn = self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n")
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+        if torn:  # by a kill
+            self.file.write("\n")
         if cfg.train.wandb:
             self.wandb = _start_wandb(cfg)
 
@@ -38,11 +43,18 @@ class Logger:
         """Write scalar `values` of a step to file (and wandb); the loss moves the bar's text."""
         if not self.is_main:
             return
-        self.file.write(
-            json.dumps({"step": step, "seconds": round(time.time() - self.start, 2)} | values)
-            + "\n"
-        )
-        self.file.flush()
+        line = {"step": step, "seconds": round(time.time() - self.start, 2)} | values
+        try:
+            if not self.path.exists():  # deleted under the run
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.file.close()
+                self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+        except OSError as error:
+            if not self.failed:
+                self.say(f"{self.path}: cannot be written ({error.strerror}); training goes on.")
+            self.failed = True
         if self.wandb is not None:
             numbers = {k: v for k, v in values.items() if isinstance(v, (int, float))}
             self.wandb.log(numbers, step=step)
@@ -51,6 +63,13 @@ class Logger:
                 f"loss {values['loss']:.3f}, {values['tokens_per_s']:,.0f} tok/s, "
                 f"{values['images_per_s']:.0f} img/s, data wait {values['data_wait']:.0%}"
             )
+
+    def evaluated(self, values: dict, step: int) -> None:
+        """Log an evaluation, if there was anything to evaluate, and say its numbers."""
+        if values:
+            self.log(values, step)
+            numbers = ((k[4:], v) for k, v in values.items() if isinstance(v, float))
+            self.say(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in numbers))
 
     def say(self, text: str) -> None:
         """A sentence for people, above the bar."""
@@ -64,10 +83,12 @@ class Logger:
         self.bar.close()
         if not self.is_main:
             return
-        self.file.close()
+        with contextlib.suppress(OSError):  # what could not be written has been told
+            self.file.close()
         if self.wandb is not None:
             self.wandb.finish()
-        plot(self.folder)
+        if not self.failed:
+            plot(self.folder)
 
 
 def _start_wandb(cfg: RunConfig):
@@ -85,7 +106,11 @@ def read_log(folder: Path) -> list[dict]:
     """The events of a run, oldest first. After a resume the later line of a step counts."""
     lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
     by_step: dict[tuple, dict] = {}
-    for event in map(json.loads, lines):
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except ValueError:  # cut off in the middle by a kill
+            continue
         by_step[event["step"], "val_loss" in event] = event
     return [by_step[key] for key in sorted(by_step)]
 

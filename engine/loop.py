@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import math
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from configs import InputError, RunConfig
+from configs import InputError, LoopConfig, RunConfig
 from data.loader import Loader
 from engine import checkpoint
 from engine.distributed import Dist
 from engine.logger import Logger
+from engine.meter import Meter, number, part_norms
 from engine.optim import Optimizers, lr_factor
 
 
@@ -36,49 +36,67 @@ class StopSignal:
             s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)
         }
 
-    def _receive(self, number: int, _frame) -> None:
-        if self.received and number == signal.SIGINT:
+    def _receive(self, which: int, _frame) -> None:
+        if self.received and which == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = True
 
     def restore(self) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+        for which, handler in self.previous.items():
+            signal.signal(which, handler)
 
 
 def clip(params: list[Tensor], largest: float) -> float:
     """Norm of the whole gradient before it is scaled down to `largest` (0: only measured)."""
-    return nn.utils.clip_grad_norm_(params, largest if largest > 0 else float("inf")).item()
+    return number(nn.utils.clip_grad_norm_(params, largest if largest > 0 else float("inf")))
+
+
+class Best:
+    """The best evaluation so far: by accuracy, and by loss among equals."""
+
+    def __init__(self, step: int = 0, score: tuple[float, float] = (-1.0, 0.0)):
+        self.step, self.score = step, tuple(score)
+
+    def beaten(self, values: dict, step: int) -> bool:
+        score = values.get("val_accuracy", 0.0), -values.get("val_loss", math.inf)
+        if not values or score <= self.score:
+            return False
+        self.step, self.score = step, score
+        return True
 
 
 def train(
     cfg: RunConfig,
     model: nn.Module,
-    processor,
+    write: Callable[[nn.Module, Path], None],
     loader: Loader,
     optimizer: Optimizers,
     dist: Dist,
     region: torch.autocast,
-    evaluate: Callable[[], dict],
+    evaluate: Callable[[int], dict],
     step: int = 0,
+    best: Best | None = None,
+    data: str = "",
 ) -> int:
     """Run from `step` to the last, or until told to stop; returns the step reached.
 
+    `write(model, folder)` saves weights, `evaluate(step)` is logged and tells the best checkpoint.
     Every target of a step weighs the same, whichever micro-batch, row or process it came from. A
     step whose loss or gradient is not finite changes nothing: it is counted and its batches are
     kept for inspection; `max_bad_steps` of them in a row raise `InputError`.
     """
-    t, wrapped, stop = cfg.train, dist.wrap(model), StopSignal()
+    t, wrapped, stop, best = cfg.train, dist.wrap(model), StopSignal(), best or Best()
     logger = Logger(cfg, dist.is_main, step)
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    batches, n_bad, meter = iter(loader), 0, Meter()
+    batches, guard = iter(loader), Guard(t, logger)
+    meter = Meter(model, region)
     model.train()
 
     def save():
-        if dist.is_main:
-            with optimizer.averaged():
-                state = {"optimizer": optimizer.state_dict(), "loader": micro[-1].state}
-                checkpoint.save(cfg, step, model, processor, state)
+        with optimizer.averaged():
+            state = {"loader": dist.gather(micro[-1].state), "best": (best.step, best.score),
+                     "world": dist.world, "data": data}  # fmt: skip
+            checkpoint.save(cfg, step, model, write, optimizer, dist, state)
 
     try:
         while step < t.steps:
@@ -93,37 +111,26 @@ def train(
                     _, loss_sum = wrapped(**batch.tensors(), reduction="sum")
                 (loss_sum * dist.world / n_targets).backward()
                 total += loss_sum.detach() / n_targets
+            norms = part_norms(model.parts) if due(step + 1, t.log_every, t.steps) else {}
             grad_norm, loss = clip(params, t.grad_clip), dist.sum(total.item())
-            if math.isfinite(loss) and math.isfinite(grad_norm):
+            if guard.passes(step, loss, grad_norm, micro):
                 optimizer.step()
-                n_bad = 0
-            else:
-                n_bad += 1
-                kept = keep_batches(Path(t.out), step, micro)
-                why = f"loss {loss}, gradient norm {grad_norm}"
-                logger.say(f"step {step}: {why}; skipped, batch kept in {kept}")
-                if n_bad >= t.max_bad_steps:
-                    raise InputError(
-                        f"{n_bad} steps in a row were not finite, the last kept in {kept}; "
-                        "lower the learning rates, or look at the batch."
-                    )
             optimizer.zero_grad()
             step += 1
             meter.count(micro)
             logger.advance()
             if due(step, t.log_every, t.steps):
-                values = {"loss": loss, "grad_norm": grad_norm, "lr_factor": lr_factor(t, step - 1)}
+                values = {"loss": loss, "grad_norm": grad_norm} | norms | rates(t, step - 1, model)
                 values |= {"bad_rows": len(loader.skipped)} | meter.rates(dist)
                 logger.log(values, step)
-            if due(step, t.eval_every, t.steps) and dist.is_main:
+            better = False
+            if due(step, t.eval_every, t.steps):  # by every process: parts of a model need all
                 with optimizer.averaged():
-                    values = evaluate()
-                if values:
-                    logger.log(values, step)
-                    numbers = ((k[4:], v) for k, v in values.items() if isinstance(v, float))
-                    logger.say(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in numbers))
+                    values = evaluate(step)
+                logger.evaluated(values, step)
+                better = dist.sum(dist.is_main and best.beaten(values, step)) > 0
             stopping = dist.sum(stop.received) > 0  # so that all processes leave after one step
-            if stopping or due(step, t.save_every, t.steps):
+            if stopping or better or due(step, t.save_every, t.steps):
                 save()
             if stopping:
                 break
@@ -133,39 +140,37 @@ def train(
     return step
 
 
+def rates(cfg: LoopConfig, step: int, model: nn.Module) -> dict[str, float]:
+    """The share of the peak learning rates at a step, and the rate of every part that trains."""
+    factor = lr_factor(cfg, step)
+    training = [n for n, part in model.parts.items() if n not in cfg.freeze]
+    return {"lr_factor": factor} | {f"lr_{n}": getattr(cfg, f"lr_{n}") * factor for n in training}
+
+
+class Guard:
+    """Keeps steps that are not finite from changing anything."""
+
+    def __init__(self, cfg: LoopConfig, logger: Logger):
+        self.cfg, self.logger, self.n_bad = cfg, logger, 0
+
+    def passes(self, step: int, loss: float, grad_norm: float, micro: list) -> bool:
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.n_bad = 0
+            return True
+        self.n_bad += 1
+        kept = keep_batches(Path(self.cfg.out), step, micro)
+        why = f"loss {loss}, gradient norm {grad_norm}"
+        self.logger.say(f"step {step}: {why}; skipped, batch kept in {kept}")
+        if self.n_bad >= self.cfg.max_bad_steps:
+            raise InputError(
+                f"{self.n_bad} steps in a row were not finite, the last kept in {kept}; "
+                "lower the learning rates, or look at the batch."
+            )
+        return False
+
+
 def keep_batches(run: Path, step: int, micro: list) -> Path:
     """Save the tensors of a bad step where `torch.load(path, weights_only=True)` finds them."""
     path = run / f"bad-step-{step:06d}.pt"
     torch.save([batch.tensors() for batch in micro], path)
     return path
-
-
-class Meter:
-    """Tokens and images per second, and the share of time waiting for data, since last asked."""
-
-    def __init__(self):
-        self.reset()
-
-    def reset(self) -> None:
-        self.start = self.mark = time.perf_counter()
-        self.waited = self.tokens = self.images = 0.0
-
-    def waiting(self) -> None:
-        self.mark = time.perf_counter()
-
-    def working(self) -> None:
-        self.waited += time.perf_counter() - self.mark
-
-    def count(self, micro: list) -> None:
-        self.tokens += sum(b.n_tokens for b in micro)
-        self.images += sum(len(b.images) for b in micro)
-
-    def rates(self, dist: Dist) -> dict[str, float]:
-        seconds = time.perf_counter() - self.start
-        rates = {
-            "tokens_per_s": round(dist.sum(self.tokens) / seconds, 1),
-            "images_per_s": round(dist.sum(self.images) / seconds, 1),
-            "data_wait": round(self.waited / seconds, 4),
-        }
-        self.reset()
-        return rates

@@ -141,14 +141,17 @@ def build_optimizer(
     """
     adamw, muon, seen = [], defaultdict(list), set()
     for part, module in parts.items():
-        module.requires_grad_(part not in cfg.freeze)
+        adapted = any("lora_" in name for name, _ in module.named_parameters())
+        for name, p in module.named_parameters():  # of a part with adapters only those train
+            p.requires_grad_(part not in cfg.freeze and ("lora_" in name) == adapted)
         groups = defaultdict(list)  # in the order of the first parameter of each
         for name, p in module.named_parameters():
             if not p.requires_grad or id(p) in seen:
                 continue
             seen.add(id(p))
             share = cfg.layer_decay ** layers_above(name, module)
-            if cfg.optimizer == "muon" and p.ndim == 2 and ".blocks." in f".{name}":
+            is_block = ".blocks." in f".{name}" and "lora_" not in name
+            if cfg.optimizer == "muon" and p.ndim == 2 and is_block:
                 muon[share].append(p)
             else:
                 groups[share, p.ndim >= 2 and "embedding" not in name].append(p)

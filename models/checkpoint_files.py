@@ -48,15 +48,18 @@ def read_config(directory: Path) -> dict:
     return config
 
 
-def read_weights(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a directory, one file or shards, only safetensors; raises `InputError`."""
+def read_weights(directory: Path, single: str = WEIGHTS) -> dict[str, Tensor]:
+    """All tensors of a directory, a `single` file or shards, only safetensors.
+
+    Raises `InputError`.
+    """
     if (directory / INDEX).is_file():
         weight_map = read_json(directory / INDEX).get("weight_map")
         where = f"{directory / INDEX}: weight_map"
         require(isinstance(weight_map, dict), where, weight_map, "must be an object")
         files = sorted(set(map(str, weight_map.values())))
     else:
-        files = [WEIGHTS]
+        files = [single]
     tensors: dict[str, Tensor] = {}
     for name in files:
         if Path(name).name != name or not name.endswith(".safetensors"):
@@ -163,6 +166,15 @@ def tie(found: dict[str, Tensor], pairs: list[Pair], where: str, strict: bool = 
 def misfit(cfg: VLMConfig) -> str:
     """Why a checkpoint of this model is not an Idefics3 directory, in words; "" when it is."""
     return idefics3.misfit(cfg)
+
+
+def layout_of(cfg: VLMConfig) -> list[Pair]:
+    """Our names and those on disk: Idefics3's where it has a place for everything."""
+    model = None
+    if idefics3.misfit(cfg):
+        with torch.device("meta"):
+            model = VisionLanguageModel(cfg)
+    return idefics3.pairs(cfg) if model is None else own_names(model)
 
 
 def save_vlm(model: VisionLanguageModel, directory: str | Path) -> None:

@@ -174,6 +174,15 @@ class VisionLanguageModel(nn.Module):
         """`generate`, one step at a time: yields tokens [B], pad for rows that have stopped."""
         return stream(self, input_ids, images, attention_mask, sampling)
 
+    def assembled(self, tensors: dict[str, Tensor]) -> VisionLanguageModel:
+        """A plain model of this one's config around other tensors, which are not copied."""
+        with torch.device("meta"):
+            model = type(self)(self.cfg)
+        model.load_state_dict(tensors, assign=True)
+        if self.cfg.lm_tie_weights:
+            model.decoder.head.weight = model.decoder.token_embedding.weight
+        return model.train(self.training)
+
     @classmethod
     def from_pretrained(
         cls, source: str | Path, revision: str | None = None

@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from configs import DataConfig, RunConfig, TrainConfig, VLMConfig, to_dict
+from configs import DataConfig, RunConfig, TrainConfig, VLMConfig, command, to_dict
 from data import processor as processors
 from models.vision_language_model import VisionLanguageModel
 
@@ -236,3 +236,49 @@ def small_checkpoint(tmp_path_factory, tiny_processor, minute_config) -> Path:
     model = lively(VisionLanguageModel(cfg))
     model.save_pretrained(folder, replace(tiny_processor, cfg=cfg))
     return folder
+
+
+def _as_process(argv: list[str], rank: int, world: int, port: int, out: Path, before) -> None:
+    """`train.py argv` as process `rank` of `world`, in a child forked from this one."""
+    import train
+
+    sys.stdout = sys.stderr = open(out, "a", buffering=1)  # noqa: SIM115
+    os.dup2(sys.stdout.fileno(), 1), os.dup2(sys.stdout.fileno(), 2)
+    torch.set_num_threads(1)  # a pool of threads does not survive a fork
+    if world > 1:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank),
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    before(rank)
+    command(train.main, argv)
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """`launch(argv, world, before)` starts `train.py` as `world` processes and returns them.
+
+    `before(rank)` runs in each first. Forked, so that none has to import torch again.
+    """
+    import multiprocessing
+    import socket
+
+    started = []
+
+    def start(argv: list[str], world: int = 1, before=lambda rank: None) -> list:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        context, out = multiprocessing.get_context("fork"), tmp_path / "said.txt"
+        crowd = [
+            context.Process(target=_as_process, args=(argv, rank, world, port, out, before))
+            for rank in range(world)
+        ]
+        for process in crowd:
+            process.start()
+        started.extend(crowd)
+        return crowd
+
+    yield start
+    for process in started:
+        if process.is_alive():
+            process.kill()
+        process.join()

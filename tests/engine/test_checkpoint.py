@@ -13,6 +13,8 @@ import torch
 
 from configs import InputError, RunConfig, TrainConfig, read_json
 from engine import checkpoint
+from engine.distributed import Dist
+from engine.optim import build_optimizer
 from models.vision_language_model import VisionLanguageModel
 
 
@@ -22,14 +24,22 @@ def made(tmp_path, minute_config, tiny_processor):
     cfg = RunConfig(model=minute_config(), train=TrainConfig(out=str(tmp_path / "run"), keep=2))
     model, processor = VisionLanguageModel(cfg.model), replace(tiny_processor, cfg=cfg.model)
 
-    def save(step: int, **state):
-        return checkpoint.save(cfg, step, model, processor, {"optimizer": [], **state})
+    alone = Dist(0, 1, torch.device("cpu"))
+    optimizer = build_optimizer(model.parts, cfg.train)
+
+    def write(model, folder):
+        model.save_pretrained(folder, processor)
+
+    def save(step: int, **state) -> Path:
+        checkpoint.save(cfg, step, model, write, optimizer, alone, state)
+        return Path(cfg.train.out) / f"step-{step:06d}"
 
     return cfg, save
 
 
 def names(cfg: RunConfig) -> list[str]:
-    return sorted(p.name for p in Path(cfg.train.out).iterdir())
+    """What is in a run's folder beside its config.json."""
+    return sorted(p.name for p in Path(cfg.train.out).iterdir() if p.name != "config.json")
 
 
 def test_the_newest_are_kept_and_found(made):

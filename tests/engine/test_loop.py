@@ -54,8 +54,7 @@ def same_state(a, b) -> bool:
 
 def state_of(run: Path, step: int = 6) -> dict:
     state = torch.load(run / f"step-{step:06d}" / "state.pt", weights_only=True)
-    # Python's and numpy's generators belong to whoever called; no run draws from them.
-    return {k: state[k] for k in ("step", "optimizer", "loader")} | {"rng": state["rng"]["torch"]}
+    return {k: state[k] for k in ("step", "optimizer", "loader")} | {"rng": state["rng"][0]}
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -235,18 +234,3 @@ def test_sigterm_saves_and_the_printed_command_continues(run_file, stop_after):
     stop_after(2)
     main(flags)
     assert [e[0] for e in events(run)[-3:]] == [step, step + 1, step + 2]
-
-
-@pytest.mark.slow
-def test_two_processes_are_one_with_twice_the_batches(run_file):
-    config = run_file("two", {"vit_qkv_bias": False}, steps=4, optimizer="adamw")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
-    done = subprocess.run(
-        [sys.executable, *launch, str(config)], cwd=ROOT, env=ENV, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    two = Path(read_json(config)["train"]["out"])
-    one = go(run_file("one", {"vit_qkv_bias": False}, steps=4, optimizer="adamw", accumulate=2))
-    assert [e[0] for e in events(two)] == [1, 2, 3, 4]  # one process writes
-    for (_, *x), (_, *y) in zip(events(one), events(two), strict=True):
-        torch.testing.assert_close(torch.tensor(x), torch.tensor(y), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,165 @@
+"""kill -9 at any moment: what is resumed ends as if nothing had happened, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from configs import read_json
+
+STEPS = 6
+KINDS = {  # name -> data, processes
+    "map": ({"packing": True}, 1),
+    "map-2-workers": ({"packing": True, "workers": 2}, 1),
+    "stream": ({"stream": True, "stream_block": 7}, 1),
+    "stream-2-workers": ({"stream": True, "stream_block": 7, "workers": 2, "packing": True}, 1),
+    "map-2-processes": ({}, 2),
+    "stream-2-processes": ({"stream": True, "stream_block": 5, "workers": 1}, 2),
+}
+# Where a process may be when it dies: function -> call of it.
+MOMENTS = {
+    "step": ("engine.loop.clip", 3),
+    "packing": ("data.loader.collate", 4),
+    "evaluation": ("train.evaluate", 1),
+    "weights": ("models.checkpoint_files.save_file", 2),
+    "state": ("engine.checkpoint._flush", 2),
+    "rename": ("engine.checkpoint._point", 2),
+}
+
+
+@pytest.fixture
+def config(run_file, rows_file):
+    """`config(name, kind)` -> the file of a run with a chance for everything to go wrong."""
+    __import__("datasets")  # once, not in each forked process
+
+    def write(name: str, kind: str) -> Path:
+        data = {"val_fraction": 0.2} | KINDS[kind][0]
+        if data.get("stream"):  # pictures of a stream are in its rows or have whole paths
+            rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
+            rows = [row | {"image": str(rows_file.parent / row["image"])} for row in rows]
+            data["source"] = str(rows_file.with_name("whole.jsonl"))
+            Path(data["source"]).write_text("\n".join(map(json.dumps, rows)))
+        train = dict(steps=STEPS, save_every=2, eval_every=3, eval_samples=2, answers_every=0)
+        return run_file(name, {"lm_dropout": 0.1}, data, **train, max_bad_steps=1)
+
+    return write
+
+
+def folder(config: Path) -> Path:
+    return Path(read_json(config)["train"]["out"])
+
+
+def result(run: Path) -> tuple[dict, dict]:
+    """(weights, every figure ever logged of each step but clock times)."""
+    said: dict = {}
+    for event in map(json.loads, (run / "log.jsonl").read_text().splitlines()):
+        names = ("loss", "grad_norm", "grad_norm_vision", "val_loss", "val_accuracy")
+        for name in names:
+            if name in event:
+                said.setdefault((event["step"], name), set()).add(event[name])
+    return load_file(run / f"step-{STEPS:06d}" / "model.safetensors"), said
+
+
+def assert_same(whole: Path, other: Path) -> None:
+    (x, said), (y, again) = result(whole), result(other)
+    assert again == said, "a step that was taken twice says the same twice"
+    assert [name for name in x if not torch.equal(x[name], y[name])] == []
+    states = [torch.load(r / f"step-{STEPS:06d}" / "state.pt", weights_only=True)
+              for r in (whole, other)]  # fmt: skip
+    assert states[0]["loader"] == states[1]["loader"] and states[0]["best"] == states[1]["best"]
+    assert not list(other.glob(".saving-*")), "what a kill leaves is cleared"
+
+
+def kill_at(where: str, call: int):
+    """What makes process 0 die in the middle of a function's n-th call."""
+
+    def arm(rank: int) -> None:
+        if rank:
+            return
+        module, _, name = where.rpartition(".")
+        module = __import__(module, fromlist=[name])
+        really, left = getattr(module, name), [call]
+
+        def counted(*args, **kwargs):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return really(*args, **kwargs)
+
+        setattr(module, name, counted)
+
+    return arm
+
+
+def finish(launch, argv: list[str], world: int, before=lambda rank: None) -> list[int]:
+    """Exit codes of all processes; when one is killed, so are the others, as torchrun does."""
+    crowd = launch(argv, world, before)
+    while any(p.is_alive() for p in crowd):
+        if any(p.exitcode not in (None, 0) for p in crowd):
+            for p in crowd:
+                p.kill()
+        crowd[0].join(0.02)
+    for p in crowd:
+        p.join()
+    return [p.exitcode for p in crowd]
+
+
+def whole_run(launch, config, kind: str) -> Path:
+    path, world = config("whole", kind), KINDS[kind][1]
+    said = path.parent / "said.txt"
+    assert finish(launch, [str(path)], world) == [0] * world, said.read_text()[-3000:]
+    return folder(path)
+
+
+@pytest.mark.parametrize(("kind", "moments"), [
+    ("map", ["rename", "state"]), ("stream-2-workers", ["packing"])])  # fmt: skip
+def test_killed_and_continued_is_the_same_run(launch, config, kind, moments):
+    whole, world = whole_run(launch, config, kind), KINDS[kind][1]
+    path = config("parts", kind)
+    argv = [str(path), "--train.resume", "auto"]
+    for moment in moments:
+        assert finish(launch, argv, world, kill_at(*MOMENTS[moment]))[0] == -signal.SIGKILL
+    assert finish(launch, argv, world) == [0] * world
+    assert_same(whole, folder(path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_everywhere(launch, config, kind):
+    """At every kind of moment in turn: 36 kills in all."""
+    whole, world = whole_run(launch, config, kind), KINDS[kind][1]
+    path = config("parts", kind)
+    argv = [str(path), "--train.resume", "auto"]
+    for where, call in MOMENTS.values():
+        assert -signal.SIGKILL in finish(launch, argv, world, kill_at(where, min(call, 2)))
+    assert finish(launch, argv, world) == [0] * world
+    assert_same(whole, folder(path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_at_random_moments(launch, config, kind):
+    """By the clock, wherever each process may be: 24 kills in all."""
+    rng = random.Random(kind)
+    begin = time.monotonic()
+    whole, world = whole_run(launch, config, kind), KINDS[kind][1]
+    seconds = time.monotonic() - begin
+    path = config("parts", kind)
+    argv = [str(path), "--train.resume", "auto"]
+    for _ in range(4):
+        crowd = launch(argv, world)
+        time.sleep(rng.uniform(0.1, 0.9) * seconds)
+        for p in crowd:
+            p.kill()
+        for p in crowd:
+            p.join()
+    assert finish(launch, argv, world) == [0] * world
+    assert_same(whole, folder(path))
