@@ -1,8 +1,8 @@
 """scikit-learn's 1,797 scanned digits in 5-fold cross-validation: ours beside transformers' ViT.
 
-python -m benchmarks.digits                       ours and theirs, every fold
-python -m benchmarks.digits --folds 1 --only ours
-python -m benchmarks.digits --folds 0             only the time of a step
+python -m benchmarks.digits                                    ours and theirs, every fold
+python -m benchmarks.digits --folds 0                          only the time of a step
+python -m benchmarks.digits --models ours "theirs, our first weights"
 All have the same shape, views, order, optimizer, rates and steps; theirs comes with its own first
 weights and with ours. Nothing is chosen on a fold's test digits: they are looked at once, at the
 end. Times are of the processor, so that other work on the machine counts less. Needs scikit-learn.
@@ -14,6 +14,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from configs import InputError, ViTConfig
+from configs import ViTConfig
 from configs_classify import ClassesConfig, FitConfig
 from data.classes import ArrayRows, Classes, from_rows
 from data.views import Viewer, ViewLoader, evaluation_batches, loader_config
@@ -115,6 +116,13 @@ def their_vit_from_ours(cfg: ViTConfig) -> Theirs:
     return Theirs(opened, cfg, "classifier")
 
 
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "ours": lambda: Classifier(ViT(MODEL)),
+    "theirs": lambda: their_vit(MODEL),
+    "theirs, our first weights": lambda: their_vit_from_ours(MODEL),
+}
+
+
 def fit(model: nn.Module, loader: ViewLoader, cfg: FitConfig) -> None:
     """Train as told, with the optimizer, rates and views of classify.py."""
     optimizer, batches = build_optimizer(model.parts, cfg), iter(loader)
@@ -160,21 +168,14 @@ def right(model: nn.Module, source: Classes) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folds", type=int, default=5)
-    parser.add_argument("--only", help="ours; theirs; theirs, our first weights")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["ours", "theirs"])
     parser.add_argument("--steps", type=int, default=TRAIN.steps)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     cfg = replace(TRAIN, steps=args.steps)
-    makers = {
-        "ours": lambda: Classifier(ViT(MODEL)),
-        "theirs": lambda: their_vit(MODEL),
-        "theirs, our first weights": lambda: their_vit_from_ours(MODEL),
-    }
-    makers = {name: make for name, make in makers.items() if args.only in (None, name)}
+    makers = {name: MODELS[name] for name in args.models}
     pixels, target = digits()
     marks = {name: [] for name in makers}
-    if not makers:
-        raise InputError(f"--only {args.only!r}: is none of them; see --help.")
     seconds = seconds_per_step({name: make() for name, make in makers.items()})
     for name, found in seconds.items():
         low, mid, high = 1000 * np.percentile(found, (25, 50, 75))
