@@ -1,10 +1,11 @@
 """Planted near-duplicates among emoji and flags: precision and recall of embed.py.
 
 python -m benchmarks.duplicates SHARED/datasets runs/duplicates
-The trunk is trained on the pictures without their labels: each is a class of its own, seen in other
-crops and colours every time (Dosovitskiy et al. 2014, Exemplar-CNN). Every fourth picture stands
-there three times more: at 60 per cent of its size, as a JPEG, without the outer 5 per cent. The
-threshold is chosen on the plants of one half of the pictures, the figures are those of the other.
+python -m benchmarks.duplicates SHARED/datasets runs/duplicates --trunk runs/demo
+Without --trunk, one is trained on the pictures without their labels: each is a class of its own,
+seen in other crops and colours every time (Dosovitskiy et al. 2014, Exemplar-CNN). Every fourth
+picture stands there three times more: at 60 per cent of its size, as a JPEG, without the outer 5
+per cent. The threshold is chosen on one half of the pictures, the figures are those of the other.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def main() -> None:
     parser.add_argument("shared", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--pool", default="auto")
+    parser.add_argument("--trunk", help="an encoder that is there already")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     sets = ("noto_emoji_72", "flags")
@@ -99,15 +100,15 @@ def main() -> None:
     lines = [{"image": str(f.absolute()), "label": f"{f.parent.parent.name} {f.stem}"}
              for f in files]  # fmt: skip
     (args.out / "each.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-    if not (args.out / "trunk" / f"step-{args.steps:06d}").is_dir():
+    trunk = args.trunk or f"{args.out}/trunk"
+    if not args.trunk and not (args.out / "trunk" / f"step-{args.steps:06d}").is_dir():
         classify.main(["train", *TRAIN.format(out=args.out, steps=args.steps).split()])
     indices, owners = {}, {}
     for half in (0, 1):
         folder = args.out / f"half-{half}"
         owners[half] = plant(files[half::2], folder)
-        index = args.out / f"index-{half}-{args.pool}"
-        words = f"build {folder} --model {args.out}/trunk --out {index} --pool {args.pool}"
-        embed.main(words.split())
+        index = args.out / f"index-{half}-{Path(trunk).name}"
+        embed.main(["build", str(folder), "--model", trunk, "--out", str(index)])
         indices[half] = open_index(index)
     found = {half: list(alike(i.rows, None, 0.5)) for half, i in indices.items()}
     true = {half: pairs_of([owners[half][f] for f in i.files]) for half, i in indices.items()}
