@@ -13,9 +13,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
-from collections import defaultdict
 from collections.abc import Callable
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +22,7 @@ from PIL import Image
 import classify
 import embed
 from data.images import open_image
-from engine.embedding import alike, open_index
+from engine.embedding import open_index
 
 TRAIN = (
     "small --data.source {out}/each.jsonl --data.val-fraction 0 --model.vit-img-size 64 "
@@ -73,18 +71,17 @@ def plant(files: list[Path], folder: Path, every: int = 4) -> dict[str, str]:
     return shows
 
 
-def rates(pairs: set, true: set) -> tuple[float, float]:
-    """(precision, recall) of pairs found."""
-    hit = len(pairs & true)
-    return hit / max(1, len(pairs)), hit / max(1, len(true))
+def scores(rows: np.ndarray, shows: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(cosine, whether both show the same picture) of every pair of rows. Both [N (N - 1) / 2]"""
+    of = np.unique(shows, return_inverse=True)[1]  # [N]
+    i, j = np.triu_indices(len(rows), 1)
+    return (rows @ rows.T)[i, j], of[i] == of[j]
 
 
-def pairs_of(shows: list[str]) -> set[tuple[int, int]]:
-    """Pairs of rows (first, later) that show the same picture."""
-    rows = defaultdict(list)
-    for i, name in enumerate(shows):
-        rows[name].append(i)
-    return {pair for group in rows.values() for pair in combinations(group, 2)}
+def rates(cosine: np.ndarray, same: np.ndarray, threshold: float) -> tuple[float, float]:
+    """(precision, recall) of the pairs at least `threshold` alike."""
+    hit = (same & (cosine >= threshold)).sum()
+    return hit / max(1, (cosine >= threshold).sum()), hit / max(1, same.sum())
 
 
 def main() -> None:
@@ -110,18 +107,15 @@ def main() -> None:
         index = args.out / f"index-{half}-{Path(trunk).name}"
         embed.main(["build", str(folder), "--model", trunk, "--out", str(index)])
         indices[half] = open_index(index)
-    found = {half: list(alike(i.rows, None, 0.5)) for half, i in indices.items()}
-    true = {half: pairs_of([owners[half][f] for f in i.files]) for half, i in indices.items()}
-
-    def at(half: int, threshold: float) -> tuple[float, float]:
-        pairs = {(i, j) for i, j, cosine in found[half] if cosine >= threshold}
-        return rates(pairs, true[half])
-
-    thresholds = np.linspace(0.5, 0.999, 250)
-    best = max(thresholds, key=lambda t: min(at(0, t)))
-    (p0, r0), (p1, r1) = at(0, best), at(1, best)
-    print(f"{len(files):,} pictures, {len(true[1]):,} pairs in the measured half")
-    print(f"threshold {best:.3f} from the other half (precision {p0:.3f}, recall {r0:.3f})")
+    pairs = {
+        half: scores(index.rows, [owners[half][f] for f in index.files])
+        for half, index in indices.items()
+    }
+    thresholds = 1 - np.geomspace(0.5, 1e-6, 250)
+    best = max(thresholds, key=lambda t: min(rates(*pairs[0], t)))
+    (p0, r0), (p1, r1) = (rates(*pairs[half], best) for half in (0, 1))
+    print(f"{len(files):,} pictures, {pairs[1][1].sum():,} pairs in the measured half")
+    print(f"threshold {best:.5f} from the other half (precision {p0:.3f}, recall {r0:.3f})")
     print(f"precision {p1:.3f}, recall {r1:.3f}")
 
 

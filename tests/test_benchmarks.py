@@ -90,6 +90,7 @@ def test_plants_are_their_picture_and_twins_are_one(tmp_path):
     assert len(shows) == 10 and sizes["set-a-resized"] == (48, 36)
     assert sizes["set-c-cropped"] == (76, 56) and sizes["set-c-jpeg"] == (80, 60)
     assert shows[str(tmp_path / "out" / "set-d.png")] == "set-b"
-    true = duplicates.pairs_of(list(shows.values()))
-    assert len(true) == 6 + 6 + 1
-    assert duplicates.rates({(0, 1), (0, 99)}, {(0, 1), (2, 3), (4, 5)}) == (1 / 2, 1 / 3)
+    cosine, same = duplicates.scores(np.eye(10, dtype=np.float32), list(shows.values()))
+    assert not cosine.any() and len(same) == 45 and same.sum() == 6 + 6 + 1
+    cosine, same = np.array([0.9, 0.8, 0.3, 0.2]), np.array([True, False, True, True])
+    assert duplicates.rates(cosine, same, 0.5) == (1 / 2, 1 / 3)
