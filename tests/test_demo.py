@@ -50,7 +50,7 @@ def test_it_answers_as_the_model_does(chat, pictures, monkeypatch):
     monkeypatch.setattr(demo, "LONGEST_ANSWER", 6)
     state = shown(chat, [pictures["noise"]], "What is it?")
     assert state["answer"] == chat("What is it?", [pictures["noise"]], Sampling(6))
-    assert [tile.size for tile in state["tiles"]] == [(16, 16)]
+    assert [tile.size for tile in state["tiles"]] == [(240, 240)], "16 pixels, 15 times"
     seen = state["seen"]
     assert len(seen.words) == len(seen.likely) == len(seen.look.maps) == 6
     for number in (1, 6):
