@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from configs import command
@@ -44,6 +45,7 @@ def place(tmp_path_factory, small_checkpoint) -> Path:
 def test_commands_run_in_order(name, place, monkeypatch, capsys):
     """In this process, from a folder that holds a model of random weights."""
     monkeypatch.chdir(place)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)  # the other tests keep theirs
     monkeypatch.setattr(sys, "stdin", io.StringIO("What is it?\nSure?\n"))
     for block in re.findall("```bash\n(.*?)```", text(name), re.S):
         for line in filter(lambda line: line not in TOO_LARGE, block.splitlines()):
