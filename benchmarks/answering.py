@@ -183,7 +183,7 @@ def int8_speed(preset: str, n_new: int = 24, rounds: int = 2) -> None:
         print(f"{name:15} {max(found[name]):9.2f} {weight_bytes(model) / 2**20:7.0f}")
 
 
-def int8_accuracy(checkpoint: str, n: int = 600) -> None:
+def int8_accuracy(checkpoint: str, n: int = 400) -> None:
     """The same questions before and after."""
     chat = Chat.load(checkpoint)
     asked = items(DataConfig(), "test", n)
