@@ -163,7 +163,7 @@ def speed(model: VisionLanguageModel, n_new: int) -> float:
 def int8_speed(preset: str, n_new: int = 24, rounds: int = 2) -> None:
     """Decoding at a preset's shape, weights at random: fp32, bf16, and 8 bits over each.
 
-    A processor without bf16 arithmetic takes minutes a token in it, so there bf16 is left out.
+    A processor without bf16 arithmetic hangs for minutes in it, so there bf16 is left out.
     """
     cfg = replace(PRESETS[preset].model, vit_model_type="", lm_model_type="")
     made, found, names = {}, {}, ["fp32", "int8 over fp32"]
