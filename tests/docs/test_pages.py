@@ -5,11 +5,9 @@ from __future__ import annotations
 import importlib
 import io
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -67,12 +65,11 @@ def test_links(name):
         assert (ROOT / "docs" / link).exists(), link
 
 
-def test_how_it_works_prints_its_shapes():
+def test_how_it_works_prints_its_shapes(python):
     page = text("how_it_works.md")
     (code,) = re.findall("```python\n(.*?)```", page, re.S)
     (said,) = re.findall("```text\n(.*?)```", page, re.S)
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    done = python(["-c", code])
     assert (done.stdout, done.returncode) == (said, 0), done.stderr
 
 
