@@ -11,15 +11,12 @@ import ctypes
 import os
 import time
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-
-LONGEST_WAIT = timedelta(hours=2)  # of one process for another: one of them may read a huge table
 
 
 @dataclass(frozen=True)
@@ -135,7 +132,12 @@ def setup(parallel: str = "ddp") -> Dist:
     else:
         keep_freed_memory()
     if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=LONGEST_WAIT)
+        # torchrun keeps its store when it starts workers again: their old addresses are in it.
+        store, _, _ = next(dist.rendezvous("env://", rank, world))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"attempt-{attempt}", store)
+        backend = "nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     return Dist(rank, world, device, parallel)
 
 
