@@ -317,7 +317,7 @@ class LoopConfig(Checked):
     """muon: Muon for the matrices of the blocks, AdamW for the rest."""
     lr_muon: float = 0.012
     """Peak learning rate of matrices trained by Muon."""
-    weight_decay: float = 0.01
+    weight_decay: float = 0.05
     """Decoupled weight decay; never on norms, biases, embeddings."""
     beta1: float = 0.9
     """AdamW's first moment decay."""
