@@ -78,14 +78,15 @@ def setup() -> Dist:
 def keep_freed_memory() -> None:
     """Tell glibc to reuse the memory of freed tensors.
 
-    It would hand each back to the kernel and fault it in again on the next step. Other C libraries
-    have no `mallopt`, and then nothing happens.
+    It would hand each back to the kernel and fault it in again on the next step. Those above 64 MiB
+    still go back at once: kept, they would leave holes in the heap that nothing else fills. Other C
+    libraries have no `mallopt`, and then nothing happens.
     """
     with contextlib.suppress(AttributeError, OSError):
         libc = ctypes.CDLL(None)
         m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
         libc.mallopt(m_trim_threshold, 1 << 30)
-        libc.mallopt(m_mmap_threshold, 1 << 30)
+        libc.mallopt(m_mmap_threshold, 1 << 26)
 
 
 def fast_dtype(device: torch.device, precision: str) -> torch.dtype:

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -72,6 +73,19 @@ def modules(root: Path) -> dict[str, Path]:
     return {name.removesuffix(".__init__"): f for f, name in names.items()}
 
 
+@cache
+def read(name: str, text: str) -> tuple[tuple, tuple[str, ...]]:
+    """(imports, problems of the file alone); the same text is read once."""
+    tree = ast.parse(text, name)
+    found = [
+        f"{name} line {node.lineno}: torch.distributed"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr == "distributed"
+        if ast.unparse(node) == "torch.distributed" and name not in TALKS
+    ]
+    return tuple(imports(tree)), (*found, *too_long(name, text, tree))
+
+
 def imports(tree: ast.Module) -> list[tuple[str, bool, int]]:
     """(dotted name, whether inside a function, line) of every import, `from a import b` as a.b."""
     found = []
@@ -113,12 +127,12 @@ def problems(root: Path) -> list[str]:
     """Everything in a tree that breaks the plan."""
     rooms, found, graph = modules(root), [], {}
     for name, path in rooms.items():
-        text = path.read_text(encoding="utf-8")
-        tree = ast.parse(text, str(path))
+        imported_names, alone = read(name, path.read_text(encoding="utf-8"))
+        found += alone
         if "." in name and name not in PLACE:
             found.append(f"{name}: has no place in the floor plan")
         graph[name] = set()
-        for imported, inside, line in imports(tree):
+        for imported, inside, line in imported_names:
             where = f"{name} line {line}"
             top = imported.split(".")[0]
             if imported.startswith("."):
@@ -136,11 +150,6 @@ def problems(root: Path) -> list[str]:
                 graph[name].add(room)
             if not may_import(name, room) and not (inside and (name, room) in UP_STAIRS):
                 found.append(f"{where}: may not import {room}")
-        for node in ast.walk(tree):
-            is_talk = isinstance(node, ast.Attribute) and node.attr == "distributed"
-            if is_talk and ast.unparse(node) == "torch.distributed" and name not in TALKS:
-                found.append(f"{name} line {node.lineno}: torch.distributed")
-        found += too_long(name, text, tree)
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:

@@ -21,7 +21,12 @@ def test_rows_open_as_questions_about_pictures(tmp_path):
         (tmp_path / "data" / split / "questions.json").write_text(json.dumps(questions))
     command = [sys.executable, str(SCRIPT), str(tmp_path / "data"), str(tmp_path / "out")]
     subprocess.run(command, check=True, capture_output=True)
-    source = open_source(DataConfig(source=str(tmp_path / "out" / "test.jsonl")), "test")
+    cfg = DataConfig(source=str(tmp_path / "out" / "test.jsonl"))
+    source = open_source(cfg, "test")
     assert len(source) == 2 and not source.bad
-    assert source[0].turns == (("user", "<image>what color is the shape?"), ("assistant", "red"))
+    seen = {source[i].turns for i in range(2)}
+    assert (("user", "<image>what color is the shape?"), ("assistant", "red")) in seen
+    assert (("user", "<image>is there a circle?"), ("assistant", "no")) in seen
     assert Image.open(source[1].images[0]).size == (64, 64)
+    [row] = map(json.loads, (tmp_path / "out" / "train.jsonl").read_text().splitlines())
+    assert len(row["images"]) == 1 and len(row["texts"]) == 2

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,17 +22,21 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", PAGE, re.S)
 
 
-def run(line: str, place: Path) -> str:
-    """Standard output of a documented command, with this interpreter, somewhere else."""
-    line = re.sub(r"^python (?=\w+\.py)", f"python {ROOT}/", line)
-    line = line.replace("python ", f"{shlex.quote(sys.executable)} ", 1)
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(["bash", "-c", line], cwd=place, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+@pytest.fixture
+def run(python):
+    """`run(line, place)` -> standard output of a documented command, run somewhere else."""
+
+    def run(line: str, place: Path) -> str:
+        name, *words = shlex.split(re.sub(r"^python (?=\w+\.py)", f"python {ROOT}/", line))
+        assert name == "python" and not set("|<>;&*$") & set(line), line
+        done = python(words, place)
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    return run
 
 
-def make_place(place: Path, shared: Path, demo_steps: int) -> Path:
+def make_place(run, place: Path, shared: Path, demo_steps: int) -> Path:
     """Fifty flags named for their countries, and a demo so far trained."""
     folder, names = shared / "datasets" / "flags", []
     for line in (folder / "names.tsv").read_text(encoding="utf-8").splitlines()[1:]:
@@ -55,9 +56,9 @@ def commands() -> list[str]:
     return block.splitlines()
 
 
-def test_the_commands_run_on_fifty_pictures(shared, tmp_path):
+def test_the_commands_run_on_fifty_pictures(run, shared, tmp_path):
     """With two steps instead of all."""
-    place = make_place(tmp_path, shared, 2)
+    place = make_place(run, tmp_path, shared, 2)
     preview, train, score, ask = commands()
     said = run(preview, place)
     for block in blocks("text")[0].split("...\n"):
@@ -70,9 +71,9 @@ def test_the_commands_run_on_fifty_pictures(shared, tmp_path):
 
 
 @pytest.mark.slow
-def test_fifty_pictures_are_learned(shared, tmp_path):
+def test_fifty_pictures_are_learned(run, shared, tmp_path):
     """As written, on a demo of 20 steps: what is learned is learned here."""
-    place = make_place(tmp_path, shared, 20)
+    place = make_place(run, tmp_path, shared, 20)
     outputs = [run(line, place) for line in commands()]
     assert read_json(place / "runs/flags/score.json")["accuracy"] >= 0.9
     assert outputs[-1] == "Andorra\n"
