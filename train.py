@@ -21,7 +21,7 @@ from data.processor import Processor
 from data.sources import open_source
 from engine import checkpoint
 from engine.chat import open_checkpoint
-from engine.distributed import autocast, fast_dtype, setup
+from engine.distributed import autocast, fast_dtype, settings, setup
 from engine.evaluation import evaluate
 from engine.loop import train
 from engine.optim import build_optimizer
@@ -76,6 +76,7 @@ def main(argv: list[str]) -> None:
     if dist.is_main:
         checkpoint.remember_config(cfg)
         describe(cfg, model, source, step)
+        print(f"machine: {settings(dist.device, dtype)}")
         print(looked)
     region = autocast(dist.device, dtype)
     asked = partial(evaluate, model, processor, cfg.data, cfg.train.eval_samples, region)
