@@ -72,7 +72,8 @@ def test_the_peak_of_a_process(run, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_the_first_step():
-    assert 1 < speed.first_step(["--data.batch-size=1", "--data.max-length=128"]) < 60
+    wall, cpu = speed.first_step(["--data.batch-size=1", "--data.max-length=128"])
+    assert 1 < wall < 200 and 1 < cpu < 60
 
 
 @pytest.mark.slow
