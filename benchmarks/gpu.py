@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,7 +20,15 @@ import torch
 from torch import nn
 
 from benchmarks.speed import padded, prompt, random_weights, synthetic, their_model
-from benchmarks.timing import alternate, command_line, count, matmul_peak, read_bandwidth, where
+from benchmarks.timing import (
+    alternate,
+    clock,
+    command_line,
+    count,
+    matmul_peak,
+    read_bandwidth,
+    where,
+)
 from configs import PRESETS, RunConfig, VLMConfig, command
 from data.packing import collate
 from engine.distributed import autocast, fast_dtype, setup
@@ -104,9 +111,9 @@ def decode(model: VisionLanguageModel, device: torch.device, n_rows: int) -> flo
     def say() -> float:
         said = model.stream(ids, images, None, Sampling(max_new_tokens=SAID))
         next(said)
-        start = time.perf_counter()
+        start = clock()
         n = sum(1 for tokens in said if tokens.tolist())
-        return (time.perf_counter() - start) / n
+        return (clock() - start) / n
 
     return alternate({"": say}, 2)[""].median
 

@@ -29,10 +29,12 @@ from benchmarks.timing import (
     ROOT,
     Times,
     alternate,
+    clock,
     command_line,
     count,
     in_child,
     matmul_peak,
+    peak_memory,
     ratios,
     read_bandwidth,
     readable,
@@ -65,7 +67,8 @@ class Case:
     ours: VisionLanguageModel
     theirs: nn.Module
     dtype: torch.dtype
-    seconds: float
+    seconds: float  # of a row, once every turn has been taken
+    turns: int = 3
 
     @property
     def cfg(self) -> VLMConfig:
@@ -109,9 +112,11 @@ def their_model(folder: Path, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def open_case(run: RunConfig, folder: Path, dtype: torch.dtype, seconds: float) -> Case:
+def open_case(
+    run: RunConfig, folder: Path, dtype: torch.dtype, seconds: float = 0, turns: int = 3
+) -> Case:
     ours = VisionLanguageModel.from_pretrained(folder).to(dtype)
-    return Case(run, folder, ours, their_model(folder, dtype), dtype, seconds)
+    return Case(run, folder, ours, their_model(folder, dtype), dtype, seconds, turns)
 
 
 def synthetic(cfg: VLMConfig, lengths: Sequence[int], seed: int = 0) -> list[Tokens]:
@@ -192,7 +197,7 @@ def stepper(case: Case, model: nn.Module, loss_of: Callable[[], Tensor]) -> Call
 
 
 def train_row(case: Case, name: str, ours_in: dict, theirs_in: dict, peak: float) -> Row:
-    fresh = open_case(case.run, case.folder, torch.float32, case.seconds)  # the last row's differ
+    fresh = open_case(case.run, case.folder, torch.float32)  # the last row's weights have moved
     ours, theirs = fresh.ours.train(), fresh.theirs.train()
     n = int((ours_in["targets"] != IGNORE).sum())
     losses = {
@@ -204,7 +209,7 @@ def train_row(case: Case, name: str, ours_in: dict, theirs_in: dict, peak: float
     steps = {"ours": stepper(case, ours, losses["ours"]),
              "theirs": stepper(case, theirs, losses["theirs"])}  # fmt: skip
     work, _ = count(steps["ours"])
-    return timed_row(name, alternate(steps, case.seconds), work, peak)
+    return timed_row(name, alternate(steps, case.seconds, case.turns), work, peak)
 
 
 def train_rows(case: Case, peak: float, _bandwidth: float) -> list[Row]:
@@ -240,7 +245,7 @@ def encode_rows(case: Case, peak: float, _bandwidth: float) -> list[Row]:
     agree("image tokens", calls["ours"](), torch.stack(list(calls["theirs"]())), case.dtype)
     work, _ = count(calls["ours"])
     name = f"encode 8 images, {case.kind}"
-    return [timed_row(name, alternate(_silent(calls), case.seconds), work, peak)]
+    return [timed_row(name, alternate(_silent(calls), case.seconds, case.turns), work, peak)]
 
 
 def _silent(calls: dict[str, Callable]) -> dict[str, Callable]:
@@ -267,7 +272,7 @@ def speak(case: Case, n_rows: int, n_new: int) -> dict[str, Callable[[], tuple[T
             self.ticks = []
 
         def __call__(self, input_ids, scores):
-            self.ticks.append(time.perf_counter())
+            self.ticks.append(clock())
             return scores
 
     def theirs():
@@ -282,7 +287,7 @@ def speak(case: Case, n_rows: int, n_new: int) -> dict[str, Callable[[], tuple[T
         said, ticks = [], []
         for tokens in case.ours.stream(ids, images, None, Sampling(max_new_tokens=n_new)):
             said.append(tokens)
-            ticks.append(time.perf_counter())
+            ticks.append(clock())
         return torch.stack(said, 1), ticks[-1] - ticks[0]
 
     return {"ours": ours, "theirs": theirs}
@@ -300,7 +305,7 @@ def first_rows(case: Case, peak: float, _bandwidth: float) -> list[Row]:
     agree_greedy(case, calls)
     work, _ = count(calls["ours"])
     name = f"first token of a picture and {WORDS} words, {case.kind}"
-    return [timed_row(name, alternate(_silent(calls), case.seconds), work, peak)]
+    return [timed_row(name, alternate(_silent(calls), case.seconds, case.turns), work, peak)]
 
 
 def decode_rows(case: Case, _peak: float, bandwidth: float) -> list[Row]:
@@ -312,7 +317,8 @@ def decode_rows(case: Case, _peak: float, bandwidth: float) -> list[Row]:
     for n_rows in (1, 8):
         calls = speak(case, n_rows, SAID)
         agree_greedy(case, calls)
-        times = alternate({k: lambda c=c: c()[1] for k, c in calls.items()}, case.seconds)
+        said = {k: lambda c=c: c()[1] for k, c in calls.items()}
+        times = alternate(said, case.seconds, case.turns)
         work = n_bytes * (SAID - 1)
         name = f"decode, {n_rows} row{'s' * (n_rows > 1)}, {case.kind}"
         rows.append(timed_row(name, times, work, bandwidth, n_rows * (SAID - 1)))
@@ -329,8 +335,8 @@ def memory_rows(case: Case, _peak: float, _bandwidth: float) -> list[Row]:
     return [Row(name, *(f"{x:,.0f} MiB" for x in found), (ratio, ratio, ratio))]
 
 
-def peak_memory(run: RunConfig, folder: Path, who: str) -> int:
-    """Bytes; in a process of its own."""
+def memory_of_steps(run: RunConfig, folder: Path, who: str) -> int:
+    """Most bytes held; in a process of its own."""
     model = VisionLanguageModel.from_pretrained(folder) if who == "ours" else None
     model = model or their_model(folder, torch.float32)
     dtype = fast_dtype(CPU, "auto")
@@ -340,8 +346,7 @@ def peak_memory(run: RunConfig, folder: Path, who: str) -> int:
                "theirs": lambda: model(**theirs_in, use_cache=False).loss}[who]  # fmt: skip
     step = stepper(case, model.train(), loss_of)
     step(), step()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_memory()
 
 
 def start_rows(case: Case, _peak: float, _bandwidth: float) -> list[Row]:
@@ -392,7 +397,7 @@ MEASURES: dict[str, Callable[[Case, float, float], list[Row]]] = {
 ONCE = ("memory", "start")  # whatever the precision
 
 
-def measure(run: RunConfig, which: Sequence[str], seconds: float) -> list[Row]:
+def measure(run: RunConfig, which: Sequence[str], seconds: float, turns: int = 3) -> list[Row]:
     """Every row asked for, in fp32 and, where it is faster, in bf16."""
     run, rows = random_weights(run), []
     bandwidth = read_bandwidth(CPU)
@@ -403,7 +408,7 @@ def measure(run: RunConfig, which: Sequence[str], seconds: float) -> list[Row]:
         VisionLanguageModel(run.model).save_pretrained(folder)
         for dtype in dict.fromkeys((torch.float32, fast)):
             peak = matmul_peak(CPU, dtype)
-            case = open_case(run, Path(folder), dtype, seconds)
+            case = open_case(run, Path(folder), dtype, seconds, turns)
             rows.append(Row(f"matrix product, {case.kind}", f"{peak / 1e9:,.0f} GFLOP/s"))
             for name in which:
                 if name in ONCE and dtype != fast:
@@ -448,17 +453,18 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed")
     parser.add_argument("preset", choices=["tiny", "222m"])
     parser.add_argument("--only", nargs="+", choices=list(MEASURES), help="print these rows alone")
-    parser.add_argument("--seconds", type=float, default=20, help="time of a row, at least 3 turns")
+    parser.add_argument("--seconds", type=float, default=20, help="time of a row")
+    parser.add_argument("--turns", type=int, default=3, help="least turns, whatever they take")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--peak-memory", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     asked = parser.parse_args(argv)
     keep_freed_memory()
     run = random_weights(PRESETS[asked.preset])
     if asked.peak_memory:
-        print(peak_memory(run, asked.folder, asked.peak_memory))
+        print(memory_of_steps(run, asked.folder, asked.peak_memory))
         return
     line = where(command_line("benchmarks.speed", argv))
-    rows = measure(run, asked.only or list(MEASURES), asked.seconds)
+    rows = measure(run, asked.only or list(MEASURES), asked.seconds, asked.turns)
     print(text := f"{line}\n\n{table(rows)}")
     if not asked.only:
         write_block(PAGE, f"speed {asked.preset}", text)

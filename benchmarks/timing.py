@@ -1,8 +1,9 @@
 """What every table of speed needs: turns, medians, this machine's peaks, and the page.
 
-What is compared runs in turns in one process, A B A B. A time is the wall clock's without what the
-thread stood ready and got no core (Linux says it); a repetition that stood so for more than a
-twentieth of it is disturbed, and each table says how many were.
+What is compared runs in turns in one process, A B A B. With one thread (OMP_NUM_THREADS=1) a time
+is that of the CPU, which others' work lengthens only through memory; else it is the wall clock's. A
+repetition in which the thread stood ready without a core (Linux says it) for more than a twentieth
+of its time is disturbed, and each table says how many were.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import datetime
 import os
 import platform
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -33,11 +35,27 @@ PRODUCT, READ = 1024, 1 << 28  # edge of the product, bytes of the read that fin
 # --- Turns --------------------------------------------------------------------------------------
 
 
+def clock() -> float:
+    """Seconds of the thread where it works alone, else of the wall."""
+    alone = torch.get_num_threads() == 1 and not torch.cuda.is_available()
+    return time.thread_time() if alone else time.perf_counter()
+
+
 def waited() -> float:
     """Seconds this thread has stood ready without a core so far; 0 where the system is silent."""
     with suppress(OSError, ValueError, IndexError):
         return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
     return 0.0
+
+
+def peak_memory() -> int:
+    """Most bytes this process has held; its parent's do not count, as in getrusage they may."""
+    with suppress(OSError):
+        kib = re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+        if kib:
+            return 1024 * int(kib[0])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 @dataclass
@@ -66,7 +84,7 @@ def alternate(
 ) -> dict[str, Times]:
     """Call each once unmeasured, then all in turns until `seconds` are spent.
 
-    A call that returns a number has timed a part of itself, in seconds.
+    A call that returns a number has timed a part of itself, by `clock`.
     """
     for call in calls.values():
         call()
@@ -77,14 +95,12 @@ def alternate(
             break
         for name, call in calls.items():
             synchronise()
-            stood, start = waited(), time.perf_counter()
+            stood, wall, start = waited(), time.perf_counter(), clock()
             part = call()
             synchronise()
-            wall, stood = time.perf_counter() - start, waited() - stood
-            share = min(stood / wall, 0.99)  # two clocks, which differ by microseconds
-            own = part if isinstance(part, float) else wall
-            found[name].seconds.append(own * (1 - share))
-            found[name].waits.append(share)
+            own, wall, stood = clock() - start, time.perf_counter() - wall, waited() - stood
+            found[name].seconds.append(part if isinstance(part, float) else own)
+            found[name].waits.append(stood / wall)
     return found
 
 
