@@ -164,10 +164,11 @@ def evaluate_main(argv: list[str]) -> None:
     args = parse(Evaluate, argv)
     if args.out is not None and not args.out.is_dir():
         raise InputError(f"out = {args.out}: must be a folder that exists.")
-    model = open_classifier(args.checkpoint)
+    device = setup().device
+    model = open_classifier(args.checkpoint).to(device)
     data = ClassesConfig(source=args.source, label=args.label, val_fraction=0.0)
     source = open_classes(data, "test", model.labels)
-    region = autocast(torch.device("cpu"), torch.float32)
+    region = autocast(device, torch.float32)
     show(classification.evaluate(model, source, region), args.out)
 
 
@@ -210,7 +211,7 @@ def predict_main(argv: list[str]) -> None:
     if args.out is not None and not args.out.absolute().parent.is_dir():
         raise InputError(f"out = {args.out}: its folder does not exist.")
     pictures = find_pictures(args.pictures)
-    model, rows, n_failed = open_classifier(args.checkpoint), [], 0
+    model, rows, n_failed = open_classifier(args.checkpoint).to(setup().device), [], 0
     for picture, classes, problem in classification.predict(model, pictures, args.k):
         if problem:
             n_failed += 1

@@ -142,7 +142,7 @@ PRESETS: dict[str, ClassifyConfig] = {
     "small": ClassifyConfig(
         model=ViTConfig(vit_cls_flag=True, vit_hidden_act="gelu", vit_n_blocks=4),
         data=ClassesConfig(crop=0.6),
-        train=FitConfig(steps=1000, eval_every=200)),
+        train=FitConfig(steps=1000, lr_muon=0.015, warmup=100, eval_every=200)),
 } | {
     f"{size}{patch}": paper_run(f"{size}{patch}", paper_vit(*shape, patch))
     for size, shape in SIZES.items() for patch in PATCHES

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import tyro
 from PIL import Image
 
@@ -33,6 +34,12 @@ MOST_CHARACTERS, MOST_BODY = 2000, 4 * 2**20  # of a question; of a request that
 MOST_WAITING = 100  # people in line
 LONGEST_ANSWER = 128  # tokens
 SHOWN = 5  # alternatives per token
+# Gradio would make a lone picture as wide as the page, cut it off below, and cover it by its label.
+CSS = "".join(
+    f"#{part} .grid-container {{grid-template-columns: repeat(auto-fill, {width}px); "
+    "padding-top: 24px}"
+    for part, width in (("tiles", 150), ("heat", 320))
+)
 QUESTIONS = ("Describe the picture.", "How many things are there?", "What is at the center?",
              "What number is there?")  # fmt: skip
 
@@ -112,7 +119,7 @@ def answer(chat: Chat, paths: Sequence[str] | None, prompt: str) -> Iterator[dic
     except InputError as error:
         yield {"note": str(error)}
         return
-    yield {"tiles": [Image.fromarray(tile) for tile in tokens.tiles]}
+    yield {"tiles": [enlarged(tile) for tile in tokens.tiles]}
     word = chat.processor.tokenizer.decode
     text, said, likely = "", [], []
     for piece in chat.watch(tokens, Sampling(max_new_tokens=LONGEST_ANSWER)):
@@ -134,6 +141,12 @@ def answer(chat: Chat, paths: Sequence[str] | None, prompt: str) -> Iterator[dic
     )
     note = f"{len(tokens)} tokens in, {n_image} of them from pictures; {len(said)} out."
     yield {"note": note, "seen": seen}
+
+
+def enlarged(tile: np.ndarray) -> Image.Image:
+    """A tile with its pixels as squares, not blurred by the browser."""
+    times = max(1, 240 // len(tile))
+    return Image.fromarray(tile.repeat(times, axis=0).repeat(times, axis=1))
 
 
 def name(decode, token: int) -> str:
@@ -203,14 +216,14 @@ def page(chat: Chat, title: str, examples: Sequence[str]):
                 said = gr.Textbox(label="Answer", lines=3, interactive=False, elem_id="answer")
                 note = gr.Textbox(show_label=False, container=False, interactive=False,
                                   elem_id="note")  # fmt: skip
-                tiles = gr.Gallery(label="As the model sees it", columns=6, height=180,
+                tiles = gr.Gallery(label="As the model sees it", height=200, object_fit="contain",
                                    elem_id="tiles")  # fmt: skip
             with gr.Column():
                 slider = gr.Slider(1, 2, 1, step=1, label="Token of the answer", elem_id="token",
                                    interactive=True)  # fmt: skip
                 line = gr.Markdown(elem_id="line")
-                heat = gr.Gallery(label="Where it looked for this token", columns=2, height=380,
-                                  elem_id="heat")  # fmt: skip
+                heat = gr.Gallery(label="Where it looked for this token", height=380,
+                                  object_fit="contain", elem_id="heat")  # fmt: skip
                 likely = gr.Label(label="What it could have said", num_top_classes=SHOWN,
                                   elem_id="likely")  # fmt: skip
         gr.Examples([[[path], q] for path, q in zip(examples, QUESTIONS * 4)], [files, prompt])
@@ -229,7 +242,10 @@ def page(chat: Chat, title: str, examples: Sequence[str]):
             asked.then(counted, seen, slider, api_visibility="private").then(
                 token_view, [seen, slider], outputs, api_visibility="private"
             )
-        slider.release(token_view, [seen, slider], outputs, api_visibility="private")
+        slider.release(
+            token_view, [seen, slider], outputs, api_visibility="private",
+            trigger_mode="always_last",  # else a move is lost while the one before is painted
+        )  # fmt: skip
     return blocks.queue(default_concurrency_limit=1, max_size=MOST_WAITING)
 
 
@@ -276,6 +292,7 @@ def main(argv: list[str]) -> None:
                 server_port=args.port or None,
                 max_file_size=MOST_BYTES,
                 share=False,
+                css=CSS,
                 theme=gr.themes.Default(font=fonts, font_mono=["monospace"]),
                 app_kwargs={"middleware": [Middleware(BodyLimit)]},
                 footer_links=[],

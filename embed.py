@@ -20,7 +20,18 @@ import tyro
 from configs import InputError, command, parse
 from configs_classify import run_command
 from data.readers import PICTURES
-from engine.embedding import ENGINES, SKIPPED, alike, build, embed, open_encoder, open_index
+from engine.distributed import setup
+from engine.embedding import (
+    ENGINES,
+    SKIPPED,
+    alike,
+    build,
+    describe,
+    embed,
+    open_encoder,
+    open_index,
+    require_same,
+)
 from engine.vit_sheet import draw_files
 
 SHOWN = 30  # pairs on a sheet
@@ -55,8 +66,8 @@ def build_main(argv: list[str]) -> None:
     inside = sorted(p for p in args.folder.rglob("*") if p.suffix.lower() in PICTURES)
     if not inside:
         raise InputError(f"{args.folder}: no pictures ({' '.join(PICTURES)}) in this folder.")
-    vit = open_encoder(args.model, args.pool)
-    about = {"model": args.model, "pool": vit.cfg.vit_pooling, "size": vit.cfg.vit_img_size}
+    vit = open_encoder(args.model, args.pool).to(setup().device)
+    about = describe(vit, args.model)
     index = build(vit, [str(p) for p in inside], args.out, about, args.batch_size)
     if args.npz:
         np.savez(args.out / "embeddings.npz", embeddings=index.rows, files=np.array(index.files))
@@ -86,7 +97,8 @@ def search_main(argv: list[str]) -> None:
     if args.k < 1:
         raise InputError(f"k = {args.k}: must be at least 1.")
     index = open_index(args.index)
-    vit = open_encoder(index.about["model"], index.about["pool"])
+    vit = open_encoder(index.about["model"], index.about["pool"]).to(setup().device)
+    require_same(args.index, index.about, describe(vit, index.about["model"]))
     queries, problems = embed(vit, args.image)
     if wrong := next((problem for problem in problems if problem), None):
         raise InputError(wrong.rstrip("."))
@@ -123,7 +135,8 @@ def duplicates_main(argv: list[str]) -> None:
         raise InputError(f"threshold = {args.threshold}: must be between -1 and 1.")
     one = open_index(args.index)
     other = open_index(args.other) if args.other else None
-    if other is not None and other.about != one.about:
+    made = [{k: v for k, v in i.about.items() if k != "model"} for i in (one, other) if i]
+    if made[0] != made[-1]:
         raise InputError(f"{args.index} and {args.other}: made by different encoders or pools.")
     files = other.files if other else one.files
     pairs = [

@@ -1,10 +1,11 @@
 """Planted near-duplicates among emoji and flags: precision and recall of embed.py.
 
 python -m benchmarks.duplicates SHARED/datasets runs/duplicates
-The trunk is trained on the pictures without their labels: each is a class of its own, seen in other
-crops and colours every time (Dosovitskiy et al. 2014, Exemplar-CNN). Every fourth picture stands
-there three times more: at 60 per cent of its size, as a JPEG, without the outer 5 per cent. The
-threshold is chosen on the plants of one half of the pictures, the figures are those of the other.
+python -m benchmarks.duplicates SHARED/datasets runs/duplicates --trunk runs/demo
+Without --trunk, one is trained on the pictures without their labels: each is a class of its own,
+seen in other crops and colours every time (Dosovitskiy et al. 2014, Exemplar-CNN). Every fourth
+picture stands there three times more: at 60 per cent of its size, as a JPEG, without the outer 5
+per cent. The threshold is chosen on one half of the pictures, the figures are those of the other.
 """
 
 from __future__ import annotations
@@ -12,9 +13,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
-from collections import defaultdict
 from collections.abc import Callable
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from PIL import Image
 import classify
 import embed
 from data.images import open_image
-from engine.embedding import alike, open_index
+from engine.embedding import open_index
 
 TRAIN = (
     "small --data.source {out}/each.jsonl --data.val-fraction 0 --model.vit-img-size 64 "
@@ -72,18 +71,17 @@ def plant(files: list[Path], folder: Path, every: int = 4) -> dict[str, str]:
     return shows
 
 
-def rates(pairs: set, true: set) -> tuple[float, float]:
-    """(precision, recall) of pairs found."""
-    hit = len(pairs & true)
-    return hit / max(1, len(pairs)), hit / max(1, len(true))
+def scores(rows: np.ndarray, shows: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(cosine, whether both show the same picture) of every pair of rows. Both [N (N - 1) / 2]"""
+    of = np.unique(shows, return_inverse=True)[1]  # [N]
+    i, j = np.triu_indices(len(rows), 1)
+    return (rows @ rows.T)[i, j], of[i] == of[j]
 
 
-def pairs_of(shows: list[str]) -> set[tuple[int, int]]:
-    """Pairs of rows (first, later) that show the same picture."""
-    rows = defaultdict(list)
-    for i, name in enumerate(shows):
-        rows[name].append(i)
-    return {pair for group in rows.values() for pair in combinations(group, 2)}
+def rates(cosine: np.ndarray, same: np.ndarray, threshold: float) -> tuple[float, float]:
+    """(precision, recall) of the pairs at least `threshold` alike."""
+    hit = (same & (cosine >= threshold)).sum()
+    return hit / max(1, (cosine >= threshold).sum()), hit / max(1, same.sum())
 
 
 def main() -> None:
@@ -91,7 +89,7 @@ def main() -> None:
     parser.add_argument("shared", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--pool", default="auto")
+    parser.add_argument("--trunk", help="an encoder that is there already")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     sets = ("noto_emoji_72", "flags")
@@ -99,28 +97,25 @@ def main() -> None:
     lines = [{"image": str(f.absolute()), "label": f"{f.parent.parent.name} {f.stem}"}
              for f in files]  # fmt: skip
     (args.out / "each.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-    if not (args.out / "trunk" / f"step-{args.steps:06d}").is_dir():
+    trunk = args.trunk or f"{args.out}/trunk"
+    if not args.trunk and not (args.out / "trunk" / f"step-{args.steps:06d}").is_dir():
         classify.main(["train", *TRAIN.format(out=args.out, steps=args.steps).split()])
     indices, owners = {}, {}
     for half in (0, 1):
         folder = args.out / f"half-{half}"
         owners[half] = plant(files[half::2], folder)
-        index = args.out / f"index-{half}-{args.pool}"
-        words = f"build {folder} --model {args.out}/trunk --out {index} --pool {args.pool}"
-        embed.main(words.split())
+        index = args.out / f"index-{half}-{Path(trunk).name}"
+        embed.main(["build", str(folder), "--model", trunk, "--out", str(index)])
         indices[half] = open_index(index)
-    found = {half: list(alike(i.rows, None, 0.5)) for half, i in indices.items()}
-    true = {half: pairs_of([owners[half][f] for f in i.files]) for half, i in indices.items()}
-
-    def at(half: int, threshold: float) -> tuple[float, float]:
-        pairs = {(i, j) for i, j, cosine in found[half] if cosine >= threshold}
-        return rates(pairs, true[half])
-
-    thresholds = np.linspace(0.5, 0.999, 250)
-    best = max(thresholds, key=lambda t: min(at(0, t)))
-    (p0, r0), (p1, r1) = at(0, best), at(1, best)
-    print(f"{len(files):,} pictures, {len(true[1]):,} pairs in the measured half")
-    print(f"threshold {best:.3f} from the other half (precision {p0:.3f}, recall {r0:.3f})")
+    pairs = {
+        half: scores(index.rows, [owners[half][f] for f in index.files])
+        for half, index in indices.items()
+    }
+    thresholds = 1 - np.geomspace(0.5, 1e-6, 250)
+    best = max(thresholds, key=lambda t: min(rates(*pairs[0], t)))
+    (p0, r0), (p1, r1) = (rates(*pairs[half], best) for half in (0, 1))
+    print(f"{len(files):,} pictures, {pairs[1][1].sum():,} pairs in the measured half")
+    print(f"threshold {best:.5f} from the other half (precision {p0:.3f}, recall {r0:.3f})")
     print(f"precision {p1:.3f}, recall {r1:.3f}")
 
 

@@ -2,9 +2,8 @@
 
 python -m benchmarks.prepare easy_vqa SHARED/datasets/easy_vqa runs/data/easy_vqa
 python -m benchmarks.prepare sprite SHARED/datasets/fashion_mnist_sprite runs/data/fashion
-python -m benchmarks.prepare each SHARED/datasets/noto_emoji_72 runs/data/emoji
 easy_vqa: train.jsonl and test.jsonl, a picture's class is its colour and shape, as its questions
-tell. sprite: 900 pieces of Fashion-MNIST, a folder a class. each: every picture is its own class.
+tell; both stand there alone, too. sprite: 900 pieces of Fashion-MNIST, a folder a class.
 """
 
 from __future__ import annotations
@@ -15,37 +14,38 @@ from pathlib import Path
 
 from PIL import Image
 
-SHAPES = ("circle", "rectangle", "triangle")
+KINDS = {
+    "shape": ("circle", "rectangle", "triangle"),
+    "colour": ("red", "green", "blue", "black", "gray", "teal", "brown", "yellow"),
+}
 FASHION = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
            "Ankle boot")  # fmt: skip
 
 
+def told(question: str, answer: str) -> dict[str, str]:
+    """What one question with its answer says of the only thing in the picture."""
+    words = question.strip("?").split()
+    if answer in ("yes", "no"):
+        denied = "not" in words or "no" in words  # "is there not a circle?" no
+        words = words if (answer == "yes") != denied else []
+    return {name: word for word in [*words, answer] for name in KINDS if word in KINDS[name]}
+
+
 def easy_vqa(source: Path, out: Path) -> None:
     for split in ("train", "test"):
-        questions = json.loads((source / split / "questions.json").read_text())
-        told: dict[int, dict[str, str]] = {}
-        for text, answer, number in questions:
-            found = told.setdefault(number, {})
-            words = text.strip("?").split()
-            if answer in SHAPES:
-                found["shape"] = answer
-            elif answer not in ("yes", "no"):
-                found["colour"] = answer
-            yes = (answer == "yes") != ("not" in words or "no" in words)
-            if answer in ("yes", "no") and yes:  # "is there a red shape?" yes
-                for word in words:
-                    if word in SHAPES:
-                        found["shape"] = word
-            named = [word for word in words if word in SHAPES]
-            if named and answer not in ("yes", "no"):  # "what color is the circle?"
-                found["shape"] = named[0]
-        lines = [
-            {"image": str((source / split / "images" / f"{n}.png").absolute()),
-             "label": f"{found['colour']} {found['shape']}", "shape": found["shape"]}
-            for n, found in sorted(told.items()) if len(found) == 2
+        found: dict[int, dict[str, str]] = {}
+        for question, answer, number in json.loads(
+            (source / split / "questions.json").read_text(encoding="utf-8")
+        ):
+            found.setdefault(number, {}).update(told(question, answer))
+        rows = [
+            {"image": str((source / split / "images" / f"{number}.png").absolute()),
+             "label": f"{thing['colour']} {thing['shape']}", **thing}
+            for number, thing in sorted(found.items()) if len(thing) == 2
         ]  # fmt: skip
-        (out / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-        print(f"{out / split}.jsonl: {len(lines):,} of {len(told):,} pictures")
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (out / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+        print(f"{out / split}.jsonl: {len(rows):,} of {len(found):,} pictures")
 
 
 def sprite(source: Path, out: Path) -> None:
@@ -59,13 +59,7 @@ def sprite(source: Path, out: Path) -> None:
             sheet.crop(box).save(folder / f"{row:02d}-{column:02d}.png")
 
 
-def each(source: Path, out: Path) -> None:
-    files = sorted((source / "images").glob("*.png"))
-    lines = [{"image": str(f.absolute()), "label": f.stem} for f in files]
-    (out / "each.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-
-
 if __name__ == "__main__":
     name, source, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     out.mkdir(parents=True, exist_ok=True)
-    {"easy_vqa": easy_vqa, "sprite": sprite, "each": each}[name](source, out)
+    {"easy_vqa": easy_vqa, "sprite": sprite}[name](source, out)

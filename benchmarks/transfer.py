@@ -59,7 +59,7 @@ def draw(found: dict[str, dict[str, list[float]]], path: Path) -> None:
             axis.plot([x] * len(values), values, "k.", ms=5)
         axis.set_xticks(range(len(kinds)), kinds)
         axis.set(title=f"100 pictures, told by {label}", ylim=(0, 1))
-    axes[0][0].set_ylabel("accuracy on 760 others; bars: standard deviation of 5")
+    axes[0][0].set_ylabel("accuracy on 880 others; bars: standard deviation")
     figure.savefig(path, dpi=120)
 
 

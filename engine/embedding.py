@@ -9,6 +9,7 @@ Letters: N pictures, Q queries, D width.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,15 @@ def open_encoder(name: str, pool: str) -> ViT:
     return vit
 
 
+def describe(vit: ViT, name: str) -> dict:
+    """What an index is made by; `weights` tells two states of one run folder apart."""
+    digest = hashlib.sha256()
+    for tensor in vit.state_dict().values():
+        digest.update(tensor.cpu().contiguous().numpy())
+    return {"model": name, "pool": vit.cfg.vit_pooling, "size": vit.cfg.vit_img_size,
+            "weights": digest.hexdigest()[:16]}  # fmt: skip
+
+
 @torch.inference_mode()
 def embed(vit: ViT, pictures: Sequence) -> tuple[np.ndarray, list[str]]:
     """Pictures -> (vectors [N, D] of those that open, what is wrong with each; "" if nothing)."""
@@ -75,17 +85,19 @@ def _append(path: Path, lines: list[dict]) -> None:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
+def require_same(folder: Path, before: dict, now: dict) -> None:
+    """Raise `InputError` unless an index that was made by `before` fits what `now` makes."""
+    changed = [f"{key}: {before.get(key)!r} then, {value!r} now" for key, value in now.items()
+               if before.get(key) != value]  # fmt: skip
+    if changed:
+        raise InputError(f"{folder} was made otherwise ({'; '.join(changed)}); build a new one.")
+
+
 def _resume(folder: Path, about: dict, width: int) -> tuple[list[dict], list[dict]]:
     """What an earlier start has done, both files cut to what is whole in both."""
     done, skipped = _lines(folder / LINES), _lines(folder / SKIPPED)
     if (folder / ABOUT).is_file():
-        before = read_json(folder / ABOUT)
-        changed = [f"{k}: {before.get(k)!r} then, {v!r} now" for k, v in about.items()
-                   if before.get(k) != v]  # fmt: skip
-        if changed:
-            raise InputError(
-                f"{folder} was made otherwise ({'; '.join(changed)}); name a new --out."
-            )
+        require_same(folder, read_json(folder / ABOUT), about)
     part = folder / PART
     if done and not part.is_file():  # a whole index that grows
         part.write_bytes(open_index(folder).rows.tobytes())

@@ -64,7 +64,7 @@ class Classifier(nn.Module):
     def push_to_hub(self, repo_id: str, private: bool = True) -> str:
         """Upload what `save_pretrained` writes to user/name; returns its address.
 
-        `classify.py push` also writes a model card. Raises `InputError`.
+        `classify.py export --push` also writes a model card. Raises `InputError`.
         """
         from models import hub
 

@@ -18,12 +18,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import classify
+import train
 from benchmarks import prepare
 from configs import command, read_json
 from engine import loop
 from engine.classification import open_classifier
 from models.backbones import open_vit
-from models.vision_language_model import VisionLanguageModel
 
 TINY = ("--model.vit-img-size 16 --model.vit-patch-size 4 --model.vit-hidden-dim 32 "
         "--model.vit-inter-dim 48 --model.vit-n-heads 2 --model.vit-n-blocks 2 "
@@ -155,13 +155,25 @@ def test_a_whole_models_eyes_are_probed_at_their_own_size(pictures, small_model,
         torch.testing.assert_close(probe.vit.eval().patches(x), wanted)
 
 
-def test_the_trunk_is_a_models_eyes(trained, small_config):
-    cfg = small_config(vit_model_type=str(trained), mp_pixel_shuffle_factor=2)
-    vlm = VisionLanguageModel.from_backbones(cfg)
-    x = torch.randn(2, 3, 16, 16)
-    with torch.no_grad():
-        torch.testing.assert_close(vlm.eval().vision_encoder.patches(x),
-                                   open_vit(str(trained)).patches(x))  # fmt: skip
+def test_the_circle_through_the_commands(trained, pictures, run_file, tmp_path):
+    """A classifier's trunk trains as a VLM's eyes; those are looked through, and probed again."""
+    def see(name: str) -> torch.Tensor:
+        x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            return open_vit(name).patches(x)
+
+    steps = ["--train.steps", "2", "--train.precision", "fp32"]
+    for kind, more in (("frozen", ["--train.freeze", "vision"]), ("moved", [])):
+        argv = [str(run_file(out=kind)), "--model.vit-model-type", str(trained), *steps, *more]
+        command(train.main, argv)
+    assert torch.equal(see(str(tmp_path / "frozen")), see(str(trained)))
+    assert not torch.equal(see(str(tmp_path / "moved")), see(str(trained)))
+    go("look", tmp_path / "moved", pictures / "val" / "red" / "1.png", "--out", tmp_path / "l.png")
+    assert Image.open(tmp_path / "l.png").width > 450
+    go("train", "small", "--data.source", pictures / "train", "--model.vit-model-type",
+       tmp_path / "moved", "--train.freeze", "trunk", "--train.out", tmp_path / "probe",
+       "--data.batch-size", 4, *steps)  # fmt: skip
+    assert torch.equal(see(str(tmp_path / "probe")), see(str(tmp_path / "moved")))
 
 
 def test_evaluate_needs_no_run(trained, pictures, tmp_path, capsys):
@@ -209,6 +221,21 @@ def test_a_push_sends_what_export_writes(trained, tmp_path, capsys, monkeypatch)
     assert {"README.md", "model.safetensors", "config.json", "preprocessor_config.json",
             "train_config.json"} <= sent["names"]  # fmt: skip
     assert (sent["id"], sent["private"]) == ("me/colours", True)
+
+
+def test_a_run_ends_with_a_push(pictures, tmp_path, capsys, monkeypatch):
+    cards = []
+
+    def push(folder, repo_id, private=True):
+        cards.append((Path(folder) / "README.md").read_text())
+        return f"https://example.org/{repo_id}"
+
+    monkeypatch.setattr(classify.hub, "push", push)
+    monkeypatch.setattr(classify.hub, "require_login", lambda: None)
+    go("train", *words(pictures, tmp_path / "r", 2, "--train.push", "me/colours"))
+    assert "pushed to https://example.org/me/colours" in capsys.readouterr().out
+    result = read_json(tmp_path / "r" / "result.json")
+    assert len(cards) == 1 and f"{result['val_accuracy']:.2%} of 30 pictures" in cards[0]
 
 
 def test_fashion_is_learned_from_a_sprite(shared, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import threading
 import time
@@ -49,7 +50,7 @@ def test_it_answers_as_the_model_does(chat, pictures, monkeypatch):
     monkeypatch.setattr(demo, "LONGEST_ANSWER", 6)
     state = shown(chat, [pictures["noise"]], "What is it?")
     assert state["answer"] == chat("What is it?", [pictures["noise"]], Sampling(6))
-    assert [tile.size for tile in state["tiles"]] == [(16, 16)]
+    assert [tile.size for tile in state["tiles"]] == [(240, 240)], "16 pixels, 15 times"
     seen = state["seen"]
     assert len(seen.words) == len(seen.likely) == len(seen.look.maps) == 6
     for number in (1, 6):
@@ -115,7 +116,9 @@ def script():
 
 @pytest.fixture(scope="module")
 def server(script, small_checkpoint):
-    with script.serving(str(small_checkpoint)) as (address, pid):
+    # The figures of docs/answering.md are of a trained model.
+    checkpoint = os.environ.get("DEMO_CHECKPOINT", str(small_checkpoint))
+    with script.serving(checkpoint) as (address, pid):
         yield address, pid
 
 
@@ -190,7 +193,8 @@ def test_abuse_leaves_the_page_alive_and_small(server, pictures):
         assert event["success"] and says in note_of(event), note_of(event)[:500]
     with pytest.raises(OSError):  # 413, or the connection is cut
         User(address).join([], "x" * 5_000_000)
-    assert peak_memory(pid) - before < 150 * 2**20
+    abused = peak_memory(pid) - before
+    assert abused < 150 * 2**20
     # A tab that is closed while the answer comes; the next person is served.
     gone = User(address)
     gone.join([gone.upload(noise)], "What is it?")
@@ -210,7 +214,10 @@ def test_abuse_leaves_the_page_alive_and_small(server, pictures):
     for thread in threads:
         thread.join(240)
     assert len(results) == 20 and all(event["success"] for event in results)
-    assert time.monotonic() - start < 240 and peak_memory(pid) - before < 300 * 2**20
+    seconds, crowded = time.monotonic() - start, peak_memory(pid) - before
+    assert seconds < 240 and crowded < 300 * 2**20
+    print(f"{before / 2**20:.0f} MiB; {abused / 2**20:.0f} more when abused, {crowded / 2**20:.0f} "
+          f"with twenty people, who took {seconds:.1f} s")  # fmt: skip
 
 
 def test_it_listens_on_loopback_alone(server):

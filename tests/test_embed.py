@@ -16,6 +16,7 @@ import embed
 from configs import ViTConfig, command, read_json
 from engine import embedding
 from engine.embedding import alike, nearest, open_index
+from models.backbones import open_vit
 from models.vision_transformer import ViT
 
 SIZES = dict(vit_img_size=32, vit_patch_size=8, vit_hidden_dim=48, vit_inter_dim=64, vit_n_heads=4,
@@ -106,6 +107,22 @@ def test_a_stopped_build_goes_on_and_a_whole_one_grows(encoder, pictures, tmp_pa
     go(capsys, *argv)
     assert calls[6:] == [[str(pictures / "zz.png")]]
     assert len(open_index(parts).files) == 12
+
+
+def test_an_encoder_that_learned_more_is_another(encoder, pictures, tmp_path, capsys):
+    """The same name with other weights: neither may grow the index nor search it."""
+    moved, out = tmp_path / "encoder", tmp_path / "i"
+    shutil.copytree(encoder, moved)
+    go(capsys, "build", pictures, "--model", moved, "--out", out)
+    go(capsys, "build", pictures, "--model", encoder, "--out", tmp_path / "copy")
+    go(capsys, "duplicates", out, tmp_path / "copy")  # the same weights by another name
+    vit = open_vit(str(moved))
+    with torch.no_grad():
+        vit.blocks[0].mlp.fc1.weight[0, 0] += 0.01
+    vit.save_pretrained(moved)
+    for argv in (("build", pictures, "--model", moved, "--out", out),
+                 ("search", out, "--image", pictures / "00.png")):  # fmt: skip
+        assert "was made otherwise (weights: '" in refused(capsys, *argv)
 
 
 def test_corrupt_files_are_listed_and_passed_over(encoder, pictures, tmp_path, capsys):

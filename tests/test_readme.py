@@ -20,6 +20,8 @@ SHORT = {
     "score.py": "--n 20",
     "classify.py train": "--train.steps 2 --train.eval-every 0 --data.batch-size 8",
 }
+# make and pip install things; the page serves for ever: tests/test_demo.py starts it.
+NOT_RUN = ("make ", "pip install ", "python demo.py ")
 SCRIPTS = ("train.py", "score.py", "generate.py", "export.py", "classify.py", "embed.py")
 
 
@@ -63,7 +65,7 @@ def run(python):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, run) -> Path:
-    """A folder with what the commands expect: a short demo, its picture, two own rows."""
+    """A folder with what the commands expect: a short demo, its picture, own rows, questions."""
     place = tmp_path_factory.mktemp("readme")
     made = run(as_run("python train.py tiny --train.out runs/demo"), place)
     assert made.returncode == 0, made.stderr
@@ -73,17 +75,21 @@ def place(tmp_path_factory, run) -> Path:
     (place / "my.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for row in rows:
         Image.effect_noise((70, 50), 90).convert("RGB").save(place / row["image"])
+    asked = [{"image": "cat.png", "question": "What is this?"}, {"question": "What is a cat?"}]
+    (place / "questions.jsonl").write_text("\n".join(map(json.dumps, asked)))
     return place
 
 
 def test_commands_run_in_order(place, run):
-    lines = [line for line in commands() if not line.startswith("make ")]
+    lines = [line for line in commands() if not line.startswith(NOT_RUN)]
     assert len(lines) >= 8
     for line in lines:
         done = run(as_run(line), place)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
-    for written in ("runs/short/log.jsonl", "runs/mine/config.json", "runs/demo/score.json"):
+    for written in ("runs/short/log.jsonl", "runs/mine/config.json", "runs/demo/score.json",
+                    "runs/demo/report.html"):  # fmt: skip
         assert (place / written).is_file(), written
+    assert len((place / "answers.jsonl").read_text().splitlines()) == 2
 
 
 def test_python_runs(place, python):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from PIL import Image
 from configs import InputError
 from data.packing import collate
 from data.sample import Sample, Turn
-from engine.chat import Chat, alternatives
+from engine.chat import Chat, alternatives, quantize_int8
 from models.generation import Sampling, Step
 
 SHORT = Sampling(max_new_tokens=16)
@@ -168,3 +169,30 @@ def test_a_choice_is_weighed_as_a_whole_answer(chat):
     assert len({round(share, 6) for share in wanted}) > 2
     with pytest.raises(InputError, match="name at least one"):
         chat.choose(tokens, [])
+
+
+# --- 8 bits ---------------------------------------------------------------------------------------
+
+
+def test_eight_bits_answer_nearly_the_same(small_checkpoint, chat):
+    pytest.importorskip("torchao", reason="torchao is not installed: int8 is not tested")
+    small = Chat.load(small_checkpoint)
+    assert quantize_int8(small.model) is small.model
+    tokens = chat.prompt(*ASKED[2])
+    a, b = (next(iter(c.watch(tokens))).logits for c in (chat, small))
+    difference = (a - b).norm() / a.norm()
+    assert 1e-4 < difference < 0.05, "rounded to 1 in 127 of a row's largest weight"
+    assert len(small(*ASKED[2], SHORT)) > 0
+    before, after = (dict(c.model.named_parameters()) for c in (chat, small))
+    rounded = {name for name in before if type(before[name]) is not type(after[name])}
+    assert rounded and all("proj" in n or "head" in n for n in rounded), rounded
+    assert not any(n.startswith("vision_encoder") for n in rounded), "the decoder alone"
+    name = next(iter(rounded))
+    error = (after[name].dequantize() - before[name]).abs()
+    assert (error <= before[name].abs().amax(1, keepdim=True) / 127).all()
+
+
+def test_eight_bits_need_torchao(chat, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(InputError, match="needs torchao; run `pip install torchao`"):
+        quantize_int8(chat.model)
