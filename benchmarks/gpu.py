@@ -38,13 +38,13 @@ from models.generation import Sampling
 from models.vision_language_model import VisionLanguageModel
 
 SAMPLES, TOKENS = 1_700_000, 128  # nanoVLM's first run: about 6 hours on one H100
-SAID = 65
+ROW, SAID = 2048, 65  # tokens of a packed row, of an answer
 
 
 def sizes(cfg: VLMConfig) -> list[int]:
-    """Lengths of the conversations of one packed row of about 2,048 tokens."""
+    """Lengths of the conversations of one packed row."""
     length = 1 + cfg.tokens_per_tile + TOKENS
-    return [length] * max(1, 2048 // length)
+    return [length] * max(1, ROW // length)
 
 
 def packed_step(run: RunConfig, model: nn.Module, device: torch.device, n_rows: int):

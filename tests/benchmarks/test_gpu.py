@@ -16,6 +16,7 @@ def small(monkeypatch, minute_config) -> RunConfig:
     monkeypatch.setattr(timing, "PRODUCT", 32)
     monkeypatch.setattr(timing, "READ", 1 << 12)
     monkeypatch.setattr(gpu, "SAID", 4)
+    monkeypatch.setattr(gpu, "ROW", 300)
     monkeypatch.setattr(gpu, "fast_dtype", lambda *_: torch.float32)
     monkeypatch.setattr(gpu, "alternate", lambda calls, _: timing.alternate(calls, 0, least=1))
     run = RunConfig(model=minute_config(lm_vocab_size=128))
