@@ -21,7 +21,7 @@ from data.sources import open_source
 from data.stream_loader import open_loader
 from engine import adapters, checkpoint
 from engine.chat import open_checkpoint
-from engine.distributed import Dist, autocast, fast_dtype, setup
+from engine.distributed import Dist, autocast, fast_dtype, settings, setup
 from engine.dry_run import dry_run
 from engine.evaluation import evaluate
 from engine.loop import Best, train
@@ -84,6 +84,7 @@ def main(argv: list[str]) -> None:
             adapters.keep_base(model, processor, cfg.train)
     if dist.is_main:
         describe(cfg, model, source, step)
+        print(f"machine: {settings(dist.device, dtype)}")
         print(looked)
     region = autocast(dist.device, dtype)
     if cfg.train.dry_run:

@@ -161,6 +161,15 @@ def fast_dtype(device: torch.device, precision: str) -> torch.dtype:
     return torch.bfloat16 if is_bf16 else torch.float32
 
 
+def settings(device: torch.device, dtype: torch.dtype) -> str:
+    """What was found to be best on this machine, for one line at the start of a run."""
+    precision = "bf16" if dtype == torch.bfloat16 else "fp32"
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, {precision}"
+    n = torch.get_num_threads()
+    return f"CPU, {n} thread{'s' * (n > 1)}, {precision}, freed memory kept for the next step"
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """The region in which matrices are multiplied in `dtype`; of float32 it changes nothing."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
@@ -170,6 +179,8 @@ def bf16_is_faster(device: torch.device) -> bool:
     """Time a few products of each kind: kernels may not keep what instruction sets promise."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":  # has none, and takes minutes without
+        return False
     a = torch.ones(512, 512)
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):

@@ -28,7 +28,8 @@ def orthogonalise(x: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
     x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, gram, x, beta=a)
     return x if wide else x.mT
 
 

@@ -86,10 +86,31 @@ def rope_tables(freq: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Te
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, way: int) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    out, sin = x * cos, sin.chunk(2, dim=-1)[0]
+    low, high = out.chunk(2, dim=-1)
+    low.addcmul_(second, sin, value=-way)
+    high.addcmul_(first, sin, value=way)
+    return out
+
+
+class _Rotate(torch.autograd.Function):
+    """Its gradient turns back. By hand, as autograd would negate, join and add whole tensors."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _rotate(grad, *ctx.saved_tensors, -1), None, None
+
+
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate [B, H, T, C] in Hugging Face's half-split layout: channel c pairs with c + C/2."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    return _Rotate.apply(x, cos, sin)
 
 
 # --- Segments: several samples in one row -------------------------------------------------------
@@ -180,18 +201,15 @@ def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
 
 def _attend_segments(q: Tensor, k: Tensor, v: Tensor, plan: SegmentPlan, dropout: float) -> Tensor:
     B, H, T, C = q.shape
-    n_kv = k.shape[1]
-    qkv = torch.cat((q, k, v), dim=1).transpose(1, 2).reshape(B * T, -1, C)  # [B*T, H + 2K, C]
-    spread = _Take.apply(qkv, plan.sources, plan.slots, None)  # [S, H + 2K, C]
+    sizes = [group.n_segments * group.length for group in plan.groups]
+    spread = []
+    for x in (q, k, v):
+        x = x.transpose(1, 2).reshape(B * T, -1, C)  # [B*T, H, C], no copy after a projection
+        spread.append(_Take.apply(x, plan.sources, plan.slots, None).split(sizes))  # [G*L, H, C]
     outputs = []
-    for group, part in zip(
-        plan.groups, spread.split([g.n_segments * g.length for g in plan.groups])
-    ):
-        part = part.view(group.n_segments, group.length, H + 2 * n_kv, C).transpose(
-            1, 2
-        )  # [G, H + 2K, L, C]
-        q, k, v = part.split([H, n_kv, n_kv], dim=1)
-        out = _softmax_attention(q, k, v, dropout_p=dropout, is_causal=True)  # [G, H, L, C]
+    for group, *parts in zip(plan.groups, *spread, strict=True):
+        qkv = (x.unflatten(0, (group.n_segments, -1)).transpose(1, 2) for x in parts)
+        out = _softmax_attention(*qkv, dropout_p=dropout, is_causal=True)  # [G, H, L, C]
         outputs.append(out.transpose(1, 2).reshape(-1, H, C))  # [G*L, H, C]
     out = _Take.apply(torch.cat(outputs), plan.slots, plan.sources, plan.real)  # [B*T, H, C]
     return out.view(B, T, H, C).transpose(1, 2)  # [B, H, T, C]
@@ -210,13 +228,12 @@ def attend(
     """Softmax attention of [B, H, T, C] queries over [B, K, S, C] keys and values -> [B, H, T, C].
 
     `plan` restricts it to each segment; `visible` [B, 1, T, S] says which cache slots a query sees
-    and replaces `causal`. At most one of the two is given.
+    and replaces `causal`. At most one of the two is given. Without either a lone query sees all.
     """
     if plan is not None:
         return _attend_segments(q, k, v, plan, dropout)
-    return _softmax_attention(
-        q, k, v, attn_mask=visible, dropout_p=dropout, is_causal=causal and visible is None
-    )
+    is_causal = causal and visible is None and q.shape[2] > 1
+    return _softmax_attention(q, k, v, attn_mask=visible, dropout_p=dropout, is_causal=is_causal)
 
 
 # --- The cache ----------------------------------------------------------------------------------
@@ -238,25 +255,33 @@ class KVCache:
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.rows = torch.arange(n_rows, device=device)[:, None]  # [B, 1]
         self.used = 0  # slots the rows of this pass reach
+        self.at: slice | None = None  # where this pass writes, if at the same place in every row
 
     @property
     def n_slots(self) -> int:
         return self.k.shape[3]
 
     def visible(self, positions: Tensor) -> Tensor | None:
-        """[B, 1, T, S] for tokens about to be written at `positions` [B, T].
+        """[B, 1, T, S] for tokens about to be written at `positions` [B, T], which rise by one.
 
-        None for contiguous prompts from position 0 on, which need no mask.
+        None where no mask is needed: contiguous prompts from position 0 on, and a lone token of
+        every row where all rows are as long, which sees all slots.
         """
+        T = positions.shape[1]
         self.used = int(positions.max()) + 1
-        if not positions[:, 0].any():
+        start = self.used - T
+        self.at = slice(start, self.used) if bool((positions[:, 0] == start).all()) else None
+        if self.at is not None and (T == 1 or start == 0):
             return None
         return (torch.arange(self.used, device=positions.device) <= positions[:, :, None])[:, None]
 
     def write(self, block: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Store [B, K, T, C] at their positions; return all used slots, each [B, K, S, C]."""
-        self.k[block][self.rows, :, positions] = k.transpose(1, 2).to(self.k.dtype)
-        self.v[block][self.rows, :, positions] = v.transpose(1, 2).to(self.v.dtype)
+        for kept, new in ((self.k[block], k), (self.v[block], v)):
+            if self.at is not None:
+                kept[:, :, self.at] = new
+            else:
+                kept[self.rows, :, positions] = new.transpose(1, 2).to(kept.dtype)
         return self.k[block, :, :, : self.used], self.v[block, :, :, : self.used]
 
     def keep_rows(self, rows: Tensor) -> None:

@@ -18,7 +18,8 @@ from PIL import Image
 from configs import command
 
 ROOT = Path(__file__).parent.parent.parent
-PAGES = ("how_it_works.md", "add_a_backbone.md", "scoring.md", "faq.md", "answering.md")
+PAGES = ("how_it_works.md", "add_a_backbone.md", "scoring.md", "faq.md", "answering.md",
+         "benchmarks.md")  # fmt: skip
 # What keeps a command from taking minutes; everything else is run as written.
 SHORT = {"score.py": "--n 20", "-m benchmarks.answering": "20"}
 TOO_LARGE = ("python -m benchmarks.answering int8 222m",)  # minutes, two gigabytes

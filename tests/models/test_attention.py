@@ -200,10 +200,45 @@ def test_cache_slots_are_positions_for_unequal_rows():
         assert torch.equal(new[1, :, :3], torch.cat((first[1, :, :2], later[1]), dim=1))
 
     cache.keep_rows(torch.tensor([1]))
-    assert cache.visible(torch.tensor([[3]])).tolist() == [[[[True] * 4]]], "the longer row left"
+    assert cache.visible(torch.tensor([[3]])) is None and cache.used == 4, "the longer row left"
     k2 = torch.randn(1, 1, 1, 8, generator=g)
     k, _ = cache.write(1, k2, k2, torch.tensor([[3]]))
     assert torch.equal(k[0], torch.cat((k0[1, :, :2], k1[1], k2[0]), dim=1))
+
+
+def test_a_lone_query_sees_every_slot():
+    """Two rows of one length and a token more need no mask; causal would hide all but slot 0."""
+    cfg = LMConfig(lm_hidden_dim=16, lm_n_heads=2, lm_n_kv_heads=2, lm_n_blocks=1)
+    cache = KVCache(cfg, 2, 8, torch.device("cpu"), torch.float32)
+    q, k, v = (torch.randn(2, 2, 5, 8) for _ in range(3))
+    assert cache.visible(torch.arange(4).expand(2, 4)) is None
+    cache.write(0, k[:, :, :4], v[:, :, :4], torch.arange(4).expand(2, 4))
+    last = torch.full((2, 1), 4)
+    assert cache.visible(last) is None and cache.at == slice(4, 5)
+    slots = cache.write(0, k[:, :, 4:], v[:, :, 4:], last)
+    whole = attend(q, k, v, causal=True)
+    torch.testing.assert_close(attend(q[:, :, 4:], *slots, causal=True), whole[:, :, 4:])
+    two = torch.tensor([[3, 4], [3, 4]])  # two tokens more need one, each row at the same place
+    assert cache.visible(two).tolist() == [[[[True] * 4 + [False], [True] * 5]]] * 2
+    slots = cache.write(0, k[:, :, 3:], v[:, :, 3:], two)
+    seen = attend(q[:, :, 3:], *slots, causal=True, visible=cache.visible(two))
+    torch.testing.assert_close(seen, whole[:, :, 3:])
+
+
+def test_rotation_and_its_gradient_keep_the_layout():
+    """A projection's output is token-major; a copy of it would cost as much as the rotation."""
+    x = torch.randn(2, 5, 3, 8).transpose(1, 2).requires_grad_()  # [B, H, T, C]
+    tables = rope_tables(torch.rand(4), torch.arange(5).expand(2, 5), torch.float32)
+    out = apply_rope(x, *tables)
+    assert out.stride() == x.stride()
+    cos, sin = tables
+    first, second = x.chunk(2, dim=-1)
+    plain = x * cos + torch.cat((-second, first), dim=-1) * sin
+    torch.testing.assert_close(out, plain)
+    cotangent = torch.randn(out.shape)
+    (mine,) = torch.autograd.grad(out, x, cotangent)
+    (wanted,) = torch.autograd.grad(plain, x, cotangent)
+    torch.testing.assert_close(mine, wanted)
 
 
 def test_rows_of_a_cache_are_copied_and_replaced():

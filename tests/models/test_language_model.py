@@ -138,6 +138,26 @@ def test_rms_norm_rounds_as_llamas(scale):
     assert torch.equal(ours(x), theirs(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norms_gradient_is_autograds(dtype):
+    g = torch.Generator().manual_seed(0)
+    norm, wide = RMSNorm(24, 1e-5), torch.nn.Parameter(torch.randn(24, generator=g))
+    with torch.no_grad():
+        norm.weight.copy_(wide)
+    norm.to(dtype)
+    x = (3 * torch.randn(2, 5, 4, 24, generator=g)).to(dtype).requires_grad_()
+    like = x.detach().float().requires_grad_()
+    cotangent = torch.randn(x.shape, generator=g)
+    norm(x).backward(cotangent.to(dtype))
+    F.rms_norm(like, (24,), wide, eps=1e-5).backward(cotangent)
+    assert x.grad.dtype == norm.weight.grad.dtype == dtype
+    close = {} if dtype == torch.float32 else dict(rtol=3e-2, atol=3e-2)
+    torch.testing.assert_close(x.grad.float(), like.grad, **close)
+    torch.testing.assert_close(norm.weight.grad.float(), wide.grad, **close)
+    with torch.no_grad():
+        assert torch.equal(norm(x.detach()), norm(x).detach())
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_loss_is_cross_entropy(reduction, randomise):
     ours, _ = build_pair("llama", randomise)

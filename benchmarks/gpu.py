@@ -1,0 +1,180 @@
+"""On one GPU: how near training and decoding come to what the card can do.
+
+python -m benchmarks.gpu 222m 460m qwen3 [--compile]
+
+Rows of one preset: the best batch (doubled until memory or speed ends), its share of the matrix
+rate measured in the same call, tokens and images per second, peak memory; decoding at 1 and 64 rows
+beside the memory's read rate; the time that 1.7 million samples of a picture and 128 tokens take.
+Where transformers opens the shape it stands beside. Without a GPU it runs on the CPU, for its test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks.speed import padded, prompt, random_weights, synthetic, their_model
+from benchmarks.timing import (
+    alternate,
+    clock,
+    command_line,
+    count,
+    matmul_peak,
+    read_bandwidth,
+    where,
+)
+from configs import PRESETS, RunConfig, VLMConfig, command
+from data.packing import collate
+from engine.distributed import autocast, fast_dtype, setup
+from engine.optim import build_optimizer
+from models.checkpoint_files import misfit
+from models.generation import Sampling
+from models.vision_language_model import VisionLanguageModel
+
+SAMPLES, TOKENS = 1_700_000, 128  # nanoVLM's first run: about 6 hours on one H100
+ROW, SAID = 2048, 65  # tokens of a packed row, of an answer
+
+
+def sizes(cfg: VLMConfig) -> list[int]:
+    """Lengths of the conversations of one packed row."""
+    length = 1 + cfg.tokens_per_tile + TOKENS
+    return [length] * max(1, ROW // length)
+
+
+def packed_step(run: RunConfig, model: nn.Module, device: torch.device, n_rows: int):
+    """(a whole training step, its samples, its tokens), of rows of packed conversations."""
+    row = synthetic(run.model, sizes(run.model))
+    batch = collate([row] * n_rows, run.model).to(device)
+    dtype = fast_dtype(device, "auto")
+    optimizer = build_optimizer(model.parts, run.train, dtype)
+    region = autocast(device, dtype)
+
+    def step() -> None:
+        with region:
+            loss = model(**batch.tensors())[1]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, batch.n_samples, batch.n_tokens
+
+
+def padded_step(run: RunConfig, model: nn.Module, device: torch.device, n_rows: int):
+    """The same samples for transformers: of one length, so nothing of it is padding."""
+    samples = synthetic(run.model, sizes(run.model)) * n_rows
+    batch = {k: v.to(device) for k, v in padded(samples, run.model)[1].items()}
+    optimizer = torch.optim.AdamW(model.parameters(), run.train.lr_language, fused=True)
+    region = autocast(device, fast_dtype(device, "auto"))
+
+    def step() -> None:
+        with region:
+            loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, len(samples), sum(map(len, samples))
+
+
+def best_batch(
+    make: Callable, run: RunConfig, model: nn.Module, device: torch.device, most: int
+) -> dict[str, float]:
+    """Double the rows until memory ends or speed gains less than 3 %: the best, {} if none fits."""
+    best: dict = {}
+    for n_rows in (1 << i for i in range(int(math.log2(most)) + 1)):
+        try:
+            step, n_samples, n_tokens = make(run, model, device, n_rows)
+            seconds = alternate({"": step}, 2)[""].median
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            break
+        found = {"rows": n_rows, "samples/s": n_samples / seconds, "tokens/s": n_tokens / seconds,
+                 "seconds": seconds}  # fmt: skip
+        if best and found["samples/s"] < 1.03 * best["samples/s"]:
+            break
+        best = found
+    return best
+
+
+@torch.inference_mode()
+def decode(model: VisionLanguageModel, device: torch.device, n_rows: int) -> float:
+    """Seconds of a step of greedy decoding after a picture and a few words."""
+    ids, images = (x.to(device) for x in prompt(model.cfg, n_rows))
+    images = images.to(model.MP.proj.weight.dtype)
+
+    def say() -> float:
+        said = model.stream(ids, images, None, Sampling(max_new_tokens=SAID))
+        next(said)
+        start = clock()
+        n = sum(1 for tokens in said if tokens.tolist())
+        return (clock() - start) / n
+
+    return alternate({"": say}, 2)[""].median
+
+
+def train_line(
+    side: str, make: Callable, run: RunConfig, model: nn.Module, device: torch.device, asked, peak
+) -> str:
+    """Training of one side at its best batch."""
+    flops = count(make(run, model, device, 1)[0])[0]  # before it is compiled; rows are alike
+    if asked.compile and side == "picoVLM":
+        for block in (*model.vision_encoder.blocks, *model.decoder.blocks):
+            block.compile()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    best = best_batch(make, run, model, device, asked.most)
+    if not best:
+        return f"{side}: one row does not fit"
+    memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0
+    share = flops * best["rows"] / best["seconds"] / peak
+    hours = SAMPLES / best["samples/s"] / 3600
+    return (
+        f"{side}: {best['rows']} rows, {share:.1%} of the matrix rate, "
+        f"{best['tokens/s']:,.0f} tokens/s, {best['samples/s']:,.1f} images/s, {memory:.1f} GiB; "
+        f"{SAMPLES:,} samples in {hours:,.2f} h"
+    )
+
+
+def measure(name: str, run: RunConfig, device: torch.device, asked: argparse.Namespace) -> None:
+    """Print everything about one preset."""
+    torch.manual_seed(0)
+    dtype = fast_dtype(device, "auto")
+    peak, bandwidth = matmul_peak(device, dtype), read_bandwidth(device)
+    print(f"{name}: {peak / 1e12:.2f} TFLOP/s, {bandwidth / 1e9:,.0f} GB/s")
+    model = VisionLanguageModel(run.model)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        model.to(device).train()
+        print("  " + train_line("picoVLM", packed_step, run, model, device, asked, peak))
+        if not misfit(run.model):
+            theirs = their_model(Path(folder), torch.float32).to(device).train()
+            print("  " + train_line("transformers", padded_step, run, theirs, device, asked, peak))
+            del theirs
+        model = VisionLanguageModel.from_pretrained(folder).to(device, dtype)  # not compiled
+    n_bytes = sum(p.numel() * p.element_size() for p in model.decoder.parameters())
+    for n_rows in (1, min(64, asked.most)):
+        seconds = decode(model, device, n_rows)
+        print(f"  decode, {n_rows} rows: {n_rows / seconds:,.0f} tokens/s, "
+              f"{n_bytes / seconds / bandwidth:.0%} of the memory's rate")  # fmt: skip
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu")
+    parser.add_argument("presets", nargs="+", choices=list(PRESETS))
+    parser.add_argument("--compile", action="store_true", help="torch.compile of every block")
+    parser.add_argument("--most", type=int, default=256, help="most rows of a batch")
+    asked = parser.parse_args(argv)
+    device = setup().device
+    print(where(command_line("benchmarks.gpu", list(argv))))
+    for name in asked.presets:
+        measure(name, random_weights(PRESETS[name]), device, asked)
+
+
+if __name__ == "__main__":
+    command(main)

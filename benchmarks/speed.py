@@ -1,0 +1,475 @@
+"""Beside transformers' SmolVLM: the same shapes, the same weights, in turns in one process.
+
+python -m benchmarks.speed tiny            writes its table and picture into docs/
+python -m benchmarks.speed 222m            the same of nanoVLM's first shape, weights at random
+python -m benchmarks.speed tiny --only decode first                      prints, writes nothing
+
+Loss, image tokens and greedy tokens are equal, or nothing is timed. Both train with fused AdamW.
+Rows in bf16 are measured where it is faster than fp32 (engine.distributed.fast_dtype).
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.timing import (
+    ROOT,
+    Times,
+    alternate,
+    clock,
+    command_line,
+    count,
+    in_child,
+    matmul_peak,
+    peak_memory,
+    ratios,
+    read_bandwidth,
+    readable,
+    where,
+    write_block,
+)
+from configs import PRESETS, InputError, RunConfig, VLMConfig, command
+from data import processor as processors
+from data.packing import collate, fill_rows
+from data.sample import IGNORE, Tokens
+from data.sources import open_source
+from engine.distributed import autocast, fast_dtype, keep_freed_memory
+from engine.loop import clip
+from engine.optim import build_optimizer
+from models.generation import Sampling
+from models.vision_language_model import VisionLanguageModel
+
+PAGE = ROOT / "docs" / "benchmarks.md"
+UNEVEN = (64, 96, 112, 128, 128, 144, 160, 192)  # 8 conversations that fill a row of 1,024
+CPU = torch.device("cpu")
+WORDS, SAID = 32, 33  # of a prompt, of an answer
+
+
+@dataclass(frozen=True)
+class Case:
+    """Both models of one shape, and how long a row may take."""
+
+    run: RunConfig
+    folder: Path  # the checkpoint that both have opened
+    ours: VisionLanguageModel
+    theirs: nn.Module
+    dtype: torch.dtype
+    seconds: float  # of a row, once every turn has been taken
+    turns: int = 3
+
+    @property
+    def cfg(self) -> VLMConfig:
+        return self.run.model
+
+    @property
+    def kind(self) -> str:
+        return "bf16" if self.dtype == torch.bfloat16 else "fp32"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    name: str
+    ours: str
+    theirs: str = "-"
+    ratio: tuple[float, float, float] | None = None  # median, least, most; above 1 we are faster
+    share: str = "-"  # of what the machine can do: ours, theirs
+    disturbed: str = "-"
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        ratio = "-" if self.ratio is None else "{:.2f} ({:.2f} - {:.2f})".format(*self.ratio)
+        return self.name, self.ours, self.theirs, ratio, self.share, self.disturbed
+
+
+# --- Both models --------------------------------------------------------------------------------
+
+
+def random_weights(run: RunConfig) -> RunConfig:
+    """The preset's shapes, without the weights and the tokenizer it would download."""
+    return replace(run, model=replace(run.model, vit_model_type="", lm_model_type=""))
+
+
+def their_model(folder: Path, dtype: torch.dtype) -> nn.Module:
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
+    model.generation_config.eos_token_id = None  # greedy tokens are counted, not read
+    return model
+
+
+def open_case(
+    run: RunConfig, folder: Path, dtype: torch.dtype, seconds: float = 0, turns: int = 3
+) -> Case:
+    ours = VisionLanguageModel.from_pretrained(folder).to(dtype)
+    return Case(run, folder, ours, their_model(folder, dtype), dtype, seconds, turns)
+
+
+def synthetic(cfg: VLMConfig, lengths: Sequence[int], seed: int = 0) -> list[Tokens]:
+    """Conversations of one picture and random words, of which the last third is learned."""
+    rng = np.random.default_rng(seed)
+    special = (cfg.vlm_pad_token_id, cfg.vlm_bos_token_id, cfg.vlm_eos_token_id,
+               cfg.vlm_image_token_id)  # fmt: skip
+    words = np.setdiff1d(np.arange(cfg.lm_vocab_size, dtype=np.int32), special)
+    size, found = cfg.vit_img_size, []
+    for length in lengths:
+        ids = rng.choice(words, length)
+        ids[1 : 1 + cfg.tokens_per_tile] = cfg.vlm_image_token_id
+        n_words = length - 1 - cfg.tokens_per_tile
+        tiles = rng.integers(0, 256, (1, size, size, 3), dtype=np.uint8)
+        found.append(Tokens(ids, np.arange(length) >= length - n_words // 3, tiles))
+    return found
+
+
+def padded(samples: Sequence[Tokens], cfg: VLMConfig) -> tuple[dict, dict]:
+    """One conversation a row: (our arguments, theirs)."""
+    batch = collate([[s] for s in samples], cfg)
+    labels = torch.full_like(batch.targets, IGNORE)
+    labels[:, 1:] = batch.targets[:, :-1]
+    mask = torch.zeros_like(batch.input_ids)
+    for row, sample in enumerate(samples):
+        mask[row, : len(sample)] = 1
+    n_tiles = {len(s.tiles) for s in samples}
+    if len(n_tiles) > 1:
+        raise InputError(f"conversations have {sorted(n_tiles)} tiles; take those of one number.")
+    pixels = batch.images.unflatten(0, (len(samples), -1))  # [B, N, 3, H, W]
+    theirs = {"input_ids": batch.input_ids, "attention_mask": mask, "pixel_values": pixels,
+              "labels": labels}  # fmt: skip
+    return batch.tensors(), theirs
+
+
+def agree(what: str, a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
+    """Raises `InputError` unless both computed the same."""
+    most = (a.float() - b.float()).abs().max() / b.float().abs().max().clamp(min=1e-9)
+    if not most < (5e-2 if dtype == torch.bfloat16 else 1e-3):
+        raise InputError(f"{what}: differs by {most:.1e} of its largest value; nothing was timed.")
+
+
+# --- Rows ---------------------------------------------------------------------------------------
+
+
+def timed_row(
+    name: str, times: dict[str, Times], work: float = 0, peak: float = 0, items: int = 0
+) -> Row:
+    """`work` FLOPs or bytes of a call beside the `peak` per second; `items`: a rate is shown."""
+    ours, theirs = times["ours"], times["theirs"]
+    show = (lambda s: f"{items / s:,.1f} tok/s") if items else readable
+    shares = [f"{work / t.median / peak:.0%}" for t in (ours, theirs)] if work else []
+    n, bad = len(ours.seconds), ours.n_disturbed + theirs.n_disturbed
+    return Row(name, show(ours.median), show(theirs.median), ratios(ours, theirs),
+               ", ".join(shares) or "-", f"{bad} of {2 * n}")  # fmt: skip
+
+
+def stepper(case: Case, model: nn.Module, loss_of: Callable[[], Tensor]) -> Callable[[], None]:
+    """A whole training step of either."""
+    t = case.run.train
+    if isinstance(model, VisionLanguageModel):
+        optimizer = build_optimizer(model.parts, replace(t, optimizer="adamw"), case.dtype)
+    else:
+        betas = (t.beta1, t.beta2)
+        rate, decay = t.lr_language, t.weight_decay
+        optimizer = torch.optim.AdamW(model.parameters(), rate, betas, 1e-8, decay, fused=True)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def step() -> None:
+        with autocast(CPU, case.dtype):
+            loss = loss_of()
+        loss.backward()
+        clip(params, t.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def train_row(case: Case, name: str, ours_in: dict, theirs_in: dict, peak: float) -> Row:
+    fresh = open_case(case.run, case.folder, torch.float32)  # the last row's weights have moved
+    ours, theirs = fresh.ours.train(), fresh.theirs.train()
+    n = int((ours_in["targets"] != IGNORE).sum())
+    losses = {
+        "ours": lambda: ours(**ours_in, reduction="sum")[1] / n,
+        "theirs": lambda: theirs(**theirs_in, use_cache=False).loss,
+    }
+    with torch.no_grad(), autocast(CPU, case.dtype):
+        agree(f"loss, {name}", losses["ours"](), losses["theirs"](), case.dtype)
+    steps = {"ours": stepper(case, ours, losses["ours"]),
+             "theirs": stepper(case, theirs, losses["theirs"])}  # fmt: skip
+    work, _ = count(steps["ours"])
+    return timed_row(name, alternate(steps, case.seconds, case.turns), work, peak)
+
+
+def train_rows(case: Case, peak: float, _bandwidth: float) -> list[Row]:
+    """Padded alike; and each as it is fed: ours packed, theirs padded to the longest."""
+    cfg, kind = case.cfg, case.kind
+    if case.cfg.lm_tokenizer == "world":
+        processor = processors.build(cfg)
+        source = open_source(replace(case.run.data, world_first=0), "train")
+        samples = [processor.encode(source[i], 1024, 64) for i in range(48)]
+        rows = fill_rows([len(s) for s in samples], 2, 1024)
+        packed = [[samples[i] for i in row] for row in rows]
+        alike, what = [s for row in packed for s in row][:16], "16 conversations of the world"
+    else:
+        packed = [synthetic(cfg, UNEVEN)]
+        alike, what = synthetic(cfg, [128] * 4), "4 x 128 tokens"
+    flat = [s for row in packed for s in row]
+    fed = f"{len(packed)} x 1,024 packed, {len(flat)} images"
+    return [
+        train_row(case, f"train step, {what}, {kind}", *padded(alike, cfg), peak),
+        train_row(case, f"train step, {fed}; theirs padded, {kind}", collate(packed, cfg).tensors(),
+                  padded(flat, cfg)[1], peak),
+    ]  # fmt: skip
+
+
+@torch.inference_mode()
+def encode_rows(case: Case, peak: float, _bandwidth: float) -> list[Row]:
+    ours, theirs = case.ours.eval(), case.theirs.eval()
+    images = padded(synthetic(case.cfg, UNEVEN), case.cfg)[0]["images"].to(case.dtype)
+    calls = {
+        "ours": lambda: ours.embed_images(images),
+        "theirs": lambda: theirs.model.get_image_features(images[:, None]).pooler_output,
+    }
+    agree("image tokens", calls["ours"](), torch.stack(list(calls["theirs"]())), case.dtype)
+    work, _ = count(calls["ours"])
+    name = f"encode 8 images, {case.kind}"
+    return [timed_row(name, alternate(_silent(calls), case.seconds, case.turns), work, peak)]
+
+
+def _silent(calls: dict[str, Callable]) -> dict[str, Callable]:
+    """The same calls without what they return."""
+    return {name: lambda call=call: (call(), None)[1] for name, call in calls.items()}
+
+
+def prompt(cfg: VLMConfig, n_rows: int) -> tuple[Tensor, Tensor]:
+    """A picture and 32 words a row: ids [B, T] and images [B, 3, H, W]."""
+    samples = synthetic(cfg, [1 + cfg.tokens_per_tile + WORDS] * n_rows)
+    tensors = padded(samples, cfg)[0]
+    return tensors["input_ids"], tensors["images"]
+
+
+def speak(case: Case, n_rows: int, n_new: int) -> dict[str, Callable[[], tuple[Tensor, float]]]:
+    """Greedy tokens [B, n] of either, and the seconds from the first to the last."""
+    from transformers import LogitsProcessor
+
+    ids, images = prompt(case.cfg, n_rows)
+    images = images.to(case.dtype)
+
+    class Clock(LogitsProcessor):
+        def __init__(self):
+            self.ticks = []
+
+        def __call__(self, input_ids, scores):
+            self.ticks.append(clock())
+            return scores
+
+    def theirs():
+        clock = Clock()
+        said = case.theirs.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=images[:, None],
+            do_sample=False, max_new_tokens=n_new, logits_processor=[clock],
+        )  # fmt: skip
+        return said[:, ids.shape[1] :], clock.ticks[-1] - clock.ticks[0]
+
+    def ours():
+        said, ticks = [], []
+        for tokens in case.ours.stream(ids, images, None, Sampling(max_new_tokens=n_new)):
+            said.append(tokens)
+            ticks.append(clock())
+        return torch.stack(said, 1), ticks[-1] - ticks[0]
+
+    return {"ours": ours, "theirs": theirs}
+
+
+def agree_greedy(case: Case, calls: dict[str, Callable]) -> None:
+    ours, theirs = calls["ours"]()[0], calls["theirs"]()[0]
+    if ours.shape != theirs.shape or (case.kind == "fp32" and not torch.equal(ours, theirs)):
+        raise InputError(f"greedy tokens differ: {ours.tolist()} and {theirs.tolist()}.")
+
+
+def first_rows(case: Case, peak: float, _bandwidth: float) -> list[Row]:
+    case.ours.eval(), case.theirs.eval()
+    calls = speak(case, 1, 1)
+    agree_greedy(case, calls)
+    work, _ = count(calls["ours"])
+    name = f"first token of a picture and {WORDS} words, {case.kind}"
+    return [timed_row(name, alternate(_silent(calls), case.seconds, case.turns), work, peak)]
+
+
+def decode_rows(case: Case, _peak: float, bandwidth: float) -> list[Row]:
+    case.ours.eval(), case.theirs.eval()
+    decoder, rows = case.ours.decoder, []
+    n_bytes = sum(p.numel() * p.element_size() for p in decoder.parameters())
+    if not case.cfg.lm_tie_weights:
+        n_bytes -= decoder.token_embedding.weight.nbytes  # one row of it is read
+    for n_rows in (1, 8):
+        calls = speak(case, n_rows, SAID)
+        agree_greedy(case, calls)
+        said = {k: lambda c=c: c()[1] for k, c in calls.items()}
+        times = alternate(said, case.seconds, case.turns)
+        work = n_bytes * (SAID - 1)
+        name = f"decode, {n_rows} row{'s' * (n_rows > 1)}, {case.kind}"
+        rows.append(timed_row(name, times, work, bandwidth, n_rows * (SAID - 1)))
+    return rows
+
+
+def memory_rows(case: Case, _peak: float, _bandwidth: float) -> list[Row]:
+    """Peak resident memory of a process that takes two steps."""
+    preset = next(name for name, run in PRESETS.items() if run.train.out == case.run.train.out)
+    argv = ["benchmarks.speed", preset, "--folder", str(case.folder), "--peak-memory"]
+    found = [float(in_child([*argv, who])) / 2**20 for who in ("ours", "theirs")]
+    ratio = found[1] / found[0]
+    name = f"peak memory, 4 x 128 tokens, {case.kind}"
+    return [Row(name, *(f"{x:,.0f} MiB" for x in found), (ratio, ratio, ratio))]
+
+
+def memory_of_steps(run: RunConfig, folder: Path, who: str) -> int:
+    """Most bytes held; in a process of its own."""
+    model = VisionLanguageModel.from_pretrained(folder) if who == "ours" else None
+    model = model or their_model(folder, torch.float32)
+    dtype = fast_dtype(CPU, "auto")
+    case = Case(run, folder, model, model, dtype, 0)
+    ours_in, theirs_in = padded(synthetic(run.model, [128] * 4), run.model)
+    loss_of = {"ours": lambda: model(**ours_in)[1],
+               "theirs": lambda: model(**theirs_in, use_cache=False).loss}[who]  # fmt: skip
+    step = stepper(case, model.train(), loss_of)
+    step(), step()
+    return peak_memory()
+
+
+def start_rows(case: Case, _peak: float, _bandwidth: float) -> list[Row]:
+    """Seconds from `python train.py` to its first step done, the world's data, random weights."""
+    cfg, argv = case.cfg, []
+    if cfg.lm_tokenizer != "world":
+        ids = {"lm-tokenizer": "world", "vit-model-type": "", "lm-model-type": "",
+               "vlm-pad-token-id": 0, "vlm-bos-token-id": 1, "vlm-eos-token-id": 2,
+               "vlm-image-token-id": 3}  # fmt: skip
+        argv = ["222m", *(f"--model.{k}={v}" for k, v in ids.items()), "--data.batch-size=1",
+                "--data.max-length=256", "--data.workers=0"]  # fmt: skip
+    wall, cpu = min(first_step(argv) for _ in range(2))
+    name = "from `python train.py` to the end of the first step"
+    return [Row(name, f"{readable(wall)}, {readable(cpu)} of CPU")]
+
+
+def first_step(argv: list[str]) -> tuple[float, float]:
+    """Seconds by the clock, and of all cores together."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with tempfile.TemporaryDirectory() as folder:
+        log, start = Path(folder) / "log.jsonl", time.perf_counter()
+        line = [sys.executable, "train.py", *argv, f"--train.out={folder}", "--train.log-every=1"]
+        run = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        try:
+            while not (log.is_file() and log.stat().st_size):
+                if run.poll() is not None:
+                    raise InputError(f"train.py: {run.stderr.read().decode().splitlines()[-1:]}")
+                time.sleep(0.01)
+            wall = time.perf_counter() - start
+        finally:
+            with suppress(ProcessLookupError):
+                run.kill()
+            run.communicate()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+# --- The table ----------------------------------------------------------------------------------
+
+MEASURES: dict[str, Callable[[Case, float, float], list[Row]]] = {
+    "encode": encode_rows,
+    "first": first_rows,
+    "decode": decode_rows,
+    "train": train_rows,
+    "memory": memory_rows,
+    "start": start_rows,
+}
+ONCE = ("memory", "start")  # whatever the precision
+
+
+def measure(run: RunConfig, which: Sequence[str], seconds: float, turns: int = 3) -> list[Row]:
+    """Every row asked for, in fp32 and, where it is faster, in bf16."""
+    run, rows = random_weights(run), []
+    bandwidth = read_bandwidth(CPU)
+    rows.append(Row("memory read", f"{bandwidth / 1e9:.1f} GB/s"))
+    fast = fast_dtype(CPU, "auto")
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        VisionLanguageModel(run.model).save_pretrained(folder)
+        for dtype in dict.fromkeys((torch.float32, fast)):
+            peak = matmul_peak(CPU, dtype)
+            case = open_case(run, Path(folder), dtype, seconds, turns)
+            rows.append(Row(f"matrix product, {case.kind}", f"{peak / 1e9:,.0f} GFLOP/s"))
+            for name in which:
+                if name in ONCE and dtype != fast:
+                    continue
+                for row in MEASURES[name](case, peak, bandwidth):
+                    print(*row.cells, sep=" | ", flush=True)
+                    rows.append(row)
+    if fast == torch.float32:
+        rows.append(Row("bf16", "not measured: no bf16 arithmetic here"))
+    return rows
+
+
+def table(rows: Sequence[Row]) -> str:
+    head = ("", "picoVLM", "transformers", "ratio (least - most)", "share of peak, ours, theirs",
+            "disturbed")  # fmt: skip
+    lines = [head, tuple("---" for _ in head), *(row.cells for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Bars of all ratios; matplotlib is optional, so without it there is no picture."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no picture: it needs matplotlib")
+        return
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    shown = [row for row in rows if row.ratio is not None][::-1]
+    figure, axis = pyplot.subplots(figsize=(8, 0.8 + 0.4 * len(shown)), layout="constrained")
+    middle = [row.ratio[0] for row in shown]
+    errors = [[r.ratio[0] - r.ratio[1] for r in shown], [r.ratio[2] - r.ratio[0] for r in shown]]
+    axis.barh([row.name for row in shown], middle, xerr=errors, color="tab:green", ecolor="gray")
+    axis.axvline(1, color="black", lw=0.8)
+    axis.set_xlabel("times as fast (or as small) as transformers' SmolVLM")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed")
+    parser.add_argument("preset", choices=["tiny", "222m"])
+    parser.add_argument("--only", nargs="+", choices=list(MEASURES), help="print these rows alone")
+    parser.add_argument("--seconds", type=float, default=20, help="time of a row")
+    parser.add_argument("--turns", type=int, default=3, help="least turns, whatever they take")
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--peak-memory", choices=["ours", "theirs"], help=argparse.SUPPRESS)
+    asked = parser.parse_args(argv)
+    keep_freed_memory()
+    run = random_weights(PRESETS[asked.preset])
+    if asked.peak_memory:
+        print(memory_of_steps(run, asked.folder, asked.peak_memory))
+        return
+    line = where(command_line("benchmarks.speed", argv))
+    rows = measure(run, asked.only or list(MEASURES), asked.seconds, asked.turns)
+    print(text := f"{line}\n\n{table(rows)}")
+    if not asked.only:
+        write_block(PAGE, f"speed {asked.preset}", text)
+        draw(rows, PAGE.with_name(f"speed-{asked.preset}.png"))
+
+
+if __name__ == "__main__":
+    command(main)

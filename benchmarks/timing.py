@@ -1,0 +1,202 @@
+"""What every table of speed needs: turns, medians, this machine's peaks, and the page.
+
+What is compared runs in turns in one process, A B A B. With one thread (OMP_NUM_THREADS=1) a time
+is that of the CPU, which others' work lengthens only through memory; else it is the wall clock's. A
+repetition in which the thread stood ready without a core (Linux says it) for more than a twentieth
+of its time is disturbed, and each table says how many were.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from configs import InputError
+
+ROOT = Path(__file__).parent.parent
+DISTURBED = 0.05
+PRODUCT, READ = 1024, 1 << 28  # edge of the product, bytes of the read that find the peaks
+
+
+# --- Turns --------------------------------------------------------------------------------------
+
+
+def clock() -> float:
+    """Seconds of the thread where it works alone, else of the wall."""
+    alone = torch.get_num_threads() == 1 and not torch.cuda.is_available()
+    return time.thread_time() if alone else time.perf_counter()
+
+
+def waited() -> float:
+    """Seconds this thread has stood ready without a core so far; 0 where the system is silent."""
+    with suppress(OSError, ValueError, IndexError):
+        return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+    return 0.0
+
+
+def peak_memory() -> int:
+    """Most bytes this process has held; its parent's do not count, as in getrusage they may."""
+    with suppress(OSError):
+        kib = re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+        if kib:
+            return 1024 * int(kib[0])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@dataclass
+class Times:
+    """Repetitions of one call: seconds, and the share of each that it waited for a core."""
+
+    seconds: list[float]
+    waits: list[float]
+
+    @property
+    def median(self) -> float:
+        return median(self.seconds)
+
+    @property
+    def n_disturbed(self) -> int:
+        return sum(wait > DISTURBED for wait in self.waits)
+
+
+def synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def alternate(
+    calls: dict[str, Callable[[], object]], seconds: float, least: int = 3, most: int = 40
+) -> dict[str, Times]:
+    """Call each once unmeasured, then all in turns until `seconds` are spent.
+
+    A call that returns a number has timed a part of itself, by `clock`.
+    """
+    for call in calls.values():
+        call()
+    found = {name: Times([], []) for name in calls}
+    end = time.perf_counter() + seconds
+    for turn in range(most):
+        if turn >= least and time.perf_counter() > end:
+            break
+        for name, call in calls.items():
+            synchronise()
+            stood, wall, start = waited(), time.perf_counter(), clock()
+            part = call()
+            synchronise()
+            own, wall, stood = clock() - start, time.perf_counter() - wall, waited() - stood
+            found[name].seconds.append(part if isinstance(part, float) else own)
+            found[name].waits.append(stood / wall)
+    return found
+
+
+def ratios(ours: Times, theirs: Times) -> tuple[float, float, float]:
+    """(median, least, most) of how many times as long they took, turn by turn."""
+    each = [b / a for a, b in zip(ours.seconds, theirs.seconds, strict=True)]
+    return median(each), min(each), max(each)
+
+
+# --- What there is to reach ---------------------------------------------------------------------
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
+    """Most FLOP/s of a large product."""
+    n = PRODUCT * (8 if device.type == "cuda" else 1)
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    times = alternate({"": lambda: (a @ b, None)[1]}, seconds)[""]
+    return 2 * n**3 / min(times.seconds)
+
+
+def read_bandwidth(device: torch.device, seconds: float = 1.0) -> float:
+    """Most bytes/s of adding up numbers that no cache holds."""
+    x = torch.ones(READ // 4 * (8 if device.type == "cuda" else 1), device=device)
+    times = alternate({"": lambda: (x.sum(), None)[1]}, seconds)[""]
+    return 4 * x.numel() / min(times.seconds)
+
+
+def _forward(q, k, v, *_args, **_options) -> int:
+    return sdpa_flop_count(q, k, v)
+
+
+def _backward(_grad, q, k, v, *_args, **_options) -> int:
+    return sdpa_flop_count(q, k, v) * 5 // 2  # 5 products for the forward's 2, one of them again
+
+
+ATTENTION = {  # torch counts the kernels of GPUs only
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _forward,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
+}
+
+
+def count(call: Callable[[], object]) -> tuple[int, int]:
+    """(FLOPs of all products, of attention's alone); half of causal attention counts, too."""
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
+        call()
+    by_kind = counter.get_flop_counts().get("Global", {})
+    return counter.get_total_flops(), sum(n for op, n in by_kind.items() if "scaled_dot" in str(op))
+
+
+# --- The page -----------------------------------------------------------------------------------
+
+
+def where(command: str) -> str:
+    """Date, commit, machine, command: what a figure means."""
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    model = platform.processor() or platform.machine()
+    with suppress(OSError):
+        names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        model = names[0] if names else model
+    if torch.cuda.is_available():
+        model = torch.cuda.get_device_name()
+    flags = torch.backends.cpu.get_cpu_capability()
+    day = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return (
+        f"{day}, commit {commit}, torch {torch.__version__}, Python "
+        f"{platform.python_version()}, {model} ({flags}), {torch.get_num_threads()} of "
+        f"{os.cpu_count()} cores used, load {os.getloadavg()[0]:.1f}: `{command}`"
+    )
+
+
+def command_line(module: str, argv: list[str]) -> str:
+    threads = os.environ.get("OMP_NUM_THREADS")
+    return " ".join([*([f"OMP_NUM_THREADS={threads}"] if threads else []), "python", "-m", module,
+                     *argv])  # fmt: skip
+
+
+def write_block(page: Path, name: str, text: str) -> None:
+    """Replace what stands between `<!-- name -->` and `<!-- /name -->`; raises `InputError`."""
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    whole = page.read_text(encoding="utf-8") if page.is_file() else ""
+    if start not in whole or end not in whole:
+        raise InputError(f"{page}: has no place {start} ... {end} to write to.")
+    before, rest = whole.split(start, 1)
+    page.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")
+
+
+def in_child(argv: list[str]) -> str:
+    """The last line that `python -m ...` says, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", *argv], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise InputError(f"python -m {' '.join(argv)}: {done.stderr.strip().splitlines()[-1:]}")
+    return done.stdout.strip().splitlines()[-1]
+
+
+def readable(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"

@@ -1,0 +1,118 @@
+"""The tables of speed: what is timed is equal, what disagrees is not timed, what is counted is so.
+
+On shapes so small that figures mean nothing here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import speed, timing
+from configs import DataConfig, InputError, RunConfig, TrainConfig
+from data import processor as processors
+from models.vision_language_model import VisionLanguageModel
+
+
+@pytest.fixture(autouse=True)
+def small_machine(monkeypatch, tiny_processor):
+    monkeypatch.setattr(timing, "PRODUCT", 32)
+    monkeypatch.setattr(timing, "READ", 1 << 12)
+    monkeypatch.setattr(speed, "SAID", 4)
+    monkeypatch.setattr(speed, "fast_dtype", lambda *_: torch.float32)
+    monkeypatch.setattr(processors, "build", lambda cfg: replace(tiny_processor, cfg=cfg))
+
+
+@pytest.fixture
+def run(minute_config) -> RunConfig:
+    return RunConfig(model=minute_config(), data=DataConfig(), train=TrainConfig(out="runs/none"))
+
+
+def test_every_row_beside_transformers(run):
+    rows = speed.measure(run, ["encode", "first", "decode", "train"], seconds=0)
+    timed = [row for row in rows if row.ratio is not None]
+    assert [row.name.split(",")[0].split(" ")[0] for row in timed] == [
+        "encode", "first", "decode", "decode", "train", "train"]  # fmt: skip
+    for row in timed:
+        assert row.ratio[1] <= row.ratio[0] <= row.ratio[2], row
+        assert row.disturbed.endswith(" of 6") and row.share.count("%") == 2, row
+    assert rows[-1].ours == "not measured: no bf16 arithmetic here"
+    assert "2 x 1,024 packed" in timed[-1].name
+    lines = speed.table(rows).splitlines()
+    assert len(lines) == 2 + len(rows) and len({line.count(" | ") for line in lines}) == 1
+
+
+def test_other_weights_are_not_timed(run, tmp_path, monkeypatch):
+    VisionLanguageModel(run.model).save_pretrained(tmp_path)
+    theirs = speed.their_model(tmp_path, torch.float32)
+    monkeypatch.setattr(speed, "their_model", lambda *_: theirs)
+    case = speed.open_case(run, tmp_path, torch.float32, 0)
+    with torch.no_grad():
+        theirs.lm_head.weight.neg_()
+        theirs.model.connector.modality_projection.proj.weight.mul_(1.01)
+    for rows, says in (
+        (speed.encode_rows, "image tokens: differs"),
+        (speed.train_rows, "loss, .* nothing was timed"),
+        (speed.first_rows, "greedy tokens differ"),
+    ):
+        with pytest.raises(InputError, match=says):
+            rows(case, 1.0, 1.0)
+
+
+def test_the_peak_of_a_process(run, tmp_path, capsys, monkeypatch):
+    torch.manual_seed(0)
+    VisionLanguageModel(run.model).save_pretrained(tmp_path)
+    monkeypatch.setitem(speed.PRESETS, "tiny", run)
+    for who in ("ours", "theirs"):
+        speed.main(["tiny", "--folder", str(tmp_path), "--peak-memory", who])
+        assert 1e7 < int(capsys.readouterr().out) < 1e11
+
+
+@pytest.mark.slow
+def test_the_first_step():
+    wall, cpu = speed.first_step(["--data.batch-size=1", "--data.max-length=128"])
+    assert 1 < wall < 200 and 1 < cpu < 60
+
+
+@pytest.mark.slow
+def test_a_wrong_start_says_why():
+    with pytest.raises(InputError, match=r"train\.py: .*batch_size = 0"):
+        speed.first_step(["--data.batch-size=0"])
+
+
+def test_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [speed.Row("a", "1 s", "2 s", (2.0, 1.9, 2.1)), speed.Row("b", "3 GB/s")]
+    speed.draw(rows, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+# --- What all tables share ----------------------------------------------------------------------
+
+
+def test_turns_alternate_and_a_call_may_time_a_part():
+    said = []
+    found = timing.alternate(
+        {"a": lambda: said.append("a"), "b": lambda: (said.append("b"), 0.5)[1]}, 0, least=2
+    )
+    assert said == ["a", "b"] * 3, "one round is not measured"
+    assert len(found["a"].seconds) == 2 and max(found["b"].seconds) <= 0.5
+    slow, fast = timing.Times([4.0, 2.0], [0.0, 0.2]), timing.Times([2.0, 2.0], [0.0, 0.0])
+    assert timing.ratios(fast, slow) == (1.5, 1.0, 2.0) and slow.n_disturbed == 1
+
+
+def test_a_block_of_a_page_is_replaced(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- x -->\nold\n<!-- /x -->\nafter\n")
+    timing.write_block(page, "x", "new")
+    assert page.read_text() == "before\n<!-- x -->\nnew\n<!-- /x -->\nafter\n"
+    with pytest.raises(InputError, match="has no place"):
+        timing.write_block(page, "y", "new")
+
+
+def test_products_are_counted_by_hand():
+    layer = torch.nn.Linear(8, 16, bias=False)
+    x = torch.randn(4, 8, requires_grad=True)
+    assert timing.count(lambda: layer(x).sum().backward()) == (3 * 2 * 4 * 8 * 16, 0)
