@@ -120,7 +120,8 @@ def whole_run(launch, config, kind: str) -> Path:
 
 
 @pytest.mark.parametrize(("kind", "moments"), [
-    ("map", ["rename", "state"]), ("stream-2-workers", ["packing"])])  # fmt: skip
+    ("map", ["rename", "state"]),
+    pytest.param("stream-2-workers", ["packing"], marks=pytest.mark.slow)])  # fmt: skip
 def test_killed_and_continued_is_the_same_run(launch, config, kind, moments):
     whole, world = whole_run(launch, config, kind), KINDS[kind][1]
     path = config("parts", kind)

@@ -425,16 +425,18 @@ def test_multiple_choice_by_likelihood(small_checkpoint, capsys, tmp_path):
 def test_two_processes_score_as_one(small_checkpoint, rows_file, tmp_path):
     root = Path(__file__).parent.parent
     argv = [small_checkpoint, "--data.source", rows_file, "--max-new-tokens", 3]
-    for world, name in ((1, "one"), (2, "two")):
-        run = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               f"--nproc-per-node={world}"]  # fmt: skip
-        flags = [*argv, "--predictions", tmp_path / name, "--json", tmp_path / f"{name}.json"]
-        done = subprocess.run(
-            [str(a) for a in (*run, root / "score.py", *flags)],
-            env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-            capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-2000:]
+    flags = {
+        name: [*argv, "--predictions", tmp_path / name, "--json", tmp_path / f"{name}.json"]
+        for name in ("one", "two")
+    }
+    score.main([str(a) for a in flags["one"]])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [str(a) for a in (*launch, root / "score.py", *flags["two"])],
+        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "one").read_text() == (tmp_path / "two").read_text()
     assert read_json(tmp_path / "one.json") == read_json(tmp_path / "two.json")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "one.json", "two", "two.json"]

@@ -24,6 +24,7 @@ def small(monkeypatch, minute_config) -> RunConfig:
     return run
 
 
+@pytest.mark.slow
 def test_both_sides_of_a_preset(small, capsys):
     gpu.main(["tiny", "--most", "2"])
     out = capsys.readouterr().out

@@ -53,7 +53,7 @@ def same_curve(one: Path, two: Path, n: int) -> None:
         torch.testing.assert_close(torch.tensor(x), torch.tensor(y), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_processes_are_one_with_twice_the_batches(launch, run_file, mixed_rows, parallel):
     """20 steps of 2 micro-batches with pictures or without, of unequal numbers of targets."""
     data, train = {"source": mixed_rows}, dict(steps=20, optimizer="adamw", lr_vision=3e-4,
@@ -68,6 +68,7 @@ def test_two_processes_are_one_with_twice_the_batches(launch, run_file, mixed_ro
         torch.testing.assert_close(x[name], y[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_parts_of_a_model_resume_and_evaluate(launch, run_file):
     """A stopped FSDP run goes on bit for bit, and its checkpoints are whole models."""
     train = dict(steps=4, optimizer="adamw", parallel="fsdp", eval_every=2, eval_samples=2)
