@@ -23,7 +23,7 @@ demo: .venv/installed
 	@$(PY) generate.py $(RUN) --image $(RUN)/question.png --prompt 'Describe the picture.'
 
 test: .venv/installed
-	$(PY) -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-all: .venv/installed
 	$(PY) -m pytest

@@ -95,7 +95,8 @@ def main(argv: list[str]) -> None:
 
 def answers(args: Arguments, chat: Chat, questions, dist: Dist, run: str) -> dict:
     """Every question's answers: those on disk, and the rest, shared among the processes."""
-    found = read_found(args.predictions, run)
+    # Gathered, so that all have read before one writes: else they would share other questions out.
+    found = dist.gather(read_found(args.predictions, run))[0]
     which = [i for i in range(len(questions)) if i not in found][dist.rank :: dist.world]
     tiles, new = args.data.max_tiles, args.max_new_tokens
     making = (
