@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.speed import padded, prompt, random_weights, synthetic, their_model
+from benchmarks.peers import padded, prompt, random_weights, synthetic, their_model
 from benchmarks.timing import (
     alternate,
     clock,

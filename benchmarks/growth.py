@@ -18,8 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.speed import PAGE, synthetic
-from benchmarks.timing import alternate, command_line, count, readable, where, write_block
+from benchmarks.peers import synthetic
+from benchmarks.timing import (
+    PAGE,
+    alternate,
+    command_line,
+    count,
+    readable,
+    where,
+    write_block,
+)
 from configs import VLMConfig, command
 from data.packing import collate
 from data.sample import Batch, Tokens

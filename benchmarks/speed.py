@@ -21,11 +21,22 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.peers import (
+    WORDS,
+    Case,
+    agree,
+    open_case,
+    padded,
+    prompt,
+    random_weights,
+    synthetic,
+    their_model,
+)
 from benchmarks.timing import (
+    PAGE,
     ROOT,
     Times,
     alternate,
@@ -41,10 +52,10 @@ from benchmarks.timing import (
     where,
     write_block,
 )
-from configs import PRESETS, InputError, RunConfig, VLMConfig, command
+from configs import PRESETS, InputError, RunConfig, command
 from data import processor as processors
 from data.packing import collate, fill_rows
-from data.sample import IGNORE, Tokens
+from data.sample import IGNORE
 from data.sources import open_source
 from engine.distributed import autocast, fast_dtype, keep_freed_memory
 from engine.loop import clip
@@ -52,31 +63,9 @@ from engine.optim import build_optimizer
 from models.generation import Sampling
 from models.vision_language_model import VisionLanguageModel
 
-PAGE = ROOT / "docs" / "benchmarks.md"
 UNEVEN = (64, 96, 112, 128, 128, 144, 160, 192)  # 8 conversations that fill a row of 1,024
 CPU = torch.device("cpu")
-WORDS, SAID = 32, 33  # of a prompt, of an answer
-
-
-@dataclass(frozen=True)
-class Case:
-    """Both models of one shape, and how long a row may take."""
-
-    run: RunConfig
-    folder: Path  # the checkpoint that both have opened
-    ours: VisionLanguageModel
-    theirs: nn.Module
-    dtype: torch.dtype
-    seconds: float  # of a row, once every turn has been taken
-    turns: int = 3
-
-    @property
-    def cfg(self) -> VLMConfig:
-        return self.run.model
-
-    @property
-    def kind(self) -> str:
-        return "bf16" if self.dtype == torch.bfloat16 else "fp32"
+SAID = 33  # tokens of an answer
 
 
 @dataclass(frozen=True)
@@ -94,69 +83,6 @@ class Row:
     def cells(self) -> tuple[str, ...]:
         ratio = "-" if self.ratio is None else "{:.2f} ({:.2f} - {:.2f})".format(*self.ratio)
         return self.name, self.ours, self.theirs, ratio, self.share, self.disturbed
-
-
-# --- Both models --------------------------------------------------------------------------------
-
-
-def random_weights(run: RunConfig) -> RunConfig:
-    """The preset's shapes, without the weights and the tokenizer it would download."""
-    return replace(run, model=replace(run.model, vit_model_type="", lm_model_type=""))
-
-
-def their_model(folder: Path, dtype: torch.dtype) -> nn.Module:
-    from transformers import AutoModelForImageTextToText
-
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
-    model.generation_config.eos_token_id = None  # greedy tokens are counted, not read
-    return model
-
-
-def open_case(
-    run: RunConfig, folder: Path, dtype: torch.dtype, seconds: float = 0, turns: int = 3
-) -> Case:
-    ours = VisionLanguageModel.from_pretrained(folder).to(dtype)
-    return Case(run, folder, ours, their_model(folder, dtype), dtype, seconds, turns)
-
-
-def synthetic(cfg: VLMConfig, lengths: Sequence[int], seed: int = 0) -> list[Tokens]:
-    """Conversations of one picture and random words, of which the last third is learned."""
-    rng = np.random.default_rng(seed)
-    special = (cfg.vlm_pad_token_id, cfg.vlm_bos_token_id, cfg.vlm_eos_token_id,
-               cfg.vlm_image_token_id)  # fmt: skip
-    words = np.setdiff1d(np.arange(cfg.lm_vocab_size, dtype=np.int32), special)
-    size, found = cfg.vit_img_size, []
-    for length in lengths:
-        ids = rng.choice(words, length)
-        ids[1 : 1 + cfg.tokens_per_tile] = cfg.vlm_image_token_id
-        n_words = length - 1 - cfg.tokens_per_tile
-        tiles = rng.integers(0, 256, (1, size, size, 3), dtype=np.uint8)
-        found.append(Tokens(ids, np.arange(length) >= length - n_words // 3, tiles))
-    return found
-
-
-def padded(samples: Sequence[Tokens], cfg: VLMConfig) -> tuple[dict, dict]:
-    """One conversation a row: (our arguments, theirs)."""
-    batch = collate([[s] for s in samples], cfg)
-    labels = torch.full_like(batch.targets, IGNORE)
-    labels[:, 1:] = batch.targets[:, :-1]
-    mask = torch.zeros_like(batch.input_ids)
-    for row, sample in enumerate(samples):
-        mask[row, : len(sample)] = 1
-    n_tiles = {len(s.tiles) for s in samples}
-    if len(n_tiles) > 1:
-        raise InputError(f"conversations have {sorted(n_tiles)} tiles; take those of one number.")
-    pixels = batch.images.unflatten(0, (len(samples), -1))  # [B, N, 3, H, W]
-    theirs = {"input_ids": batch.input_ids, "attention_mask": mask, "pixel_values": pixels,
-              "labels": labels}  # fmt: skip
-    return batch.tensors(), theirs
-
-
-def agree(what: str, a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
-    """Raises `InputError` unless both computed the same."""
-    most = (a.float() - b.float()).abs().max() / b.float().abs().max().clamp(min=1e-9)
-    if not most < (5e-2 if dtype == torch.bfloat16 else 1e-3):
-        raise InputError(f"{what}: differs by {most:.1e} of its largest value; nothing was timed.")
 
 
 # --- Rows ---------------------------------------------------------------------------------------
@@ -251,13 +177,6 @@ def encode_rows(case: Case, peak: float, _bandwidth: float) -> list[Row]:
 def _silent(calls: dict[str, Callable]) -> dict[str, Callable]:
     """The same calls without what they return."""
     return {name: lambda call=call: (call(), None)[1] for name, call in calls.items()}
-
-
-def prompt(cfg: VLMConfig, n_rows: int) -> tuple[Tensor, Tensor]:
-    """A picture and 32 words a row: ids [B, T] and images [B, 3, H, W]."""
-    samples = synthetic(cfg, [1 + cfg.tokens_per_tile + WORDS] * n_rows)
-    tensors = padded(samples, cfg)[0]
-    return tensors["input_ids"], tensors["images"]
 
 
 def speak(case: Case, n_rows: int, n_new: int) -> dict[str, Callable[[], tuple[Tensor, float]]]:

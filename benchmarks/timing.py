@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from configs import InputError
 
 ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "benchmarks.md"
 DISTURBED = 0.05
 PRODUCT, READ = 1024, 1 << 28  # edge of the product, bytes of the read that find the peaks
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import speed, timing
+from benchmarks import peers, speed, timing
 from configs import DataConfig, InputError, RunConfig, TrainConfig
 from data import processor as processors
 from models.vision_language_model import VisionLanguageModel
@@ -46,9 +46,9 @@ def test_every_row_beside_transformers(run):
 
 def test_other_weights_are_not_timed(run, tmp_path, monkeypatch):
     VisionLanguageModel(run.model).save_pretrained(tmp_path)
-    theirs = speed.their_model(tmp_path, torch.float32)
-    monkeypatch.setattr(speed, "their_model", lambda *_: theirs)
-    case = speed.open_case(run, tmp_path, torch.float32, 0)
+    theirs = peers.their_model(tmp_path, torch.float32)
+    monkeypatch.setattr(peers, "their_model", lambda *_: theirs)
+    case = peers.open_case(run, tmp_path, torch.float32, 0)
     with torch.no_grad():
         theirs.lm_head.weight.neg_()
         theirs.model.connector.modality_projection.proj.weight.mul_(1.01)

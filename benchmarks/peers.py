@@ -1,0 +1,109 @@
+"""A model of ours beside transformers' of the same weights, and the same inputs for both.
+
+Not here: what is timed of them (speed.py, growth.py, gpu.py), how it is timed (timing.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from configs import InputError, RunConfig, VLMConfig
+from data.packing import collate
+from data.sample import IGNORE, Tokens
+from models.vision_language_model import VisionLanguageModel
+
+WORDS = 32  # of a prompt
+
+
+@dataclass(frozen=True)
+class Case:
+    """Both models of one shape, and how long a row may take."""
+
+    run: RunConfig
+    folder: Path  # the checkpoint that both have opened
+    ours: VisionLanguageModel
+    theirs: nn.Module
+    dtype: torch.dtype
+    seconds: float  # of a row, once every turn has been taken
+    turns: int = 3
+
+    @property
+    def cfg(self) -> VLMConfig:
+        return self.run.model
+
+    @property
+    def kind(self) -> str:
+        return "bf16" if self.dtype == torch.bfloat16 else "fp32"
+
+
+def random_weights(run: RunConfig) -> RunConfig:
+    """The preset's shapes, without the weights and the tokenizer it would download."""
+    return replace(run, model=replace(run.model, vit_model_type="", lm_model_type=""))
+
+
+def their_model(folder: Path, dtype: torch.dtype) -> nn.Module:
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
+    model.generation_config.eos_token_id = None  # greedy tokens are counted, not read
+    return model
+
+
+def open_case(
+    run: RunConfig, folder: Path, dtype: torch.dtype, seconds: float = 0, turns: int = 3
+) -> Case:
+    ours = VisionLanguageModel.from_pretrained(folder).to(dtype)
+    return Case(run, folder, ours, their_model(folder, dtype), dtype, seconds, turns)
+
+
+def synthetic(cfg: VLMConfig, lengths: Sequence[int], seed: int = 0) -> list[Tokens]:
+    """Conversations of one picture and random words, of which the last third is learned."""
+    rng = np.random.default_rng(seed)
+    special = (cfg.vlm_pad_token_id, cfg.vlm_bos_token_id, cfg.vlm_eos_token_id,
+               cfg.vlm_image_token_id)  # fmt: skip
+    words = np.setdiff1d(np.arange(cfg.lm_vocab_size, dtype=np.int32), special)
+    size, found = cfg.vit_img_size, []
+    for length in lengths:
+        ids = rng.choice(words, length)
+        ids[1 : 1 + cfg.tokens_per_tile] = cfg.vlm_image_token_id
+        n_words = length - 1 - cfg.tokens_per_tile
+        tiles = rng.integers(0, 256, (1, size, size, 3), dtype=np.uint8)
+        found.append(Tokens(ids, np.arange(length) >= length - n_words // 3, tiles))
+    return found
+
+
+def padded(samples: Sequence[Tokens], cfg: VLMConfig) -> tuple[dict, dict]:
+    """One conversation a row: (our arguments, theirs)."""
+    batch = collate([[s] for s in samples], cfg)
+    labels = torch.full_like(batch.targets, IGNORE)
+    labels[:, 1:] = batch.targets[:, :-1]
+    mask = torch.zeros_like(batch.input_ids)
+    for row, sample in enumerate(samples):
+        mask[row, : len(sample)] = 1
+    n_tiles = {len(s.tiles) for s in samples}
+    if len(n_tiles) > 1:
+        raise InputError(f"conversations have {sorted(n_tiles)} tiles; take those of one number.")
+    pixels = batch.images.unflatten(0, (len(samples), -1))  # [B, N, 3, H, W]
+    theirs = {"input_ids": batch.input_ids, "attention_mask": mask, "pixel_values": pixels,
+              "labels": labels}  # fmt: skip
+    return batch.tensors(), theirs
+
+
+def agree(what: str, a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
+    """Raises `InputError` unless both computed the same."""
+    most = (a.float() - b.float()).abs().max() / b.float().abs().max().clamp(min=1e-9)
+    if not most < (5e-2 if dtype == torch.bfloat16 else 1e-3):
+        raise InputError(f"{what}: differs by {most:.1e} of its largest value; nothing was timed.")
+
+
+def prompt(cfg: VLMConfig, n_rows: int) -> tuple[Tensor, Tensor]:
+    """A picture and 32 words a row: ids [B, T] and images [B, 3, H, W]."""
+    samples = synthetic(cfg, [1 + cfg.tokens_per_tile + WORDS] * n_rows)
+    tensors = padded(samples, cfg)[0]
+    return tensors["input_ids"], tensors["images"]
