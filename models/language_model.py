@@ -9,12 +9,14 @@ Letters: B batch, T tokens, D width, H heads, K key-value heads, C head width, V
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from configs import LMConfig
 from models.attention import (
@@ -28,6 +30,8 @@ from models.attention import (
     run_blocks,
 )
 from models.vision_transformer import init_weights
+
+LOGITS_AT_ONCE = 1 << 26  # of the loss: 256 MiB in fp32, and as much again for their gradient
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -225,9 +229,21 @@ class LanguageModel(nn.Module):
         """Cross-entropy where `targets` [B, T] are not -100; only those positions meet the head.
 
         `reduction` is "mean" or "sum" as in F.cross_entropy, but without any target the loss is 0,
-        not NaN.
+        not NaN. Logits beyond LOGITS_AT_ONCE are computed in parts, and again in the backward pass.
         """
         kept = (targets.flatten() != -100).nonzero()[:, 0]
-        logits = self.logits(hidden.flatten(0, 1).index_select(0, kept))  # [kept, V]
-        total = F.cross_entropy(logits.float(), targets.flatten()[kept], reduction="sum")
+        hidden, targets = hidden.flatten(0, 1)[kept], targets.flatten()[kept]  # [kept, D], [kept]
+        n = max(1, math.ceil(len(kept) * self.cfg.lm_vocab_size / LOGITS_AT_ONCE))
+        parts = zip(hidden.tensor_split(n), targets.tensor_split(n), strict=True)
+        again = n > 1 and torch.is_grad_enabled()
+        each = [
+            checkpoint(self._loss_sum, *part, use_reentrant=False)
+            if again
+            else self._loss_sum(*part)
+            for part in parts
+        ]
+        total = torch.stack(each).sum()
         return total / max(1, len(kept)) if reduction == "mean" else total
+
+    def _loss_sum(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.logits(hidden).float(), targets, reduction="sum")

@@ -158,8 +158,10 @@ def test_rms_norms_gradient_is_autograds(dtype):
         assert torch.equal(norm(x.detach()), norm(x).detach())
 
 
+@pytest.mark.parametrize("at_once", [1 << 26, 700])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_loss_is_cross_entropy(reduction, randomise):
+def test_loss_is_cross_entropy(reduction, at_once, randomise, monkeypatch):
+    monkeypatch.setattr("models.language_model.LOGITS_AT_ONCE", at_once)
     ours, _ = build_pair("llama", randomise)
     hidden = torch.randn(2, 30, 48, requires_grad=True)
     targets = token_ids()
@@ -172,6 +174,17 @@ def test_loss_is_cross_entropy(reduction, randomise):
     torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)
     for mine, other in zip(grad, wanted_grad, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("at_once", "keeps"), [(1 << 26, True), (700, False)])
+def test_logits_of_many_targets_are_not_kept(at_once, keeps, monkeypatch):
+    """60 targets and 101 words; in parts of at most 700 no tensor holds them all."""
+    monkeypatch.setattr("models.language_model.LOGITS_AT_ONCE", at_once)
+    ours, kept = LanguageModel(LMConfig(**SIZES)), []
+    hidden = torch.randn(2, 30, 48, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        ours.loss(hidden, token_ids()).backward()
+    assert (60 * SIZES["lm_vocab_size"] in {x.numel() for x in kept}) == keeps
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
