@@ -51,6 +51,8 @@ def read_config(directory: Path) -> dict:
 def read_weights(directory: Path, single: str = WEIGHTS) -> dict[str, Tensor]:
     """All tensors of a directory, a `single` file or shards, only safetensors.
 
+    Each is a copy in memory of its own: those of the mapped file start anywhere, and MKL rounds a
+    product of unaligned matrices otherwise, so that a resumed run would differ from a whole one.
     Raises `InputError`.
     """
     if (directory / INDEX).is_file():
@@ -68,7 +70,7 @@ def read_weights(directory: Path, single: str = WEIGHTS) -> dict[str, Tensor]:
             )
         try:
             with safe_open(directory / name, framework="pt") as file:
-                tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                tensors |= {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
         except FileNotFoundError:
             raise InputError(f"{directory / name}: no such file{_pickle(directory)}.") from None
         except (SafetensorError, OSError) as error:
