@@ -177,17 +177,11 @@ def refused(directory, *words: str) -> None:
         assert word in message, message
 
 
-def edit_weights(directory, edit) -> None:
-    tensors = load_file(directory / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, directory / "model.safetensors")
-
-
 EMBED = "model.text_model.embed_tokens.weight"
 NORM = "model.text_model.layers.1.input_layernorm.weight"
 
 
-def test_a_leftover_a_missing_and_a_misshapen_tensor(saved):
+def test_a_leftover_a_missing_and_a_misshapen_tensor(saved, edit_weights):
     """All three at once: the error lists both sides."""
     _, directory = saved
 
@@ -208,21 +202,21 @@ def test_a_leftover_a_missing_and_a_misshapen_tensor(saved):
 
 
 @pytest.mark.parametrize("names", [[EMBED], ["lm_head.weight"]])
-def test_half_of_a_tied_pair_is_refused(names, saved):
+def test_half_of_a_tied_pair_is_refused(names, saved, edit_weights):
     """Our own files carry both, so that no reader has to guess."""
     _, directory = saved
     edit_weights(directory, lambda tensors: [tensors.pop(name) for name in names])
     refused(directory, "missing", *names)
 
 
-def test_a_tied_config_with_another_head_is_refused(saved):
+def test_a_tied_config_with_another_head_is_refused(saved, edit_weights):
     _, directory = saved
     edit_weights(directory, lambda tensors: tensors["lm_head.weight"].add_(0.01))
     refused(directory, "lm_tie_weights", "differ")
 
 
 @torch.no_grad()
-def test_buffers_of_older_transformers_are_ignored(saved, samples, pad_rows):
+def test_buffers_of_older_transformers_are_ignored(saved, samples, pad_rows, edit_weights):
     model, directory = saved
 
     def edit(tensors):
