@@ -182,7 +182,7 @@ def test_transformers_reads_the_directory_without_torchvision(tiled, tmp_path):
 
 
 def test_image_settings_on_disk(tiled, tmp_path):
-    """What vLLM and llama.cpp read, flat, from preprocessor_config.json (INTEROP.md section 4)."""
+    """What vLLM and llama.cpp read, flat, from preprocessor_config.json."""
     tiled.save(tmp_path)
     settings = json.loads((tmp_path / "preprocessor_config.json").read_text())
     assert settings["size"] == {"longest_edge": 64}

@@ -121,7 +121,7 @@ def test_transformers_opens_it(name, small_model, samples, pad_rows, tmp_path):
 
 @pytest.mark.parametrize("fields", [{}, dict(lm_tie_weights=False), LLAMA3], ids=str)
 def test_config_json_has_every_key_somebody_needs(fields, small_model, tmp_path):
-    """The traps of INTEROP section 4, each from a reader that falls silently without it."""
+    """Each key has a reader that falls silently without it."""
     model = small_model(**fields)
     model.save_pretrained(tmp_path)
     config = read_config(tmp_path)
