@@ -1,4 +1,6 @@
-"""What tests of pictures share: noise to look at, a processor that cuts it into tiles."""
+"""What tests of data share: noise to look at, a processor that cuts it, what batches answer."""
+
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pytest
@@ -6,6 +8,7 @@ from PIL import Image
 
 from configs import VLMConfig
 from data import processor as processors
+from data.sample import Batch
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +27,18 @@ def tiled() -> processors.Processor:
     """Of pictures up to 4 x 4 tiles of 16 pixels, 4 tokens each."""
     sizes = dict(vit_img_size=16, vit_patch_size=4, max_img_size=64)
     return processors.build(VLMConfig(**sizes, lm_n_blocks=1, vit_n_blocks=1))
+
+
+@pytest.fixture(scope="session")
+def numbers(tiny_processor) -> Callable[[Iterable[Batch]], list[int]]:
+    """The number each sample of batches answers, read from the targets as the model sees them."""
+
+    def numbers(batches: Iterable[Batch]) -> list[int]:
+        found = []
+        for row in (row for batch in batches for row in batch.targets.tolist()):
+            ids = [token for token in row if token >= 0]
+            said = tiny_processor.tokenizer.decode(ids, skip_special_tokens=False)
+            found += [int(s.split()[-1]) for s in said.split("<end_of_utterance>") if s]
+        return found
+
+    return numbers
