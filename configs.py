@@ -6,7 +6,6 @@ Class defaults are the `tiny` preset, which trains on two CPU cores in minutes.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -21,6 +20,7 @@ from configs_base import (  # noqa: F401
     from_dict,
     need,
     parse,
+    parse_preset,
     read_json,
     require,
     require_positive,
@@ -512,19 +512,7 @@ def parse_run(argv: list[str]) -> RunConfig:
 
     Raises `InputError`; tyro exits with 2 on a value of the wrong type.
     """
-    base, argv = "tiny", together(argv, "--data.source")
-    if argv and not argv[0].startswith("-"):
-        base, *argv = argv
-    if base in PRESETS:
-        default = PRESETS[base]
-    elif base.endswith(".json"):
-        default = from_dict(RunConfig, read_json(base), base)
-    else:
-        near = difflib.get_close_matches(base, PRESETS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"presets are {', '.join(PRESETS)}."
-        raise InputError(f"{base!r} is neither a preset nor a .json file; {hint}")
-    description = f"Presets: {', '.join(PRESETS)}. Shown here: {base}."
-    return parse(RunConfig, argv, default=default, description=description)
+    return parse_preset(RunConfig, PRESETS, together(argv, "--data.source"))
 
 
 def together(argv: list[str], flag: str) -> list[str]:

@@ -140,6 +140,26 @@ def parse(cls: type, argv: list[str], **options):
     return value
 
 
+def parse_preset(cls: type, presets: dict, argv: list[str]):
+    """`[preset | run.json] [--field value ...]` -> a dataclass; of no preset named, the first.
+
+    Raises `InputError`; tyro exits with 2 on a value of the wrong type.
+    """
+    base = next(iter(presets))
+    if argv and not argv[0].startswith("-"):
+        base, *argv = argv
+    if base in presets:
+        default = presets[base]
+    elif base.endswith(".json"):
+        default = from_dict(cls, read_json(base), base)
+    else:
+        near = difflib.get_close_matches(base, presets, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"presets are {', '.join(presets)}."
+        raise InputError(f"{base!r} is neither a preset nor a .json file; {hint}")
+    description = f"Presets: {', '.join(presets)}. Shown here: {base}."
+    return parse(cls, argv, default=default, description=description)
+
+
 def flags(cls: type, prefix: str = "--") -> list[str]:
     """Every flag of a dataclass, those of nested ones after a dot."""
     found = []

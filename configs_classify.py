@@ -5,7 +5,6 @@ Not here: fields every run has (configs.py), what augmentation does (data/augmen
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -15,10 +14,8 @@ from configs import (
     InputError,
     LoopConfig,
     ViTConfig,
-    from_dict,
     need,
-    parse,
-    read_json,
+    parse_preset,
     require_freeze,
     require_positive,
     require_rate,
@@ -165,16 +162,4 @@ def run_command(words: str, commands: dict[str, Callable], argv: list[str]) -> N
 
 def parse_classify(argv: list[str]) -> ClassifyConfig:
     """`[preset | run.json] [--field value ...]` -> ClassifyConfig; raises `InputError`."""
-    base = "small"
-    if argv and not argv[0].startswith("-"):
-        base, *argv = argv
-    if base in PRESETS:
-        default = PRESETS[base]
-    elif base.endswith(".json"):
-        default = from_dict(ClassifyConfig, read_json(base), base)
-    else:
-        near = difflib.get_close_matches(base, PRESETS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"presets are {', '.join(PRESETS)}."
-        raise InputError(f"{base!r} is neither a preset nor a .json file; {hint}")
-    words = f"Presets: {', '.join(PRESETS)}. Shown here: {base}."
-    return parse(ClassifyConfig, argv, default=default, description=words)
+    return parse_preset(ClassifyConfig, PRESETS, argv)

@@ -1,7 +1,7 @@
 """Planted near-duplicates among emoji and flags: precision and recall of embed.py.
 
-python -m benchmarks.duplicates SHARED/datasets runs/duplicates
-python -m benchmarks.duplicates SHARED/datasets runs/duplicates --trunk runs/demo
+python -m benchmarks.duplicates PATH/TO/datasets runs/duplicates
+python -m benchmarks.duplicates PATH/TO/datasets runs/duplicates --trunk runs/demo
 Without --trunk, one is trained on the pictures without their labels: each is a class of its own,
 seen in other crops and colours every time (Dosovitskiy et al. 2014, Exemplar-CNN). Every fourth
 picture stands there three times more: at 60 per cent of its size, as a JPEG, without the outer 5

@@ -1,7 +1,7 @@
 """Real pictures with classes, as files that classify.py reads.
 
-python -m benchmarks.prepare easy_vqa SHARED/datasets/easy_vqa runs/data/easy_vqa
-python -m benchmarks.prepare sprite SHARED/datasets/fashion_mnist_sprite runs/data/fashion
+python -m benchmarks.prepare easy_vqa PATH/TO/datasets/easy_vqa runs/data/easy_vqa
+python -m benchmarks.prepare sprite PATH/TO/datasets/fashion_mnist_sprite runs/data/fashion
 easy_vqa: train.jsonl and test.jsonl, a picture's class is its colour and shape, as its questions
 tell; both stand there alone, too. sprite: 900 pieces of Fashion-MNIST, a folder a class.
 """

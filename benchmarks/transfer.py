@@ -1,6 +1,6 @@
 """Transfer: 100 labelled pictures, from scratch and from a trunk trained on the built-in world.
 
-python -m benchmarks.transfer runs/demo SHARED/datasets/easy_vqa runs/transfer
+python -m benchmarks.transfer runs/demo PATH/TO/datasets/easy_vqa runs/transfer
 The trunk is that of `make demo`: the eyes of a model that answers questions about drawn scenes. 100
 pictures of easy-VQA, other shapes drawn by others, are learned five times over: each seed draws its
 own 100. From scratch, the encoder has the same shape. Every training is a command of classify.py.

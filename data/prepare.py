@@ -9,7 +9,7 @@ goes on behind its last whole file. Not here: what a row means (schemas.py).
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
@@ -38,13 +38,13 @@ class Arguments:
     """Stop behind so many rows of the source; 0: read all."""
     fetch_images: bool = False
     """Download pictures that rows name by web address."""
-    min_relevance: int = 1
+    min_relevance: int = DataConfig.min_relevance
     """Least rating of FineVision's, as for training."""
-    min_image_correspondence: int = 1
+    min_image_correspondence: int = DataConfig.min_image_correspondence
     """Least rating of FineVision's, as for training."""
-    min_visual_dependency: int = 1
+    min_visual_dependency: int = DataConfig.min_visual_dependency
     """Least rating of FineVision's, as for training."""
-    min_formatting: int = 1
+    min_formatting: int = DataConfig.min_formatting
     """Least rating of FineVision's, as for training."""
 
 
@@ -102,8 +102,8 @@ def write(rows: list[dict], path: Path) -> None:
 
 def main(argv: list[str]) -> None:
     args = parse(Arguments, argv)
-    names = {f.name for f in fields(DataConfig)} & {"fetch_images", *RATINGS}
-    cfg = replace(DataConfig(source=args.source), **{n: getattr(args, n) for n in names})
+    same = {name: getattr(args, name) for name in ("fetch_images", *RATINGS)}
+    cfg = DataConfig(source=args.source, **same)
     done = {"source": args.source, "read": 0, "files": 0, "kept": 0, "bad": []}
     note = args.out / NOTE
     if note.is_file():

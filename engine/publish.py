@@ -175,10 +175,15 @@ def training(record: dict) -> str:
         "last loss": f"{losses[-1]:.4f}" if losses else "not recorded",
         "code": f"commit {record['git']}, torch {record['torch']}",
     }
+    return section(rows, "train.py")
+
+
+def section(rows: dict[str, str], script: str) -> str:
+    """The card's part about training: `rows` as a table, and the command that does it again."""
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return (
         f"## Training\n\n| | |\n|---|---|\n{table}\n\nAgain, from the commit above and with "
-        f"[{CONFIG_NAME}]({CONFIG_NAME}):\n\n```bash\npython train.py {CONFIG_NAME}\n```"
+        f"[{CONFIG_NAME}]({CONFIG_NAME}):\n\n```bash\npython {script} {CONFIG_NAME}\n```"
     )
 
 

@@ -14,7 +14,7 @@ from configs import read_json, to_dict
 from configs_classify import ClassifyConfig
 from engine.checkpoint import STATE
 from engine.classification import open_classifier
-from engine.publish import CONFIG_NAME, CURVE, LICENCES, hours, read_record
+from engine.publish import CONFIG_NAME, CURVE, LICENCES, hours, read_record, section
 from models.backbones import newest, reader_of
 from models.classifier import Classifier
 from models.hub import find
@@ -81,11 +81,7 @@ def training(record: dict) -> str:
         "hardware": record.get("hardware", "not recorded"),
         "code": f"commit {record['git']}, torch {record['torch']}",
     }
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    return (
-        f"## Training\n\n| | |\n|---|---|\n{table}\n\nAgain, from the commit above and with "
-        f"[{CONFIG_NAME}]({CONFIG_NAME}):\n\n```bash\npython classify.py train {CONFIG_NAME}\n```"
-    )
+    return section(rows, "classify.py train")
 
 
 def scores(result: dict) -> str:

@@ -1,6 +1,7 @@
 """The Hugging Face Hub: from it by name and revision, to it when asked.
 
-Not here: what the files hold (checkpoint_files.py), the words of a model card (engine/card.py).
+Not here: what the files hold (checkpoint_files.py), the words of a model card (engine/publish.py,
+engine/vit_card.py).
 """
 
 from __future__ import annotations

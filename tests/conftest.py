@@ -203,6 +203,22 @@ def run_file(tmp_path, rows_file, monkeypatch, tiny_processor, minute_config):
     return write
 
 
+@pytest.fixture
+def refused(capsys):
+    """`refused(main, *argv)`: the one line on stderr of a command that exits with 2."""
+
+    def refused(main: Callable, *argv: object) -> str:
+        with pytest.raises(SystemExit) as stop:
+            command(main, [str(a) for a in argv])
+        out, err = capsys.readouterr()
+        lines = [x for x in err.splitlines() if x and "step/s" not in x and "question/s" not in x]
+        assert stop.value.code == 2 and len(lines) == 1, err
+        assert lines[0].startswith("error: ") and out == ""
+        return lines[0]
+
+    return refused
+
+
 @pytest.fixture(scope="session")
 def python(tmp_path_factory) -> Iterator[Callable]:
     """`python(argv, cwd=ROOT, **env)` as `subprocess.run` of the interpreter, seconds sooner."""

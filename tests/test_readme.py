@@ -109,6 +109,6 @@ def test_links_and_tree():
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / link).exists(), link
     tree = README.split("## Where things are")[1].split("```")[1]
-    for folder in ("models", "data", "engine", "tasks"):
+    for folder in ("models", "data", "engine", "tasks", "benchmarks"):
         for path in (ROOT / folder).glob("*.py"):
             assert path.name in tree, f"{path} is not in the README's tree"

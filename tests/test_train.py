@@ -1,12 +1,14 @@
-"""train.py starts from other people's backbones, and goes on with them."""
+"""train.py starts from other people's weights; what cannot be trained gets one sentence."""
 
 from __future__ import annotations
 
 import json
 import shutil
 
+import pytest
 import torch
 import transformers as hf
+from PIL import Image
 from safetensors.torch import load_file
 
 import train
@@ -77,3 +79,87 @@ def test_a_run_from_a_bf16_copy_trains_in_fp32(run_file, small_checkpoint, tmp_p
     command(train.main, argv)
     model = VisionLanguageModel.from_pretrained(tmp_path / "run" / "step-000001")
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+# --- What cannot be trained -----------------------------------------------------------------------
+
+
+def test_a_preset_that_does_not_exist(refused):
+    assert "did you mean 'tiny'?" in refused(train.main, "tinny")
+
+
+def test_a_flag_that_does_not_exist(capsys):
+    with pytest.raises(SystemExit) as stop:
+        command(train.main, ["tiny", "--train.stpes", "3"])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert "--train.stpes" in err and "--train.steps" in err and "Traceback" not in err
+
+
+def test_a_config_that_is_wrong(run_file, refused, tmp_path):
+    values = read_json(run_file())
+    values["train"]["stepz"] = 3
+    (tmp_path / "typo.json").write_text(json.dumps(values))
+    assert "did you mean 'steps'?" in refused(train.main, tmp_path / "typo.json")
+    (tmp_path / "torn.json").write_text('{"train": {')
+    assert "torn.json: not JSON" in refused(train.main, tmp_path / "torn.json")
+    line = refused(train.main, run_file(), "--data.source", tmp_path / "no.jsonl")
+    assert "no.jsonl: no such file" in line
+
+
+def test_too_many_bad_rows(run_file, refused, tmp_path):
+    good = json.dumps({"question": "What?", "answer": "yes"})
+    rows = [good, good, '{"question": "no answer"}', *["{"] * 5, good, good]
+    (tmp_path / "bad.jsonl").write_text("\n".join(rows))
+    line = refused(train.main, run_file(data={"source": str(tmp_path / "bad.jsonl")}))
+    assert "6 of 10 rows are bad" in line and "bad.jsonl row 3" in line and "'answer'" in line
+
+
+def first_row(tmp_path) -> dict:
+    """A data set of one row, whose picture makes many tiles."""
+    Image.new("RGB", (90, 90)).save(tmp_path / "big.png")
+    row = json.dumps({"image": "big.png", "question": "What?", "answer": "yes"})
+    (tmp_path / "one.jsonl").write_text(row)
+    return {"source": str(tmp_path / "one.jsonl")}
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "says"),
+    [
+        ({"max_img_size": 64}, {"max_tiles": 3}, "17 tiles are more than data.max_tiles = 3"),
+        ({"max_img_size": 64}, {"max_length": 64}, "raise data.max_length"),
+    ],
+)
+def test_a_picture_over_the_budget(run_file, capsys, tmp_path, model, data, says):
+    config = run_file(model=model, data=first_row(tmp_path) | data)
+    with pytest.raises(SystemExit) as stop:
+        command(train.main, [str(config)])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in err
+    assert says in err.splitlines()[-1] and "one.jsonl row 1" in err
+
+
+def test_a_run_folder_that_cannot_be_written(run_file, refused, tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    line = refused(train.main, run_file("taken/run".replace("/", "_")),
+                   "--train.out", tmp_path / "taken" / "run")  # fmt: skip
+    assert "train.out" in line and "cannot be written" in line
+
+
+def test_nothing_to_train(run_file, capsys):
+    every = ["vision", "projector", "language"]
+    with pytest.raises(SystemExit) as stop:
+        command(train.main, [str(run_file()), "--train.freeze", *every])
+    err = " ".join(capsys.readouterr().err.split())
+    assert stop.value.code == 2 and "Traceback" not in err
+    assert "freeze = ('vision', 'projector', 'language'): leaves nothing to train" in err
+
+
+def test_backbones_that_cannot_be_had(run_file, refused, tmp_path):
+    argv = [run_file(), "--model.vit-model-type"]
+    line = refused(train.main, *argv, "some/encoder")
+    assert "some/encoder: no such checkpoint directory, and from the Hub it cannot be had" in line
+    assert "HF_HUB_OFFLINE is set" in line
+    assert "no such checkpoint directory." in refused(train.main, *argv, tmp_path / "no")
+    line = refused(train.main, run_file(), "--model.lm-model-type", tmp_path)
+    assert "lm_tokenizer = 'world'" in line and "name its own tokenizer" in line

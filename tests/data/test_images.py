@@ -23,11 +23,6 @@ NOT_PICTURES = {"", ".txt", ".json", ".md", ".readme"}
 EXTREME = [(5, 9), (120, 30), (70, 100), (1, 300), (300, 1), (1, 1), (2, 1), (48, 48), (128, 128)]
 
 
-def noise(width: int, height: int, seed: int = 0) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
 def config(tile_size: int, longest: int) -> VLMConfig:
     return VLMConfig(vit_img_size=tile_size, vit_patch_size=tile_size // 4, max_img_size=longest)
 
@@ -36,7 +31,7 @@ def config(tile_size: int, longest: int) -> VLMConfig:
 
 
 @pytest.mark.parametrize("tile_size, longest", [(32, 128), (48, 48), (16, 96), (40, 80)])
-def test_tiles_and_pixels_are_those_of_transformers(tile_size, longest):
+def test_tiles_and_pixels_are_those_of_transformers(tile_size, longest, noise):
     cfg, rng = config(tile_size, longest), random.Random(tile_size)
     theirs = Idefics3ImageProcessorPil(
         size={"longest_edge": longest},
@@ -154,7 +149,7 @@ def test_exif_orientations_come_out_upright(shared):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_made_here(tmp_path, orientation):
+def test_exif_orientation_made_here(tmp_path, orientation, noise):
     """An upright picture stored turned the way each EXIF value says opens upright again."""
     upright = noise(7, 4, 3)
     stored = {
@@ -242,7 +237,7 @@ def test_other_programs_are_never_started(tmp_path, monkeypatch):
         open_image(tmp_path / "a.png")
 
 
-def test_a_given_picture_is_not_changed():
+def test_a_given_picture_is_not_changed(noise):
     picture = noise(6, 5)
     picture.getexif()[0x0112] = 6
     before = picture.tobytes()

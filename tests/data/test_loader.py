@@ -66,16 +66,6 @@ def same(a: Batch, b: Batch, state: bool = True) -> bool:
     )
 
 
-def answers(batches: list[Batch], processor) -> list[int]:
-    """The number each sample answers, read from the targets as the model sees them."""
-    found = []
-    for batch in batches:
-        for row in batch.targets.tolist():
-            said = processor.tokenizer.decode([t for t in row if t >= 0], skip_special_tokens=False)
-            found += [int(s.split()[-1]) for s in said.split("<end_of_utterance>") if s]
-    return found
-
-
 def until_epoch_ends(loader: Loader) -> list[Batch]:
     """Batches up to the first that holds a row of the second epoch."""
     batches = []
@@ -98,10 +88,10 @@ def test_the_number_of_workers_changes_nothing(tiny_processor, cfg):
 
 
 @pytest.mark.parametrize("cfg", [PACKED, PLAIN], ids=["packed", "plain"])
-def test_every_row_comes_once_per_epoch(tiny_processor, file, cfg):
+def test_every_row_comes_once_per_epoch(tiny_processor, file, cfg, numbers):
     """The first N samples are each row once, the next N again, in another order."""
     batches = take(loader(on(file, cfg), tiny_processor), 60 if cfg.packing else 45)
-    seen = answers(batches, tiny_processor)
+    seen = numbers(batches)
     waiting = batches[-1].state["waiting"]
     if cfg.packing:  # the packer holds a few back, so an epoch's end blurs: count instead
         n_read = batches[-1].state["epoch"] * N + batches[-1].state["position"]
@@ -114,10 +104,10 @@ def test_every_row_comes_once_per_epoch(tiny_processor, file, cfg):
         assert first != second and first != sorted(first)
 
 
-def test_the_order_is_a_function_of_the_seed(tiny_processor, file):
+def test_the_order_is_a_function_of_the_seed(tiny_processor, file, numbers):
     cfg = on(file, PLAIN)
     orders = [
-        answers(take(loader(replace(cfg, seed=seed), tiny_processor), 9), tiny_processor)
+        numbers(take(loader(replace(cfg, seed=seed), tiny_processor), 9))
         for seed in (0, 0, 1)
     ]
     assert orders[0] == orders[1] != orders[2]
@@ -238,7 +228,7 @@ def with_bad_pictures(file, bad: dict[int, bytes | None], folder):
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("cfg", [PACKED, PLAIN], ids=["packed", "plain"])
 def test_broken_pictures_are_skipped_counted_and_written_down(
-    tiny_processor, file, tmp_path, cfg, workers
+    tiny_processor, file, tmp_path, cfg, workers, numbers
 ):
     truncated = (file.parent / "0.png").read_bytes()[:60]
     broken = with_bad_pictures(file, {3: b"no", 4: None, 9: truncated, 10: b""}, tmp_path)
@@ -252,7 +242,7 @@ def test_broken_pictures_are_skipped_counted_and_written_down(
     assert sorted(line["row"] for line in lines) == [3, 4, 9, 10]
     for line in lines:
         assert f"bad-{line['row']}.png" in line["reason"]
-    seen = answers(batches, tiny_processor)
+    seen = numbers(batches)
     assert not {3, 4, 9, 10} & set(seen)
     assert set(range(N)) - {3, 4, 9, 10} - set(batches[-1].state["waiting"]) <= set(seen)
 
@@ -292,15 +282,15 @@ def test_a_file_of_nothing_but_broken_pictures_stops_too(tiny_processor, tmp_pat
         take(loader(on(tmp_path / "rows.jsonl", PLAIN), tiny_processor), 1)
 
 
-def test_a_file_shorter_than_a_batch_is_repeated(tiny_processor, tmp_path):
+def test_a_file_shorter_than_a_batch_is_repeated(tiny_processor, tmp_path, numbers):
     rows = [{"question": f"q{i}", "answer": f"number {i}"} for i in range(3)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert len(rows) < CHUNK
     for cfg in (PLAIN, PACKED):
         batches = take(loader(on(tmp_path / "rows.jsonl", cfg), tiny_processor), 6)
-        assert set(answers(batches, tiny_processor)) == {0, 1, 2}
+        assert set(numbers(batches)) == {0, 1, 2}
     plain = take(loader(on(tmp_path / "rows.jsonl", PLAIN), tiny_processor), 6)
-    assert sorted(answers(plain, tiny_processor)) == sorted([0, 1, 2] * 4)
+    assert sorted(numbers(plain)) == sorted([0, 1, 2] * 4)
 
 
 # --- Much data, bad data ------------------------------------------------------------------------
@@ -308,7 +298,7 @@ def test_a_file_shorter_than_a_batch_is_repeated(tiny_processor, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_every_corrupt_picture_is_skipped_or_read_and_none_hangs(
-    shared, tiny_processor, tmp_path, workers
+    shared, tiny_processor, tmp_path, workers, numbers
 ):
     """Each of the corrupt files once among so many good rows that the run goes on."""
     corrupt = sorted(f for f in (shared / "corrupt").rglob("*") if f.is_file())
@@ -324,7 +314,7 @@ def test_every_corrupt_picture_is_skipped_or_read_and_none_hangs(
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     cfg = replace(on(tmp_path / "rows.jsonl", PLAIN), workers=workers, batch_size=64)
     reading = loader(cfg, tiny_processor, skipped_file=tmp_path / "skipped.jsonl")
-    seen = answers(until_epoch_ends(reading), tiny_processor)
+    seen = numbers(until_epoch_ends(reading))
     assert set(seen) == set(range(len(rows))) - refused
     lines = [json.loads(s) for s in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert {line["row"] for line in lines} == refused and len(refused) > 80

@@ -41,15 +41,6 @@ def shards(file, tmp_path_factory):
     return folder
 
 
-def numbers(batches, processor) -> list[int]:
-    found = []
-    for batch in batches:
-        for row in batch.targets.tolist():
-            said = processor.tokenizer.decode([t for t in row if t >= 0], skip_special_tokens=False)
-            found += [int(s.split()[-1]) for s in said.split("<end_of_utterance>") if s]
-    return found
-
-
 def sides(file) -> tuple[set[int], set[int]]:
     """Rows for training and for validation, as a map-style source tells them."""
     found = []
@@ -59,11 +50,11 @@ def sides(file) -> tuple[set[int], set[int]]:
     return found[0], found[1]
 
 
-def an_epoch(loader, processor) -> list[int]:
+def an_epoch(loader, numbers) -> list[int]:
     """The samples of the first epoch, in order; the loader's own number of them is not asked."""
     found = []
     for batch in loader:
-        found += numbers([batch], processor)
+        found += numbers([batch])
         if batch.state["epoch"] > 0:
             return found
     raise AssertionError
@@ -102,39 +93,39 @@ def test_every_row_is_in_one_part(file, shards, of):
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 @pytest.mark.parametrize("workers", [0, 1, 2, 3])
-def test_every_row_once_by_ranks_and_workers(tiny_processor, file, stream, world, workers):
+def test_every_row_once_by_ranks_and_workers(tiny_processor, file, stream, world, workers, numbers):
     train, val = sides(file)
     cfg = replace(STREAM, source=str(file), stream=stream, workers=workers, batch_size=1)
     source, seen = open_source(cfg, "train"), []
     for rank in range(world):
         loader = open_loader(source, tiny_processor, cfg, rank, world)
         if stream:
-            mine = an_epoch(loader, tiny_processor)
+            mine = an_epoch(loader, numbers)
             # Parts begin their next epoch at different moments: the first time a row comes counts.
             seen += list(dict.fromkeys(mine))
         else:
-            seen += numbers(islice(iter(loader), -(-len(train) // world)), tiny_processor)[
+            seen += numbers(islice(iter(loader), -(-len(train) // world)))[
                 : (len(train) - rank + world - 1) // world
             ]
     assert sorted(seen) == sorted(train) and not set(seen) & val
 
 
-def test_ranks_with_workers_share_a_stream(tiny_processor, file):
+def test_ranks_with_workers_share_a_stream(tiny_processor, file, numbers):
     train, _ = sides(file)
     cfg = replace(STREAM, source=str(file), workers=2, batch_size=1)
     source, seen = open_source(cfg, "train"), []
     for rank in (0, 1):
-        mine = an_epoch(open_loader(source, tiny_processor, cfg, rank, 2), tiny_processor)
+        mine = an_epoch(open_loader(source, tiny_processor, cfg, rank, 2), numbers)
         assert set(Counter(mine).values()) <= {1, 2}
         seen += list(dict.fromkeys(mine))
     assert sorted(seen) == sorted(train)
 
 
-def test_epochs_differ_and_seeds_do(tiny_processor, file):
+def test_epochs_differ_and_seeds_do(tiny_processor, file, numbers):
     def first(n: int, **changes) -> list[int]:
         cfg = replace(STREAM, source=str(file), batch_size=1, **changes)
         loader = open_loader(open_source(cfg, "train"), tiny_processor, cfg)
-        return numbers(islice(iter(loader), n), tiny_processor)
+        return numbers(islice(iter(loader), n))
 
     n = len(sides(file)[0])
     two = first(2 * n)
@@ -180,7 +171,7 @@ def test_a_stream_with_workers_resumes_too(tiny_processor, file):
 # --- Mixtures -----------------------------------------------------------------------------------
 
 
-def test_a_mixture_keeps_its_shares_and_every_row(tiny_processor, tmp_path):
+def test_a_mixture_keeps_its_shares_and_every_row(tiny_processor, tmp_path, numbers):
     for name, n in (("a", 14), ("b", 9)):
         rows = [{"question": "q", "answer": f"{name} {100 * (name == 'b') + i}"} for i in range(n)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -191,7 +182,7 @@ def test_a_mixture_keeps_its_shares_and_every_row(tiny_processor, tmp_path):
     source = open_source(cfg, "train")
     assert len(source) == 23 and "a mixture" in source.notes[0]
     loader = open_loader(source, tiny_processor, cfg)
-    seen = numbers(islice(iter(loader), 60), tiny_processor)
+    seen = numbers(islice(iter(loader), 60))
     for n in (10, 20, 30, 60):
         assert sum(i < 100 for i in seen[:n]) == round(0.7 * n)
     of_a, of_b = [i for i in seen if i < 100], [i for i in seen if i >= 100]
@@ -257,14 +248,14 @@ def test_a_hub_that_stays_away_ends_in_one_sentence(file, monkeypatch):
     assert waits == [1, 2, 4, 8, 16]
 
 
-def test_bad_rows_of_a_stream_are_skipped_listed_and_limited(tiny_processor, tmp_path):
+def test_bad_rows_of_a_stream_are_skipped_listed_and_limited(tiny_processor, tmp_path, numbers):
     rows = [{"question": "q", "answer": f"number {i}", "image": None} for i in range(60)]
     rows[7]["image"] = "absent.png"
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     cfg = replace(STREAM, source=str(tmp_path / "rows.jsonl"), val_fraction=0.0, batch_size=4)
     listed = tmp_path / "skipped.jsonl"
     loader = open_loader(open_source(cfg, "train"), tiny_processor, cfg, skipped_file=listed)
-    seen = numbers(islice(iter(loader), 40), tiny_processor)
+    seen = numbers(islice(iter(loader), 40))
     assert set(seen) == set(range(60)) - {7}
     (line,) = map(json.loads, listed.read_text().splitlines())  # once, not once an epoch
     assert "row 8 of part 1 of 1" in line["reason"] and "absent.png" in line["reason"]

@@ -104,7 +104,7 @@ def test_ids_equal_the_chat_template_on_the_whole(ours, theirs, turns):
 
 
 def test_the_template_is_smolvlms(ours, theirs):
-    """Written out once by hand (INTEROP.md section 3), with the generation prompt."""
+    """Written out once by hand, with the generation prompt."""
     turns = [(S, "Be kind."), (U, "<image>Hi?"), (A, "Yes."), (U, "Why <image>")]
     want = (
         "<|im_start|>System: Be kind.<end_of_utterance>\nUser:<image>Hi?<end_of_utterance>\n"

@@ -70,14 +70,14 @@ def test_only_what_is_named_gets_adapters(small_model):
 
 
 def test_a_run_with_adapters_stops_resumes_merges_and_keeps_its_base(
-    run_file, small_checkpoint, stopped
+    run_file, small_checkpoint, stop_after
 ):
     """The run is the same stopped or not; base untouched; the checkpoint is the merged model."""
     flags = ["--train.init-from", str(small_checkpoint), "--train.lora", "language",
              "--train.freeze", "vision", "--train.lora-r", "2"]  # fmt: skip
     whole, parts = (run_file(n, steps=4, save_every=2) for n in ("whole", "parts"))
     main([str(whole), *flags])
-    stopped(2)
+    stop_after(2)
     main([str(parts), *flags])
     main([str(parts), *flags, "--train.resume", "auto"])
     one, two = (Path(read_json(c)["train"]["out"]) for c in (whole, parts))
@@ -102,27 +102,6 @@ def test_a_run_with_adapters_stops_resumes_merges_and_keeps_its_base(
     state = torch.load(two / "step-000004" / "state.pt", weights_only=True)["optimizer"]
     n_state = sum(len(s["state"]) for s in state)
     assert n_state == len(adapters.trained(base)), "nothing frozen has optimizer state"
-
-
-@pytest.fixture
-def stopped(monkeypatch):
-    import os
-    import signal
-
-    import engine.loop
-
-    def arm(n: int) -> None:
-        left, clip = [n], engine.loop.clip
-
-        def counted(*args):
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return clip(*args)
-
-        monkeypatch.setattr(engine.loop, "clip", counted)
-
-    return arm
 
 
 @pytest.mark.parametrize("with_projector", [False, True])

@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file
 
 import data.loader
-import engine.loop
 from configs import InputError, TrainConfig, read_json
 from models.vision_language_model import VisionLanguageModel
 from train import main
@@ -62,24 +61,6 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert [k for k in x if not torch.equal(x[k], y[k])] == []
     assert events(a) == events(b)
     assert same_state(state_of(a), state_of(b))
-
-
-@pytest.fixture
-def stop_after(monkeypatch):
-    """Sends this process a SIGTERM in the middle of its n-th step from now."""
-
-    def arm(n: int) -> None:
-        left, clip = [n], engine.loop.clip
-
-        def counted(*args):
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return clip(*args)
-
-        monkeypatch.setattr(engine.loop, "clip", counted)
-
-    return arm
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def test_transformers_opens_it(name, small_model, samples, pad_rows, tmp_path):
 
 @pytest.mark.parametrize("fields", [{}, dict(lm_tie_weights=False), LLAMA3], ids=str)
 def test_config_json_has_every_key_somebody_needs(fields, small_model, tmp_path):
-    """The traps of INTEROP section 4, each from a reader that falls silently without it."""
+    """Each key has a reader that falls silently without it."""
     model = small_model(**fields)
     model.save_pretrained(tmp_path)
     config = read_config(tmp_path)
@@ -187,17 +187,11 @@ def refused(directory, *words: str) -> None:
         assert word in message, message
 
 
-def edit_weights(directory, edit) -> None:
-    tensors = load_file(directory / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, directory / "model.safetensors")
-
-
 EMBED = "model.text_model.embed_tokens.weight"
 NORM = "model.text_model.layers.1.input_layernorm.weight"
 
 
-def test_a_leftover_a_missing_and_a_misshapen_tensor(saved):
+def test_a_leftover_a_missing_and_a_misshapen_tensor(saved, edit_weights):
     """All three at once: the error lists both sides."""
     _, directory = saved
 
@@ -218,21 +212,21 @@ def test_a_leftover_a_missing_and_a_misshapen_tensor(saved):
 
 
 @pytest.mark.parametrize("names", [[EMBED], ["lm_head.weight"]])
-def test_half_of_a_tied_pair_is_refused(names, saved):
+def test_half_of_a_tied_pair_is_refused(names, saved, edit_weights):
     """Our own files carry both, so that no reader has to guess."""
     _, directory = saved
     edit_weights(directory, lambda tensors: [tensors.pop(name) for name in names])
     refused(directory, "missing", *names)
 
 
-def test_a_tied_config_with_another_head_is_refused(saved):
+def test_a_tied_config_with_another_head_is_refused(saved, edit_weights):
     _, directory = saved
     edit_weights(directory, lambda tensors: tensors["lm_head.weight"].add_(0.01))
     refused(directory, "lm_tie_weights", "differ")
 
 
 @torch.no_grad()
-def test_buffers_of_older_transformers_are_ignored(saved, samples, pad_rows):
+def test_buffers_of_older_transformers_are_ignored(saved, samples, pad_rows, edit_weights):
     model, directory = saved
 
     def edit(tensors):

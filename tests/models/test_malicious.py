@@ -42,11 +42,6 @@ def refused(directory, *words: str) -> None:
     assert not (directory.parent / "harm").exists()
 
 
-def edit_config(target, **changes) -> None:
-    config = json.loads((target / "config.json").read_text())
-    (target / "config.json").write_text(json.dumps(config | changes))
-
-
 def write_header(target, header: dict | bytes, size: int | None = None) -> None:
     """A safetensors file with any header."""
     data = header if isinstance(header, bytes) else json.dumps(header).encode()
@@ -87,7 +82,7 @@ def test_a_pickle_as_the_state_of_a_run(target):
 @pytest.mark.parametrize(
     "where", ["top", "text_config of a published one"], ids=["ours", "published"]
 )
-def test_code_of_its_own(where, target):
+def test_code_of_its_own(where, target, edit_config):
     harm = str(target.parent / "harm")
     (target / "modeling_evil.py").write_text(f"import os; os.mkdir({harm!r})")
     edit_config(target, auto_map={"AutoModel": "modeling_evil.Evil"})
@@ -104,7 +99,7 @@ def test_code_of_its_own(where, target):
      {"lm_vocab_size": 10**40}, {"vit_img_size": 8 * 10**12, "max_img_size": 8 * 10**12}],
     ids=str,
 )  # fmt: skip
-def test_absurd_sizes_in_the_config(own, target):
+def test_absurd_sizes_in_the_config(own, target, edit_config):
     config = json.loads((target / "config.json").read_text())
     edit_config(target, picovlm=config["picovlm"] | own)
     refused(target, "config.json")

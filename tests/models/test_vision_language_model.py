@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+import transformers as hf
 
+from configs import PRESETS
 from models.vision_language_model import VisionLanguageModel
 
 
@@ -254,3 +258,53 @@ def test_a_step_of_training_uses_the_image(small_model, small_config, make_sampl
         optimizer.step()
     assert loss < 0.3, "below ln 2 = 0.69, what a blind model can reach"
     assert model(ids, images)[0][:, -1].argmax(-1).tolist() == [40, 41]
+
+
+# --- True sizes -----------------------------------------------------------------------------------
+
+SIGLIP_B = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+                num_attention_heads=12, patch_size=16)  # fmt: skip
+SMOLLM2 = dict(vocab_size=49152, max_position_embeddings=8192, rms_norm_eps=1e-5,
+               tie_word_embeddings=True,
+               rope_parameters={"rope_type": "default", "rope_theta": 100000.0})  # fmt: skip
+TRUE = {
+    "222m": (
+        hf.SiglipVisionConfig(**SIGLIP_B, image_size=224),
+        hf.LlamaConfig(**SMOLLM2, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+                       num_attention_heads=9, num_key_value_heads=3),
+    ),
+    "460m": (
+        hf.SiglipVisionConfig(**SIGLIP_B, image_size=512),
+        hf.LlamaConfig(**SMOLLM2, hidden_size=960, intermediate_size=2560, num_hidden_layers=32,
+                       num_attention_heads=15, num_key_value_heads=5),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", TRUE)
+@torch.no_grad()
+def test_presets_at_their_true_size(preset, tmp_path, capsys):
+    """Random weights of their real configs -> files -> a VLM on both; one forward of each part."""
+    vision, text = TRUE[preset]
+    eyes, mouth = hf.SiglipVisionModel(vision).eval(), hf.LlamaForCausalLM(text).eval()
+    eyes.save_pretrained(tmp_path / "eyes")
+    mouth.save_pretrained(tmp_path / "mouth")
+    cfg = replace(
+        PRESETS[preset].model,
+        vit_model_type=str(tmp_path / "eyes"),
+        lm_model_type=str(tmp_path / "mouth"),
+    )
+    model = VisionLanguageModel.from_backbones(cfg)
+    assert model.cfg == cfg, "the preset's sizes are those of its backbones"
+    assert "resampled" not in capsys.readouterr().err
+    size = vision.image_size
+    x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(5))
+    model.eval()
+    seen, wanted = model.vision_encoder.forward_features(x), eyes(x).last_hidden_state
+    torch.testing.assert_close(seen, wanted, rtol=0, atol=1e-5)
+    ids = torch.randint(0, 49152, (1, 100))
+    logits = model.decoder.logits(model.decoder(model.decoder.token_embedding(ids)))
+    torch.testing.assert_close(logits[..., :49152], mouth(ids).logits, rtol=0, atol=1e-5)
+    mean = mouth.get_input_embeddings().weight.mean(0)
+    torch.testing.assert_close(model.decoder.token_embedding.weight[49190], mean)

@@ -1,0 +1,26 @@
+"""What tests of runs share: the moment at which one is stopped."""
+
+import os
+import signal
+
+import pytest
+
+import engine.loop
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """Sends this process a SIGTERM in the middle of its n-th step from now."""
+
+    def arm(n: int) -> None:
+        left, clip = [n], engine.loop.clip
+
+        def counted(*args):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return clip(*args)
+
+        monkeypatch.setattr(engine.loop, "clip", counted)
+
+    return arm

@@ -1,0 +1,244 @@
+"""generate.py: bad input gets one sentence and exit code 2, good input what was asked."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import struct
+import zlib
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import generate
+from configs import DataConfig, command
+from data.sources import open_source
+from engine.chat import Chat
+from models.generation import Sampling
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds next to nothing."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + check
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0")) \
+        + chunk(b"IEND", b"")  # fmt: skip
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    for i in range(2):
+        Image.new("RGB", (30 + 20 * i, 40), (200 * i, 90, 30)).save(tmp_path / f"{i}.png")
+    (tmp_path / "text.png").write_text("not a picture at all")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "huge.png").write_bytes(png_header(60000, 60000))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("absent.png", "no such file"),
+        ("text.png", "not a readable picture"),
+        ("empty.png", "not a readable picture"),
+        ("huge.png", "more than 89,478,485 pixels"),
+        (".", "not a readable picture"),
+    ],
+)
+def test_a_picture_that_cannot_be_read(small_checkpoint, pictures, refused, name, says):
+    path = pictures / name
+    line = refused(generate.main, small_checkpoint, "--image", path)
+    assert str(path) in line and says in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--prompt", "word " * 400], "the model's context ends at 256"),
+        (["--prompt", " "], "prompt is empty"),
+        (["--prompt", "<image>What?"], "1 <image> placeholders for 0 images"),
+        (["--prompt", "Say <end_of_utterance>"], "special token <end_of_utterance>"),
+        (["--temperature", "-1"], "temperature = -1.0 must be at least 0"),
+        (["--max-new-tokens", "0"], "max_new_tokens = 0 must be greater than 0"),
+        (["--n", "0"], "n = 0: must be at least 1"),
+    ],
+)
+def test_a_question_that_cannot_be_asked(small_checkpoint, refused, flags, says):
+    assert says in refused(generate.main, small_checkpoint, *flags)
+
+
+def test_a_checkpoint_that_cannot_be_opened(small_checkpoint, tmp_path, refused):
+    line = refused(generate.main, tmp_path / "nowhere")
+    assert "nowhere: no such checkpoint" in line
+    assert "neither a checkpoint" in refused(generate.main, tmp_path)
+    broken = tmp_path / "broken"
+    shutil.copytree(small_checkpoint, broken)
+    tensors = load_file(broken / "model.safetensors")
+    gone = sorted(tensors)[5]
+    del tensors[gone]
+    save_file(tensors, broken / "model.safetensors")
+    assert gone in refused(generate.main, broken)
+    (broken / "model.safetensors").write_bytes(b"half a file")
+    assert "not a whole safetensors file" in refused(generate.main, broken)
+
+
+def ask(capsys, *argv: object) -> tuple[str, str]:
+    command(generate.main, [str(a) for a in argv])
+    return capsys.readouterr()
+
+
+def test_the_answer_alone_is_on_stdout(small_checkpoint, pictures, capsys, monkeypatch):
+    flags = ["--image", pictures / "0.png", "--max-new-tokens", 8]
+    out, err = ask(capsys, small_checkpoint, *flags, "--prompt", "What is it?")
+    assert out.endswith("\n") and "tokens/s" not in out
+    assert re.fullmatch(r"\d+ ms to the first token, [\d.]+ tokens/s\n", err)
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is it?\n"))
+    assert ask(capsys, small_checkpoint, *flags, "--prompt", "-")[0] == out
+    monkeypatch.setattr("sys.stdin", io.StringIO("How many?\n"))
+    assert ask(capsys, small_checkpoint, *flags, "--prompt", "-")[0] != out
+
+
+def test_sampled_answers_differ_and_repeat(small_checkpoint, pictures, capsys):
+    flags = ["--image", pictures / "0.png", "--prompt", "What?", "--max-new-tokens", 8, "--n", 3,
+             "--temperature", 1]  # fmt: skip
+    first = ask(capsys, small_checkpoint, *flags, "--seed", 0)[0]
+    assert ask(capsys, small_checkpoint, *flags, "--seed", 0)[0] == first
+    assert ask(capsys, small_checkpoint, *flags, "--seed", 7)[0] != first
+    single = ask(capsys, small_checkpoint, *flags[:-4], "--temperature", 1, "--seed", 0)[0]
+    assert first.startswith(single) and first != 3 * single
+
+
+def test_several_pictures_stand_where_the_prompt_says(small_checkpoint, pictures, capsys, refused):
+    one, two = pictures / "0.png", pictures / "1.png"
+    flags = [small_checkpoint, "--max-new-tokens", 8]
+    both = ask(capsys, *flags, "--image", one, two, "--prompt", "Which?")[0]
+    assert ask(capsys, *flags, "--image", one, two, "--prompt", "<image><image>Which?")[0] == both
+    prompt = "<image>One <image>two: which?"
+    assert ask(capsys, *flags, "--image", one, two, "--prompt", prompt)[0] \
+        != ask(capsys, *flags, "--image", two, one, "--prompt", prompt)[0]  # fmt: skip
+    says = refused(generate.main, *flags, "--image", one, "--prompt", prompt)
+    assert "2 <image> placeholders for 1 images" in says
+
+
+def test_a_choice_and_its_shares(small_checkpoint, pictures, capsys):
+    flags = ["--image", pictures / "0.png", "--prompt", "Is it red?", "--choices", "yes", "no"]
+    out, err = ask(capsys, small_checkpoint, *flags)
+    shares = dict(reversed(line.split("% ")) for line in err.splitlines())
+    assert set(shares) == {"yes", "no"} and sum(map(float, shares.values())) == pytest.approx(100)
+    assert out.strip() == max(shares, key=lambda name: float(shares[name]))
+
+
+def test_logprobs_name_every_token(small_checkpoint, pictures, capsys):
+    flags = ["--image", pictures / "0.png", "--prompt", "What?", "--max-new-tokens", 5]
+    plain, _ = ask(capsys, small_checkpoint, *flags)
+    out, err = ask(capsys, small_checkpoint, *flags, "--logprobs")
+    assert out == plain and len(err.splitlines()) == 1 + 5
+    word, logprob, *others = err.splitlines()[1].split()
+    assert float(logprob) < 0 and "%" in others[1] and word.startswith('"')
+
+
+def test_a_stop_string_is_cut_off(small_checkpoint, pictures, capsys):
+    flags = ["--image", pictures / "0.png", "--prompt", "What?", "--max-new-tokens", 8]
+    plain = ask(capsys, small_checkpoint, *flags)[0].strip()
+    stop = plain[3:5]
+    assert ask(capsys, small_checkpoint, *flags, "--stop", stop)[0].strip() \
+        == plain.split(stop)[0].rstrip()  # fmt: skip
+
+
+@pytest.fixture
+def typed(monkeypatch, capsys):
+    """`typed(checkpoint, *flags, lines=[...])` -> what a conversation prints."""
+
+    def run(*argv: object, lines: list[str]) -> tuple[str, str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
+        return ask(capsys, *argv)
+
+    return run
+
+
+def test_a_conversation_in_the_terminal(small_checkpoint, pictures, typed, tmp_path):
+    flags = [small_checkpoint, "--image", pictures / "0.png", "--max-new-tokens", 6]
+    saved = tmp_path / "said.jsonl"
+    lines = ["What?", "", "Sure?", "/image lost.png", "/nonsense", f"/save {saved}", "/reset"]
+    lines += ["What?", f"/image {pictures / '1.png'}", "Which?", f"/save {saved}", "/quit", "No?"]
+    out, err = typed(*flags, lines=lines)
+    answers = out.removesuffix("\n").split("\n")  # random words hold other line ends
+    assert len(answers) == 4 and answers[0] == answers[2], "a reset keeps the pictures"
+    assert "error: lost.png: no such file." in err and "/save FILE" in err
+    first, second = map(json.loads, saved.read_text().splitlines())
+    assert [m["role"] for m in first["messages"]] == ["user", "assistant"] * 2
+    assert first["messages"][0]["content"] == "<image>What?" and len(first["images"]) == 1
+    assert second["messages"][2]["content"] == "<image>Which?" and len(second["images"]) == 2
+    rows = open_source(DataConfig(source=str(saved), val_fraction=0.0), "train")
+    assert [len(rows[i].images) for i in (0, 1)] == [1, 2], "what was saved trains"
+    assert "nothing was said" in typed(*flags, lines=[f"/save {saved}"])[1]
+    long = typed(*flags, lines=["word " * 300, "What?"])
+    assert "context ends at 256" in long[1] and long[0].strip() == answers[0]
+
+
+# --- A file of questions --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def questions(pictures) -> Path:
+    rows = [{"image": f"{i % 2}.png", "question": f"What is {i}?", "id": i} for i in range(9)]
+    rows[4] = {"prompt": "Hello?"}
+    rows[6]["choices"] = ["yes", "no", "maybe"]
+    (pictures / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return pictures / "in.jsonl"
+
+
+def test_a_file_of_questions(small_checkpoint, questions, capsys, tmp_path):
+    out = tmp_path / "out.jsonl"
+    flags = [small_checkpoint, "--jsonl", questions, "--out", out, "--max-new-tokens", 5]
+    ask(capsys, *flags, "--batch-size", 3, "--logprobs")
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["row"] for row in rows] == list(range(9)) and rows[3]["id"] == 3
+    chat = Chat.load(small_checkpoint)
+    alone = chat("What is 5?", [questions.parent / "1.png"], Sampling(5))
+    assert rows[5]["answer"] == alone and len(rows[5]["logprobs"]) == len(rows[5]["tokens"]) == 5
+    assert rows[6]["answer"] in ("yes", "no", "maybe") and sum(rows[6]["shares"]) == \
+        pytest.approx(1, abs=1e-5)  # fmt: skip
+    # An interrupted run: its last line is torn. Only what is missing is asked again.
+    whole = out.read_text()
+    kept = whole.splitlines(keepends=True)
+    out.write_text("".join([*kept[5:], kept[0], kept[1][:20]]))
+    ask(capsys, *flags, "--logprobs")
+    assert out.read_text() == whole
+    out.write_text(whole.replace('"answer": "', '"answer": "kept '))
+    ask(capsys, *flags)
+    assert out.read_text().count("kept ") >= 8, "answers that are there are not asked again"
+
+
+def test_a_file_of_questions_that_cannot_be_asked(
+    small_checkpoint, questions, capsys, tmp_path, refused
+):
+    out = tmp_path / "out.jsonl"
+    flags = [small_checkpoint, "--jsonl", questions, "--max-new-tokens", 3]
+    assert "give both" in refused(generate.main, *flags)
+    flags += ["--out", out]
+    rows = questions.read_text()
+    questions.write_text(rows.replace('"1.png"', '"text.png"', 1))
+    with pytest.raises(SystemExit) as stop:
+        command(generate.main, [str(a) for a in flags])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "1 of 9 rows are not answered" in last
+    assert "in.jsonl row 2" in last and "not a readable picture" in last
+    assert len(out.read_text().splitlines()) == 8
+    questions.write_text(rows)
+    ask(capsys, *flags)
+    assert len(out.read_text().splitlines()) == 9, "the mended row is asked by the next run"
+    questions.write_text(rows.replace("What is 3?", "Else?"))
+    assert "holds other answers" in refused(generate.main, *flags)
+    questions.write_text('{"image": "0.png"}\n')
+    flags[-1] = tmp_path / "n"
+    assert "needs a text in 'question'" in refused(generate.main, *flags)
+    assert not (tmp_path / "n").exists()

@@ -1,0 +1,112 @@
+"""score.py: what it writes, compares and continues, and one sentence for what it cannot."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import score
+from configs import command, read_json
+from engine.chat import Chat
+from tasks.world import CHOICES
+
+
+def test_a_score_that_cannot_be_made(small_checkpoint, rows_file, refused, tmp_path):
+    on = [small_checkpoint, "--data.source", rows_file, "--data.val-fraction", 0]
+    assert "no rows in split val" in refused(score.main, *on, "--split", "val")
+    missing = tmp_path / "missing" / "score.json"
+    assert "its folder does not exist" in refused(score.main, *on, "--json", missing)
+    assert str(tmp_path) in refused(score.main, *on, "--json", tmp_path)
+    assert "n = 0" in refused(score.main, *on, "--n", 0)
+
+
+def test_score_writes_what_it_prints(small_checkpoint, rows_file, capsys, tmp_path):
+    flags = ["--n", 3, "--max-new-tokens", 4, "--json", tmp_path / "s.json"]
+    flags += ["--predictions", tmp_path / "p.jsonl", "--sheet", tmp_path / "s.png"]
+    argv = [small_checkpoint, "--data.source", rows_file, *flags]
+    command(score.main, [str(a) for a in argv])
+    result = read_json(tmp_path / "s.json")
+    assert result["n"] == 3 and f"{result['accuracy']:.1%}" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert sum(r["score"] for r in rows) / 3 == pytest.approx(result["accuracy"])
+    assert Image.open(tmp_path / "s.png").width > 1000
+
+
+def test_an_interrupted_score_goes_on(
+    small_checkpoint, rows_file, capsys, tmp_path, monkeypatch, refused
+):
+    kept = tmp_path / "p.jsonl"
+    argv = [small_checkpoint, "--data.source", rows_file, "--n", 6, "--max-new-tokens", 3]
+    argv = [str(a) for a in (*argv, "--predictions", kept, "--json", tmp_path / "s.json")]
+    command(score.main, argv)
+    whole, figures = kept.read_text(), read_json(tmp_path / "s.json")
+    kept.rename(f"{kept}.part0")
+    lines = whole.splitlines(keepends=True)
+    (tmp_path / "p.jsonl.part0").write_text("".join(lines[:2] + lines[4:]))
+    asked = []
+    replies = Chat.replies
+
+    def counted(self, prompts, *rest):
+        return replies(self, (asked.append(1) or p for p in prompts), *rest)
+
+    monkeypatch.setattr(Chat, "replies", counted)
+    command(score.main, argv)
+    assert kept.read_text() == whole and len(asked) == 2 * 3, "two questions, in three views"
+    assert read_json(tmp_path / "s.json") == figures
+    capsys.readouterr()
+    assert "other settings" in refused(score.main, *argv, "--max-new-tokens", 4)
+
+
+def test_two_checkpoints_are_compared_on_the_same_questions(
+    small_checkpoint, rows_file, capsys, tmp_path, refused
+):
+    on = ["--data.source", rows_file, "--max-new-tokens", 3]
+    argv = [str(a) for a in (small_checkpoint, *on, "--n", 5, "--predictions", tmp_path / "a")]
+    command(score.main, argv)
+    argv[-2:] = ["--against", str(tmp_path / "a"), "--json", str(tmp_path / "s.json")]
+    command(score.main, argv)
+    against = read_json(tmp_path / "s.json")["against"]
+    assert against == {"difference": 0.0, "interval": [0.0, 0.0], "p": 1.0}
+    assert "better by +0.0%" in capsys.readouterr().out
+    says = refused(score.main, small_checkpoint, *on, "--n", 4, *argv[-4:-2])
+    assert "other questions" in says
+
+
+def test_multiple_choice_by_likelihood(small_checkpoint, capsys, tmp_path, refused):
+    argv = [small_checkpoint, "--by", "likelihood", "--n", 20, "--predictions", tmp_path / "p"]
+    command(score.main, [str(a) for a in argv])
+    rows = [json.loads(line) for line in (tmp_path / "p").read_text().splitlines()]
+    assert len(rows) == 16, "two questions of each skill but what and caption"
+    assert all(r["views"]["answer"] in CHOICES[r["skill"]] for r in rows)
+    assert "what" not in capsys.readouterr().out
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "What?", "answer": "yes"}\n')
+    says = refused(score.main, small_checkpoint, "--by", "likelihood",
+                   "--data.source", rows, "--data.val-fraction", 0)  # fmt: skip
+    assert "or none with choices" in says
+
+
+def test_two_processes_score_as_one(small_checkpoint, rows_file, tmp_path):
+    root = Path(__file__).parent.parent
+    argv = [small_checkpoint, "--data.source", rows_file, "--max-new-tokens", 3]
+    flags = {
+        name: [*argv, "--predictions", tmp_path / name, "--json", tmp_path / f"{name}.json"]
+        for name in ("one", "two")
+    }
+    score.main([str(a) for a in flags["one"]])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [str(a) for a in (*launch, root / "score.py", *flags["two"])],
+        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "one").read_text() == (tmp_path / "two").read_text()
+    assert read_json(tmp_path / "one.json") == read_json(tmp_path / "two.json")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "one.json", "two", "two.json"]
