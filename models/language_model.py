@@ -68,9 +68,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return _rms_norm(x, self.weight, self.eps)[0]
-        return _RMSNorm.apply(x, self.weight, self.eps)
+        if torch.is_grad_enabled():
+            return _RMSNorm.apply(x, self.weight, self.eps)
+        if x.dtype == torch.float32:  # of others torch rounds once, after the scale
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return _rms_norm(x, self.weight, self.eps)[0]
 
 
 class LanguageModelGroupedQueryAttention(nn.Module):
@@ -134,7 +136,7 @@ class LanguageModelBlock(nn.Module):
         self.attn = LanguageModelGroupedQueryAttention(cfg)
         self.norm2 = RMSNorm(cfg.lm_hidden_dim, cfg.lm_rms_eps)
         self.mlp = LanguageModelMLP(cfg)
-        self.dropout = nn.Dropout(cfg.lm_dropout)
+        self.dropout = nn.Dropout(cfg.lm_dropout) if cfg.lm_dropout else nn.Identity()
 
     def forward(self, x: Tensor, ctx: Context, block: int) -> Tensor:
         x = x + self.dropout(self.attn(self.norm1(x), ctx, block))
@@ -146,14 +148,21 @@ class Context:
 
     def __init__(
         self,
-        rope: tuple[Tensor, Tensor],
+        cfg: LMConfig,
+        like: Tensor,
         positions: Tensor,
         segments: Tensor | None,
         cache: KVCache | None,
     ):
-        self.rope, self.positions, self.cache = rope, positions, cache  # rope: two of [B, 1, T, C]
+        """For hidden states `like` [B, T, D]."""
+        self.positions, self.cache = positions, cache
         self.plan: SegmentPlan | None = None if segments is None else plan_segments(segments)
         self.visible = None if cache is None else cache.visible(positions)  # [B, 1, T, S]
+        if cache is None:
+            freq = rope_frequencies(cfg, like.device)
+            self.rope = rope_tables(freq, positions, like.dtype)  # two of [B, 1, T, C]
+        else:
+            self.rope = cache.rope(positions)
 
 
 class LanguageModel(nn.Module):
@@ -195,8 +204,7 @@ class LanguageModel(nn.Module):
                 f"{T} tokens exceed lm_max_position_embeddings = "
                 f"{self.cfg.lm_max_position_embeddings}"
             )
-        freq = rope_frequencies(self.cfg, x.device)
-        ctx = Context(rope_tables(freq, positions, x.dtype), positions, segments, cache)
+        ctx = Context(self.cfg, x, positions, segments, cache)
         blocks = [partial(block, ctx=ctx, block=i) for i, block in enumerate(self.blocks)]
         return self.norm(run_blocks(blocks, x, self.cfg.lm_inter_dim, self.training))
 
