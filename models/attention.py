@@ -259,6 +259,7 @@ class KVCache:
         self.used = 0  # slots the rows of this pass reach
         self.at: slice | None = None  # where this pass writes, if at the same place in every row
         self.views: list[tuple[Tensor, ...]] = []  # k and v of this pass: a [B, K, S, C] a block
+        self.places: list[tuple[Tensor, ...]] = []  # their slots `at`, a [B, K, T, C] a block
 
     @property
     def n_slots(self) -> int:
@@ -275,6 +276,7 @@ class KVCache:
         start = self.used - T
         self.at = slice(start, self.used) if bool((positions[:, 0] == start).all()) else None
         self.views = [kept[:, :, :, : self.used].unbind() for kept in (self.k, self.v)]
+        self.places = [kept[:, :, :, self.at].unbind() for kept in (self.k, self.v) if self.at]
         if self.at is not None and (T == 1 or start == 0):
             return None
         return (torch.arange(self.used, device=positions.device) <= positions[:, :, None])[:, None]
@@ -289,11 +291,12 @@ class KVCache:
     def write(self, block: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Store [B, K, T, C] at their positions; return all used slots, each [B, K, S, C]."""
         slots = self.views[0][block], self.views[1][block]
+        if self.at is not None:
+            self.places[0][block].copy_(k)
+            self.places[1][block].copy_(v)
+            return slots
         for kept, new in zip(slots, (k, v)):
-            if self.at is not None:
-                kept[:, :, self.at] = new
-            else:
-                kept[self.rows, :, positions] = new.transpose(1, 2).to(kept.dtype)
+            kept[self.rows, :, positions] = new.transpose(1, 2).to(kept.dtype)
         return slots
 
     def keep_rows(self, rows: Tensor) -> None:

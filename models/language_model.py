@@ -92,13 +92,10 @@ class LanguageModelGroupedQueryAttention(nn.Module):
         self.k_norm = RMSNorm(C, cfg.lm_rms_eps) if cfg.lm_qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, ctx: Context, block: int) -> Tensor:
-        q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_width))).transpose(
-            1, 2
-        )  # [B, H, T, C]
-        k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_width))).transpose(
-            1, 2
-        )  # [B, K, T, C]
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)  # [B, K, T, C]
+        heads = (*ctx.positions.shape, -1, self.head_width)  # [B, T, *, C]
+        q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)  # [B, H, T, C]
+        k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)  # [B, K, T, C]
+        v = self.v_proj(x).view(heads).transpose(1, 2)  # [B, K, T, C]
         if not self.nope_every or (block + 1) % self.nope_every:
             q, k = apply_rope(q, *ctx.rope), apply_rope(k, *ctx.rope)
         q, k = q.to(v.dtype), k.to(v.dtype)
@@ -113,7 +110,7 @@ class LanguageModelGroupedQueryAttention(nn.Module):
             visible=ctx.visible,
             dropout=self.dropout if self.training else 0.0,
         )
-        return self.o_proj(out.transpose(1, 2).flatten(2))  # [B, T, D]
+        return self.o_proj(out.transpose(1, 2).reshape(len(x), -1))  # [B * T, D]
 
 
 class LanguageModelMLP(nn.Module):
@@ -206,7 +203,9 @@ class LanguageModel(nn.Module):
             )
         ctx = Context(self.cfg, x, positions, segments, cache)
         blocks = [partial(block, ctx=ctx, block=i) for i, block in enumerate(self.blocks)]
-        return self.norm(run_blocks(blocks, x, self.cfg.lm_inter_dim, self.training))
+        flat = x.flatten(0, 1)  # [B * T, D], as a product of two dimensions needs fewer views
+        out = run_blocks(blocks, flat, self.cfg.lm_inter_dim, self.training)
+        return self.norm(out).view_as(x)  # [B, T, D]
 
     @classmethod
     def from_pretrained(cls, cfg: LMConfig) -> LanguageModel:
