@@ -92,7 +92,7 @@ def rope_tables(freq: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Te
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, way: int) -> Tensor:
     other = x.roll(x.shape[-1] // 2, -1)  # the second half of the channels, then the first
     # Rounded as transformers rounds: a fused product and sum would be 2e-5 off in a logit.
-    return (x * cos).add_(other.mul_(sin), alpha=way)
+    return (x * cos).add_(other * sin, alpha=way)
 
 
 class _Rotate(torch.autograd.Function):
