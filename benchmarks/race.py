@@ -1,11 +1,11 @@
-"""Accuracy on the built-in world against time: picoVLM `tiny` and transformers' SmolVLM of its size.
+"""Accuracy on the world against time: picoVLM `tiny` and transformers' SmolVLM of its size.
 
 python -m benchmarks.race                          writes docs/race.png and a table into docs/
 
 The same first weights, conversations in the same order, validation questions and greedy answers.
-picoVLM trains as `python train.py` does. SmolVLM trains as its users write it: padded batches, AdamW,
-linear decay, in fp32 or bf16 as fits the machine. A few steps of either say how many fill its time.
-What is counted: data, steps and checkpoints, not evaluation; see benchmarks/timing.py for the clock.
+picoVLM trains as `python train.py` does; SmolVLM as its users write it: padded batches, AdamW,
+linear decay, in fp32 or bf16 as fits the machine. A few steps of each say how many fill its time.
+Data, steps and checkpoints count, evaluations do not; benchmarks/timing.py says by which clock.
 """
 
 from __future__ import annotations
