@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from benchmarks.compiled import lacks, warm
 from benchmarks.peers import (
     WORDS,
     Case,
@@ -57,6 +58,7 @@ from data import processor as processors
 from data.packing import collate, fill_rows
 from data.sample import IGNORE
 from data.sources import open_source
+from engine.chat import quantize_int8
 from engine.distributed import autocast, fast_dtype, keep_freed_memory
 from engine.loop import clip
 from engine.optim import build_optimizer
@@ -244,6 +246,38 @@ def decode_rows(case: Case, _peak: float, bandwidth: float) -> list[Row]:
     return rows
 
 
+def int8_rows(case: Case, _peak: float, _bandwidth: float) -> list[Row]:
+    """Our decoder's matrices in 8 bits, beside theirs as they are; its words are its own."""
+    name = f"decode, 1 row, int8 beside {case.kind}"
+    try:
+        ours = quantize_int8(VisionLanguageModel.from_pretrained(case.folder).to(case.dtype))
+    except InputError as error:
+        return [Row(name, f"not measured: {error}")]
+    case.theirs.eval()
+    calls = speak(replace(case, ours=ours.eval()), 1, SAID)
+    said = {k: lambda c=c: c()[1] for k, c in calls.items()}
+    return [timed_row(name, alternate(said, case.seconds, case.turns), items=SAID - 1)]
+
+
+def compiled_rows(case: Case, _peak: float, _bandwidth: float) -> list[Row]:
+    """A decoding step of ours that is compiled, and after how many tokens that has paid back."""
+    name = f"decode, 1 row, {case.kind}, our step compiled"
+    if why := lacks():
+        return [Row(name, f"not measured: {why}")]
+    case.theirs.eval()
+    ids, images = prompt(case.cfg, 1)
+    plain, made, warm_up = warm(case.ours.eval(), ids, images.to(case.dtype), SAID - 1)
+    if case.kind == "fp32" and not torch.equal(plain(), made()):
+        raise InputError("a compiled step says other tokens; nothing was timed.")
+    theirs = speak(case, 1, SAID)["theirs"]
+    calls = _silent({"ours": made, "plain": plain}) | {"theirs": lambda: theirs()[1]}
+    times = alternate(calls, case.seconds, case.turns)
+    saved = (times["plain"].median - times["ours"].median) / (SAID - 1)
+    after = f"pays back after {warm_up / saved:,.0f} tokens" if saved > 0 else "never pays back"
+    return [timed_row(name, times, items=SAID - 1),
+            Row("compiling that step", f"{readable(warm_up)} by the wall; {after}")]  # fmt: skip
+
+
 def memory_rows(case: Case, _peak: float, _bandwidth: float) -> list[Row]:
     """Peak resident memory of a process that takes two steps."""
     preset = next(name for name, run in PRESETS.items() if run.train.out == case.run.train.out)
@@ -309,6 +343,8 @@ MEASURES: dict[str, Callable[[Case, float, float], list[Row]]] = {
     "encode": encode_rows,
     "first": first_rows,
     "decode": decode_rows,
+    "int8": int8_rows,
+    "compiled": compiled_rows,
     "train": train_rows,
     "memory": memory_rows,
     "start": start_rows,

@@ -149,6 +149,6 @@ def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 def normalise(tiles: np.ndarray, cfg: VLMConfig) -> torch.Tensor:
     """[N, H, W, 3] uint8 -> [N, 3, H, W] float32, scaled to [0, 1], minus mean, over std."""
-    mean, std = torch.tensor(cfg.vit_image_mean), torch.tensor(cfg.vit_image_std)
-    x = torch.from_numpy(tiles).float() / 255
-    return ((x - mean) / std).permute(0, 3, 1, 2).contiguous()  # [N, 3, H, W]
+    mean, std = (torch.tensor(v)[:, None, None] for v in (cfg.vit_image_mean, cfg.vit_image_std))
+    x = torch.from_numpy(tiles).permute(0, 3, 1, 2).contiguous().float()  # [N, 3, H, W]
+    return x.div_(255).sub_(mean).div_(std)  # in place: these are most of what a batch costs

@@ -15,7 +15,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from configs import InputError, VLMConfig, from_dict, read_json
-from data import images, text, world
+from data import images, text
 from data.sample import Sample, Tokens, Turn
 
 
@@ -184,7 +184,7 @@ class Processor:
 def build(cfg: VLMConfig) -> Processor:
     """The processor of a new model: `lm_tokenizer` with Idefics3's special tokens."""
     if cfg.lm_tokenizer == "world":
-        tokenizer = text.train_tokenizer(world.corpus(), cfg.lm_vocab_size)
+        tokenizer = text.world_tokenizer(cfg.lm_vocab_size)
     else:
         tokenizer = text.load_tokenizer(cfg.lm_tokenizer)
     return Processor(cfg, text.add_special_tokens(tokenizer, cfg))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 
@@ -22,6 +23,8 @@ START, END_OF_TURN, PAD = "<|im_start|>", "<end_of_utterance>", "<|im_end|>"
 NEXT = "\n"  # between an answer and what follows
 IMAGE, FAKE, GLOBAL = "<image>", "<fake_token_around_image>", "<global-img>"
 ROWS_COLS = [f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7)]
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+MERGES = Path(__file__).with_name("world_merges.txt")  # a test makes them anew
 WORLD_SPECIAL = [PAD, START, END_OF_TURN, IMAGE, FAKE, GLOBAL, *ROWS_COLS]
 # GPT-2's words with single digits; before them the speakers, whose names are then one token each.
 WORDS = (
@@ -53,7 +56,33 @@ CHAT_TEMPLATE = (
 
 def train_tokenizer(corpus: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE: any text encodes, single digits, special tokens first."""
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=WORLD_SPECIAL,
+        show_progress=False,
+        initial_alphabet=ALPHABET,
+    )
+    tokenizer.train_from_iterator(chain(corpus, ENGLISH.splitlines() * 8), trainer)
+    return tokenizer
+
+
+def world_tokenizer(vocab_size: int) -> Tokenizer:
+    """What `train_tokenizer` makes of the world's whole corpus.
+
+    Its merges, of which there are no more, are kept beside this file: making them took a fifth of
+    what starting a run takes.
+    """
+    merges = [tuple(line.split()) for line in MERGES.read_text(encoding="utf-8").splitlines()]
+    merges = merges[: max(0, vocab_size - len(WORLD_SPECIAL) - len(ALPHABET))]
+    tokens = [*WORLD_SPECIAL, *ALPHABET, *map("".join, merges)]
+    tokenizer = _byte_level(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    tokenizer.add_special_tokens(WORLD_SPECIAL)
+    return tokenizer
+
+
+def _byte_level(model: models.BPE) -> Tokenizer:
+    tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(WORDS), "isolated"),
@@ -61,13 +90,6 @@ def train_tokenizer(corpus: Iterable[str], vocab_size: int) -> Tokenizer:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=WORLD_SPECIAL,
-        show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    )
-    tokenizer.train_from_iterator(chain(corpus, ENGLISH.splitlines() * 8), trainer)
     return tokenizer
 
 
@@ -166,12 +188,14 @@ def encode_pieces(
     tokenizer: Tokenizer, runs: Iterable[tuple[str, bool]]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Runs -> ids [T] int32 and supervised [T] bool."""
-    ids, supervised = [], []
-    for text, wanted in runs:
-        new = tokenizer.encode(text, add_special_tokens=False).ids
-        ids += new
-        supervised += [wanted] * len(new)
-    return np.array(ids, dtype=np.int32), np.array(supervised, dtype=bool)
+    found = [(_ids(tokenizer, text), wanted) for text, wanted in runs]
+    supervised = np.repeat([wanted for _, wanted in found], [len(ids) for ids, _ in found])
+    return np.concatenate([ids for ids, _ in found]), supervised
+
+
+@lru_cache(maxsize=4096)  # questions and short answers come again and again
+def _ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    return np.array(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
 
 def check_turns(turns: Iterable[Turn], n_images: int, tokenizer: Tokenizer, where: str) -> None:

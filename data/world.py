@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import chain, count, permutations, product, takewhile
 
 import numpy as np
@@ -21,6 +21,7 @@ from PIL import Image
 from data.sample import Sample, Turn
 
 CELL, SUPERSAMPLE = 16, 4  # a cell in pixels, three by three to a picture; samples along a pixel
+SLOPE = np.linspace(-1, 1, 3 * CELL, dtype=np.float32)  # from edge to edge of a picture
 POSITIONS = ("top left", "top", "top right", "left", "center", "right",
              "bottom left", "bottom", "bottom right")
 
@@ -160,7 +161,7 @@ def draw(scene: Scene) -> Image.Image:
     picture = _background(BACKGROUNDS[scene.background], rng)
     for thing in scene.things:
         tint = [channel + rng.randint(-12, 12) for channel in COLORS[thing.color]]
-        _blend(picture, thing.cell, _coverage(thing), tint)
+        _blend(picture, thing.cell, _coverage(thing.shape, thing.size, thing.dx, thing.dy), tint)
     if scene.number is not None:
         ink = 0 if sum(BACKGROUNDS[scene.background]) > 3 * 128 else 255
         _blend(picture, scene.number_cell, _digits(scene.number, rng), [ink] * 3)
@@ -168,29 +169,32 @@ def draw(scene: Scene) -> Image.Image:
 
 
 def _background(color: tuple[int, int, int], rng: random.Random) -> np.ndarray:
-    side = 3 * CELL
-    slope = np.linspace(-1, 1, side, dtype=np.float32)
-    gradient = rng.uniform(-6, 6) * slope[:, None] + rng.uniform(-6, 6) * slope  # [48, 48]
-    grain = np.frombuffer(rng.randbytes(side * side), np.uint8) % 7 - 3.0
-    grain = grain.reshape(side, side)  # [48, 48]
+    gradient = rng.uniform(-6, 6) * SLOPE[:, None] + rng.uniform(-6, 6) * SLOPE  # [48, 48]
+    grain = np.frombuffer(rng.randbytes(SLOPE.size**2), np.uint8) % 7 - 3.0
+    grain = grain.reshape(SLOPE.size, SLOPE.size)  # [48, 48]
     return np.array(color, np.float32) + (gradient + grain)[..., None]  # [48, 48, 3]
 
 
-def _coverage(thing: Thing) -> np.ndarray:
-    """How much of each pixel of the cell the thing covers. [16, 16] in 0..1"""
-    radius, _ = SIZES[thing.size]
+@cache  # places are quarters of a pixel, so there are 1,090
+def _coverage(shape: str, size: str, dx: float, dy: float) -> np.ndarray:
+    """How much of each pixel of the cell a thing covers. [16, 16] in 0..1"""
+    radius, _ = SIZES[size]
     at = (np.arange(CELL * SUPERSAMPLE, dtype=np.float32) + 0.5) / SUPERSAMPLE - CELL / 2
-    x, y = (at - thing.dx) / radius, (at[:, None] - thing.dy) / radius
-    inside = SHAPES[thing.shape](x, y)  # [64, 64]
+    inside = SHAPES[shape]((at - dx) / radius, (at[:, None] - dy) / radius)  # [64, 64]
     return inside.reshape(CELL, SUPERSAMPLE, CELL, SUPERSAMPLE).mean((1, 3))
 
 
 def _digits(number: str, rng: random.Random) -> np.ndarray:
     """Two digits at twice the font's size, at most a pixel off the middle. [16, 16], 0 or 1"""
+    top, left = 3 + rng.randint(-1, 1), 1 + rng.randint(-1, 1)
+    return _ink(number, top, left)
+
+
+@cache
+def _ink(number: str, top: int, left: int) -> np.ndarray:
     rows = [np.array(list(DIGITS[int(digit)]), np.float32).reshape(5, 3) for digit in number]
     ink = np.hstack([rows[0], np.zeros((5, 1), np.float32), rows[1]])
     ink = ink.repeat(2, 0).repeat(2, 1)  # [10, 14]
-    top, left = 3 + rng.randint(-1, 1), 1 + rng.randint(-1, 1)
     return np.pad(ink, ((top, 6 - top), (left, 2 - left)))
 
 

@@ -80,20 +80,19 @@ def rope_frequencies(cfg: LMConfig, device: torch.device | None = None) -> Tenso
 
 
 def rope_tables(freq: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of every angle, each [B, 1, T, C]: in fp32, then cast, as transformers does."""
+    """cos of every angle, and sin, negated in the first half of the channels: each [B, 1, T, C].
+
+    In fp32, then cast, as transformers does.
+    """
     angles = positions[:, None, :, None].float() * freq  # [B, 1, T, C/2]
-    angles = torch.cat((angles, angles), dim=-1)  # [B, 1, T, C]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)  # [B, 1, T, C/2]
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, way: int) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    out, sin = x * cos, sin.chunk(2, dim=-1)[0]
-    low, high = out.chunk(2, dim=-1)
+    other = x.roll(x.shape[-1] // 2, -1)  # the second half of the channels, then the first
     # Rounded as transformers rounds: a fused product and sum would be 2e-5 off in a logit.
-    low.sub_(second * sin, alpha=way)
-    high.add_(first * sin, alpha=way)
-    return out
+    return (x * cos).add_(other * sin, alpha=way)
 
 
 class _Rotate(torch.autograd.Function):
@@ -111,7 +110,7 @@ class _Rotate(torch.autograd.Function):
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate [B, H, T, C] in Hugging Face's half-split layout: channel c pairs with c + C/2."""
-    return _Rotate.apply(x, cos, sin)
+    return _Rotate.apply(x, cos, sin) if torch.is_grad_enabled() else _rotate(x, cos, sin, 1)
 
 
 # --- Segments: several samples in one row -------------------------------------------------------
@@ -255,8 +254,12 @@ class KVCache:
         self.k = torch.zeros(shape, device=device, dtype=dtype)  # [blocks, B, K, S, C]
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.rows = torch.arange(n_rows, device=device)[:, None]  # [B, 1]
+        slots = torch.arange(n_slots, device=device)[None]  # [1, S]
+        self.turns = rope_tables(rope_frequencies(cfg, device), slots, dtype)  # two of [1, 1, S, C]
         self.used = 0  # slots the rows of this pass reach
         self.at: slice | None = None  # where this pass writes, if at the same place in every row
+        self.views: list[tuple[Tensor, ...]] = []  # k and v of this pass: a [B, K, S, C] a block
+        self.places: list[tuple[Tensor, ...]] = []  # their slots `at`, a [B, K, T, C] a block
 
     @property
     def n_slots(self) -> int:
@@ -272,18 +275,29 @@ class KVCache:
         self.used = int(positions.max()) + 1
         start = self.used - T
         self.at = slice(start, self.used) if bool((positions[:, 0] == start).all()) else None
+        self.views = [kept[:, :, :, : self.used].unbind() for kept in (self.k, self.v)]
+        self.places = [kept[:, :, :, self.at].unbind() for kept in (self.k, self.v) if self.at]
         if self.at is not None and (T == 1 or start == 0):
             return None
         return (torch.arange(self.used, device=positions.device) <= positions[:, :, None])[:, None]
 
+    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The rotary tables at `positions` [B, T] of a pass, each [B or 1, 1, T, C]."""
+        cos, sin = self.turns
+        if self.at is not None:
+            return cos[:, :, self.at], sin[:, :, self.at]
+        return cos[0, 0, positions][:, None], sin[0, 0, positions][:, None]
+
     def write(self, block: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Store [B, K, T, C] at their positions; return all used slots, each [B, K, S, C]."""
-        for kept, new in ((self.k[block], k), (self.v[block], v)):
-            if self.at is not None:
-                kept[:, :, self.at] = new
-            else:
-                kept[self.rows, :, positions] = new.transpose(1, 2).to(kept.dtype)
-        return self.k[block, :, :, : self.used], self.v[block, :, :, : self.used]
+        slots = self.views[0][block], self.views[1][block]
+        if self.at is not None:
+            self.places[0][block].copy_(k)
+            self.places[1][block].copy_(v)
+            return slots
+        for kept, new in zip(slots, (k, v)):
+            kept[self.rows, :, positions] = new.transpose(1, 2).to(kept.dtype)
+        return slots
 
     def keep_rows(self, rows: Tensor) -> None:
         """Forget all rows but these, as when others have finished; a row named twice is copied."""

@@ -72,9 +72,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return _rms_norm(x, self.weight, self.eps)[0]
-        return _RMSNorm.apply(x, self.weight, self.eps)
+        if torch.is_grad_enabled():
+            return _RMSNorm.apply(x, self.weight, self.eps)
+        if x.dtype == torch.float32:  # of others torch rounds once, after the scale
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return _rms_norm(x, self.weight, self.eps)[0]
 
 
 class LanguageModelGroupedQueryAttention(nn.Module):
@@ -94,13 +96,10 @@ class LanguageModelGroupedQueryAttention(nn.Module):
         self.k_norm = RMSNorm(C, cfg.lm_rms_eps) if cfg.lm_qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, ctx: Context, block: int) -> Tensor:
-        q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_width))).transpose(
-            1, 2
-        )  # [B, H, T, C]
-        k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_width))).transpose(
-            1, 2
-        )  # [B, K, T, C]
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)  # [B, K, T, C]
+        heads = (*ctx.positions.shape, -1, self.head_width)  # [B, T, *, C]
+        q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)  # [B, H, T, C]
+        k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)  # [B, K, T, C]
+        v = self.v_proj(x).view(heads).transpose(1, 2)  # [B, K, T, C]
         if not self.nope_every or (block + 1) % self.nope_every:
             q, k = apply_rope(q, *ctx.rope), apply_rope(k, *ctx.rope)
         q, k = q.to(v.dtype), k.to(v.dtype)
@@ -115,7 +114,7 @@ class LanguageModelGroupedQueryAttention(nn.Module):
             visible=ctx.visible,
             dropout=self.dropout if self.training else 0.0,
         )
-        return self.o_proj(out.transpose(1, 2).flatten(2))  # [B, T, D]
+        return self.o_proj(out.transpose(1, 2).reshape(len(x), -1))  # [B * T, D]
 
 
 class LanguageModelMLP(nn.Module):
@@ -138,7 +137,7 @@ class LanguageModelBlock(nn.Module):
         self.attn = LanguageModelGroupedQueryAttention(cfg)
         self.norm2 = RMSNorm(cfg.lm_hidden_dim, cfg.lm_rms_eps)
         self.mlp = LanguageModelMLP(cfg)
-        self.dropout = nn.Dropout(cfg.lm_dropout)
+        self.dropout = nn.Dropout(cfg.lm_dropout) if cfg.lm_dropout else nn.Identity()
 
     def forward(self, x: Tensor, ctx: Context, block: int) -> Tensor:
         x = x + self.dropout(self.attn(self.norm1(x), ctx, block))
@@ -150,14 +149,21 @@ class Context:
 
     def __init__(
         self,
-        rope: tuple[Tensor, Tensor],
+        cfg: LMConfig,
+        like: Tensor,
         positions: Tensor,
         segments: Tensor | None,
         cache: KVCache | None,
     ):
-        self.rope, self.positions, self.cache = rope, positions, cache  # rope: two of [B, 1, T, C]
+        """For hidden states `like` [B, T, D]."""
+        self.positions, self.cache = positions, cache
         self.plan: SegmentPlan | None = None if segments is None else plan_segments(segments)
         self.visible = None if cache is None else cache.visible(positions)  # [B, 1, T, S]
+        if cache is None:
+            freq = rope_frequencies(cfg, like.device)
+            self.rope = rope_tables(freq, positions, like.dtype)  # two of [B, 1, T, C]
+        else:
+            self.rope = cache.rope(positions)
 
 
 class LanguageModel(nn.Module):
@@ -199,10 +205,11 @@ class LanguageModel(nn.Module):
                 f"{T} tokens exceed lm_max_position_embeddings = "
                 f"{self.cfg.lm_max_position_embeddings}"
             )
-        freq = rope_frequencies(self.cfg, x.device)
-        ctx = Context(rope_tables(freq, positions, x.dtype), positions, segments, cache)
+        ctx = Context(self.cfg, x, positions, segments, cache)
         blocks = [partial(block, ctx=ctx, block=i) for i, block in enumerate(self.blocks)]
-        return self.norm(run_blocks(blocks, x, self.cfg.lm_inter_dim, self.training))
+        flat = x.flatten(0, 1)  # [B * T, D], as a product of two dimensions needs fewer views
+        out = run_blocks(blocks, flat, self.cfg.lm_inter_dim, self.training)
+        return self.norm(out).view_as(x)  # [B, T, D]
 
     @classmethod
     def from_pretrained(cls, cfg: LMConfig) -> LanguageModel:

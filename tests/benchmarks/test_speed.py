@@ -5,12 +5,13 @@ On shapes so small that figures mean nothing here.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks import peers, speed, timing
+from benchmarks import compiled, peers, speed, timing
 from configs import DataConfig, InputError, RunConfig, TrainConfig
 from data import processor as processors
 from models.vision_language_model import VisionLanguageModel
@@ -59,6 +60,46 @@ def test_other_weights_are_not_timed(run, tmp_path, monkeypatch):
     ):
         with pytest.raises(InputError, match=says):
             rows(case, 1.0, 1.0)
+
+
+@pytest.fixture
+def case(run, tmp_path) -> peers.Case:
+    torch.manual_seed(0)
+    VisionLanguageModel(run.model).save_pretrained(tmp_path)
+    return peers.open_case(run, tmp_path, torch.float32)
+
+
+def test_what_is_not_installed_is_said(case, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    (row,) = speed.int8_rows(case, 1.0, 1.0)
+    assert row.ratio is None and "not measured: quantize = 'int8': needs torchao" in row.ours
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    (row,) = speed.compiled_rows(case, 1.0, 1.0)
+    assert row.ratio is None and row.ours == "not measured: torch.compile needs no-such-compiler"
+
+
+def test_eight_bits_stand_beside_all_of_theirs(case):
+    pytest.importorskip("torchao")
+    (row,) = speed.int8_rows(case, 1.0, 1.0)
+    assert row.ratio[1] <= row.ratio[0] <= row.ratio[2] and row.ours.endswith(" tok/s")
+
+
+def test_a_static_cache_says_the_same(case, monkeypatch):
+    """Without the compiler, which takes a minute: what it is given computes the same tokens."""
+    monkeypatch.setattr(torch, "compile", lambda step, **_: step)
+    monkeypatch.setattr(speed, "lacks", lambda: "")
+    row, paid = speed.compiled_rows(case, 1.0, 1.0)
+    assert row.ratio[0] > 0 and " by the wall; " in paid.ours
+    plain, made, _ = compiled.warm(case.ours, *peers.prompt(case.cfg, 2), 5)
+    assert torch.equal(plain(), made()) and plain().shape == (5, 2)
+
+
+@pytest.mark.slow
+def test_a_compiled_step_says_the_same(case):
+    if compiled.lacks():
+        pytest.skip(compiled.lacks())
+    row, _ = speed.compiled_rows(case, 1.0, 1.0)
+    assert row.ratio[0] > 0
 
 
 def test_the_peak_of_a_process(run, tmp_path, capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -36,7 +37,7 @@ def ours(request):
     """(tokenizer, config) of the tiny preset and of the 222m preset."""
     if request.param == "tiny":
         cfg = PRESETS["tiny"].model
-        tokenizer = text.train_tokenizer(world.corpus(), cfg.lm_vocab_size)
+        tokenizer = text.world_tokenizer(cfg.lm_vocab_size)
     else:
         shared = request.getfixturevalue("shared")
         cfg = replace(PRESETS["222m"].model, lm_tokenizer=str(shared / "tokenizers" / "smollm2"))
@@ -233,7 +234,14 @@ def test_the_tiny_tokenizer(ours):
     assert tokenizer.decode(tokenizer.encode(said).ids) == said
     assert len(tokenizer.encode("2024").ids) == 4  # digits stand alone
     same = text.train_tokenizer(world.corpus(), cfg.lm_vocab_size)
+    merges = "".join(f"{a} {b}\n" for a, b in json.loads(same.to_str())["model"]["merges"])
+    assert text.MERGES.read_text(encoding="utf-8") == merges, "write these: the world has changed"
     assert same.to_str() == tokenizer.to_str()
+
+
+def test_a_smaller_tokenizer_keeps_the_first_merges():
+    trained, kept = text.train_tokenizer(world.corpus(), 400), text.world_tokenizer(400)
+    assert kept.get_vocab_size() == 400 and kept.to_str() == trained.to_str()
 
 
 def test_ids_that_are_not_the_configs_are_refused(shared):

@@ -294,9 +294,9 @@ def test_drawings_stay_in_their_cells():
         assert not any(changed[cell // 3, :, cell % 3].any() for cell in set(range(9)) - occupied)
     for shape in world.SHAPES:  # at the far ends of the jitter too, nothing is cut at the border
         for size, (_, reach) in world.SIZES.items():
-            middle = world._coverage(world.Thing(0, shape, "red", size, 0, 0)).sum()
+            middle = world._coverage(shape, size, 0, 0).sum()
             for dx, dy in ((-reach, -reach), (reach, -reach), (-reach, reach), (reach, reach)):
-                moved = world._coverage(world.Thing(0, shape, "red", size, dx, dy)).sum()
+                moved = world._coverage(shape, size, dx, dy).sum()
                 assert abs(moved / middle - 1) < 0.05
 
 
