@@ -57,6 +57,7 @@ def main(argv: list[str]) -> None:
     if cfg.train.push:
         require_login()  # now rather than after hours
     dist = setup(cfg.train.parallel)
+    dtype = fast_dtype(dist.device, cfg.train.precision)
     found = checkpoint.seen_by_all(run, dist) if cfg.train.resume == "auto" else []
     source = open_source(cfg.data, "train")
     start = adapters.start_of(found[-1]) if found else cfg.train.init_from
@@ -65,8 +66,9 @@ def main(argv: list[str]) -> None:
         cfg = replace(cfg, model=built.model)
     looked = check_before_training(source, processor, cfg.data)
     adapters.attach(model, cfg.train)
+    for name in cfg.train.activation_checkpointing:
+        model.parts[name].activation_checkpointing = True
     model.to(dist.device)
-    dtype = fast_dtype(dist.device, cfg.train.precision)
     dist.shard(model, dtype)
     optimizer = build_optimizer(model.parts, cfg.train, dtype)
     if found and cfg.train.lora:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from configs import LMConfig
 from models.attention import (
@@ -28,6 +29,8 @@ from models.attention import (
     run_blocks,
 )
 from models.vision_transformer import init_weights
+
+AT_ONCE = 1 << 25  # logits that the loss sees together: 128 MiB of them, and their gradients
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -161,7 +164,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, cfg: LMConfig):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.activation_checkpointing = cfg, False
         self.token_embedding = nn.Embedding(cfg.lm_vocab_size, cfg.lm_hidden_dim)
         self.blocks = nn.ModuleList(LanguageModelBlock(cfg) for _ in range(cfg.lm_n_blocks))
         self.norm = RMSNorm(cfg.lm_hidden_dim, cfg.lm_rms_eps)
@@ -198,7 +201,8 @@ class LanguageModel(nn.Module):
         freq = rope_frequencies(self.cfg, x.device)
         ctx = Context(rope_tables(freq, positions, x.dtype), positions, segments, cache)
         blocks = [partial(block, ctx=ctx, block=i) for i, block in enumerate(self.blocks)]
-        return self.norm(run_blocks(blocks, x, self.cfg.lm_inter_dim, self.training))
+        wide, again = self.cfg.lm_inter_dim, self.activation_checkpointing
+        return self.norm(run_blocks(blocks, x, wide, self.training, again))
 
     @classmethod
     def from_pretrained(cls, cfg: LMConfig) -> LanguageModel:
@@ -225,9 +229,19 @@ class LanguageModel(nn.Module):
         """Cross-entropy where `targets` [B, T] are not -100; only those positions meet the head.
 
         `reduction` is "mean" or "sum" as in F.cross_entropy, but without any target the loss is 0,
-        not NaN.
+        not NaN. Of more than AT_ONCE logits a chunk is held at a time, and computed again in the
+        backward pass.
         """
         kept = (targets.flatten() != -100).nonzero()[:, 0]
-        logits = self.logits(hidden.flatten(0, 1).index_select(0, kept))  # [kept, V]
-        total = F.cross_entropy(logits.float(), targets.flatten()[kept], reduction="sum")
+        hidden, targets = hidden.flatten(0, 1).index_select(0, kept), targets.flatten()[kept]
+        most = max(1, AT_ONCE // self.cfg.lm_vocab_size)
+        chunks = list(zip(hidden.split(most), targets.split(most)))  # [most, D], [most]
+        if len(chunks) > 1 and torch.is_grad_enabled():
+            sums = [checkpoint(self._loss_sum, *chunk, use_reentrant=False) for chunk in chunks]
+        else:
+            sums = [self._loss_sum(*chunk) for chunk in chunks]
+        total = sum(sums[1:], sums[0])
         return total / max(1, len(kept)) if reduction == "mean" else total
+
+    def _loss_sum(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.logits(hidden).float(), targets, reduction="sum")

@@ -199,6 +199,31 @@ def test_only_supervised_positions_meet_the_head(monkeypatch):
     assert met == [(3, 48)]
 
 
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_loss_in_chunks_is_the_loss(reduction, tied, randomise, monkeypatch):
+    """Value and gradients; at most so many logits at a time, forward and backward."""
+    torch.manual_seed(0)
+    ours = randomise(LanguageModel(LMConfig(**SIZES, lm_tie_weights=tied)))
+    targets = torch.randint(0, 101, (2, 30))
+    targets[:, ::3] = -100
+    start, seen, found = torch.randn(2, 30, 48), [], []
+    ours.head.register_forward_hook(lambda _, __, logits: seen.append(logits.numel()))
+    for most in (language_model.AT_ONCE, 101 * 7):
+        monkeypatch.setattr(language_model, "AT_ONCE", most)
+        hidden = start.clone().requires_grad_()
+        loss = ours.loss(hidden, targets, reduction)
+        loss.backward()
+        found.append((loss.detach(), hidden.grad, ours.head.weight.grad.clone()))
+        ours.zero_grad()
+    for whole, chunks in zip(*found, strict=True):
+        torch.testing.assert_close(chunks, whole)
+    assert seen[0] == 101 * 40 and sorted(seen[1:]) == 2 * [101 * 5] + 10 * [101 * 7]
+    with torch.no_grad():
+        torch.testing.assert_close(ours.loss(start, targets, reduction), found[0][0])
+    assert len(seen) == 19, "nothing to compute again without a backward pass"
+
+
 def test_too_long_is_refused():
     ours = LanguageModel(LMConfig(**SIZES))
     assert ours(torch.zeros(1, 64, 48)).shape == (1, 64, 48)
