@@ -313,8 +313,8 @@ class LoopConfig(Checked):
     """Optimizer steps."""
     accumulate: int = 1
     """Batches per optimizer step."""
-    optimizer: Literal["adamw", "muon"] = "muon"
-    """muon: Muon for the matrices of the blocks, AdamW for the rest."""
+    optimizer: Literal["adamw", "muon", "adamw8bit"] = "muon"
+    """muon: Muon for the blocks' matrices, AdamW for the rest. adamw8bit needs torchao."""
     lr_muon: float = 0.012
     """Peak learning rate of matrices trained by Muon."""
     weight_decay: float = 0.05
