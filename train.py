@@ -24,6 +24,7 @@ from engine.chat import open_checkpoint
 from engine.distributed import Dist, autocast, fast_dtype, settings, setup
 from engine.dry_run import dry_run
 from engine.evaluation import evaluate
+from engine.logger import answers_path
 from engine.loop import Best, train
 from engine.optim import build_optimizer
 from engine.publish import publish
@@ -108,8 +109,7 @@ def examine(cfg: RunConfig, model, processor, dist: Dist, region, step: int) -> 
     t = cfg.train
     number = step // t.eval_every if t.eval_every else 0
     wanted = t.answers_every and (step == t.steps or number % t.answers_every == 0)
-    sheet = Path(t.out, f"answers-{step:06d}.png")
-    show = partial(draw_sheet, path=sheet) if wanted and dist.is_main else None
+    show = partial(draw_sheet, path=answers_path(t.out, step)) if wanted and dist.is_main else None
     return evaluate(model, processor, cfg.data, t.eval_samples, region, show)
 
 
