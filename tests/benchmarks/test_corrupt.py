@@ -20,6 +20,7 @@ def folder(tmp_path) -> Path:
     return tmp_path / "corrupt"
 
 
+@pytest.mark.slow
 def test_a_turn_is_an_epoch_with_and_without(run_file, folder, rows_file, monkeypatch, capsys):
     monkeypatch.setattr(corrupt, "EVERY", 12)
     monkeypatch.setattr(corrupt, "TURNS", 1)
