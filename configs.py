@@ -313,8 +313,8 @@ class LoopConfig(Checked):
     """Optimizer steps."""
     accumulate: int = 1
     """Batches per optimizer step."""
-    optimizer: Literal["adamw", "muon"] = "muon"
-    """muon: Muon for the matrices of the blocks, AdamW for the rest."""
+    optimizer: Literal["adamw", "muon", "adamw8bit"] = "muon"
+    """muon: Muon for the blocks' matrices, AdamW for the rest. adamw8bit needs torchao."""
     lr_muon: float = 0.012
     """Peak learning rate of matrices trained by Muon."""
     weight_decay: float = 0.05
@@ -399,6 +399,8 @@ class TrainConfig(LoopConfig):
     """Adapters count lora_alpha / lora_r."""
     lora_targets: tuple[str, ...] = ()
     """Linear layers that get one, by the end of their names: q_proj v_proj; none named: all."""
+    activation_checkpointing: tuple[Literal["vision", "language"], ...] = ()
+    """Parts whose blocks run again in the backward pass, not kept; of others, memory decides."""
     answers_every: int = 1
     """Evaluations between pictures of sample answers, answers-STEP.png; 0: none."""
     dry_run: bool = False
@@ -407,6 +409,8 @@ class TrainConfig(LoopConfig):
     def validate(self):
         require_positive(self, "lora_r lora_alpha")
         need(self.answers_every >= 0, self, "answers_every", "must not be negative")
+        blocks = set(self.activation_checkpointing) <= {"vision", "language"}
+        need(blocks, self, "activation_checkpointing", "may name vision, language")
         names = ("vision", "projector", "language")
         need(set(self.lora) <= set(names), self, "lora", f"may name {', '.join(names)}")
         plain = self.optimizer == "adamw" and not self.ema and not self.lora
@@ -476,7 +480,8 @@ PRESETS: dict[str, RunConfig] = {
                         lm_tokenizer="HuggingFaceTB/SmolLM2-135M", lm_hidden_dim=576,
                         lm_inter_dim=1536, lm_n_heads=9, lm_n_kv_heads=3, lm_n_blocks=30),
         data=DataConfig(batch_size=2, workers=2), train=TrainConfig(out="runs/222m", **FINE_TUNE)),
-    # SigLIP2-B/16-512 + SmolLM2-360M, tiles and a global view.
+    # SigLIP2-B/16-512 + SmolLM2-360M, tiles and a global view. Kept for the backward pass, the
+    # blocks of 4,096 tokens that are 63 tiles would fill 66 GB; their inputs alone fill 3.
     "460m": RunConfig(
         model=VLMConfig(**SIGLIP_B, **SMOLLM2, vit_img_size=512, max_img_size=2048,
                         mp_pixel_shuffle_factor=4, vit_model_type="google/siglip2-base-patch16-512",
@@ -484,7 +489,8 @@ PRESETS: dict[str, RunConfig] = {
                         lm_tokenizer="HuggingFaceTB/SmolLM2-360M-Instruct", lm_hidden_dim=960,
                         lm_inter_dim=2560, lm_n_heads=15, lm_n_kv_heads=5, lm_n_blocks=32),
         data=DataConfig(batch_size=1, max_length=4096, workers=2),
-        train=TrainConfig(out="runs/460m", **FINE_TUNE)),
+        train=TrainConfig(out="runs/460m", activation_checkpointing=("vision", "language"),
+                          **FINE_TUNE)),
     # SigLIP2-B/16-512 + Qwen3-0.6B, tiles and a global view. Qwen3's table has 151,936 rows, of
     # which its tokenizer uses 151,669; the image tokens take the next ones.
     "qwen3": RunConfig(

@@ -24,6 +24,7 @@ from engine.chat import open_checkpoint
 from engine.distributed import Dist, autocast, fast_dtype, settings, setup
 from engine.dry_run import dry_run
 from engine.evaluation import evaluate
+from engine.logger import answers_path
 from engine.loop import Best, train
 from engine.optim import build_optimizer
 from engine.publish import publish
@@ -57,6 +58,7 @@ def main(argv: list[str]) -> None:
     if cfg.train.push:
         require_login()  # now rather than after hours
     dist = setup(cfg.train.parallel)
+    dtype = fast_dtype(dist.device, cfg.train.precision)
     found = checkpoint.seen_by_all(run, dist) if cfg.train.resume == "auto" else []
     source = open_source(cfg.data, "train")
     start = adapters.start_of(found[-1]) if found else cfg.train.init_from
@@ -65,8 +67,9 @@ def main(argv: list[str]) -> None:
         cfg = replace(cfg, model=built.model)
     looked = check_before_training(source, processor, cfg.data)
     adapters.attach(model, cfg.train)
+    for name in cfg.train.activation_checkpointing:
+        model.parts[name].activation_checkpointing = True
     model.to(dist.device)
-    dtype = fast_dtype(dist.device, cfg.train.precision)
     dist.shard(model, dtype)
     optimizer = build_optimizer(model.parts, cfg.train, dtype)
     if found and cfg.train.lora:
@@ -106,8 +109,7 @@ def examine(cfg: RunConfig, model, processor, dist: Dist, region, step: int) -> 
     t = cfg.train
     number = step // t.eval_every if t.eval_every else 0
     wanted = t.answers_every and (step == t.steps or number % t.answers_every == 0)
-    sheet = Path(t.out, f"answers-{step:06d}.png")
-    show = partial(draw_sheet, path=sheet) if wanted and dist.is_main else None
+    show = partial(draw_sheet, path=answers_path(t.out, step)) if wanted and dist.is_main else None
     return evaluate(model, processor, cfg.data, t.eval_samples, region, show)
 
 

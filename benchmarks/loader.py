@@ -2,14 +2,14 @@
 
 python -m benchmarks.loader tiny
 python -m benchmarks.loader 222m --model.lm-tokenizer DIR --data.source my.jsonl
-The words are those of train.py. Weights are random: speed does not depend on them.
+The words are those of train.py. Weights are random: speed does not depend on them. With one thread
+(OMP_NUM_THREADS=1) times are those of the processor, whatever else the machine does.
 """
 
 from __future__ import annotations
 
 import io
 import sys
-import time
 from dataclasses import replace
 from itertools import islice
 
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.timing import clock
 from configs import RunConfig, command, parse_run
 from data import loader as loaders
 from data import processor as processors
@@ -43,17 +44,17 @@ def packing(cfg: RunConfig, processor: Processor) -> tuple[str, float]:
         spent, really = [0.0], loaders.fill_rows
 
         def timed(*args, spent=spent, really=really):
-            start = time.perf_counter()
+            start = clock()
             rows = really(*args)
-            spent[0] += time.perf_counter() - start
+            spent[0] += clock() - start
             return rows
 
         loaders.fill_rows = timed
         batches = iter(open_loader(source, processor, data))
         next(batches)
-        start, spent[0] = time.perf_counter(), 0.0
+        start, spent[0] = clock(), 0.0
         found = list(islice(batches, BATCHES))
-        seconds = (time.perf_counter() - start) / BATCHES
+        seconds = (clock() - start) / BATCHES
         loaders.fill_rows = really
         room = sum(b.input_ids.shape[0] * data.max_length for b in found)
         full = sum(b.n_tokens for b in found) / room
@@ -79,11 +80,11 @@ def pictures(processor: Processor) -> str:
             file = io.BytesIO()
             small.resize((side, side), Image.Resampling.BICUBIC).save(file, name)
             sample = Sample(turns, (file.getvalue(),), "benchmark")
-            n, start = 0, time.perf_counter()
-            while n < 2 or time.perf_counter() - start < 0.4:
+            n, start = 0, clock()
+            while n < 2 or clock() - start < 0.4:
                 processor.encode_whole(sample, 1 << 20)
                 n += 1
-            cells.append(f"{n / (time.perf_counter() - start):.0f}")
+            cells.append(f"{n / (clock() - start):.0f}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -96,15 +97,16 @@ def against_the_model(cfg: RunConfig, processor: Processor, seconds: float) -> s
     batch = next(iter(open_loader(open_source(cfg.data, "train"), processor, cfg.data)))
     batch, times = batch.to(dist.device), []
     for _ in range(2):
-        start = time.perf_counter()
+        start = clock()
         with region:
             _, loss = model(**batch.tensors())
         loss.backward()
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     step = min(times)
     return (
         f"{cfg.data.batch_size} rows of {batch.input_ids.shape[1]} tokens, {len(batch.images)} "
-        f"tiles: the model takes {step:.2f} s, the loader on one core {seconds:.3f} s: "
+        f"tiles: the model takes {step:.2f} s, {len(batch.images) / step:.1f} tiles/s; the loader "
+        f"on one core {seconds:.3f} s, {len(batch.images) / seconds:.1f} tiles/s: "
         f"{step / seconds:.0f} times as fast; packing is {{packing}} of the step"
     )
 

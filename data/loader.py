@@ -185,8 +185,14 @@ class Loader:
             raise InputError(f"{len(self.skipped)} rows could not be used, the last: {reason}")
 
     def _list(self, bad: dict) -> None:
-        """A line in skipped.jsonl; what cannot be written is no reason to stop training."""
+        """A line in skipped.jsonl; what cannot be written is no reason to stop training.
+
+        A run that goes on from before the row was met finds it there.
+        """
         if self.skipped_file is not None:
+            line = json.dumps(bad) + "\n"
             with contextlib.suppress(OSError):
-                with open(self.skipped_file, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(bad) + "\n")
+                with open(self.skipped_file, "a+", encoding="utf-8") as file:
+                    file.seek(0)
+                    if line not in file:
+                        file.write(line)

@@ -252,6 +252,7 @@ MAY_CHANGE = {
         "max_bad_steps",
         "push",
         "answers_every",
+        "activation_checkpointing",
         "dry_run",
     )
 } | {("data", "workers")}

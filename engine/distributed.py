@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from configs import InputError
+
 
 @dataclass(frozen=True)
 class Dist:
@@ -156,7 +158,15 @@ def keep_freed_memory() -> None:
 
 
 def fast_dtype(device: torch.device, precision: str) -> torch.dtype:
-    """What matrices multiply in: `precision` fp32, bf16, or auto, bf16 where that is faster."""
+    """What matrices multiply in: `precision` fp32, bf16, or auto, bf16 where that is faster.
+
+    Raises `InputError` of bf16 on a processor without its arithmetic.
+    """
+    if precision == "bf16" and lacks_bf16(device):
+        raise InputError(
+            "train.precision = 'bf16': this processor has no bf16 arithmetic, and a single product "
+            "would take minutes; use fp32, or auto, which takes the faster one."
+        )
     is_bf16 = precision == "bf16" or (precision == "auto" and bf16_is_faster(device))
     return torch.bfloat16 if is_bf16 else torch.float32
 
@@ -175,11 +185,16 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
+def lacks_bf16(device: torch.device) -> bool:
+    """Whether a product in bf16 takes minutes, one number after the other."""
+    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
 def bf16_is_faster(device: torch.device) -> bool:
     """Time a few products of each kind: kernels may not keep what instruction sets promise."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if torch.backends.cpu.get_cpu_capability() == "AVX2":  # has none, and takes minutes without
+    if lacks_bf16(device):
         return False
     a = torch.ones(512, 512)
     seconds = {}

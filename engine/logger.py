@@ -6,11 +6,17 @@ import contextlib
 import json
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from tqdm import tqdm
 
 from configs import InputError, RunConfig, to_dict
+
+
+def answers_path(run: str | Path, step: int) -> Path:
+    """The picture of sample answers that an evaluation draws."""
+    return Path(run, f"answers-{step:06d}.png")
 
 
 class Logger:
@@ -37,7 +43,7 @@ class Logger:
         if torn:  # by a kill
             self.file.write("\n")
         if cfg.train.wandb:
-            self.wandb = _start_wandb(cfg)
+            self.wandb, self.image = _start_wandb(cfg)
 
     def log(self, values: dict, step: int) -> None:
         """Write scalar `values` of a step to file (and wandb); the loss moves the bar's text."""
@@ -56,8 +62,10 @@ class Logger:
                 self.say(f"{self.path}: cannot be written ({error.strerror}); training goes on.")
             self.failed = True
         if self.wandb is not None:
-            numbers = {k: v for k, v in values.items() if isinstance(v, (int, float))}
-            self.wandb.log(numbers, step=step)
+            told = {k: v for k, v in values.items() if isinstance(v, (int, float))}
+            if "val_loss" in values and answers_path(self.folder, step).is_file():
+                told["answers"] = self.image(str(answers_path(self.folder, step)))
+            self.wandb.log(told, step=step)
         if "loss" in values:
             self.bar.set_postfix_str(
                 f"loss {values['loss']:.3f}, {values['tokens_per_s']:,.0f} tok/s, "
@@ -91,7 +99,8 @@ class Logger:
             plot(self.folder)
 
 
-def _start_wandb(cfg: RunConfig):
+def _start_wandb(cfg: RunConfig) -> tuple:
+    """(a run of wandb, its kind of pictures)."""
     try:
         import wandb
     except ImportError:
@@ -99,7 +108,8 @@ def _start_wandb(cfg: RunConfig):
             "train.wandb = True: needs the package, so run `pip install wandb`."
         ) from None
     mode = os.environ.get("WANDB_MODE", "offline")
-    return wandb.init(project="picovlm", dir=cfg.train.out, config=to_dict(cfg), mode=mode)
+    run = wandb.init(project="picovlm", dir=cfg.train.out, config=to_dict(cfg), mode=mode)
+    return run, wandb.Image
 
 
 def read_log(folder: Path) -> list[dict]:
@@ -125,20 +135,29 @@ def plot(folder: Path) -> None:
     import matplotlib.pyplot as plt
 
     events = read_log(folder)
-    train = [(e["step"], e["loss"]) for e in events if "loss" in e]
-    val = [(e["step"], e["val_loss"], e["val_accuracy"]) for e in events if "val_loss" in e]
-    if not train:
+    if not any("loss" in e for e in events):
         return
-    figure, axis = plt.subplots(figsize=(7, 4), constrained_layout=True)
-    axis.plot(*zip(*train), lw=0.8, label="training loss")
-    axis.set(xlabel="step", ylabel="loss per target", yscale="log")
-    if val:
-        steps, losses, accuracies = zip(*val)
-        axis.plot(steps, losses, "o-", label="validation loss")
-        right = axis.twinx()
-        right.plot(steps, accuracies, "s--", color="tab:green", label="validation accuracy")
-        right.set(ylabel="accuracy", ylim=(0, 1))
-        right.legend(loc="lower left")
-    axis.legend(loc="upper right")
+    figure, axes = plt.subplots(3, figsize=(7, 8), constrained_layout=True, height_ratios=(2, 1, 1))
+
+    def draw(axis, names: Iterable[str], style: str = "-") -> None:
+        for name in names:
+            points = [(e["step"], e[name]) for e in events if name in e]
+            if points:
+                axis.plot(*zip(*points), style, lw=0.8, label=name)
+
+    draw(axes[0], ["loss"])
+    draw(axes[0], ["val_loss"], "o-")
+    axes[0].set(ylabel="loss per target", yscale="log")
+    right = axes[0].twinx()
+    floats = dict.fromkeys(n for e in events for n in e if isinstance(e[n], float))
+    draw(right, (n for n in floats if n.startswith("val_") and n != "val_loss"), "s--")
+    right.set(ylabel="accuracy", ylim=(0, 1))
+    draw(axes[1], (n for n in floats if n.startswith("grad_norm")))
+    axes[1].set(ylabel="norm of the gradient", yscale="log")
+    draw(axes[2], ("lr_factor", "mfu", "data_wait"))
+    axes[2].set(xlabel="step", ylabel="share", ylim=(0, 1))
+    for axis, place in zip((*axes, right), ("upper right",) * 3 + ("lower left",)):
+        if axis.lines:
+            axis.legend(loc=place, fontsize="x-small")
     figure.savefig(folder / "loss.png", dpi=120)
     plt.close(figure)

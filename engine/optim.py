@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +79,7 @@ class Optimizers:
     def __init__(self, members: list[torch.optim.Optimizer], ema: float = 0.0):
         self.members, self.ema, self.n_steps = members, ema, 0
         for group in self.param_groups:
-            group["peak_lr"] = group["lr"]
+            group["peak_lr"] = float(group["lr"])
         self.params = [p for group in self.param_groups for p in group["params"]] if ema else []
         self.others = [p.detach().clone() for p in self.params]
 
@@ -88,7 +89,9 @@ class Optimizers:
 
     def set_lr(self, factor: float) -> None:
         for group in self.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+            lr = group["peak_lr"] * factor
+            # A tensor of torchao's stays one: it is what the compiled step reads.
+            group["lr"] = torch.full_like(group["lr"], lr) if torch.is_tensor(group["lr"]) else lr
 
     def step(self) -> None:
         for member in self.members:
@@ -131,6 +134,56 @@ class Optimizers:
             member.load_state_dict(state)
 
 
+def adamw_in_8_bits(groups: list[dict], betas: tuple[float, float]) -> torch.optim.Optimizer:
+    """torchao's AdamW: both moments in 8 bits with a scale for every 256 values (Dettmers 2021).
+
+    Tensors of fewer than 4,096 values, or of no multiple of 256, stay in 32. On a GPU its step is
+    compiled, as torchao means it; a CPU takes it operation by operation, without a C++ compiler.
+    Raises `InputError` without the package.
+    """
+    try:
+        from torchao.optim import AdamW8bit
+        from torchao.optim.subclass_8bit import OptimState8bit
+    except ImportError:
+        raise InputError(
+            "train.optimizer = 'adamw8bit': needs torchao; run `pip install torchao`."
+        ) from None
+
+    class InEightBits(AdamW8bit):
+        def step(self, closure=None):
+            on_cpu = self.param_groups[0]["params"][0].device.type == "cpu"
+            with torch.compiler.set_stance("force_eager" if on_cpu else "default"):
+                return super().step(closure)
+
+        def state_dict(self) -> dict:
+            """In plain tensors, which a checkpoint can be opened with where torchao is not."""
+            state = super().state_dict()
+            return state | {"state": each_value(state, plain)}
+
+        def load_state_dict(self, state: dict) -> None:
+            super().load_state_dict(state | {"state": each_value(state, in_8_bits)})
+
+    def each_value(state: dict, change: Callable) -> dict:
+        return {i: {k: change(x) for k, x in its.items()} for i, its in state["state"].items()}
+
+    def plain(x: Tensor) -> object:
+        if not isinstance(x, OptimState8bit):
+            return x
+        names, context = x.__tensor_flatten__()
+        return {"tensors": {name: getattr(x, name) for name in names}, "context": context}
+
+    def in_8_bits(x: object) -> Tensor:
+        if torch.is_tensor(x):
+            return x
+        return OptimState8bit.__tensor_unflatten__(x["tensors"], x["context"])
+
+    return InEightBits(groups, betas=betas)
+
+
+FUSED = partial(torch.optim.AdamW, fused=True)
+ADAMW = {"adamw": FUSED, "muon": FUSED, "adamw8bit": adamw_in_8_bits}
+
+
 def build_optimizer(
     parts: dict[str, nn.Module], cfg: LoopConfig, dtype: torch.dtype = torch.float32
 ) -> Optimizers:
@@ -165,7 +218,7 @@ def build_optimizer(
         raise InputError(f"train.freeze = {cfg.freeze}: leaves nothing to train.")
     members: list[torch.optim.Optimizer] = []
     if adamw:
-        members.append(torch.optim.AdamW(adamw, betas=(cfg.beta1, cfg.beta2), fused=True))
+        members.append(ADAMW[cfg.optimizer](adamw, betas=(cfg.beta1, cfg.beta2)))
     if muon:
         groups = [{"params": ps, "lr": cfg.lr_muon * share} for share, ps in muon.items()]
         members.append(Muon(groups, cfg.lr_muon, cfg.muon_momentum, cfg.weight_decay, dtype))

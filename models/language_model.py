@@ -9,7 +9,6 @@ Letters: B batch, T tokens, D width, H heads, K key-value heads, C head width, V
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from models.attention import (
 )
 from models.vision_transformer import init_weights
 
-LOGITS_AT_ONCE = 1 << 26  # of the loss: 256 MiB in fp32, and as much again for their gradient
+AT_ONCE = 1 << 25  # logits that the loss sees together: 128 MiB of them, and their gradients
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -171,7 +170,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, cfg: LMConfig):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.activation_checkpointing = cfg, False
         self.token_embedding = nn.Embedding(cfg.lm_vocab_size, cfg.lm_hidden_dim)
         self.blocks = nn.ModuleList(LanguageModelBlock(cfg) for _ in range(cfg.lm_n_blocks))
         self.norm = RMSNorm(cfg.lm_hidden_dim, cfg.lm_rms_eps)
@@ -208,8 +207,8 @@ class LanguageModel(nn.Module):
         ctx = Context(self.cfg, x, positions, segments, cache)
         blocks = [partial(block, ctx=ctx, block=i) for i, block in enumerate(self.blocks)]
         flat = x.flatten(0, 1)  # [B * T, D], as a product of two dimensions needs fewer views
-        out = run_blocks(blocks, flat, self.cfg.lm_inter_dim, self.training)
-        return self.norm(out).view_as(x)  # [B, T, D]
+        wide, again = self.cfg.lm_inter_dim, self.activation_checkpointing
+        return self.norm(run_blocks(blocks, flat, wide, self.training, again)).view_as(x)
 
     @classmethod
     def from_pretrained(cls, cfg: LMConfig) -> LanguageModel:
@@ -236,20 +235,18 @@ class LanguageModel(nn.Module):
         """Cross-entropy where `targets` [B, T] are not -100; only those positions meet the head.
 
         `reduction` is "mean" or "sum" as in F.cross_entropy, but without any target the loss is 0,
-        not NaN. Logits beyond LOGITS_AT_ONCE are computed in parts, and again in the backward pass.
+        not NaN. Of more than AT_ONCE logits a chunk is held at a time, and computed again in the
+        backward pass.
         """
         kept = (targets.flatten() != -100).nonzero()[:, 0]
-        hidden, targets = hidden.flatten(0, 1)[kept], targets.flatten()[kept]  # [kept, D], [kept]
-        n = max(1, math.ceil(len(kept) * self.cfg.lm_vocab_size / LOGITS_AT_ONCE))
-        parts = zip(hidden.tensor_split(n), targets.tensor_split(n), strict=True)
-        again = n > 1 and torch.is_grad_enabled()
-        each = [
-            checkpoint(self._loss_sum, *part, use_reentrant=False)
-            if again
-            else self._loss_sum(*part)
-            for part in parts
-        ]
-        total = torch.stack(each).sum()
+        hidden, targets = hidden.flatten(0, 1).index_select(0, kept), targets.flatten()[kept]
+        most = max(1, AT_ONCE // self.cfg.lm_vocab_size)
+        chunks = list(zip(hidden.split(most), targets.split(most)))  # [most, D], [most]
+        if len(chunks) > 1 and torch.is_grad_enabled():
+            sums = [checkpoint(self._loss_sum, *chunk, use_reentrant=False) for chunk in chunks]
+        else:
+            sums = [self._loss_sum(*chunk) for chunk in chunks]
+        total = sum(sums[1:], sums[0])
         return total / max(1, len(kept)) if reduction == "mean" else total
 
     def _loss_sum(self, hidden: Tensor, targets: Tensor) -> Tensor:

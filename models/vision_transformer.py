@@ -203,7 +203,7 @@ class ViT(nn.Module):
 
     def __init__(self, cfg: ViTConfig):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.activation_checkpointing = cfg, False
         eps, n = cfg.vit_ln_eps, cfg.vit_n_blocks
         rates = torch.linspace(0, cfg.vit_drop_path, n, device="cpu").tolist()
         self.patch_embedding = ViTPatchEmbeddings(cfg)
@@ -218,8 +218,8 @@ class ViT(nn.Module):
     def forward_features(self, images: Tensor) -> Tensor:
         """[N, channels, size, size] -> [N, T, D] after the last norm, CLS and registers first."""
         x = self.dropout(self.pre_norm(self.patch_embedding(images)))
-        x = run_blocks(self.blocks, x, self.cfg.vit_inter_dim, self.training)
-        return self.layer_norm(x)
+        wide, again = self.cfg.vit_inter_dim, self.activation_checkpointing
+        return self.layer_norm(run_blocks(self.blocks, x, wide, self.training, again))
 
     def patches(self, images: Tensor) -> Tensor:
         """The patch tokens alone, [N, P, D]: what a language model sees."""

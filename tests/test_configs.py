@@ -87,7 +87,9 @@ BROKEN = [
     ((TRAIN,), dict(steps=0), "steps", "0", "greater than 0"),
     ((TRAIN,), dict(lr_muon=-1e-3), "lr_muon", "-0.001", "not be negative"),
     ((TRAIN,), dict(beta2=1.0), "beta2", "1.0", "below 1"),
-    ((TRAIN,), dict(optimizer="sgd"), "optimizer", "'sgd'", "adamw, muon"),
+    ((TRAIN,), dict(optimizer="sgd"), "optimizer", "'sgd'", "adamw, muon, adamw8bit"),
+    ((TrainConfig,), dict(activation_checkpointing=("projector",)), "activation_checkpointing",
+     "('projector',)", "may name vision, language"),
     ((TRAIN,), dict(freeze=("eyes",)), "freeze", "('eyes',)", "vision, projector, language"),
     (
         (TRAIN,),

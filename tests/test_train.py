@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train
-from configs import command, read_json
+from configs import PRESETS, command, parse_run, read_json
 from data import processor as processors
 from engine.chat import Chat
+from models import attention
+from models.language_model import LanguageModelBlock
 from models.vision_language_model import VisionLanguageModel
 
 
@@ -163,3 +166,26 @@ def test_backbones_that_cannot_be_had(run_file, refused, tmp_path):
     assert "no such checkpoint directory." in refused(train.main, *argv, tmp_path / "no")
     line = refused(train.main, run_file(), "--model.lm-model-type", tmp_path)
     assert "lm_tokenizer = 'world'" in line and "name its own tokenizer" in line
+
+
+def test_a_run_keeps_less_where_it_is_told_to(run_file, monkeypatch):
+    """A part named runs its blocks twice, and may be another one after a resume."""
+    runs = {"vision_encoder": 0, "decoder": 0}
+    really = attention.checkpoint
+
+    def counted(block, x, **how):
+        inside = getattr(block, "func", block)  # a decoder's block comes with its context
+        runs["decoder" if isinstance(inside, LanguageModelBlock) else "vision_encoder"] += 1
+        return really(block, x, **how)
+
+    monkeypatch.setattr(attention, "checkpoint", counted)
+    config = str(run_file(steps=2, save_every=1))
+    train.main([config, "--train.activation-checkpointing", "language"])
+    assert runs == {"vision_encoder": 0, "decoder": 2 * 2}
+    shutil.rmtree(Path(read_json(config)["train"]["out"], "step-000002"))
+    argv = ["--train.resume", "auto", "--train.activation-checkpointing", "vision"]
+    train.main([config, *argv])
+    assert runs == {"vision_encoder": 1, "decoder": 2 * 2}
+    made = parse_run(["460m-2", "--train.activation-checkpointing"])
+    assert PRESETS["460m-2"].train.activation_checkpointing == ("vision", "language")
+    assert made.train.activation_checkpointing == ()

@@ -23,6 +23,7 @@ from data.images import open_image
 from data.loader import CHUNK, Loader
 from data.sample import Batch
 from data.sources import open_source
+from data.stream_loader import open_loader
 
 ROOT = Path(__file__).parent.parent.parent
 PACKED = DataConfig(batch_size=2, max_length=256, packing=True, workers=0, world_questions=2)
@@ -256,6 +257,24 @@ def test_a_resume_remembers_what_was_skipped(tiny_processor, file, tmp_path):
         again = loader(cfg, tiny_processor, skipped_file=tmp_path / f"again-{stop}.jsonl")
         again.restore(whole[stop].state)
         assert all(map(same, take(again, 6), whole[stop + 1 : stop + 7]))
+
+
+def test_rows_met_again_after_a_crash_are_listed_once(tiny_processor, file, tmp_path):
+    """The first life read on after its checkpoint, and the second reads the same rows again."""
+    broken, path = with_bad_pictures(file, dict.fromkeys((3, 4, 9, 10)), tmp_path), tmp_path / "s"
+    for stream in (False, True):
+        cfg = replace(on(broken, PLAIN), stream=stream, stream_block=5)
+        first, again = (
+            open_loader(open_source(cfg, "train"), tiny_processor, cfg, skipped_file=path)
+            for _ in range(2)
+        )
+        batches = take(first, 40)
+        listed = path.read_text().splitlines()
+        assert len(listed) == 4 > len(batches[2].state["skipped"])
+        again.restore(batches[2].state)
+        take(again, 40)
+        assert len(again.skipped) == 4 and path.read_text().splitlines() == listed
+        path.unlink()
 
 
 def test_one_rank_writes_the_list(tiny_processor, file, tmp_path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from configs import InputError
 from engine import distributed
 from engine.distributed import bf16_is_faster, fast_dtype, settings
 
@@ -15,7 +17,9 @@ def test_without_bf16_arithmetic_no_product_is_tried(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     monkeypatch.setattr(torch, "ones", lambda *_: 1 / 0)
     assert not bf16_is_faster(CPU)
-    assert fast_dtype(CPU, "auto") == torch.float32
+    assert fast_dtype(CPU, "auto") == fast_dtype(CPU, "fp32") == torch.float32
+    with pytest.raises(InputError, match=r"train\.precision = 'bf16': .*use fp32, or auto"):
+        fast_dtype(CPU, "bf16")
 
 
 def test_what_is_faster_is_timed(monkeypatch):

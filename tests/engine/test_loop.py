@@ -201,7 +201,9 @@ def test_sigterm_saves_and_the_printed_command_continues(run_file, stop_after):
     )
     deadline = time.monotonic() + 60
     while not ((run / "log.jsonl").is_file() and (run / "log.jsonl").stat().st_size):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()  # else its words come after the last of 3,000 steps
+            raise AssertionError(process.communicate())
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)

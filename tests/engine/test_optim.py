@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
+import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from configs import InputError, TrainConfig
+import train
+from configs import InputError, TrainConfig, read_json
 from engine.optim import Muon, build_optimizer, lr_factor, orthogonalise
 from models.vision_language_model import VisionLanguageModel
 
@@ -268,3 +274,84 @@ def test_without_averages_nothing_is_kept(small_model):
     with optimizer.averaged():
         assert torch.equal(part.weight, before)
     assert len(optimizer.state_dict()) == 1
+
+
+# --- Eight bits ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def eight_bits():
+    pytest.importorskip("torchao", reason="torchao is not installed: adamw8bit is not tested")
+    return TrainConfig(optimizer="adamw8bit", **RATES)
+
+
+def n_bytes(state: object) -> int:
+    if torch.is_tensor(state):
+        return state.untyped_storage().nbytes()
+    values = state.values() if isinstance(state, dict) else state
+    return sum(map(n_bytes, values)) if isinstance(state, (dict, list)) else 0
+
+
+def test_eight_bits_learn_like_adamw_in_a_quarter_of_the_bytes(small_config, eight_bits):
+    models, states = [], []
+    for cfg in (TrainConfig(optimizer="adamw", **RATES), eight_bits):
+        torch.manual_seed(0)
+        model = VisionLanguageModel(small_config(lm_hidden_dim=128, lm_inter_dim=256))
+        optimizer = build_optimizer(model.parts, cfg)
+        for seed in range(3):
+            fill(model, seed)
+            optimizer.set_lr(0.5)
+            optimizer.step()
+        models.append(dict(model.decoder.blocks.named_parameters()))
+        states.append(optimizer.state_dict()[0]["state"])
+    assert n_bytes(states[1]) < 0.4 * n_bytes(states[0])  # its small tensors keep 32 bits
+    name = "0.mlp.up_proj.weight"
+    ours, theirs = models[1][name], models[0][name]
+    torch.manual_seed(0)
+    start = dict(VisionLanguageModel(small_config(lm_hidden_dim=128, lm_inter_dim=256)).decoder
+                 .blocks.named_parameters())[name]  # fmt: skip
+    moved = theirs - start
+    assert 0 < (ours - theirs).norm() < 0.2 * moved.norm()
+
+
+def test_eight_bits_go_round_in_plain_tensors(small_config, eight_bits):
+    """A state that was saved goes on bit for bit, and opens where torchao is not."""
+    torch.manual_seed(0)
+    model = VisionLanguageModel(small_config(lm_hidden_dim=128))
+    twin = copy.deepcopy(model)
+    a, b = (build_optimizer(m.parts, eight_bits) for m in (model, twin))
+    fill(model, 0)
+    a.step()
+    file = io.BytesIO()
+    torch.save(a.state_dict(), file)
+    assert b"torchao" not in file.getvalue()
+    twin.load_state_dict(model.state_dict())
+    b.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    for seed in (1, 2):
+        for optimizer, m in ((a, model), (b, twin)):
+            fill(m, seed)
+            optimizer.set_lr(0.25)
+            optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters()))
+    assert [g["lr"] for g in b.param_groups] == [0.25 * g["peak_lr"] for g in a.param_groups]
+
+
+def test_a_run_in_eight_bits_resumes_exactly(run_file, eight_bits):
+    path = run_file("run", dict(lm_hidden_dim=128), steps=4, save_every=2, optimizer="adamw8bit")
+    train.main([str(path)])
+    last = Path(read_json(path)["train"]["out"], "step-000004")
+    whole = load_file(last / "model.safetensors")
+    shutil.rmtree(last)
+    train.main([str(path), "--train.resume", "auto"])
+    again = load_file(last / "model.safetensors")
+    assert [name for name in whole if not torch.equal(whole[name], again[name])] == []
+    other = [str(path), "--train.resume", "auto", "--train.optimizer", "adamw"]
+    with pytest.raises(InputError, match=r"train\.optimizer: 'adamw8bit' then, 'adamw' now"):
+        train.main(other)
+
+
+def test_eight_bits_need_torchao(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    cfg = TrainConfig(optimizer="adamw8bit")
+    with pytest.raises(InputError, match=r"adamw8bit.*needs torchao; run `pip install torchao`"):
+        build_optimizer({"vision": torch.nn.Linear(2, 2)}, cfg)

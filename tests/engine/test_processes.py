@@ -47,21 +47,40 @@ def mixed_rows(tmp_path, rows_file) -> str:
     return str(tmp_path / "mixed.jsonl")
 
 
+def few_logits(rank: int) -> None:
+    """The loss in chunks, as of a large vocabulary."""
+    import models.language_model
+
+    models.language_model.AT_ONCE = 640 * 4
+
+
 def same_curve(one: Path, two: Path, n: int) -> None:
     assert [e[0] for e in events(one)] == [e[0] for e in events(two)] == list(range(1, n + 1))
     for x, y in zip(events(one), events(two), strict=True):
         torch.testing.assert_close(torch.tensor(x), torch.tensor(y), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
-def test_two_processes_are_one_with_twice_the_batches(launch, run_file, mixed_rows, parallel):
-    """20 steps of 2 micro-batches with pictures or without, of unequal numbers of targets."""
+BOTH = ("vision", "language")
+
+
+@pytest.mark.parametrize(("parallel", "checkpointing"), [
+    ("ddp", ()), pytest.param("fsdp", (), marks=pytest.mark.slow),
+    pytest.param("ddp", BOTH, marks=pytest.mark.slow),
+    pytest.param("fsdp", BOTH, marks=pytest.mark.slow)])  # fmt: skip
+def test_two_processes_are_one_with_twice_the_batches(
+    launch, run_file, mixed_rows, parallel, checkpointing
+):
+    """20 steps of 2 micro-batches with pictures or without, of unequal numbers of targets.
+
+    The two may compute their blocks again for the gradient, the one keeps them.
+    """
     data, train = {"source": mixed_rows}, dict(steps=20, optimizer="adamw", lr_vision=3e-4,
                                                lr_projector=3e-4, lr_language=3e-4)  # fmt: skip
     one = run_file("one", MODEL, data, **train, accumulate=4)
     main([str(one)])
-    two = run_file("two", MODEL, data, **train, accumulate=2, parallel=parallel)
-    together(launch, [str(two)], two.parent / "said.txt")
+    train |= dict(accumulate=2, parallel=parallel, activation_checkpointing=checkpointing)
+    two = run_file("two", MODEL, data, **train)
+    together(launch, [str(two)], two.parent / "said.txt", few_logits)
     same_curve(folder(one), folder(two), 20)
     x, y = (load_file(folder(c) / "step-000020" / "model.safetensors") for c in (one, two))
     for name in x:

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from configs import LMConfig
+from configs import LMConfig, TrainConfig
+from engine import adapters
+from engine.optim import build_optimizer
 from models import attention
 from models.attention import (
     KVCache,
@@ -21,6 +23,7 @@ from models.attention import (
     rope_frequencies,
     rope_tables,
 )
+from models.vision_language_model import VisionLanguageModel
 
 # Rows of (segment id, length); ids need not rise, and neighbours in two rows may share one.
 LAYOUTS = {
@@ -281,6 +284,49 @@ def test_recomputed_blocks_give_the_same_gradients(fields, small_model, make_sam
     with torch.no_grad():
         model(ids[None], images)
     assert len(runs) == 5, "nothing to recompute without a backward pass"
+
+
+PARTS = ("vision", "language")
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
+@pytest.mark.parametrize("parts", [("vision",), ("language",), PARTS], ids=str)
+def test_a_part_that_is_asked_to_keeps_less_and_learns_the_same(small_config, parts, lora):
+    """Packed, with every kind of dropout: losses and gradients bit for bit."""
+    rates = dict(vit_dropout=0.1, vit_drop_path=0.2, lm_dropout=0.1)
+    torch.manual_seed(0)
+    model = VisionLanguageModel(small_config(vit_n_blocks=4, **rates)).train()
+    if lora:
+        pytest.importorskip("peft", reason="peft is not installed: adapters are not tested")
+        adapters.attach(model, TrainConfig(lora=PARTS, freeze=("projector",)))
+        build_optimizer(model.parts, TrainConfig(lora=PARTS, freeze=("projector",)))
+    tile = model.cfg.tokens_per_tile
+    ids = torch.randint(4, 101, (2, 60))
+    ids[:, 2 : 2 + tile] = ids[:, 40 : 40 + tile] = model.cfg.vlm_image_token_id
+    segments = torch.tensor([[1] * 30 + [2] * 30, [1] * 35 + [2] * 20 + [0] * 5])
+    batch = dict(input_ids=ids, images=torch.randn(4, 3, 16, 16), targets=ids, segments=segments)
+    batch["positions"] = torch.cat([torch.arange(30).repeat(2), torch.arange(60)]).view(2, 60)
+    weights, found = {p.untyped_storage().data_ptr() for p in model.parameters()}, []
+    for again in (False, True):
+        for name in parts:
+            model.parts[name].activation_checkpointing = again
+        held = {}
+
+        def keep(x, held=held):
+            held[x.untyped_storage().data_ptr()] = x
+            return x
+
+        model.zero_grad()
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            _, loss = model(**batch)
+        kept = sum(x.untyped_storage().nbytes() for at, x in held.items() if at not in weights)
+        loss.backward()
+        grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        found.append((kept, loss.detach(), torch.get_rng_state(), *grads))
+    (whole, *first), (less, *second) = found
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)) and len(first) > 20
+    assert less < {("vision",): 0.85, ("language",): 0.75, PARTS: 0.4}[parts] * whole
 
 
 def test_memory_of_this_machine():

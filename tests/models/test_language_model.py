@@ -158,10 +158,8 @@ def test_rms_norms_gradient_is_autograds(dtype):
         assert torch.equal(norm(x.detach()), norm(x).detach())
 
 
-@pytest.mark.parametrize("at_once", [1 << 26, 700])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_loss_is_cross_entropy(reduction, at_once, randomise, monkeypatch):
-    monkeypatch.setattr("models.language_model.LOGITS_AT_ONCE", at_once)
+def test_loss_is_cross_entropy(reduction, randomise):
     ours, _ = build_pair("llama", randomise)
     hidden = torch.randn(2, 30, 48, requires_grad=True)
     targets = token_ids()
@@ -174,17 +172,6 @@ def test_loss_is_cross_entropy(reduction, at_once, randomise, monkeypatch):
     torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)
     for mine, other in zip(grad, wanted_grad, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(("at_once", "keeps"), [(1 << 26, True), (700, False)])
-def test_logits_of_many_targets_are_not_kept(at_once, keeps, monkeypatch):
-    """60 targets and 101 words; in parts of at most 700 no tensor holds them all."""
-    monkeypatch.setattr("models.language_model.LOGITS_AT_ONCE", at_once)
-    ours, kept = LanguageModel(LMConfig(**SIZES)), []
-    hidden = torch.randn(2, 30, 48, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        ours.loss(hidden, token_ids()).backward()
-    assert (60 * SIZES["lm_vocab_size"] in {x.numel() for x in kept}) == keeps
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -210,6 +197,31 @@ def test_only_supervised_positions_meet_the_head(monkeypatch):
     )
     ours.loss(torch.randn(2, 30, 48), targets)
     assert met == [(3, 48)]
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_loss_in_chunks_is_the_loss(reduction, tied, randomise, monkeypatch):
+    """Value and gradients; at most so many logits at a time, forward and backward."""
+    torch.manual_seed(0)
+    ours = randomise(LanguageModel(LMConfig(**SIZES, lm_tie_weights=tied)))
+    targets = torch.randint(0, 101, (2, 30))
+    targets[:, ::3] = -100
+    start, seen, found = torch.randn(2, 30, 48), [], []
+    ours.head.register_forward_hook(lambda _, __, logits: seen.append(logits.numel()))
+    for most in (language_model.AT_ONCE, 101 * 7):
+        monkeypatch.setattr(language_model, "AT_ONCE", most)
+        hidden = start.clone().requires_grad_()
+        loss = ours.loss(hidden, targets, reduction)
+        loss.backward()
+        found.append((loss.detach(), hidden.grad, ours.head.weight.grad.clone()))
+        ours.zero_grad()
+    for whole, chunks in zip(*found, strict=True):
+        torch.testing.assert_close(chunks, whole)
+    assert seen[0] == 101 * 40 and sorted(seen[1:]) == 2 * [101 * 5] + 10 * [101 * 7]
+    with torch.no_grad():
+        torch.testing.assert_close(ours.loss(start, targets, reduction), found[0][0])
+    assert len(seen) == 19, "nothing to compute again without a backward pass"
 
 
 def test_too_long_is_refused():
