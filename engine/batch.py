@@ -34,7 +34,7 @@ def answer_file(
     """Append an answer to `out` as soon as it is there; when all are, put them in order.
 
     Raises `InputError` before the first answer where a row lacks something, and after the last
-    where pictures could not be read: those rows are asked again by the next run.
+    where a row's pictures or choices were no good: those are asked again by the next run.
     """
     rows = open_rows(str(questions))
     asked = [_asked(rows, k) for k in range(len(rows))]
@@ -48,8 +48,7 @@ def answer_file(
                 prompt, images, _ = asked[k]
                 tokens = chat.prompt(prompt, images)
             except InputError as error:
-                failed[k] = f"{rows.where(k)}: {error}"
-                bar.update()
+                fail(k, error)
                 continue
             order.append(k)
             yield tokens
@@ -57,6 +56,10 @@ def answer_file(
     limited = [k for k in left if asked[k][2] or choices]
     free = [k for k in left if not (asked[k][2] or choices)]
     with tqdm(total=len(rows), initial=len(done), unit="row") as bar, _open(out) as file:
+
+        def fail(k: int, error: InputError) -> None:
+            failed[k] = f"{rows.where(k)}: {error}"
+            bar.update()
 
         def write(k: int, values: dict) -> None:
             row = done[k] = {**_plain(rows[k]), **values, "row": k}
@@ -70,7 +73,11 @@ def answer_file(
         order = []
         for i, tokens in enumerate(prompts(limited, order)):
             offered = asked[order[i]][2] or list(choices)
-            shares = chat.choose(tokens, offered)
+            try:
+                shares = chat.choose(tokens, offered)
+            except InputError as error:
+                fail(order[i], error)
+                continue
             best = max(range(len(offered)), key=shares.__getitem__)
             write(order[i], {"answer": offered[best], "shares": [round(s, 6) for s in shares]})
     _in_order(out, done)
@@ -85,14 +92,15 @@ def _asked(rows, k: int) -> tuple[str, list[str], list[str]]:
     """(prompt, picture paths, choices) of a row."""
     row = rows[k]
     prompt = row.get("question", row.get("prompt"))
-    images = row.get("images", row.get("image", []))
+    images = row.get("images", row.get("image")) or []
     images = [images] if isinstance(images, str) else images
-    choices = row.get("choices", [])
+    choices = row.get("choices") or []
     if not isinstance(prompt, str) or not prompt.strip():
         raise InputError(f"{rows.where(k)}: needs a text in 'question' or 'prompt'.")
     for name, value in (("image", images), ("choices", choices)):
         if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
-            raise InputError(f"{rows.where(k)}: {name!r} must be a text or a list of texts.")
+            kind = "a path or a list of paths" if name == "image" else "a list of texts"
+            raise InputError(f"{rows.where(k)}: {name!r} must be {kind}.")
     return prompt, [str(rows.folder / image) for image in images], choices
 
 
@@ -119,16 +127,19 @@ def read_done(out: Path, asked: Sequence[tuple]) -> dict[int, dict]:
         return {}
     done, whole = {}, 0
     for line in out.read_bytes().splitlines(keepends=True):
+        torn = not line.endswith(b"\n")
         try:
             row = json.loads(line)
             same = asked[row["row"]][0] == row.get("question", row.get("prompt"))
-        except (ValueError, KeyError, IndexError, TypeError):
-            if not line.endswith(b"\n"):
-                os.truncate(out, whole)
-                break
+        except (KeyError, IndexError, TypeError):
             same = False
+        except ValueError:
+            same = torn and line.startswith(b"{")
         if not same:
             raise InputError(f"{out}: holds other answers; name another file, or delete it.")
+        if torn:
+            os.truncate(out, whole)
+            break
         done[row["row"]], whole = row, whole + len(line)
     return done
 
