@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -34,32 +34,17 @@ def answer_file(
     """Append an answer to `out` as soon as it is there; when all are, put them in order.
 
     Raises `InputError` before the first answer where a row lacks something, and after the last
-    where a row's pictures or choices were no good: those are asked again by the next run.
+    where pictures or choices were no good: the next run asks those again.
     """
     rows = open_rows(str(questions))
     asked = [_asked(rows, k) for k in range(len(rows))]
     done = read_done(out, asked)
     left = [k for k in range(len(rows)) if k not in done]
-    failed: dict[int, str] = {}
-
-    def prompts(which: Iterable[int], order: list[int]) -> Iterator[Tokens]:
-        for k in which:
-            try:
-                prompt, images, _ = asked[k]
-                tokens = chat.prompt(prompt, images)
-            except InputError as error:
-                fail(k, error)
-                continue
-            order.append(k)
-            yield tokens
-
     limited = [k for k in left if asked[k][2] or choices]
     free = [k for k in left if not (asked[k][2] or choices)]
+    failed: dict[int, InputError] = {}
+    order: list[int] = []  # of the prompts that could be made
     with tqdm(total=len(rows), initial=len(done), unit="row") as bar, _open(out) as file:
-
-        def fail(k: int, error: InputError) -> None:
-            failed[k] = f"{rows.where(k)}: {error}"
-            bar.update()
 
         def write(k: int, values: dict) -> None:
             row = done[k] = {**_plain(rows[k]), **values, "row": k}
@@ -67,25 +52,33 @@ def answer_file(
             file.flush()
             bar.update()
 
-        order: list[int] = []
-        for i, reply in chat.replies(prompts(free, order), sampling, stop, n_rows):
+        def prompts() -> Iterator[Tokens]:
+            for k in free:
+                try:
+                    tokens = chat.prompt(*asked[k][:2])
+                except InputError as error:
+                    failed[k] = error
+                    bar.update()
+                    continue
+                order.append(k)
+                yield tokens
+
+        for i, reply in chat.replies(prompts(), sampling, stop, n_rows):
             write(order[i], {"answer": reply.text} | (_details(chat, reply) if logprobs else {}))
-        order = []
-        for i, tokens in enumerate(prompts(limited, order)):
-            offered = asked[order[i]][2] or list(choices)
+        for k in limited:
+            offered = asked[k][2] or list(choices)
             try:
-                shares = chat.choose(tokens, offered)
+                shares = chat.choose(chat.prompt(*asked[k][:2]), offered)
             except InputError as error:
-                fail(order[i], error)
+                failed[k] = error
+                bar.update()
                 continue
             best = max(range(len(offered)), key=shares.__getitem__)
-            write(order[i], {"answer": offered[best], "shares": [round(s, 6) for s in shares]})
+            write(k, {"answer": offered[best], "shares": [round(s, 6) for s in shares]})
     _in_order(out, done)
-    if failed:
-        raise InputError(
-            f"{out}: {len(failed)} of {len(rows)} rows are not answered, the first: "
-            f"{next(iter(failed.values()))}"
-        )
+    for k, error in failed.items():
+        n = f"{len(failed)} of {len(rows)} rows"
+        raise InputError(f"{out}: {n} are not answered, the first: {rows.where(k)}: {error}")
 
 
 def _asked(rows, k: int) -> tuple[str, list[str], list[str]]:
