@@ -5,10 +5,13 @@ Not here: any field (configs.py, configs_classify.py).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import io
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -132,7 +135,14 @@ def parse(cls: type, argv: list[str], **options):
     """Flags -> a dataclass, by tyro. An unknown flag is an `InputError` that names the nearest."""
     import tyro
 
-    value, unknown = tyro.cli(cls, args=argv, return_unknown_args=True, **options)
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            value, unknown = tyro.cli(cls, args=argv, return_unknown_args=True, **options)
+    except SystemExit as stop:
+        if stop.code != 2:  # --help
+            raise
+        raise InputError(unboxed(box.getvalue())) from None
     if unknown:
         near = difflib.get_close_matches(unknown[0].replace("_", "-"), flags(cls), n=1)
         hint = f"did you mean {near[0]}?" if near else "--help lists all flags."
@@ -158,6 +168,12 @@ def parse_preset(cls: type, presets: dict, argv: list[str]):
         raise InputError(f"{base!r} is neither a preset nor a .json file; {hint}")
     description = f"Presets: {', '.join(presets)}. Shown here: {base}."
     return parse(cls, argv, default=default, description=description)
+
+
+def unboxed(box: str) -> str:
+    """What tyro says in a frame, between its title and its first rule, as a sentence."""
+    _title, said, *_ = *re.split("^.*[─-]{3}.*$", box, flags=re.M), ""
+    return f"{' '.join(re.sub('[│|]', ' ', said).split()).rstrip('.')}; --help lists all flags."
 
 
 def flags(cls: type, prefix: str = "--") -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -32,7 +33,6 @@ from models.generation import Sampling
 MOST_PICTURES, MOST_BYTES, MOST_PIXELS = 8, 20 * 2**20, 40_000_000
 MOST_CHARACTERS, MOST_BODY = 2000, 4 * 2**20  # of a question; of a request that is no upload
 MOST_WAITING = 100  # people in line
-LONGEST_ANSWER = 128  # tokens
 SHOWN = 5  # alternatives per token
 # Gradio would make a lone picture as wide as the page, cut it off below, and cover it by its label.
 CSS = "".join(
@@ -56,6 +56,8 @@ class Arguments:
     """Address to listen on; 0.0.0.0 lets everybody on the network in."""
     port: int = 7860
     """Port to listen on; 0: any that is free."""
+    max_new_tokens: int = 128
+    """Longest answer in tokens."""
     device: str = "cpu"
     """cpu, cuda, mps."""
 
@@ -105,7 +107,9 @@ def size_of(path: str) -> tuple[int, int]:
             return 0, 0
 
 
-def answer(chat: Chat, paths: Sequence[str] | None, prompt: str) -> Iterator[dict]:
+def answer(
+    chat: Chat, paths: Sequence[str] | None, prompt: str, sampling: Sampling
+) -> Iterator[dict]:
     """What the page shows, again for every token: answer, note, tiles, and in the end `seen`."""
     yield {"answer": "", "note": "", "tiles": [], "seen": Seen()}
     try:
@@ -122,7 +126,7 @@ def answer(chat: Chat, paths: Sequence[str] | None, prompt: str) -> Iterator[dic
     yield {"tiles": [enlarged(tile) for tile in tokens.tiles]}
     word = chat.processor.tokenizer.decode
     text, said, likely = "", [], []
-    for piece in chat.watch(tokens, Sampling(max_new_tokens=LONGEST_ANSWER)):
+    for piece in chat.watch(tokens, sampling):
         text += piece.text
         if piece.token is not None:
             said.append(piece.token)
@@ -193,7 +197,7 @@ def example_files(folder: Path, own: Path | None) -> list[str]:
 # --- The page -------------------------------------------------------------------------------------
 
 
-def page(chat: Chat, title: str, examples: Sequence[str]):
+def page(chat: Chat, title: str, examples: Sequence[str], sampling: Sampling):
     """The Gradio page."""
     import gradio as gr
 
@@ -230,7 +234,7 @@ def page(chat: Chat, title: str, examples: Sequence[str]):
         slots = {"answer": said, "note": note, "tiles": tiles, "seen": seen}
 
         def ask(paths: list[str] | None, question: str) -> Iterator[dict]:
-            for update in answer(chat, paths, question or ""):
+            for update in answer(chat, paths, question or "", sampling):
                 yield {slots[key]: value for key, value in update.items()}
 
         def counted(state: Seen) -> Any:
@@ -276,30 +280,48 @@ class BodyLimit:
 
 def main(argv: list[str]) -> None:
     args = parse(Arguments, argv)
+    if not 0 <= args.port < 2**16:
+        raise InputError(f"port = {args.port}: must be at most {2**16 - 1}, or 0 for any.")
+    try:
+        sampling = Sampling(max_new_tokens=args.max_new_tokens)
+    except ValueError as error:
+        raise InputError(f"{error}.") from None
     chat = Chat.load(args.checkpoint, args.device)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
     try:
         import gradio as gr
-        from starlette.middleware import Middleware
+        import uvicorn
+        from fastapi import FastAPI
     except ImportError:
         raise InputError("demo.py needs gradio: run `pip install gradio`.") from None
-    with tempfile.TemporaryDirectory() as folder:
+    try:
+        listening = socket.create_server((args.host, args.port))
+    except OSError as error:
+        raise InputError(f"{args.host}:{args.port}: cannot listen there ({error}).") from None
+    with listening, tempfile.TemporaryDirectory() as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
+        blocks = page(
+            chat, f"`{args.checkpoint}`", example_files(Path(folder), args.examples), sampling
+        )
         fonts = ["system-ui", "sans-serif"]  # Gradio's own would come from the network
-        try:
-            page(chat, f"`{args.checkpoint}`", example_files(Path(folder), args.examples)).launch(
-                server_name=args.host,
-                server_port=args.port or None,
-                max_file_size=MOST_BYTES,
-                share=False,
-                css=CSS,
-                theme=gr.themes.Default(font=fonts, font_mono=["monospace"]),
-                app_kwargs={"middleware": [Middleware(BodyLimit)]},
-                footer_links=[],
-                ssr_mode=False,
-            )
-        except OSError as error:
-            raise InputError(f"port = {args.port}: cannot listen there ({error}).") from None
+        # Not blocks.launch: it asks itself for the page, through a proxy if there is one, and ends
+        # where three seconds bring no answer, as on a busy machine.
+        app = gr.mount_gradio_app(
+            FastAPI(),
+            blocks,
+            "/",
+            max_file_size=MOST_BYTES,
+            show_error=False,
+            css=CSS,
+            theme=gr.themes.Default(font=fonts, font_mono=["monospace"]),
+            footer_links=[],
+            ssr_mode=False,
+        )
+        config = uvicorn.Config(BodyLimit(app), log_level="warning", timeout_graceful_shutdown=2)
+        host, port = listening.getsockname()[:2]
+        print(f"Open http://{host}:{port}; Ctrl-C ends it.", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run(sockets=[listening])
 
 
 if __name__ == "__main__":

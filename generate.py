@@ -11,6 +11,7 @@ echo "Describe the picture." | python generate.py runs/demo --image cat.png --pr
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -18,7 +19,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 
 from configs import InputError, command, parse
@@ -50,7 +50,7 @@ class Arguments:
     n: int = 1
     """How many answers; more than one needs a temperature above 0 to differ."""
     choices: tuple[str, ...] = ()
-    """Answer with the likeliest of these."""
+    """Answer with the likeliest of these: yes no, or yes,no."""
     stop: tuple[str, ...] = ()
     """Texts that end an answer; they are not part of it."""
     logprobs: bool = False
@@ -77,6 +77,8 @@ class Arguments:
 
 def main(argv: list[str]) -> None:
     args = parse(Arguments, argv)
+    if len(args.choices) == 1:
+        args = replace(args, choices=tuple(c.strip() for c in args.choices[0].split(",")))
     sampling = check(args)
     chat = Chat.load(args.checkpoint, args.device)
     if args.quantize == "int8":
@@ -117,13 +119,26 @@ def check(args: Arguments) -> Sampling:
             raise InputError(f"{name} = {getattr(args, name)}: must be at least 1.")
     if (args.jsonl is None) != (args.out is None):
         raise InputError("jsonl and out: give both, where to read questions and put answers.")
+    if args.out is not None and (args.out.is_dir() or not args.out.parent.is_dir()):
+        raise InputError(f"out = {args.out}: must be a file in a folder that exists.")
+    for name, reason in unused(args).items():
+        if getattr(args, name) != getattr(Arguments, name):
+            raise InputError(f"{name}: {reason}.")
     if "" in args.stop or "" in args.choices:
         raise InputError("stop and choices: an empty text is none.")
-    try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:  # the latter: torch built without CUDA
-        raise InputError(f"device = {args.device!r}: {str(error).splitlines()[0]}.") from None
+    if len(args.choices) == 1:
+        raise InputError(f"choices = {args.choices[0]!r}: one alone leaves nothing to choose.")
     return sampling
+
+
+def unused(args: Arguments) -> dict[str, str]:
+    """What cannot be given along with the rest, and why: nothing that was asked for is ignored."""
+    if args.jsonl is not None:
+        rows = "the rows of --jsonl hold their own; leave it out"
+        return {"image": rows, "prompt": rows, "n": "a row of --jsonl has one answer"}
+    if args.prompt is None:
+        return dict.fromkeys(("n", "choices", "logprobs"), "needs --prompt, or --jsonl")
+    return {"n": "the likeliest choice is one answer"} if args.choices else {}
 
 
 def show(pieces: Iterator[Piece]) -> Iterator[Piece]:
@@ -167,10 +182,14 @@ def typed() -> Iterator[str]:
     print("Ask; /help lists commands.", file=sys.stderr)
     while True:
         try:
-            yield input("> ")
+            line = input("> ")
         except EOFError:
             print(file=sys.stderr)
             return
+        except KeyboardInterrupt:  # forgets the line, as in a shell
+            print(file=sys.stderr)
+            continue
+        yield line
 
 
 def talk(
@@ -184,29 +203,40 @@ def talk(
     shown = list(images)
     if shown:
         conversation.chat.prompt("", shown)  # a picture that cannot be read is said at once
-    waiting = list(shown)
     for line in map(str.strip, lines):
-        word, _, rest = line.partition(" ")
+        word = line.split(" ")[0]
         try:
             if word == "/quit":
                 return
             if word == "/image":
-                conversation.chat.prompt("", rest.split())
-                waiting, shown = waiting + rest.split(), shown + rest.split()
+                conversation.chat.prompt("", files(line))
+                shown += files(line)
             elif word == "/reset":
                 conversation.reset()
-                waiting = list(shown)
             elif word == "/save":
-                save(conversation, Path(rest))
+                save(conversation, Path(files(line)[0]))
             elif word.startswith("/"):
-                print(HELP, file=sys.stderr)
+                print("" if word == "/help" else f"{word}: no such command.\n", HELP, sep="",
+                      file=sys.stderr)  # fmt: skip
             elif line:
-                for _ in show(conversation.ask(line, waiting, sampling, stop)):
-                    waiting = []
+                new = shown[len(conversation.pictures) :]
+                for _ in show(conversation.ask(line, new, sampling, stop)):
+                    pass
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
         except KeyboardInterrupt:
             print(file=sys.stderr)
+
+
+def files(line: str) -> list[str]:
+    """The files that a command names."""
+    try:
+        _, *found = shlex.split(line)
+    except ValueError:  # a quote without its second
+        found = []
+    if not found:
+        raise InputError("name a file, in quotes where it has spaces.")
+    return found
 
 
 def save(conversation: Conversation, path: Path) -> None:

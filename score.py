@@ -3,7 +3,7 @@
 python score.py runs/demo --data.source world --split test --json score.json
 python score.py runs/demo --task mmstar --by likelihood --predictions mmstar.jsonl
 python score.py runs/other --task mmstar --against mmstar.jsonl
-torchrun --nproc-per-node 2 score.py runs/demo
+torchrun --nproc-per-node 2 -- score.py runs/demo --n 600
 """
 
 from __future__ import annotations
@@ -61,8 +61,9 @@ class Arguments:
 
 def main(argv: list[str]) -> None:
     args = parse(Arguments, argv)
-    if args.n < 1:
-        raise InputError(f"n = {args.n}: must be at least 1.")
+    for field_name in ("n", "max_new_tokens"):
+        if getattr(args, field_name) < 1:
+            raise InputError(f"{field_name} = {getattr(args, field_name)}: must be at least 1.")
     for path in (args.json, args.predictions, args.sheet):
         if path is not None and not path.parent.is_dir():
             raise InputError(f"{path}: its folder does not exist.")
@@ -83,13 +84,17 @@ def main(argv: list[str]) -> None:
         raise InputError(f"{data.source}: no rows in split {args.split}, or none with choices.")
     what = (name, data.source, data.seed, args.split, args.n, args.by, args.max_new_tokens)
     run = fingerprint(resolve(args.checkpoint), what)
+    others = None if args.against is None else read_scores(args.against, questions)
     found = answers(args, chat, questions, dist, run)
     if dist.is_main:
         views = {
             view: graded(questions, [found[i][view] for i in range(len(questions))], task.metric)
             for view in VIEWS
         }
-        show(args, views, {"task": name, "by": args.by, **also(task, views["answer"])}, run)
+        extra = {"task": name, "by": args.by, **also(task, views["answer"])}
+        if others is not None:
+            extra["against"] = paired_difference([a.score for a in views["answer"]], others)
+        show(args, report(views) | extra, views, run)
     dist.close()
 
 
@@ -121,12 +126,8 @@ def also(task: Task, answered) -> dict:
     return task.also([a.answer for a in answered], [a.item.right for a in answered])
 
 
-def show(args: Arguments, views: dict, extra: dict, run: str) -> None:
+def show(args: Arguments, result: dict, views: dict, run: str) -> None:
     """Print and write what was found."""
-    result = report(views) | extra
-    if args.against is not None:
-        others = read_scores(args.against, views["answer"])
-        result["against"] = paired_difference([a.score for a in views["answer"]], others)
     print(table(result))
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -86,7 +86,8 @@ class Processor:
         return Tokens(ids, np.zeros_like(supervised), tiles, "prompt")
 
     def encode_answer(self, answer: str) -> np.ndarray:
-        """The ids, [T] int32, that say `answer` and end the turn."""
+        """The ids, [T] int32, that say `answer` and end the turn, or `InputError`."""
+        text.check_turns([Turn("assistant", answer)], 0, self.tokenizer, f"answer {answer[:40]!r}")
         _, (run, _), _ = text.pieces([Turn("assistant", answer)], ())
         return text.encode_pieces(self.tokenizer, [(run, True)])[0]
 

@@ -22,10 +22,10 @@ ROOT = Path(__file__).parent.parent
 
 
 @contextlib.contextmanager
-def serving(checkpoint: str, *flags: str, seconds: float = 180) -> Iterator[tuple[str, int]]:
+def serving(checkpoint: str, *flags: str, **env: str) -> Iterator[tuple[str, int]]:
     """A running demo.py: its address and process id."""
     argv = [sys.executable, "-u", str(ROOT / "demo.py"), checkpoint, "--port", "0", *flags]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | env
     server = subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                               text=True, cwd=ROOT)  # fmt: skip
     said = ""
@@ -50,7 +50,7 @@ def browser() -> Iterator:
 
     options = webdriver.ChromeOptions()
     for flag in ("--headless=new", "--no-sandbox", "--no-proxy-server", "--disable-gpu",
-                 "--disable-dev-shm-usage", "--window-size=1320,1080",
+                 "--disable-dev-shm-usage", "--window-size=1320,1065",
                  "--hide-scrollbars"):  # fmt: skip
         options.add_argument(flag)
     options.binary_location = shutil.which("chromium")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -34,28 +34,16 @@ def answer_file(
     """Append an answer to `out` as soon as it is there; when all are, put them in order.
 
     Raises `InputError` before the first answer where a row lacks something, and after the last
-    where pictures could not be read: those rows are asked again by the next run.
+    where pictures or choices were no good: the next run asks those again.
     """
     rows = open_rows(str(questions))
     asked = [_asked(rows, k) for k in range(len(rows))]
     done = read_done(out, asked)
     left = [k for k in range(len(rows)) if k not in done]
-    failed: dict[int, str] = {}
-
-    def prompts(which: Iterable[int], order: list[int]) -> Iterator[Tokens]:
-        for k in which:
-            try:
-                prompt, images, _ = asked[k]
-                tokens = chat.prompt(prompt, images)
-            except InputError as error:
-                failed[k] = f"{rows.where(k)}: {error}"
-                bar.update()
-                continue
-            order.append(k)
-            yield tokens
-
     limited = [k for k in left if asked[k][2] or choices]
     free = [k for k in left if not (asked[k][2] or choices)]
+    failed: dict[int, InputError] = {}
+    order: list[int] = []  # of the prompts that could be made
     with tqdm(total=len(rows), initial=len(done), unit="row") as bar, _open(out) as file:
 
         def write(k: int, values: dict) -> None:
@@ -64,35 +52,48 @@ def answer_file(
             file.flush()
             bar.update()
 
-        order: list[int] = []
-        for i, reply in chat.replies(prompts(free, order), sampling, stop, n_rows):
+        def prompts() -> Iterator[Tokens]:
+            for k in free:
+                try:
+                    tokens = chat.prompt(*asked[k][:2])
+                except InputError as error:
+                    failed[k] = error
+                    bar.update()
+                    continue
+                order.append(k)
+                yield tokens
+
+        for i, reply in chat.replies(prompts(), sampling, stop, n_rows):
             write(order[i], {"answer": reply.text} | (_details(chat, reply) if logprobs else {}))
-        order = []
-        for i, tokens in enumerate(prompts(limited, order)):
-            offered = asked[order[i]][2] or list(choices)
-            shares = chat.choose(tokens, offered)
+        for k in limited:
+            offered = asked[k][2] or list(choices)
+            try:
+                shares = chat.choose(chat.prompt(*asked[k][:2]), offered)
+            except InputError as error:
+                failed[k] = error
+                bar.update()
+                continue
             best = max(range(len(offered)), key=shares.__getitem__)
-            write(order[i], {"answer": offered[best], "shares": [round(s, 6) for s in shares]})
+            write(k, {"answer": offered[best], "shares": [round(s, 6) for s in shares]})
     _in_order(out, done)
-    if failed:
-        raise InputError(
-            f"{out}: {len(failed)} of {len(rows)} rows are not answered, the first: "
-            f"{next(iter(failed.values()))}"
-        )
+    for k, error in failed.items():
+        n = f"{len(failed)} of {len(rows)} rows"
+        raise InputError(f"{out}: {n} are not answered, the first: {rows.where(k)}: {error}")
 
 
 def _asked(rows, k: int) -> tuple[str, list[str], list[str]]:
     """(prompt, picture paths, choices) of a row."""
     row = rows[k]
     prompt = row.get("question", row.get("prompt"))
-    images = row.get("images", row.get("image", []))
+    images = row.get("images", row.get("image")) or []
     images = [images] if isinstance(images, str) else images
-    choices = row.get("choices", [])
+    choices = row.get("choices") or []
     if not isinstance(prompt, str) or not prompt.strip():
         raise InputError(f"{rows.where(k)}: needs a text in 'question' or 'prompt'.")
     for name, value in (("image", images), ("choices", choices)):
         if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
-            raise InputError(f"{rows.where(k)}: {name!r} must be a text or a list of texts.")
+            kind = "a path or a list of paths" if name == "image" else "a list of texts"
+            raise InputError(f"{rows.where(k)}: {name!r} must be {kind}.")
     return prompt, [str(rows.folder / image) for image in images], choices
 
 
@@ -119,16 +120,19 @@ def read_done(out: Path, asked: Sequence[tuple]) -> dict[int, dict]:
         return {}
     done, whole = {}, 0
     for line in out.read_bytes().splitlines(keepends=True):
+        torn = not line.endswith(b"\n")
         try:
             row = json.loads(line)
             same = asked[row["row"]][0] == row.get("question", row.get("prompt"))
-        except (ValueError, KeyError, IndexError, TypeError):
-            if not line.endswith(b"\n"):
-                os.truncate(out, whole)
-                break
+        except (KeyError, IndexError, TypeError):
             same = False
+        except ValueError:
+            same = torn and line.startswith(b"{")
         if not same:
             raise InputError(f"{out}: holds other answers; name another file, or delete it.")
+        if torn:
+            os.truncate(out, whole)
+            break
         done[row["row"]], whole = row, whole + len(line)
     return done
 

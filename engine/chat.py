@@ -120,6 +120,10 @@ class Chat:
     @classmethod
     def load(cls, checkpoint: str | Path, device: str | torch.device = "cpu") -> Chat:
         """From a checkpoint directory, a run folder's newest one, or the Hub; or `InputError`."""
+        try:
+            torch.zeros(1, device=device)
+        except (RuntimeError, AssertionError) as error:  # the latter: torch built without CUDA
+            raise InputError(f"device = {device!r}: {str(error).splitlines()[0]}.") from None
         model, processor = open_checkpoint(checkpoint)
         return cls(model.to(device), processor)
 
@@ -186,11 +190,18 @@ class Chat:
     def choose(self, tokens: Tokens, choices: Sequence[str]) -> list[float]:
         """How likely each of some whole answers is, as shares of their sum.
 
-        An answer's likelihood is the product of its tokens', the end of turn included.
+        An answer's likelihood is the product of its tokens', the end of turn included. Raises
+        `InputError` for one that cannot be said.
         """
         if not choices:
             raise InputError("choices: name at least one.")
         said = [self.processor.encode_answer(choice).tolist() for choice in choices]
+        longest, limit = max(map(len, said)), self.processor.cfg.lm_max_position_embeddings
+        if len(tokens) + longest > limit:
+            raise InputError(
+                f"choices: the longest has {longest} tokens behind the prompt's {len(tokens)}, and "
+                f"the model's context ends at {limit}; shorten it."
+            )
         found = [float(x.sum()) for x in likelihoods(self.model, self._encoded(tokens), said)]
         weights = [math.exp(x - max(found)) for x in found]
         return [w / sum(weights) for w in weights]

@@ -85,16 +85,18 @@ class Conversation:
                 f"the conversation has {len(whole)} tokens and the model's context ends at "
                 f"{limit}; start anew."
             )
-        tiles, text = [*self.tiles, tokens.tiles], ""
+        tiles, text, said = [*self.tiles, tokens.tiles], "", False
         try:
             for piece in speak(processor, self._run(whole, tiles, sampling), stop):
-                text += piece.text
+                text, said = text + piece.text, True
                 yield piece
         finally:
-            self.turns += [turn, Turn("assistant", text)]
-            self.pictures += images
-            self.said = [*parts, processor.encode_answer(text).astype(np.int64)]
-            self.tiles = tiles
+            if said:  # else it was cut before its first token, and was not asked
+                # First, as it refuses an answer that spells a special token.
+                self.said = [*parts, processor.encode_answer(text).astype(np.int64)]
+                self.turns += [turn, Turn("assistant", text)]
+                self.pictures += images
+                self.tiles = tiles
 
     def _run(self, whole: np.ndarray, tiles: list, sampling: Sampling) -> Iterator[Step]:
         """Answer the prompt `whole`, of which the model sees only what the cache does not hold."""

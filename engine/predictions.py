@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from configs import InputError
-from engine.evaluation import Answered
+from engine.evaluation import Answered, Item
 
 Found = dict[int, dict[str, str]]  # number of the question -> view -> answer
 
@@ -30,6 +30,11 @@ def parts(path: Path) -> list[Path]:
     return sorted(path.parent.glob(f"{path.name}.part*"))
 
 
+def lines_of(path: Path) -> list[str]:
+    """Not `splitlines`: answers may hold U+2028. What is no text becomes lines that are no JSON."""
+    return [line for line in path.read_text("utf-8", "replace").split("\n") if line]
+
+
 def read_found(path: Path | None, run: str) -> Found:
     """Answers of an interrupted run, or of a finished one; a torn line does not count.
 
@@ -37,13 +42,13 @@ def read_found(path: Path | None, run: str) -> Found:
     """
     found: Found = {}
     for part in [] if path is None else [path, *parts(path)]:
-        for line in part.read_text(encoding="utf-8").splitlines() if part.exists() else ():
+        for line in lines_of(part) if part.exists() else ():
             try:
                 row = json.loads(line)
                 number, run_of_row, views = row["number"], row["run"], row["views"]
-            except ValueError:
-                continue
-            except (KeyError, TypeError):
+            except (ValueError, KeyError, TypeError) as error:
+                if isinstance(error, ValueError) and line.startswith("{"):
+                    continue
                 run_of_row = None
             if run_of_row != run:
                 raise InputError(
@@ -92,8 +97,8 @@ def write_all(path: Path, run: str, views: dict[str, Sequence[Answered]]) -> Non
         part.unlink()
 
 
-def read_scores(path: Path, answered: Sequence[Answered]) -> list[float]:
-    """The scores of another checkpoint's predictions for the same questions.
+def read_scores(path: Path, questions: Sequence[Item]) -> list[float]:
+    """The scores of another checkpoint's predictions for these questions.
 
     Raises `InputError` where they are not the same.
     """
@@ -102,14 +107,12 @@ def read_scores(path: Path, answered: Sequence[Answered]) -> list[float]:
             f"{path}: no such file; it is what score.py --predictions wrote of the other model."
         )
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in lines_of(path)]
         asked = [(r["row"], r["question"], r["expected"]) for r in rows]
         scores = [float(r["score"]) for r in rows]
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path}: not a finished file of score.py --predictions.") from None
-    ours = [
-        (a.item.sample.row, a.item.sample.turns[-2].text, a.item.expected) for a in answered
-    ]
+    ours = [(item.sample.row, item.sample.turns[-2].text, item.expected) for item in questions]
     if asked != ours:
         raise InputError(
             f"{path}: answers {len(asked)} other questions; score both with the same task, source, "

@@ -9,6 +9,7 @@ Letters: B batch, T tokens, V vocabulary, C continuations.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -36,10 +37,13 @@ class Sampling:
     def __post_init__(self):
         checks = {
             "max_new_tokens": (self.max_new_tokens > 0, "greater than 0"),
-            "temperature": (self.temperature >= 0, "at least 0"),
+            "temperature": (0 <= self.temperature < math.inf, "at least 0, and finite"),
             "top_k": (self.top_k >= 0, "at least 0"),
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
-            "repetition_penalty": (self.repetition_penalty > 0, "greater than 0"),
+            "repetition_penalty": (
+                0 < self.repetition_penalty < math.inf, "greater than 0, and finite",
+            ),
+            "seed": (0 <= (self.seed or 0) < 2**63, "in [0, 2 ** 63)"),
         }
         for name, (good, wanted) in checks.items():
             if not good:
@@ -62,6 +66,7 @@ def choose(
         logits = torch.where(seen, penalised, logits)
     if sampling.temperature == 0:
         return logits.argmax(-1)
+    logits = logits - logits.max(-1, keepdim=True).values  # a cold one would overflow
     logits = logits / sampling.temperature
     if sampling.top_k:
         kth = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]  # [B, 1]

@@ -10,6 +10,7 @@ import threading
 import time
 import urllib.request
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,10 @@ import demo
 from configs import InputError, command
 from engine.chat import Chat
 from models.generation import Sampling
+from models.vision_language_model import VisionLanguageModel
 
 ROOT = Path(__file__).parent.parent
+LONGEST = 24  # tokens of an answer: random weights never end a turn
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +44,12 @@ def pictures(tmp_path_factory) -> dict[str, Path]:
 
 def shown(chat: Chat, paths: list[Path], prompt: str) -> dict:
     state: dict = {}
-    for update in demo.answer(chat, [str(p) for p in paths], prompt):
+    for update in demo.answer(chat, [str(p) for p in paths], prompt, Sampling(6)):
         state |= update
     return state
 
 
-def test_it_answers_as_the_model_does(chat, pictures, monkeypatch):
-    monkeypatch.setattr(demo, "LONGEST_ANSWER", 6)
+def test_it_answers_as_the_model_does(chat, pictures):
     state = shown(chat, [pictures["noise"]], "What is it?")
     assert state["answer"] == chat("What is it?", [pictures["noise"]], Sampling(6))
     assert [tile.size for tile in state["tiles"]] == [(240, 240)], "16 pixels, 15 times"
@@ -63,6 +65,17 @@ def test_it_answers_as_the_model_does(chat, pictures, monkeypatch):
     state = shown(chat, [], "Hello?")
     assert demo.token_view(state["seen"], 1)[0] == [] and state["answer"]
     assert demo.token_view(demo.Seen(), 1) == ([], "", {})
+
+
+def test_a_picture_cut_into_tiles_is_painted_whole(
+    pictures, lively, minute_config, tiny_processor
+):
+    """As SmolVLM's are: a grid of tiles and a view of the whole."""
+    cfg = minute_config(max_img_size=32, lm_max_position_embeddings=256)
+    chat = Chat(lively(VisionLanguageModel(cfg)), replace(tiny_processor, cfg=cfg))
+    state = shown(chat, [pictures["noise"]] * 2, "What?")
+    assert len(state["tiles"]) == 2 * (2 * 2 + 1) == state["seen"].look.maps.shape[1]
+    assert [p.size for p in demo.token_view(state["seen"], 1)[0]] == [(480, 320)] * 2
 
 
 @pytest.mark.parametrize(
@@ -118,7 +131,9 @@ def script():
 def server(script, small_checkpoint):
     # The figures of docs/answering.md are of a trained model.
     checkpoint = os.environ.get("DEMO_CHECKPOINT", str(small_checkpoint))
-    with script.serving(checkpoint) as (address, pid):
+    nowhere = "http://127.0.0.1:9"  # the page must not ask for itself through a proxy
+    flags = ("--max-new-tokens", str(LONGEST))
+    with script.serving(checkpoint, *flags, http_proxy=nowhere) as (address, pid):
         yield address, pid
 
 
@@ -179,6 +194,12 @@ def peak_memory(pid: int) -> int:
     return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) * 1024
 
 
+def cpu_seconds(pid: int) -> float:
+    """What the process has computed, whatever else the machine does."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def test_abuse_leaves_the_page_alive_and_small(server, pictures):
     address, pid = server
     noise = pictures["noise"]
@@ -206,18 +227,21 @@ def test_abuse_leaves_the_page_alive_and_small(server, pictures):
     results: list[dict] = []
     users = [User(address) for _ in range(20)]
     threads = [
-        threading.Thread(target=lambda u=u: results.append(u.ask([noise], "What?"))) for u in users
+        threading.Thread(target=lambda u=u: results.append(u.ask([noise], "What?")), daemon=True)
+        for u in users
     ]
-    start = time.monotonic()
+    start, worked = time.monotonic(), cpu_seconds(pid)
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join(240)
+    for thread in threads:  # other work on the machine may take this long; a queue that hangs fails
+        thread.join(max(0, start + 900 - time.monotonic()))
     assert len(results) == 20 and all(event["success"] for event in results)
-    seconds, crowded = time.monotonic() - start, peak_memory(pid) - before
-    assert seconds < 240 and crowded < 300 * 2**20
+    seconds, worked = time.monotonic() - start, cpu_seconds(pid) - worked
+    crowded = peak_memory(pid) - before
+    assert worked < 60 and crowded < 300 * 2**20
     print(f"{before / 2**20:.0f} MiB; {abused / 2**20:.0f} more when abused, {crowded / 2**20:.0f} "
-          f"with twenty people, who took {seconds:.1f} s")  # fmt: skip
+          f"with twenty people, who took {worked:.1f} s of the processor, {seconds:.1f} by the "
+          "clock")  # fmt: skip
 
 
 def test_it_listens_on_loopback_alone(server):
@@ -236,6 +260,6 @@ def test_in_a_browser(script, server, pictures, tmp_path, chat):
     with script.browser() as driver:
         answer = script.ask(driver, server[0], pictures["noise"], "What is it?", tmp_path / "s.png")
         logs = [e["message"] for e in driver.get_log("browser") if e["level"] == "SEVERE"]
-    assert answer == chat("What is it?", [pictures["noise"]], Sampling(demo.LONGEST_ANSWER))
+    assert answer == chat("What is it?", [pictures["noise"]], Sampling(LONGEST))
     assert not [m for m in logs if "127.0.0.1" in m and "favicon" not in m], logs
     assert Image.open(tmp_path / "s.png").width >= 1300

@@ -19,6 +19,7 @@ from configs import DataConfig, command
 from data.sources import open_source
 from engine.chat import Chat
 from models.generation import Sampling
+from models.vision_language_model import VisionLanguageModel
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -69,6 +70,19 @@ def test_a_picture_that_cannot_be_read(small_checkpoint, pictures, refused, name
         (["--temperature", "-1"], "temperature = -1.0 must be at least 0"),
         (["--max-new-tokens", "0"], "max_new_tokens = 0 must be greater than 0"),
         (["--n", "0"], "n = 0: must be at least 1"),
+        (["--temperature", "inf"], "temperature = inf must be at least 0, and finite"),
+        (["--seed", str(2**64)], "must be in [0, 2 ** 63)"),
+        (["--device", "nowhere"], "device = 'nowhere': "),
+        (["--n", "abc"], "--n: invalid literal for int() with base 10: 'abc'; --help"),
+        (["--quantize", "int4"], "invalid choice 'int4' for argument '--quantize'"),
+        (["--n"], "Missing value for argument '--n'"),
+        (["--choices", "yes", "no"], "choices: needs --prompt, or --jsonl"),
+        (["--logprobs"], "logprobs: needs --prompt, or --jsonl"),
+        (["--prompt", "a", "--choices", "yes"], "one alone leaves nothing to choose"),
+        (["--prompt", "a", "--choices", "yes,"], "an empty text is none"),
+        (["--prompt", "a", "--choices", "a", "b", "--n", "2"], "the likeliest choice is one"),
+        (["--prompt", "a", "--choices", "<image>", "no"], "an answer holds <image>"),
+        (["--prompt", "a", "--choices", "no", "yes " * 300], "the longest has 301 tokens"),
     ],
 )
 def test_a_question_that_cannot_be_asked(small_checkpoint, refused, flags, says):
@@ -134,6 +148,7 @@ def test_a_choice_and_its_shares(small_checkpoint, pictures, capsys):
     shares = dict(reversed(line.split("% ")) for line in err.splitlines())
     assert set(shares) == {"yes", "no"} and sum(map(float, shares.values())) == pytest.approx(100)
     assert out.strip() == max(shares, key=lambda name: float(shares[name]))
+    assert ask(capsys, small_checkpoint, *flags[:-2], "yes, no") == (out, err)
 
 
 def test_logprobs_name_every_token(small_checkpoint, pictures, capsys):
@@ -173,6 +188,7 @@ def test_a_conversation_in_the_terminal(small_checkpoint, pictures, typed, tmp_p
     answers = out.removesuffix("\n").split("\n")  # random words hold other line ends
     assert len(answers) == 4 and answers[0] == answers[2], "a reset keeps the pictures"
     assert "error: lost.png: no such file." in err and "/save FILE" in err
+    assert "/nonsense: no such command." in err
     first, second = map(json.loads, saved.read_text().splitlines())
     assert [m["role"] for m in first["messages"]] == ["user", "assistant"] * 2
     assert first["messages"][0]["content"] == "<image>What?" and len(first["images"]) == 1
@@ -180,8 +196,45 @@ def test_a_conversation_in_the_terminal(small_checkpoint, pictures, typed, tmp_p
     rows = open_source(DataConfig(source=str(saved), val_fraction=0.0), "train")
     assert [len(rows[i].images) for i in (0, 1)] == [1, 2], "what was saved trains"
     assert "nothing was said" in typed(*flags, lines=[f"/save {saved}"])[1]
+    shutil.copy(pictures / "1.png", pictures / "my picture.png")
+    lines = ["/image", '/image "', f"/image '{pictures}/my picture.png'", "What?", "/save"]
+    assert typed(*flags, lines=lines)[1].count("error: name a file, in quotes") == 3
     long = typed(*flags, lines=["word " * 300, "What?"])
     assert "context ends at 256" in long[1] and long[0].strip() == answers[0]
+
+
+def test_the_keyboard(monkeypatch, capsys):
+    """Ctrl-C forgets the line, Ctrl-D leaves."""
+    lines = iter(["What?", KeyboardInterrupt, "Sure?", EOFError])
+
+    def typed(prompt: str) -> str:
+        line = next(lines)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr("builtins.input", typed)
+    assert list(generate.typed()) == ["What?", "Sure?"]
+    assert "/help lists commands" in capsys.readouterr().err
+
+
+def test_ctrl_c_cuts_an_answer_and_shows_no_picture_twice(
+    small_checkpoint, pictures, typed, monkeypatch, tmp_path
+):
+    flags = [small_checkpoint, "--image", pictures / "0.png", "--max-new-tokens", 6]
+    prefill, calls = VisionLanguageModel.prefill, []
+
+    def interrupted(self, *args):
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return prefill(self, *args)
+
+    monkeypatch.setattr(VisionLanguageModel, "prefill", interrupted)
+    out, _ = typed(*flags, lines=["What?", "Sure?", f"/save {tmp_path / 'said.jsonl'}"])
+    row = json.loads((tmp_path / "said.jsonl").read_text())
+    assert len(row["images"]) == 1 and out.strip()
+    assert row["messages"][0]["content"] == "<image>Sure?"
 
 
 # --- A file of questions --------------------------------------------------------------------------
@@ -190,7 +243,7 @@ def test_a_conversation_in_the_terminal(small_checkpoint, pictures, typed, tmp_p
 @pytest.fixture
 def questions(pictures) -> Path:
     rows = [{"image": f"{i % 2}.png", "question": f"What is {i}?", "id": i} for i in range(9)]
-    rows[4] = {"prompt": "Hello?"}
+    rows[4] = {"prompt": "Hello?", "image": None, "choices": None}
     rows[6]["choices"] = ["yes", "no", "maybe"]
     (pictures / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return pictures / "in.jsonl"
@@ -224,7 +277,12 @@ def test_a_file_of_questions_that_cannot_be_asked(
     out = tmp_path / "out.jsonl"
     flags = [small_checkpoint, "--jsonl", questions, "--max-new-tokens", 3]
     assert "give both" in refused(generate.main, *flags)
+    for place in (tmp_path, tmp_path / "nowhere" / "out.jsonl"):
+        says = refused(generate.main, *flags, "--out", place)
+        assert "must be a file in a folder that exists" in says
     flags += ["--out", out]
+    for ignored in (["--prompt", "What?"], ["--image", "0.png"], ["--n", "2"]):
+        assert f"{ignored[0][2:]}: " in refused(generate.main, *flags, *ignored)
     rows = questions.read_text()
     questions.write_text(rows.replace('"1.png"', '"text.png"', 1))
     with pytest.raises(SystemExit) as stop:
@@ -238,7 +296,29 @@ def test_a_file_of_questions_that_cannot_be_asked(
     assert len(out.read_text().splitlines()) == 9, "the mended row is asked by the next run"
     questions.write_text(rows.replace("What is 3?", "Else?"))
     assert "holds other answers" in refused(generate.main, *flags)
-    questions.write_text('{"image": "0.png"}\n')
     flags[-1] = tmp_path / "n"
-    assert "needs a text in 'question'" in refused(generate.main, *flags)
+    for row, says in (
+        ('{"image": "0.png"}', "needs a text in 'question'"),
+        ('{"question": "a", "image": 3}', "'image' must be a path or a list of paths"),
+        ('{"question": "a", "choices": "yes"}', "'choices' must be a list of texts"),
+    ):
+        questions.write_text(row + "\n")
+        assert says in refused(generate.main, *flags)
     assert not (tmp_path / "n").exists()
+    questions.write_text('{"question": "a", "choices": ["b", "<image>"]}\n')
+    with pytest.raises(SystemExit):
+        command(generate.main, [str(a) for a in flags])
+    assert "row 1: answer '<image>': an answer holds <image>" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mine", ["a letter", '{"question": "What?"}', '{"row": 0}\n'])
+def test_a_file_that_holds_something_else_is_left_as_it_is(
+    small_checkpoint, tmp_path, mine, refused
+):
+    asked, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    asked.write_text('{"question": "What?"}')
+    out.write_text(mine)
+    flags = [small_checkpoint, "--jsonl", asked, "--max-new-tokens", 3, "--out"]
+    assert "holds other answers" in refused(generate.main, *flags, out)
+    assert "holds other answers" in refused(generate.main, *flags, asked)
+    assert out.read_text() == mine and asked.read_text() == '{"question": "What?"}'

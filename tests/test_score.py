@@ -94,13 +94,15 @@ def test_multiple_choice_by_likelihood(small_checkpoint, capsys, tmp_path, refus
 
 def test_two_processes_score_as_one(small_checkpoint, rows_file, tmp_path):
     root = Path(__file__).parent.parent
-    argv = [small_checkpoint, "--data.source", rows_file, "--max-new-tokens", 3]
+    argv = [small_checkpoint, "--data.source", rows_file, "--max-new-tokens", 3, "--n", 20]
     flags = {
         name: [*argv, "--predictions", tmp_path / name, "--json", tmp_path / f"{name}.json"]
         for name in ("one", "two")
     }
     score.main([str(a) for a in flags["one"]])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    # Behind "--" nothing is torchrun's own, which would take --n for one of several.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+              "--"]  # fmt: skip
     done = subprocess.run(
         [str(a) for a in (*launch, root / "score.py", *flags["two"])],
         env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},

@@ -52,7 +52,7 @@ def make_place(run, place: Path, shared: Path, demo_steps: int) -> Path:
 
 
 def commands() -> list[str]:
-    [block] = blocks("bash")
+    block, _prepare = blocks("bash")
     return block.splitlines()
 
 
@@ -68,6 +68,13 @@ def test_the_commands_run_on_fifty_pictures(run, shared, tmp_path):
     run(score, place)
     assert read_json(place / "runs/flags/score.json")["n"] == 50
     assert run(ask, place).endswith("\n")
+
+
+def test_a_source_is_read_once_and_kept(run, tmp_path):
+    (tmp_path / "my.jsonl").write_text(blocks("json")[0].splitlines()[-1] + "\n")
+    run(blocks("bash")[1].strip(), tmp_path)
+    source = open_source(DataConfig(source=str(tmp_path / "runs/data/mine")), "test")
+    assert [turn.text for turn in source[0].turns] == ["2 + 2?", "4"]
 
 
 @pytest.mark.slow

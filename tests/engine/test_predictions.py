@@ -34,6 +34,9 @@ def test_what_was_kept_is_found(tmp_path):
     assert len(read_found(path, "one")) == 4, "a torn line does not count"
     with pytest.raises(InputError, match="of another checkpoint or other settings"):
         read_found(path, "two")
+    path.write_text("a letter")
+    with pytest.raises(InputError, match="of another checkpoint or other settings"):
+        read_found(path, "one")
 
 
 def test_the_file_in_the_end(tmp_path):
@@ -48,13 +51,13 @@ def test_the_file_in_the_end(tmp_path):
                                                                        "blind": "a2"}  # fmt: skip
     assert rows[3]["score"] == 0.75 and rows[3]["expected"] == "red"
     assert len(read_found(path, "one")) == 5, "a finished file answers everything"
-    assert read_scores(path, views["answer"]) == [0, 0.25, 0.5, 0.75, 1]
+    assert read_scores(path, [a.item for a in views["answer"]]) == [0, 0.25, 0.5, 0.75, 1]
 
 
 def test_other_questions_are_not_compared(tmp_path):
     path = tmp_path / "p.jsonl"
     write_all(path, "one", {"answer": [answered(i) for i in range(5)]})
-    for others in ([answered(i) for i in range(4)], [answered(i + 1) for i in range(5)]):
+    for others in ([answered(i).item for i in range(4)], [answered(i + 1).item for i in range(5)]):
         with pytest.raises(InputError, match="answers 5 other questions"):
             read_scores(path, others)
     with pytest.raises(InputError, match=r"no such file; it is what score\.py --predictions"):
