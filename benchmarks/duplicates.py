@@ -3,7 +3,7 @@
 python -m benchmarks.duplicates SHARED/datasets runs/duplicates
 python -m benchmarks.duplicates SHARED/datasets runs/duplicates --trunk runs/demo
 Without --trunk, one is trained on the pictures without their labels: each is a class of its own,
-seen in other crops and colours every time (Dosovitskiy et al. 2014, Exemplar-CNN). Every fourth
+seen in other crops every time (Dosovitskiy et al. 2014, Exemplar-CNN). Every fourth
 picture stands there three times more: at 60 per cent of its size, as a JPEG, without the outer 5
 per cent. The threshold is chosen on one half of the pictures, the figures are those of the other.
 """
@@ -102,7 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("shared", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--trunk", help="an encoder that is there already")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
