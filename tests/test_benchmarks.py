@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import digits, duplicates, prepare, small_data
+from benchmarks import digits, duplicates, prepare, small_data, transfer
 
 RGB = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "black": (0, 0, 0),
        "gray": (128, 128, 128), "teal": (0, 128, 128), "brown": (165, 42, 42),
@@ -94,3 +94,33 @@ def test_plants_are_their_picture_and_twins_are_one(tmp_path):
     assert not cosine.any() and len(same) == 45 and same.sum() == 6 + 6 + 1
     cosine, same = np.array([0.9, 0.8, 0.3, 0.2]), np.array([True, False, True, True])
     assert duplicates.rates(cosine, same, 0.5) == (1 / 2, 1 / 3)
+
+
+def test_rates_are_chosen_apart_from_what_is_measured(tmp_path, monkeypatch):
+    """Each way is tested at the rate that did best for it, on pictures nothing was chosen on."""
+    lines = [json.dumps({"n": n}) + "\n" for n in range(700)]
+    (tmp_path / "train.jsonl").write_text("".join(lines))
+    transfer.split(tmp_path)
+    learn, choose = ((tmp_path / f"{name}.jsonl").read_text() for name in ("learn", "choose"))
+    assert learn + choose == "".join(lines) and choose.count("\n") == 500
+    asked = []
+
+    def run(way, kind, label, rate, seed, val, given):
+        asked.append((kind, rate, seed, val))
+        return 1 - abs(rate - (0.016 if kind == "fine-tuned" else 0.01)) + seed / 1000
+
+    monkeypatch.setattr(transfer, "run", run)
+    found = transfer.compare("shape", 2, {})
+    tested = {(kind, rate) for kind, rate, _, val in asked if val == "test"}
+    assert tested == {("from scratch", 0.008), ("fine-tuned", 0.016), ("linear probe", 0.01)}
+    assert [len(values) for values in found.values()] == [2, 2, 2]
+    assert all(val == "choose" for _, _, seed, val in asked if seed == transfer.TRIAL)
+
+
+def test_shrunk_pictures_keep_their_names_apart(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name / "images").mkdir(parents=True)
+        Image.new("RGB", (200, 100), "red").save(tmp_path / name / "images" / "a.png")
+    rows = duplicates.shrink(sorted(tmp_path.rglob("a.png")), tmp_path / "small", side=50)
+    assert [row["label"] for row in rows] == ["one-a", "two-a"]
+    assert {Image.open(row["image"]).size for row in rows} == {(50, 25)}

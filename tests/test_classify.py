@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import classify
 import train
-from benchmarks import prepare
+from benchmarks import duplicates, prepare
 from configs import command, read_json
 from engine import loop
 from engine.classification import open_classifier
@@ -248,6 +248,36 @@ def test_fashion_is_learned_from_a_sprite(shared, tmp_path):
     result = read_json(tmp_path / "run" / "result.json")
     assert len(result["classes"]) == 10 and result["val_accuracy"] > 0.4
     assert result["val_top5"] > result["val_accuracy"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("label", "chance"), [("colour", 1 / 8), ("shape", 1 / 3)])
+def test_easy_vqa_is_learned_by_its_labels(shared, tmp_path, label, chance):
+    """Trained on 3,542 pictures, asked of 880 others: wrong at most half as often as a guess."""
+    prepare.easy_vqa(shared / "datasets" / "easy_vqa", tmp_path)
+    go("train", "small", "--data.source", tmp_path / "train.jsonl", "--data.val",
+       tmp_path / "test.jsonl", "--data.label", label, "--train.out", tmp_path / "run",
+       *TINY.split(), "--model.vit-img-size", 32, "--data.batch-size", 32,
+       "--train.steps", 300, "--train.eval-every", 0)  # fmt: skip
+    result = read_json(tmp_path / "run" / "result.json")
+    assert result["pictures"] == 880 and len(result["classes"]) == round(1 / chance)
+    assert 1 - result["val_accuracy"] < (1 - chance) / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["noto_emoji_72", "flags"])
+def test_emoji_and_flags_are_known_again(shared, tmp_path, name):
+    """Each picture a class of its own, seen in parts only: the whole is known among 120."""
+    files = sorted((shared / "datasets" / name / "images").glob("*.png"))
+    files = files[:: len(files) // 120][:120]
+    rows = duplicates.shrink(files, tmp_path / "small")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = str(tmp_path / "rows.jsonl")
+    go("train", "small", "--data.source", source, "--data.val", source, "--train.out",
+       tmp_path / "run", *TINY.split(), "--model.vit-img-size", 32, "--model.vit-patch-size", 8,
+       "--data.batch-size", 32, "--train.steps", 300, "--train.eval-every", 0)  # fmt: skip
+    result = read_json(tmp_path / "run" / "result.json")
+    assert len(result["classes"]) == 120 and result["val_accuracy"] > 0.5
 
 
 def test_rollout_sheets_for_all_three_jobs(trained, small_checkpoint, pictures, tmp_path):
