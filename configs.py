@@ -379,6 +379,8 @@ def require_freeze(cfg: object, parts: str) -> None:
 class TrainConfig(LoopConfig):
     """How a vision-language model is trained."""
 
+    weight_decay: float = 0.2
+    """Decoupled weight decay; never on norms, biases, embeddings."""
     lr_vision: float = 0.0015
     """Peak learning rate of the vision encoder (AdamW)."""
     lr_projector: float = 0.0015
@@ -447,8 +449,8 @@ SMOLVLM_TOKENS = dict(lm_vocab_size=49280, vlm_pad_token_id=2, vlm_bos_token_id=
 SMOLLM2 = dict(lm_re_base=100000.0, lm_max_position_embeddings=8192, lm_rms_eps=1e-5,
                lm_tie_weights=True, **SMOLVLM_TOKENS)
 FINE_TUNE = dict(optimizer="adamw", lr_vision=5e-5, lr_projector=0.005, lr_language=5e-5,
-                 warmup=1000, schedule="cosine", beta2=0.95, steps=40000, accumulate=8,
-                 eval_every=500, save_every=500)
+                 warmup=1000, schedule="cosine", beta2=0.95, weight_decay=0.05, steps=40000,
+                 accumulate=8, eval_every=500, save_every=500)
 
 
 
@@ -465,7 +467,7 @@ PRESETS: dict[str, RunConfig] = {
     # 1.2 M parameters; the class defaults.
     "tiny": RunConfig(),
     # The same model, trained long enough for the last skills (docs/recipes.md).
-    "tiny-long": RunConfig(train=TrainConfig(out="runs/tiny-long", steps=5000, eval_every=1000,
+    "tiny-long": RunConfig(train=TrainConfig(out="runs/tiny-long", steps=4000, eval_every=1000,
                                              save_every=1000)),
     # As small, but with SmolLM2's tokenizer and tiles, as llama.cpp wants them (docs/deploy.md).
     "portable": RunConfig(

@@ -13,15 +13,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import chain, count, permutations, product, takewhile
+from itertools import chain, combinations, count, permutations, product, takewhile
 
 import numpy as np
 from PIL import Image
 
 from data.sample import Sample, Turn
 
-CELL, SUPERSAMPLE = 16, 4  # a cell in pixels, three by three to a picture; samples along a pixel
-SLOPE = np.linspace(-1, 1, 3 * CELL, dtype=np.float32)  # from edge to edge of a picture
+CELL, SIDE, SUPERSAMPLE = 16, 48, 4  # of a cell and a picture in pixels; samples along a pixel
+SLOPE = np.linspace(-1, 1, SIDE, dtype=np.float32)  # from edge to edge of a picture
 POSITIONS = ("top left", "top", "top right", "left", "center", "right",
              "bottom left", "bottom", "bottom right")
 
@@ -53,9 +53,9 @@ HELD_NUMBERS = frozenset({"17", "24", "39", "41", "56", "62", "78", "85", "93"})
 # Every other test scene holds one of these out; the mix is what a balanced test asks for.
 TEST_THEMES = ("pair", "count", "pair", "pair", "number", "pair", "pair", "count", "pair", "pair")
 # How often training asks for each skill: comparing two things takes longest to learn.
-WEIGHTS = {"color": 2, "shape": 1, "count": 3, "where": 4, "what": 2, "exist": 2,
-           "relation": 4, "compare": 3, "read": 2}
-SKILLS = (*WEIGHTS, "caption")
+WEIGHTS = {"color": 2, "shape": 1, "count": 2, "where": 4, "what": 2, "exist": 2,
+           "relation": 4, "compare": 3, "read": 2, "sum": 3}
+SKILLS = (*(skill for skill in WEIGHTS if skill != "sum"), "caption")  # what is tested
 
 
 @dataclass(frozen=True)
@@ -170,8 +170,7 @@ def draw(scene: Scene) -> Image.Image:
 
 def _background(color: tuple[int, int, int], rng: random.Random) -> np.ndarray:
     gradient = rng.uniform(-6, 6) * SLOPE[:, None] + rng.uniform(-6, 6) * SLOPE  # [48, 48]
-    grain = np.frombuffer(rng.randbytes(SLOPE.size**2), np.uint8) % 7 - 3.0
-    grain = grain.reshape(SLOPE.size, SLOPE.size)  # [48, 48]
+    grain = (np.frombuffer(rng.randbytes(SIDE * SIDE), np.uint8) % 7 - 3.0).reshape(SIDE, SIDE)
     return np.array(color, np.float32) + (gradient + grain)[..., None]  # [48, 48, 3]
 
 
@@ -186,8 +185,7 @@ def _coverage(shape: str, size: str, dx: float, dy: float) -> np.ndarray:
 
 def _digits(number: str, rng: random.Random) -> np.ndarray:
     """Two digits at twice the font's size, at most a pixel off the middle. [16, 16], 0 or 1"""
-    top, left = 3 + rng.randint(-1, 1), 1 + rng.randint(-1, 1)
-    return _ink(number, top, left)
+    return _ink(number, 3 + rng.randint(-1, 1), 1 + rng.randint(-1, 1))
 
 
 @cache
@@ -214,10 +212,7 @@ def _lookup(ways: dict[str, str], answer: str, scene: Scene) -> Iterator[tuple[s
 
 
 def _count(scene: Scene) -> Iterator[tuple[str, str, bool]]:
-    """None at all is an answer in half of the scenes only: there is always more that is absent.
-
-    Sums bring every number near every shape: a shape alone is learned to be never three.
-    """
+    """None at all is an answer in half of the scenes only: there is always more that is absent."""
     shapes, colors = (Counter(getattr(t, of) for t in scene.things) for of in ("shape", "color"))
     held = {shape for _, shape in _held_counts(scene.things)}
     yield "How many things are there?", str(len(scene.things)), False
@@ -230,6 +225,17 @@ def _count(scene: Scene) -> Iterator[tuple[str, str, bool]]:
     for a, b in permutations(shapes, 2):
         text = f"How many {PLURAL[a]} and {PLURAL[b]} are there?"
         yield text, str(shapes[a] + shapes[b]), a in held or b in held
+
+
+def _sum(scene: Scene) -> Iterator[tuple[str, str, bool]]:
+    """For training: every number comes near every shape, which alone is learned to be never 3."""
+    rng = random.Random(scene.noise)
+    for of, names in (("shape", PLURAL), ("color", {c: f"{c} things" for c in COLORS})):
+        times = Counter(getattr(t, of) for t in scene.things)
+        for few in chain(combinations(names, 2), combinations(names, 3)):
+            *rest, last = rng.sample([names[x] for x in few], len(few))
+            if total := sum(times[x] for x in few):
+                yield f"How many {', '.join(rest)} and {last} are there?", str(total), False
 
 
 def _exist(scene: Scene) -> Iterator[tuple[str, str, bool]]:
@@ -300,7 +306,7 @@ ASK = {"color": partial(_lookup, {"shape": "What color is the {0.shape}?"}, "{0.
                                   "shape": "Where is the {0.shape}?",
                                   "color": "Where is the {0.color} thing?"}, "{1}"),
        "what": partial(_lookup, {"cell": "What is at the {1}?"}, "a {0.size} {0.kind}"),
-       "count": _count, "exist": _exist, "relation": _relation, "compare": _compare,
+       "count": _count, "sum": _sum, "exist": _exist, "relation": _relation, "compare": _compare,
        "read": _read, "caption": partial(_describe, "Describe the picture.", sorted),
        "list": partial(_describe, "List the things.", _shuffled)}
 
@@ -357,8 +363,7 @@ def train_sample(seed: int, split: str, index: int, n_questions: int,
 def questions(seed: int, split: str, n_per_skill: int) -> Iterator[tuple[Sample, Question]]:
     """For scoring: `n_per_skill` single questions of each skill, each on its own scene.
 
-    Answers are balanced. In `test` half are unseen, the others on scenes with nothing held out;
-    elsewhere nothing is unseen.
+    Answers are balanced. Of `test` half are unseen, the others on scenes with nothing held out.
     """
     n_unseen = n_per_skill // 2 if split == "test" else 0
     missing = {(skill, unseen): n_unseen if unseen else n_per_skill - n_unseen
