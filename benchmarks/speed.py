@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -39,17 +39,20 @@ from benchmarks.peers import (
 from benchmarks.timing import (
     PAGE,
     ROOT,
+    Row,
     Times,
     alternate,
     clock,
     command_line,
     count,
+    draw,
     in_child,
     matmul_peak,
     peak_memory,
     ratios,
     read_bandwidth,
     readable,
+    table,
     where,
     write_block,
 )
@@ -68,23 +71,6 @@ from models.vision_language_model import VisionLanguageModel
 UNEVEN = (64, 96, 112, 128, 128, 144, 160, 192)  # 8 conversations that fill a row of 1,024
 CPU = torch.device("cpu")
 SAID = 33  # tokens of an answer
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table."""
-
-    name: str
-    ours: str
-    theirs: str = "-"
-    ratio: tuple[float, float, float] | None = None  # median, least, most; above 1 we are faster
-    share: str = "-"  # of what the machine can do: ours, theirs
-    disturbed: str = "-"
-
-    @property
-    def cells(self) -> tuple[str, ...]:
-        ratio = "-" if self.ratio is None else "{:.2f} ({:.2f} - {:.2f})".format(*self.ratio)
-        return self.name, self.ours, self.theirs, ratio, self.share, self.disturbed
 
 
 # --- Rows ---------------------------------------------------------------------------------------
@@ -374,34 +360,6 @@ def measure(run: RunConfig, which: Sequence[str], seconds: float, turns: int = 3
     if fast == torch.float32:
         rows.append(Row("bf16", "not measured: no bf16 arithmetic here"))
     return rows
-
-
-def table(rows: Sequence[Row]) -> str:
-    head = ("", "picoVLM", "transformers", "ratio (least - most)", "share of peak, ours, theirs",
-            "disturbed")  # fmt: skip
-    lines = [head, tuple("---" for _ in head), *(row.cells for row in rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def draw(rows: Sequence[Row], path: Path) -> None:
-    """Bars of all ratios; matplotlib is optional, so without it there is no picture."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no picture: it needs matplotlib")
-        return
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    shown = [row for row in rows if row.ratio is not None][::-1]
-    figure, axis = pyplot.subplots(figsize=(8, 0.8 + 0.4 * len(shown)), layout="constrained")
-    middle = [row.ratio[0] for row in shown]
-    errors = [[r.ratio[0] - r.ratio[1] for r in shown], [r.ratio[2] - r.ratio[0] for r in shown]]
-    axis.barh([row.name for row in shown], middle, xerr=errors, color="tab:green", ecolor="gray")
-    axis.axvline(1, color="black", lw=0.8)
-    axis.set_xlabel("times as fast (or as small) as transformers' SmolVLM")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def main(argv: list[str]) -> None:

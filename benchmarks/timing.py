@@ -16,7 +16,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,3 +201,51 @@ def in_child(argv: list[str]) -> str:
 
 def readable(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
+
+
+# --- Its table and bars ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    name: str
+    ours: str
+    theirs: str = "-"
+    ratio: tuple[float, float, float] | None = None  # median, least, most; above 1 we are faster
+    share: str = "-"  # of what the machine can do: ours, theirs
+    disturbed: str = "-"
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        ratio = "-" if self.ratio is None else "{:.2f} ({:.2f} - {:.2f})".format(*self.ratio)
+        return self.name, self.ours, self.theirs, ratio, self.share, self.disturbed
+
+
+def table(rows: Sequence[Row]) -> str:
+    head = ("", "picoVLM", "transformers", "ratio (least - most)", "share of peak, ours, theirs",
+            "disturbed")  # fmt: skip
+    lines = [head, tuple("---" for _ in head), *(row.cells for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Bars of all ratios; matplotlib is optional, so without it there is no picture."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no picture: it needs matplotlib")
+        return
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    shown = [row for row in rows if row.ratio is not None][::-1]
+    figure, axis = pyplot.subplots(figsize=(8, 0.8 + 0.4 * len(shown)), layout="constrained")
+    middle = [row.ratio[0] for row in shown]
+    errors = [[r.ratio[0] - r.ratio[1] for r in shown], [r.ratio[2] - r.ratio[0] for r in shown]]
+    axis.barh([row.name for row in shown], middle, xerr=errors, color="tab:green", ecolor="gray")
+    axis.axvline(1, color="black", lw=0.8)
+    axis.set_xlabel("times as fast (or as small) as transformers' SmolVLM")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
