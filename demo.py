@@ -154,8 +154,10 @@ def enlarged(tile: np.ndarray) -> Image.Image:
 
 
 def name(decode, token: int) -> str:
-    """A token for people: spaces are seen, the end of turn has a name."""
+    """A token for people: spaces are seen, the end of turn has a name, what is no text a number."""
     text = decode([token], skip_special_tokens=False)
+    if not text or "\N{REPLACEMENT CHARACTER}" in text:
+        return f"(token {token})"
     return "(end)" if text == "<end_of_utterance>" else text.replace(" ", "·").replace("\n", "⏎")
 
 

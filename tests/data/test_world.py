@@ -65,10 +65,11 @@ def solve(scene: world.Scene, text: str) -> list[str]:
         return [t[3] for t in things if t[2] == m[1]]
     if m := re.fullmatch("What (color|shape) is the thing at the ([a-z ]+)\\?", text):
         return [t[2 if m[1] == "color" else 3] for t in things if GRID[t[0]][t[1]] == m[2]]
-    if m := re.fullmatch(f"How many ({MANY}) and ({MANY}) are there\\?", text):
-        return [str(sum(t[3] in (singular(m[1]), singular(m[2])) for t in things))]
-    if m := re.fullmatch(f"How many things are not ({MANY})\\?", text):
-        return [str(sum(t[3] != singular(m[1]) for t in things))]
+    if m := re.fullmatch("How many ([a-z, ]+) and ([a-z ]+) are there\\?", text):
+        names = [*m[1].split(", "), m[2]]
+        of = 2 if names[0].endswith(" things") else 3
+        wanted = [name.removesuffix(" things") if of == 2 else singular(name) for name in names]
+        return [str(sum(t[of] in wanted for t in things))]
     if m := re.fullmatch(f"How many (?:(?:({COLOR}) )?things|({MANY})) are there\\?", text):
         return [
             str(
