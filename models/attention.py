@@ -51,8 +51,8 @@ def run_blocks(
     longer.
     """
     kept = len(blocks) * x[..., 0].numel() * (8 * x.shape[-1] + 4 * inter_dim) * x.element_size()
-    again = checkpointing or kept > memory(x.device) / 8
-    again = again and training and torch.is_grad_enabled()
+    learns = training and torch.is_grad_enabled()
+    again = learns and (checkpointing or kept > memory(x.device) / 8)
     for block in blocks:
         x = checkpoint(block, x, use_reentrant=False) if again else block(x)
     return x
