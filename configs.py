@@ -20,6 +20,7 @@ from configs_base import (  # noqa: F401
     from_dict,
     need,
     parse,
+    parse_known,
     parse_preset,
     read_json,
     require,
@@ -518,7 +519,7 @@ for _name in ("222m", "460m"):
 def parse_run(argv: list[str]) -> RunConfig:
     """`[preset | run.json] [--field value ...]` -> RunConfig.
 
-    Raises `InputError`; tyro exits with 2 on a value of the wrong type.
+    Raises `InputError`.
     """
     return parse_preset(RunConfig, PRESETS, together(argv, "--data.source"))
 

@@ -131,18 +131,23 @@ def read_json(path: str | Path) -> dict:
 # --- Command line -------------------------------------------------------------------------------
 
 
-def parse(cls: type, argv: list[str], **options):
-    """Flags -> a dataclass, by tyro. An unknown flag is an `InputError` that names the nearest."""
+def parse_known(cls: type, argv: list[str], **options) -> tuple:
+    """(a dataclass, the words that are no flags of it), by tyro; raises `InputError`."""
     import tyro
 
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            value, unknown = tyro.cli(cls, args=argv, return_unknown_args=True, **options)
+            return tyro.cli(cls, args=[*argv], return_unknown_args=True, **options)
     except SystemExit as stop:
         if stop.code != 2:  # --help
             raise
         raise InputError(unboxed(box.getvalue())) from None
+
+
+def parse(cls: type, argv: list[str], **options):
+    """Flags -> a dataclass; raises `InputError`, of an unknown flag with the nearest."""
+    value, unknown = parse_known(cls, argv, **options)
     if unknown:
         near = difflib.get_close_matches(unknown[0].replace("_", "-"), flags(cls), n=1)
         hint = f"did you mean {near[0]}?" if near else "--help lists all flags."
@@ -151,9 +156,9 @@ def parse(cls: type, argv: list[str], **options):
 
 
 def parse_preset(cls: type, presets: dict, argv: list[str]):
-    """`[preset | run.json] [--field value ...]` -> a dataclass; of no preset named, the first.
+    """`[preset | run.json] [--field value ...]` -> a dataclass, by default of the first preset.
 
-    Raises `InputError`; tyro exits with 2 on a value of the wrong type.
+    Raises `InputError`.
     """
     base = next(iter(presets))
     if argv and not argv[0].startswith("-"):

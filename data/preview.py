@@ -21,7 +21,7 @@ import numpy as np
 import tyro
 from PIL import Image, ImageDraw, ImageFont
 
-from configs import DataConfig, InputError, command, flags, parse_run
+from configs import DataConfig, InputError, command, flags, parse_known, parse_run
 from data import processor as processors
 from data.processor import Processor
 from data.sample import Tokens
@@ -206,9 +206,7 @@ def draw_sheet(shown: Sequence[Tokens], processor: Processor, path: Path) -> Non
 
 
 def main(argv: list[str]) -> None:
-    args, rest = tyro.cli(
-        Arguments, args=[*argv], description=Arguments.__doc__, return_unknown_args=True
-    )
+    args, rest = parse_known(Arguments, argv)
     for name, value in (("n", args.n), ("rows", args.rows)):
         if value < 1:
             raise InputError(f"{name} = {value}: must be at least 1.")

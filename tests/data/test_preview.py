@@ -179,6 +179,7 @@ def test_the_command_end_to_end(file, tmp_path):
     [
         (["--n", "0"], "n = 0: must be at least 1"),
         (["--rows", "-1"], "rows = -1: must be at least 1"),
+        (["--rows", "abc"], "--rows: invalid literal for int() with base 10: 'abc'; --help"),
         (["--sheat", "x"], "unknown argument '--sheat'"),
         (["--data.max-lenght", "3"], "did you mean --data.max-length?"),
         (["--sheet", "no/such/place.png"], "must be a file in a folder that exists"),
