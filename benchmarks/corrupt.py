@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import sys
 import tempfile
 from dataclasses import replace
 from itertools import islice
@@ -127,4 +126,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command(main, sys.argv[1:])
+    command(main)

@@ -52,13 +52,18 @@ PLANTS: dict[str, Callable[[Image.Image], Image.Image]] = {
 }
 
 
+def name_of(file: Path) -> str:
+    """A name that no file of the other set has."""
+    return f"{file.parent.parent.name}-{file.stem}"
+
+
 def plant(files: list[Path], folder: Path, every: int = 4) -> dict[str, str]:
     """Write all pictures and the plants; returns file -> which picture it shows."""
     shows: dict[str, str] = {}
     folder.mkdir(parents=True, exist_ok=True)
     looks: dict[bytes, str] = {}
     for number, file in enumerate(files):
-        name = f"{file.parent.parent.name}-{file.stem}"
+        name = name_of(file)
         image = open_image(file)
         # Some flags are one flag: Norway's is also that of Bouvet Island and of Svalbard.
         same = looks.setdefault(image.resize((32, 32)).tobytes(), name)
@@ -83,7 +88,7 @@ def shrink(files: list[Path], folder: Path, side: int = 96) -> list[dict]:
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for file in files:
-        name = f"{file.parent.parent.name}-{file.stem}"
+        name = name_of(file)
         if not (folder / f"{name}.png").is_file():
             image = open_image(file)
             image.thumbnail((side, side))

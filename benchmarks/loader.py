@@ -9,7 +9,6 @@ The words are those of train.py. Weights are random: speed does not depend on th
 from __future__ import annotations
 
 import io
-import sys
 from dataclasses import replace
 from itertools import islice
 
@@ -125,4 +124,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command(main, sys.argv[1:])
+    command(main)

@@ -76,7 +76,8 @@ def answer_file(
             best = max(range(len(offered)), key=shares.__getitem__)
             write(k, {"answer": offered[best], "shares": [round(s, 6) for s in shares]})
     _in_order(out, done)
-    for k, error in failed.items():
+    if failed:
+        k, error = next(iter(failed.items()))
         n = f"{len(failed)} of {len(rows)} rows"
         raise InputError(f"{out}: {n} are not answered, the first: {rows.where(k)}: {error}")
 

@@ -43,7 +43,7 @@ def run_blocks(
     training: bool,
     checkpointing: bool = False,
 ) -> Tensor:
-    """x [B, T, D] through every block.
+    """x [..., D] through every block.
 
     What the backward pass needs is computed again then (Chen et al. 2016) with `checkpointing`, and
     where keeping it would take more than an eighth of the memory: about 8 tensors as wide as x and
