@@ -88,7 +88,8 @@ def speak(processor: Processor, said: Iterable[Step], stop: Sequence[str] = ()) 
         stopped = any(s in whole for s in stop)
         held = 0 if stopped else max((_overlap(whole, s) for s in stop), default=0)
         text = text[: max(0, len(whole) - held)].rstrip() if held else text
-        complete = text.startswith(out) and not text.endswith("\N{REPLACEMENT CHARACTER}")
+        is_whole = stopped or not text.endswith("\N{REPLACEMENT CHARACTER}")
+        complete = text.startswith(out) and is_whole
         new = text[len(out) :] if complete else ""
         out += new
         yield Piece(new, tokens[-1], step.logits[0])

@@ -14,7 +14,7 @@ from PIL import Image
 from configs import InputError
 from data.packing import collate
 from data.sample import Sample, Turn
-from engine.chat import Chat, alternatives, quantize_int8
+from engine.chat import Chat, alternatives, answer_text, quantize_int8, speak
 from models.generation import Sampling, Step
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -110,6 +110,14 @@ def test_a_broken_end_is_said_when_the_turn_ends(chat, monkeypatch):
     monkeypatch.setattr("engine.chat.steps", lambda *_: said([*ids, eos]))
     answer = "".join(chat.stream("What?", [], SHORT))
     assert answer == chat.processor.decode(ids) == "a\N{REPLACEMENT CHARACTER}"
+
+
+def test_a_broken_end_is_said_before_a_stop_string(chat):
+    ids = [byte_tokens(chat, b)[0] for b in (ord("a"), 0xCE, ord("."), ord("b"))]
+    pieces = list(speak(chat.processor, said(ids), stop=(".",)))
+    assert "".join(p.text for p in pieces) == "a\N{REPLACEMENT CHARACTER}"
+    assert "".join(p.text for p in pieces) == answer_text(chat.processor, ids, stop=(".",))
+    assert len(pieces) == 3, "nothing is computed after the stop string"
 
 
 def test_it_answers_from_the_newest_checkpoint_of_a_run(small_checkpoint, tmp_path):
