@@ -269,7 +269,7 @@ class DataConfig(Checked):
     """Download pictures that rows name by web address; otherwise such rows are refused."""
     seed: int = 0
     """Seed of the world's scenes and of the order of the rows."""
-    batch_size: int = 4
+    batch_size: int = 2
     """Rows per batch and process."""
     max_length: int = 1024
     """Longest row in tokens; with packing, the length that several conversations fill together."""
@@ -310,7 +310,7 @@ class LoopConfig(Checked):
 
     out: str = "runs/tiny"
     """Run folder: configuration, log, loss curve, checkpoints."""
-    steps: int = 1500
+    steps: int = 2300
     """Optimizer steps."""
     accumulate: int = 1
     """Batches per optimizer step."""
@@ -342,7 +342,7 @@ class LoopConfig(Checked):
     """Seed of initial weights and dropout."""
     log_every: int = 10
     """Steps between log lines."""
-    eval_every: int = 300
+    eval_every: int = 500
     """Steps between evaluations; 0: only at the end."""
     eval_samples: int = 200
     """Validation questions per evaluation."""

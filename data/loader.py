@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from configs import DataConfig, InputError
 from data.packing import collate, fill_rows
 from data.processor import Processor
 from data.sample import Batch, Tokens
-from data.sources import most_bad_rows
+from data.sources import most_bad_of, number_in_file
 
 CHUNK = 8  # samples a worker prepares at a time: enough to hide the cost of handing over
 
@@ -48,7 +49,8 @@ class Encoded(Dataset):
         except InputError as error:
             return Skipped(str(error))
         except Exception as error:
-            raise told(error, f"row {i + 1} of {self.cfg.source}") from error
+            row = number_in_file(self.source, i) + 1
+            raise told(error, f"row {row} of {self.cfg.source}") from error
 
 
 def told(error: Exception, where: str) -> RuntimeError:
@@ -57,9 +59,14 @@ def told(error: Exception, where: str) -> RuntimeError:
 
 
 def _one_thread(_worker: int) -> None:
-    torch.set_num_threads(
-        1
-    )  # spinning OpenMP threads of a worker would starve the training process
+    """Spinning OpenMP threads of a worker would starve the training process.
+
+    A signal to the whole group, as of Ctrl-C or a cluster's scheduler, is for the training process
+    alone: it finishes its step, for which it needs its workers, saves and ends them.
+    """
+    torch.set_num_threads(1)
+    for which in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(which, signal.SIG_IGN)
 
 
 @dataclass
@@ -113,9 +120,12 @@ class Loader:
         while True:
             if self.cfg.packing:
                 # Twice a batch's tokens wait, so that a row finds what fits it.
-                while sum(len(t) for _, t in self.waiting) < 2 * n_rows * capacity:
-                    self.waiting.append(next(samples))
                 lengths = [len(t) for _, t in self.waiting]
+                missing = 2 * n_rows * capacity - sum(lengths)
+                while missing > 0:
+                    self.waiting.append(next(samples))
+                    lengths.append(len(self.waiting[-1][1]))
+                    missing -= lengths[-1]
                 tiles = [len(t.tiles) for _, t in self.waiting] if self.cfg.tiles_per_batch else []
                 most = self.cfg.tiles_per_batch // n_rows
                 rows = fill_rows(lengths, n_rows, capacity, tiles, most)
@@ -179,9 +189,9 @@ class Loader:
         if i not in self.skipped:
             self.skipped.append(i)
             if self.deal[0] == 0:  # every rank sees the same rows, or each its own
-                self._list({"row": i, "reason": reason})
+                self._list({"row": number_in_file(self.source, i), "reason": reason})
         n_rows = len(self.source)
-        if len(self.skipped) > most_bad_rows(n_rows) or len(self.skipped) == n_rows:
+        if len(self.skipped) > most_bad_of(n_rows) or len(self.skipped) == n_rows:
             raise InputError(f"{len(self.skipped)} rows could not be used, the last: {reason}")
 
     def _list(self, bad: dict) -> None:

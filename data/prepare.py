@@ -18,7 +18,7 @@ import tyro
 
 from configs import RATINGS, DataConfig, InputError, command, parse
 from data.readers import open_rows
-from data.sources import locate, meaning, most_bad_rows
+from data.sources import locate, meaning, most_bad_of
 from data.streams import Part, StreamSource
 
 NOTE = "prepared.json"  # what was read so far, beside the files
@@ -125,7 +125,7 @@ def main(argv: list[str]) -> None:
             except InputError as error:
                 done["bad"].append(f"{where}: {error}")
         done["read"] = found[-1][0] + 1
-        if len(done["bad"]) > most_bad_rows(done["read"]):
+        if len(done["bad"]) > most_bad_of(done["read"]):
             n_bad, first = len(done["bad"]), done["bad"][0]
             raise InputError(f"{n_bad} of {done['read']} rows are bad, the first: {first}")
         if content:

@@ -18,7 +18,7 @@ from configs import DataConfig, InputError
 from data.loader import CHUNK, Loader, Skipped, _one_thread, told
 from data.processor import Processor
 from data.sample import Tokens
-from data.sources import MixtureSource, most_bad_rows
+from data.sources import MixtureSource, most_bad_of
 from data.streams import Part, StreamSource
 
 
@@ -170,7 +170,7 @@ class StreamLoader(Loader):
             self.skipped.append(reason)
             self._list({"row": i, "reason": reason})
         n_read = max(self.position, len(self.source))
-        if len(self.skipped) > most_bad_rows(n_read):
+        if len(self.skipped) > most_bad_of(n_read):
             raise InputError(f"{len(self.skipped)} rows could not be used, the last: {reason}")
 
 

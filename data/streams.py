@@ -20,7 +20,7 @@ import numpy as np
 from configs import DataConfig, InputError
 from data.readers import ListRows
 from data.sample import Sample
-from data.sources import RowSource, meaning, most_bad_rows, sample_of
+from data.sources import RowSource, meaning, most_bad_of, sample_of
 from data.tables import open_passing
 
 TRIES = 6  # of a block; the waits between them double from a second
@@ -155,7 +155,7 @@ def _first_rows(cfg: DataConfig, name: str, is_val: bool) -> tuple[RowSource, st
             columns = columns or (found.conversation.schema if found else "")
             if found is not None and found.is_val == is_val and len(kept) < most:
                 kept.append(row)
-    if n_bad > most_bad_rows(n_read):
+    if n_bad > most_bad_of(n_read):
         raise InputError(f"{n_bad} of the first {n_read} rows are bad, the first: {reason}")
     if not kept and not is_val:
         raise InputError(f"{name}: no rows to train on" + (f"; {reason}" if reason else "."))

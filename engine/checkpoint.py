@@ -142,15 +142,17 @@ def _write(cfg: RunConfig, step: int, write: Callable[[Path], None], state: dict
             "git": git_commit(),
             "hardware": hardware(),
         }
-        torch.save({"step": step, "provenance": provenance} | state, temporary / STATE)
+        try:
+            torch.save({"step": step, "provenance": provenance} | state, temporary / STATE)
+        except RuntimeError as error:  # of a full disk, too
+            raise OSError(str(error)) from None
         _flush(temporary)
         if final.exists():
             shutil.rmtree(final)
         if not (run / "config.json").exists():  # deleted under the run
             _write_config(cfg)
         temporary.rename(final)
-    # A full disk is a RuntimeError to torch.save and a SafetensorError to the weights.
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:  # the latter: the weights, on a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         raise InputError(
             f"{final}: the checkpoint could not be written ({error}); "
@@ -192,7 +194,8 @@ def load_state(folder: Path, cfg: RunConfig, world: int = 1, data: str = "") -> 
         state = torch.load(folder / STATE, weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0][:120]
-        raise InputError(f"{folder / STATE}: not the whole state of a run ({reason}).") from None
+        raise InputError(f"{folder / STATE}: not the whole state of a run ({reason}); delete that "
+            "checkpoint, and --train.resume auto takes the one before.") from None
     saved = from_dict(type(cfg), state["provenance"]["config"], str(folder / STATE))
     changed = [
         f"{part}.{name}: {old!r} then, {new!r} now"
