@@ -27,6 +27,8 @@ from engine.chat import Chat, Piece, alternatives, quantize_int8
 from engine.conversation import Conversation
 from models.generation import Sampling
 
+# Options of `Sampling`, by the same names.
+SAMPLED = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
 HELP = """/image FILE ...   show pictures with the next question
 /reset            forget what was said, keep the pictures
 /save FILE        append the conversation to a JSONL file that trains as it is
@@ -110,8 +112,7 @@ def main(argv: list[str]) -> None:
 def check(args: Arguments) -> Sampling:
     """The sampling options; `InputError` where an argument is wrong."""
     try:
-        names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
-        sampling = Sampling(**{name: getattr(args, name) for name in names})
+        sampling = Sampling(**{name: getattr(args, name) for name in SAMPLED})
     except ValueError as error:
         raise InputError(f"{error}.") from None
     for name in ("n", "batch_size"):
@@ -126,6 +127,8 @@ def check(args: Arguments) -> Sampling:
             raise InputError(f"{name}: {reason}.")
     if "" in args.stop or "" in args.choices:
         raise InputError("stop and choices: an empty text is none.")
+    if len(set(args.choices)) < len(args.choices):
+        raise InputError("choices: name each once.")
     if len(args.choices) == 1:
         raise InputError(f"choices = {args.choices[0]!r}: one alone leaves nothing to choose.")
     return sampling
@@ -137,8 +140,13 @@ def unused(args: Arguments) -> dict[str, str]:
         rows = "the rows of --jsonl hold their own; leave it out"
         return {"image": rows, "prompt": rows, "n": "a row of --jsonl has one answer"}
     if args.prompt is None:
-        return dict.fromkeys(("n", "choices", "logprobs"), "needs --prompt, or --jsonl")
-    return {"n": "the likeliest choice is one answer"} if args.choices else {}
+        found = dict.fromkeys(("n", "choices", "logprobs"), "needs --prompt, or --jsonl")
+        return found | {"batch_size": "is for the rows of --jsonl"}
+    found = {"batch_size": "is for the rows of --jsonl"}
+    if args.choices:
+        found |= dict.fromkeys(("logprobs", "stop", *SAMPLED), "choices are weighed, not written")
+        found["n"] = "the likeliest choice is one answer"
+    return found
 
 
 def show(pieces: Iterator[Piece]) -> Iterator[Piece]:

@@ -7,6 +7,7 @@ Not here: how many are answered together (models/generation.py).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -38,7 +39,8 @@ def answer_file(
     """
     rows = open_rows(str(questions))
     asked = [_asked(rows, k) for k in range(len(rows))]
-    done = read_done(out, asked)
+    run = identity(chat, sampling, stop, choices)
+    done = read_done(out, asked, run)
     left = [k for k in range(len(rows)) if k not in done]
     limited = [k for k in left if asked[k][2] or choices]
     free = [k for k in left if not (asked[k][2] or choices)]
@@ -47,7 +49,7 @@ def answer_file(
     with tqdm(total=len(rows), initial=len(done), unit="row") as bar, _open(out) as file:
 
         def write(k: int, values: dict) -> None:
-            row = done[k] = {**_plain(rows[k]), **values, "row": k}
+            row = done[k] = {**_plain(rows[k]), **values, "row": k, "run": run}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             bar.update()
@@ -112,10 +114,18 @@ def _details(chat: Chat, reply: Reply) -> dict:
 # --- What is there already ----------------------------------------------------------------------
 
 
-def read_done(out: Path, asked: Sequence[tuple]) -> dict[int, dict]:
-    """Row number -> its line, of an earlier run; a torn last line is cut off the file.
+def identity(chat: Chat, *settings: object) -> str:
+    """Twelve digits that tell the answers of these weights and settings from others."""
+    digest = hashlib.blake2b(repr(settings).encode(), digest_size=6)
+    for name, tensor in chat.model.state_dict().items():
+        digest.update(f"{name} {tensor.dequantize().double().sum().item():.17g}".encode())
+    return digest.hexdigest()
 
-    Raises `InputError` where the file holds answers to other questions.
+
+def read_done(out: Path, asked: Sequence[tuple], run: str) -> dict[int, dict]:
+    """Row number -> its line, of an earlier `run`; a torn last line is cut off the file.
+
+    Raises `InputError` where the file holds answers to other questions, or of another model.
     """
     if not out.exists():
         return {}
@@ -125,12 +135,14 @@ def read_done(out: Path, asked: Sequence[tuple]) -> dict[int, dict]:
         try:
             row = json.loads(line)
             same = asked[row["row"]][0] == row.get("question", row.get("prompt"))
+            same = same and row["run"] == run
         except (KeyError, IndexError, TypeError):
             same = False
         except ValueError:
             same = torn and line.startswith(b"{")
         if not same:
-            raise InputError(f"{out}: holds other answers; name another file, or delete it.")
+            raise InputError(f"{out}: holds other answers, or those of another model or other "
+                "settings; name another file, or delete it.")
         if torn:
             os.truncate(out, whole)
             break

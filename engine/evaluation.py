@@ -252,6 +252,15 @@ def validation_loss(model, loader: Loader, n_batches: int, region: torch.autocas
     return total / max(1, n_targets)
 
 
+def askable(chat: Chat, item: Item) -> bool:
+    """Whether its pictures open and its prompt fits: a run goes on without the other rows."""
+    try:
+        prompt_of(chat, [item], 0, "answer", 1 << 30)
+    except InputError:
+        return False
+    return True
+
+
 def evaluate(
     model,
     processor: Processor,
@@ -262,7 +271,8 @@ def evaluate(
 ) -> dict:
     """Validation loss, accuracy per skill and the first answers; empty without validation rows.
 
-    `show` gets the answers with their pictures.
+    Questions that cannot be asked, as of a broken picture, are left out and counted; of rows that
+    give no loss it only says why, as `val_problem`. `show` gets the answers with their pictures.
     """
     source = open_source(cfg, "val")
     if len(source) == 0:
@@ -270,11 +280,15 @@ def evaluate(
     was_training = model.training
     model.eval()
     loader = Loader(source, processor, replace(cfg, workers=0))
-    loss = validation_loss(model, loader, 2, region)
     try:
-        answered = answer_items(Chat(model, processor), items(cfg, "val", n_questions))
-    except InputError:
-        answered = []
+        loss = validation_loss(model, loader, 2, region)
+    except InputError as error:
+        model.train(was_training)
+        return {"val_problem": f"validation: {error}"}
+    chat = Chat(model, processor)
+    asked = items(cfg, "val", n_questions)
+    questions = [item for item in asked if askable(chat, item)]
+    answered = answer_items(chat, questions)
     model.train(was_training)
     if show is not None and answered:
         show(answered)
@@ -284,6 +298,7 @@ def evaluate(
         "val_loss": round(loss, 4),
         "val_accuracy": round(mean(answered) or 0.0, 4),
         **accuracies,
+        **({"val_left_out": n} if (n := len(asked) - len(questions)) else {}),
         "val_answers": [a.answer for a in firsts(answered)],
     }
 

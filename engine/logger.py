@@ -77,7 +77,8 @@ class Logger:
         if values:
             self.log(values, step)
             numbers = ((k[4:], v) for k, v in values.items() if isinstance(v, float))
-            self.say(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in numbers))
+            said = values.get("val_problem") or ", ".join(f"{k} {v:.3f}" for k, v in numbers)
+            self.say(f"step {step}: {said}")
 
     def say(self, text: str) -> None:
         """A sentence for people, above the bar."""

@@ -59,7 +59,7 @@ class Best:
 
     def beaten(self, values: dict, step: int) -> bool:
         score = values.get("val_accuracy", 0.0), -values.get("val_loss", math.inf)
-        if not values or score <= self.score:
+        if "val_loss" not in values or score <= self.score:
             return False
         self.step, self.score = step, score
         return True

@@ -81,6 +81,10 @@ def test_a_picture_that_cannot_be_read(small_checkpoint, pictures, refused, name
         (["--prompt", "a", "--choices", "yes"], "one alone leaves nothing to choose"),
         (["--prompt", "a", "--choices", "yes,"], "an empty text is none"),
         (["--prompt", "a", "--choices", "a", "b", "--n", "2"], "the likeliest choice is one"),
+        (["--prompt", "a", "--choices", "a", "a"], "name each once"),
+        (["--prompt", "a", "--choices", "a", "b", "--stop", "x"], "stop: choices are weighed"),
+        (["--prompt", "a", "--choices", "a", "b", "--seed", "3"], "seed: choices are weighed"),
+        (["--prompt", "a", "--batch-size", "2"], "batch_size: is for the rows of --jsonl"),
         (["--prompt", "a", "--choices", "<image>", "no"], "an answer holds <image>"),
         (["--prompt", "a", "--choices", "no", "yes " * 300], "the longest has 301 tokens"),
     ],
@@ -296,6 +300,15 @@ def test_a_file_of_questions_that_cannot_be_asked(
     assert len(out.read_text().splitlines()) == 9, "the mended row is asked by the next run"
     questions.write_text(rows.replace("What is 3?", "Else?"))
     assert "holds other answers" in refused(generate.main, *flags)
+    questions.write_text(rows)
+    for other in (["--temperature", "1"], ["--choices", "yes", "no"]):
+        assert "other settings" in refused(generate.main, *flags, *other)
+    other = VisionLanguageModel.from_pretrained(small_checkpoint)
+    shutil.copytree(small_checkpoint, tmp_path / "other")
+    with torch.no_grad():
+        other.MP.proj.weight[0, 0] += 1
+    other.save_pretrained(tmp_path / "other")
+    assert "another model" in refused(generate.main, tmp_path / "other", *flags[1:])
     flags[-1] = tmp_path / "n"
     for row, says in (
         ('{"image": "0.png"}', "needs a text in 'question'"),

@@ -17,6 +17,7 @@ from data.sample import Sample, Turn
 from data.sources import open_source
 from engine import evaluation
 from engine.chat import Chat
+from engine.loop import Best
 from engine.evaluation import (
     VIEWS,
     Item,
@@ -191,6 +192,27 @@ def test_validation_loss_is_a_mean_over_targets(chat, cfg):
         )
         total, n_targets = total + flat.sum().item(), n_targets + (batch.targets != -100).sum()
     assert found == pytest.approx(total / n_targets.item(), rel=1e-4)
+
+
+def test_a_broken_picture_is_left_out_and_counted(chat, tmp_path):
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    rows = [
+        {"image": f"{kind}.png", "question": f"q{i}", "answer": "a"}
+        for kind, n in (("good", 60), ("bad", 4))
+        for i in range(n)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    cfg = DataConfig(source=str(path), val_fraction=0.99, batch_size=2, max_length=128)
+    n_val = len(open_source(cfg, "val"))
+    values = evaluate(chat.model, chat.processor, cfg, 100, OFF)
+    assert values["val_left_out"] == 4 and values["val_loss"] > 0
+    assert len(values["val_answers"]) == 10 and n_val > 60
+    path.write_text("\n".join(map(json.dumps, rows[60:])))
+    problem = evaluate(chat.model.train(), chat.processor, cfg, 100, OFF)
+    assert list(problem) == ["val_problem"] and "bad.png" in problem["val_problem"]
+    assert chat.model.training and not Best().beaten(problem, 1)
 
 
 def test_without_validation_rows_there_is_nothing_to_log(chat, cfg):

@@ -192,20 +192,23 @@ def test_settings_that_change_the_run_are_refused(run_file, stop_after):
     assert (run / "step-000006").is_dir()
 
 
-def test_sigterm_saves_and_the_printed_command_continues(run_file, stop_after):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_sigterm_saves_and_the_printed_command_continues(run_file, stop_after, workers):
+    """To the whole group, as schedulers and terminals send signals: workers get it, too."""
     config = run_file("run", steps=3000)
     run = Path(read_json(config)["train"]["out"])
-    command = [sys.executable, "train.py", str(config)]
+    command = [sys.executable, "train.py", str(config), "--data.workers", str(workers)]
     process = subprocess.Popen(
-        command, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        command, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True
+    )  # fmt: skip
     deadline = time.monotonic() + 60
     while not ((run / "log.jsonl").is_file() and (run / "log.jsonl").stat().st_size):
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()  # else its words come after the last of 3,000 steps
             raise AssertionError(process.communicate())
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     (folder,) = run.glob("step-*")
