@@ -32,7 +32,7 @@ from data.readers import PICTURES
 from data.views import Viewer, ViewLoader, loader_config, open_picture
 from engine import checkpoint, classification
 from engine.classification import Result, draw_confusion, open_classifier, table
-from engine.distributed import autocast, fast_dtype, setup
+from engine.distributed import autocast, compiles, fast_dtype, setup
 from engine.loop import Best, train
 from engine.optim import build_optimizer
 from engine.vit_card import CONFUSION, RESULT, prepare
@@ -40,6 +40,7 @@ from engine.vit_sheet import draw_rollout
 from models import hub
 from models.backbones import open_vit
 from models.classifier import Classifier
+from models.compiled import compile_blocks
 from models.vision_transformer import ViT
 
 # --- train --------------------------------------------------------------------------------------
@@ -80,6 +81,8 @@ def train_main(argv: list[str]) -> None:
     model = build(cfg, source.names, str(found[-1]) if found else "").to(dist.device)
     cfg = replace(cfg, model=model.cfg)
     dtype = fast_dtype(dist.device, cfg.train.precision)
+    if compiles(dist.device, cfg.train.compile):
+        compile_blocks(model)
     optimizer = build_optimizer(model.parts, cfg.train, dtype)
     numbers = {name: i for i, name in enumerate(source.names)}
     viewer = Viewer(cfg.model, cfg.data, numbers)

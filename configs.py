@@ -338,6 +338,8 @@ class LoopConfig(Checked):
     """Largest norm of the whole gradient; 0: none."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast where the hardware computes it faster, else fp32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of each block. auto: on a GPU, as a CPU earns the minute back only in hours."""
     seed: int = 0
     """Seed of initial weights and dropout."""
     log_every: int = 10

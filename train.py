@@ -21,7 +21,7 @@ from data.sources import open_source
 from data.stream_loader import open_loader
 from engine import adapters, checkpoint
 from engine.chat import open_checkpoint
-from engine.distributed import Dist, autocast, fast_dtype, settings, setup
+from engine.distributed import Dist, autocast, compiles, fast_dtype, settings, setup
 from engine.dry_run import dry_run
 from engine.evaluation import evaluate
 from engine.logger import answers_path
@@ -30,6 +30,7 @@ from engine.optim import build_optimizer
 from engine.publish import publish
 from engine.sheet import draw_sheet
 from models.checkpoint_files import misfit
+from models.compiled import compile_blocks
 from models.hub import require_login
 from models.vision_language_model import VisionLanguageModel
 
@@ -59,6 +60,7 @@ def main(argv: list[str]) -> None:
         require_login()  # now rather than after hours
     dist = setup(cfg.train.parallel)
     dtype = fast_dtype(dist.device, cfg.train.precision)
+    compiled = compiles(dist.device, cfg.train.compile)
     found = checkpoint.seen_by_all(run, dist) if cfg.train.resume == "auto" else []
     source = open_source(cfg.data, "train")
     start = adapters.start_of(found[-1]) if found else cfg.train.init_from
@@ -71,6 +73,8 @@ def main(argv: list[str]) -> None:
         model.parts[name].activation_checkpointing = True
     model.to(dist.device)
     dist.shard(model, dtype)
+    if compiled:
+        compile_blocks(model)
     optimizer = build_optimizer(model.parts, cfg.train, dtype)
     if found and cfg.train.lora:
         adapters.load(model, found[-1])
@@ -87,7 +91,7 @@ def main(argv: list[str]) -> None:
             adapters.keep_base(model, processor, cfg.train)
     if dist.is_main:
         describe(cfg, model, source, step)
-        print(f"machine: {settings(dist.device, dtype)}")
+        print(f"machine: {settings(dist.device, dtype, compiled)}")
         print(looked)
     region = autocast(dist.device, dtype)
     if cfg.train.dry_run:

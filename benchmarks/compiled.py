@@ -5,8 +5,6 @@ Not a part of the product: a row of speed.py says what it gains, and when it has
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
 from collections.abc import Callable
 
@@ -33,12 +31,6 @@ class StaticCache(KVCache):
         for kept, new in ((self.k[block], k), (self.v[block], v)):
             kept[self.rows, :, positions] = new.transpose(1, 2)
         return self.k[block], self.v[block]
-
-
-def lacks() -> str:
-    """Why nothing can be compiled here; empty where it can."""
-    compiler = os.environ.get("CXX", "g++")
-    return "" if shutil.which(compiler) else f"torch.compile needs {compiler}"
 
 
 def step_of(model: VisionLanguageModel, cache: KVCache) -> Callable[[Tensor, Tensor], Tensor]:

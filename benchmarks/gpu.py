@@ -34,6 +34,7 @@ from data.packing import collate
 from engine.distributed import autocast, fast_dtype, setup
 from engine.optim import build_optimizer
 from models.checkpoint_files import misfit
+from models.compiled import compile_blocks
 from models.generation import Sampling
 from models.vision_language_model import VisionLanguageModel
 
@@ -124,8 +125,7 @@ def train_line(
     """Training of one side at its best batch."""
     flops = count(make(run, model, device, 1)[0])[0]  # before it is compiled; rows are alike
     if asked.compile and side == "picoVLM":
-        for block in (*model.vision_encoder.blocks, *model.decoder.blocks):
-            block.compile()
+        compile_blocks(model)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     best = best_batch(make, run, model, device, asked.most)

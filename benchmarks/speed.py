@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.compiled import lacks, warm
+from benchmarks.compiled import warm
 from benchmarks.peers import (
     WORDS,
     Case,
@@ -62,7 +62,7 @@ from data.packing import collate, fill_rows
 from data.sample import IGNORE
 from data.sources import open_source
 from engine.chat import quantize_int8
-from engine.distributed import autocast, fast_dtype, keep_freed_memory
+from engine.distributed import autocast, fast_dtype, keep_freed_memory, lacks_compiler
 from engine.loop import clip
 from engine.optim import build_optimizer
 from models.generation import Sampling
@@ -248,7 +248,7 @@ def int8_rows(case: Case, _peak: float, _bandwidth: float) -> list[Row]:
 def compiled_rows(case: Case, _peak: float, _bandwidth: float) -> list[Row]:
     """A decoding step of ours that is compiled, and after how many tokens that has paid back."""
     name = f"decode, 1 row, {case.kind}, our step compiled"
-    if why := lacks():
+    if why := lacks_compiler(torch.device("cpu")):
         return [Row(name, f"not measured: {why}")]
     case.theirs.eval()
     ids, images = prompt(case.cfg, 1)

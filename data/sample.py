@@ -6,7 +6,7 @@ Not here: how one becomes the next (processor.py, packing.py).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -75,14 +75,16 @@ class Batch:
         }
 
     def to(self, device: torch.device | str) -> Batch:
-        moved = {
-            k: v if v is None else v.to(device, non_blocking=True)
-            for k, v in self.tensors().items()
-        }
-        return Batch(
-            **moved,
-            n_targets=self.n_targets,
-            n_samples=self.n_samples,
-            n_tokens=self.n_tokens,
-            state=self.state,
-        )
+        """A copy for a model there; the host does not wait for it.
+
+        Ids, targets and segments stay: the model looks at them on the host, to know what goes where
+        without asking the device, and sends what its kernels need.
+        """
+        positions, images = (copied(x, device) for x in (self.positions, self.images))
+        return replace(self, positions=positions, images=images)
+
+
+def copied(x: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """x on a device; only memory that is pinned is copied while the host goes on."""
+    pinned = torch.device(device).type == "cuda"
+    return (x.pin_memory() if pinned else x).to(device, non_blocking=True)

@@ -24,7 +24,7 @@ from data.augment import SMOOTH, augment, mix, soften
 from data.classes import Classes, label_of
 from data.images import open_image
 from data.loader import Encoded, Loader
-from data.sample import Sample
+from data.sample import Sample, copied
 
 
 @dataclass
@@ -45,7 +45,7 @@ class ViewBatch:
         return {"images": self.images, "targets": self.targets}
 
     def to(self, device: torch.device | str) -> ViewBatch:
-        images, targets = (t.to(device, non_blocking=True) for t in (self.images, self.targets))
+        images, targets = (copied(x, device) for x in (self.images, self.targets))
         return ViewBatch(images, targets, self.n_tokens, self.state)
 
 

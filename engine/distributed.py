@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,11 @@ class Dist:
         return self.parallel == "fsdp" and self.world > 1
 
     @property
+    def works_apart(self) -> bool:
+        """Whether the device goes on with its work while the host does something else."""
+        return self.device.type == "cuda"
+
+    @property
     def is_main(self) -> bool:
         return self.rank == 0
 
@@ -43,7 +49,7 @@ class Dist:
         """The sum of a number over all processes."""
         if self.world == 1:
             return value
-        total = torch.tensor(float(value), dtype=torch.float64, device=self.device)
+        total = torch.tensor(float(value), dtype=torch.float64)
         dist.all_reduce(total)
         return total.item()
 
@@ -138,7 +144,8 @@ def setup(parallel: str = "ddp") -> Dist:
         store, _, _ = next(dist.rendezvous("env://", rank, world))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"attempt-{attempt}", store)
-        backend = "nccl" if cuda else "gloo"
+        # Numbers of the host go from host to host: by NCCL they would wait for the GPU's work.
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     return Dist(rank, world, device, parallel)
 
@@ -171,13 +178,40 @@ def fast_dtype(device: torch.device, precision: str) -> torch.dtype:
     return torch.bfloat16 if is_bf16 else torch.float32
 
 
-def settings(device: torch.device, dtype: torch.dtype) -> str:
+def lacks_compiler(device: torch.device) -> str:
+    """Why torch.compile can make nothing for this device; empty where it can."""
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+        found = has_triton() and any(map(shutil.which, names))
+        return "" if found else f"torch.compile needs triton and {' or '.join(names)}"
+    name = os.environ.get("CXX", "g++")
+    return "" if shutil.which(name) else f"torch.compile needs {name}"
+
+
+def compiles(device: torch.device, choice: str) -> bool:
+    """Whether blocks are compiled: `choice` on, off, or auto, on a GPU where that is possible.
+
+    Raises `InputError` of `on` where it is not.
+    """
+    if choice == "off" or (choice == "auto" and device.type != "cuda"):
+        return False
+    lack = lacks_compiler(device)
+    if lack and choice == "on":
+        raise InputError(f"train.compile = 'on': {lack}, which is not here; use off.")
+    return not lack
+
+
+def settings(device: torch.device, dtype: torch.dtype, compiled: bool) -> str:
     """What was found to be best on this machine, for one line at the start of a run."""
     precision = "bf16" if dtype == torch.bfloat16 else "fp32"
+    blocks = "blocks compiled" if compiled else "blocks not compiled"
     if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, {precision}"
+        return f"{torch.cuda.get_device_name(device)}, {precision}, {blocks}"
     n = torch.get_num_threads()
-    return f"CPU, {n} thread{'s' * (n > 1)}, {precision}, freed memory kept for the next step"
+    kept = "freed memory kept for the next step"
+    return f"CPU, {n} thread{'s' * (n > 1)}, {precision}, {blocks}, {kept}"
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -88,9 +88,15 @@ def train(
     t, wrapped, stop, best = cfg.train, dist.wrap(model), StopSignal(), best or Best()
     logger = Logger(cfg, dist.is_main, step)
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    batches, guard = iter(loader), Guard(t, logger)
+    batches, guard, ahead = iter(loader), Guard(t, logger), []
     meter = Meter(model, region)
     model.train()
+
+    def fetch() -> list:
+        meter.waiting()
+        found = [next(batches).to(dist.device) for _ in range(t.accumulate)]
+        meter.working()
+        return found
 
     def save():
         with optimizer.averaged():
@@ -100,9 +106,7 @@ def train(
 
     try:
         while step < t.steps:
-            meter.waiting()
-            micro = [next(batches).to(dist.device) for _ in range(t.accumulate)]
-            meter.working()
+            micro = ahead or fetch()
             n_targets = dist.sum(sum(b.n_targets for b in micro))
             optimizer.set_lr(lr_factor(t, step))
             total = torch.zeros((), device=dist.device)
@@ -111,7 +115,9 @@ def train(
                     _, loss_sum = wrapped(**batch.tensors(), reduction="sum")
                 (loss_sum * dist.world / n_targets).backward()
                 total += loss_sum.detach() / n_targets
+            ahead = fetch() if dist.works_apart and step + 1 < t.steps else []
             norms = part_norms(model.parts) if due(step + 1, t.log_every, t.steps) else {}
+            # The one wait for a GPU in a step: a step that is not finite must not be taken.
             grad_norm, loss = clip(params, t.grad_clip), dist.sum(total.item())
             if guard.passes(step, loss, grad_norm, micro):
                 optimizer.step()

@@ -15,7 +15,10 @@ from engine.distributed import Dist
 
 
 class Meter:
-    """Tokens and images per second, use of the device, waiting for data, since last asked."""
+    """Tokens and images per second, use of the device, waiting for data, since last asked.
+
+    All that the host does for data counts as waiting, what a GPU's work hides as well.
+    """
 
     def __init__(self, model: nn.Module, region: torch.autocast):
         self.model = model

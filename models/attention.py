@@ -9,6 +9,7 @@ group, L its length.
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -56,6 +57,13 @@ def run_blocks(
     for block in blocks:
         x = checkpoint(block, x, use_reentrant=False) if again else block(x)
     return x
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """x on `device`; a copy to a GPU stands in line there, and the host goes on at once."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 # --- Rotary positions ---------------------------------------------------------------------------
@@ -140,10 +148,17 @@ class SegmentPlan:
     slots: Tensor  # [B * T] where each token stands among all groups' slots
 
 
-def plan_segments(segments: Tensor) -> SegmentPlan:
-    """Group the runs of equal id in [B, T] by length.
+@dataclass
+class SegmentBounds:
+    """All that a kernel needs which takes segments of any length side by side."""
 
-    A segment at least half as long as the group's longest joins it.
+    bounds: Tensor  # [segments + 1] int32, where each starts among the B * T tokens, and B * T
+    longest: int
+
+
+def find_segments(segments: Tensor) -> tuple[Tensor, Tensor]:
+    """Starts and lengths of the runs of equal id in [B, T], among its B * T tokens; on the CPU.
+
     Padding runs (id 0) are segments like any other: what they compute is never looked at.
     """
     n_rows, n_tokens = segments.shape
@@ -152,9 +167,24 @@ def plan_segments(segments: Tensor) -> SegmentPlan:
     starts_here[1:] = flat[1:] != flat[:-1]
     starts_here[::n_tokens] = True
     starts = starts_here.nonzero()[:, 0]
-    lengths = torch.diff(starts, append=torch.tensor([n_rows * n_tokens]))
+    return starts, torch.diff(starts, append=torch.tensor([n_rows * n_tokens]))
+
+
+def bound_segments(segments: Tensor, device: torch.device) -> SegmentBounds:
+    starts, lengths = find_segments(segments)
+    bounds = F.pad(starts, (0, 1), value=segments.numel()).int()
+    return SegmentBounds(send(bounds, device), int(lengths.max()))
+
+
+def plan_segments(segments: Tensor, device: torch.device) -> SegmentPlan:
+    """Group the segments of [B, T] by length, for kernels on `device`.
+
+    A segment at least half as long as the group's longest joins it.
+    """
+    starts, lengths = find_segments(segments)
     order = torch.argsort(lengths, descending=True, stable=True)
-    groups, sources, reals, slots, n_slots, first = [], [], [], torch.empty_like(flat), 0, 0
+    groups, sources, reals, n_slots, first = [], [], [], 0, 0
+    slots = torch.empty(segments.numel(), dtype=torch.long)
     while first < len(order):
         longest = int(lengths[order[first]])
         inside = int((lengths[order[first:]] * 2 >= longest).sum())
@@ -168,10 +198,41 @@ def plan_segments(segments: Tensor) -> SegmentPlan:
         reals.append(real.reshape(-1, 1, 1))
         n_slots += source.numel()
         first += inside
-    device = segments.device
-    return SegmentPlan(
-        groups, torch.cat(sources).to(device), torch.cat(reals).to(device), slots.to(device)
-    )
+    tensors = (torch.cat(sources), torch.cat(reals), slots)
+    return SegmentPlan(groups, *(send(x, device) for x in tensors))
+
+
+def takes_bounds(cfg: LMConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's kernel for segments of any length computes this: FlashAttention 2 decides.
+
+    It has no fp32, no dropout as torch calls it, and heads of 8 to 256 channels, by eights.
+    """
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or cfg.lm_dropout:
+        return False
+    if cfg.lm_head_width % 8 or cfg.lm_head_width > 256:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0) and _bounded_kernel() is not None
+
+
+@cache
+def _bounded_kernel() -> Callable[..., Tensor] | None:
+    """`varlen_attn`, where it has the arguments that it has in torch 2.12."""
+    from torch.nn.attention.varlen import varlen_attn  # imports torch.compile's half of torch
+
+    names = inspect.signature(varlen_attn).parameters
+    return varlen_attn if {"window_size", "enable_gqa"} <= names.keys() else None
+
+
+def plan_for(cfg: LMConfig, segments: Tensor, like: Tensor) -> SegmentPlan | SegmentBounds:
+    """What `attend` needs to keep segments [B, T] apart in blocks that start from `like`.
+
+    A GPU waits for nothing where `segments` are on the CPU.
+    """
+    kind = like.device.type
+    is_cast = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if is_cast else like.dtype
+    plan = bound_segments if takes_bounds(cfg, like.device, dtype) else plan_segments
+    return plan(segments, like.device)
 
 
 class _Take(torch.autograd.Function):
@@ -221,13 +282,24 @@ def _attend_segments(q: Tensor, k: Tensor, v: Tensor, plan: SegmentPlan, dropout
     return out.view(B, T, H, C).transpose(1, 2)  # [B, H, T, C]
 
 
+def _attend_bounds(q: Tensor, k: Tensor, v: Tensor, plan: SegmentBounds) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    B, H, T, C = q.shape
+    flat = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B*T, H, C]
+    bounds, longest = (plan.bounds, plan.bounds), (plan.longest, plan.longest)  # of q, of k
+    causal = (-1, 0)  # everything before, nothing behind
+    out = varlen_attn(*flat, *bounds, *longest, window_size=causal, enable_gqa=k.shape[1] != H)
+    return out.view(B, T, H, C).transpose(1, 2)  # [B, H, T, C]
+
+
 def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     *,
     causal: bool,
-    plan: SegmentPlan | None = None,
+    plan: SegmentPlan | SegmentBounds | None = None,
     visible: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
@@ -236,9 +308,13 @@ def attend(
     `plan` restricts it to each segment; `visible` [B, 1, T, S] says which cache slots a query sees
     and replaces `causal`. At most one of the two is given. Without either a lone query sees all.
     """
+    if isinstance(plan, SegmentBounds):
+        return _attend_bounds(q, k, v, plan)
     if plan is not None:
         return _attend_segments(q, k, v, plan, dropout)
-    is_causal = causal and visible is None and q.shape[2] > 1
+    is_causal = causal and visible is None
+    if q.shape[2] == 1:  # asked for apart, as to the compiler a comparison of lengths is no bool
+        is_causal = False
     return _softmax_attention(q, k, v, attn_mask=visible, dropout_p=dropout, is_causal=is_causal)
 
 

@@ -20,13 +20,13 @@ from torch.utils.checkpoint import checkpoint
 from configs import LMConfig
 from models.attention import (
     KVCache,
-    SegmentPlan,
     apply_rope,
     attend,
-    plan_segments,
+    plan_for,
     rope_frequencies,
     rope_tables,
     run_blocks,
+    send,
 )
 from models.vision_transformer import init_weights
 
@@ -84,7 +84,7 @@ class LanguageModelGroupedQueryAttention(nn.Module):
     def __init__(self, cfg: LMConfig):
         super().__init__()
         D, C = cfg.lm_hidden_dim, cfg.lm_head_width
-        self.head_width = C
+        self.n_heads, self.n_kv_heads, self.head_width = cfg.lm_n_heads, cfg.lm_n_kv_heads, C
         self.dropout = cfg.lm_dropout
         self.nope_every = cfg.lm_nope_every
         self.q_proj = nn.Linear(D, cfg.lm_n_heads * C, bias=cfg.lm_qkv_bias)
@@ -95,10 +95,10 @@ class LanguageModelGroupedQueryAttention(nn.Module):
         self.k_norm = RMSNorm(C, cfg.lm_rms_eps) if cfg.lm_qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, ctx: Context, block: int) -> Tensor:
-        heads = (*ctx.positions.shape, -1, self.head_width)  # [B, T, *, C]
-        q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)  # [B, H, T, C]
-        k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)  # [B, K, T, C]
-        v = self.v_proj(x).view(heads).transpose(1, 2)  # [B, K, T, C]
+        (B, T), H, K, C = ctx.positions.shape, self.n_heads, self.n_kv_heads, self.head_width
+        q = self.q_norm(self.q_proj(x).view(B, T, H, C)).transpose(1, 2)  # [B, H, T, C]
+        k = self.k_norm(self.k_proj(x).view(B, T, K, C)).transpose(1, 2)  # [B, K, T, C]
+        v = self.v_proj(x).view(B, T, K, C).transpose(1, 2)  # [B, K, T, C]
         if not self.nope_every or (block + 1) % self.nope_every:
             q, k = apply_rope(q, *ctx.rope), apply_rope(k, *ctx.rope)
         q, k = q.to(v.dtype), k.to(v.dtype)
@@ -113,7 +113,7 @@ class LanguageModelGroupedQueryAttention(nn.Module):
             visible=ctx.visible,
             dropout=self.dropout if self.training else 0.0,
         )
-        return self.o_proj(out.transpose(1, 2).reshape(len(x), -1))  # [B * T, D]
+        return self.o_proj(out.transpose(1, 2).reshape(B * T, H * C))  # [B * T, D]
 
 
 class LanguageModelMLP(nn.Module):
@@ -156,7 +156,7 @@ class Context:
     ):
         """For hidden states `like` [B, T, D]."""
         self.positions, self.cache = positions, cache
-        self.plan: SegmentPlan | None = None if segments is None else plan_segments(segments)
+        self.plan = None if segments is None else plan_for(cfg, segments, like)
         self.visible = None if cache is None else cache.visible(positions)  # [B, 1, T, S]
         if cache is None:
             freq = rope_frequencies(cfg, like.device)
@@ -236,10 +236,11 @@ class LanguageModel(nn.Module):
 
         `reduction` is "mean" or "sum" as in F.cross_entropy, but without any target the loss is 0,
         not NaN. Of more than AT_ONCE logits a chunk is held at a time, and computed again in the
-        backward pass.
+        backward pass. A GPU waits for nothing where `targets` are on the CPU.
         """
         kept = (targets.flatten() != -100).nonzero()[:, 0]
-        hidden, targets = hidden.flatten(0, 1).index_select(0, kept), targets.flatten()[kept]
+        targets = send(targets.flatten()[kept], hidden.device)
+        hidden = hidden.flatten(0, 1).index_select(0, send(kept, hidden.device))
         most = max(1, AT_ONCE // self.cfg.lm_vocab_size)
         chunks = list(zip(hidden.split(most), targets.split(most)))  # [most, D], [most]
         if len(chunks) > 1 and torch.is_grad_enabled():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from configs import VLMConfig
-from models.attention import KVCache
+from models.attention import KVCache, send
 from models.generation import Sampling, generate, stream
 from models.language_model import LanguageModel
 from models.modality_projector import ModalityProjector
@@ -75,8 +75,9 @@ class VisionLanguageModel(nn.Module):
 
         Raises ValueError naming the row when a row's placeholders are no whole number of tiles, and
         when all placeholders together are not N x Q: scattering anyway would silently corrupt.
+        Nobody waits for a GPU to find that out where `input_ids` are on the CPU.
         """
-        x = self.decoder.token_embedding(input_ids)  # [B, T, D]
+        x = self.decoder.token_embedding(send(input_ids, self.device))  # [B, T, D]
         image_tokens = self.embed_images(images).to(x.dtype)  # [N, Q, D]
         is_image = input_ids == self.cfg.vlm_image_token_id  # [B, T]
         per_row, per_tile = is_image.sum(1), self.cfg.tokens_per_tile
@@ -91,7 +92,7 @@ class VisionLanguageModel(nn.Module):
                 f"rows have {(per_row // per_tile).tolist()} tiles' worth of placeholders, "
                 f"but {len(image_tokens)} tiles were given"
             )
-        slots = is_image.flatten().nonzero()[:, 0]  # [N * Q]
+        slots = send(is_image.flatten().nonzero()[:, 0], self.device)  # [N * Q]
         flat = x.flatten(0, 1).index_copy(0, slots, image_tokens.flatten(0, 1))  # [B * T, D]
         return flat.view_as(x)
 

@@ -24,8 +24,8 @@ PRETRAINED = [f"models.pretrained.{n}" for n in (
 FLOORS: list[list[list[str]]] = [
     [["configs_base", "configs", "configs_classify"]],
     [
-        ["models.attention", "models.vision_transformer", "models.rollout", "models.classifier",
-         "models.language_model",
+        ["models.attention", "models.compiled", "models.vision_transformer", "models.rollout",
+         "models.classifier", "models.language_model",
          "models.modality_projector", "models.generation", "models.attention_maps",
          "models.pretrained", *PRETRAINED],
         ["engine.distributed"], ["engine.optim"], ["engine.scoring"],

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
 from configs import InputError
 from engine import distributed
-from engine.distributed import bf16_is_faster, fast_dtype, settings
+from engine.distributed import bf16_is_faster, compiles, fast_dtype, lacks_compiler, settings
 
 CPU = torch.device("cpu")
 
@@ -35,7 +37,33 @@ def test_what_is_faster_is_timed(monkeypatch):
 
 def test_settings_in_one_line(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    line = settings(CPU, torch.float32)
-    assert line == "CPU, 2 threads, fp32, freed memory kept for the next step"
+    line = settings(CPU, torch.float32, False)
+    assert line == (
+        "CPU, 2 threads, fp32, blocks not compiled, freed memory kept for the next step"
+    )
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    assert settings(CPU, torch.bfloat16).startswith("CPU, 1 thread, bf16")
+    assert settings(CPU, torch.bfloat16, True).startswith("CPU, 1 thread, bf16, blocks compiled")
+
+
+def test_blocks_are_compiled_where_asked_and_by_default_on_a_gpu(monkeypatch):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(distributed, "lacks_compiler", lambda _: "")
+    asked = ("auto", "on", "off")
+    assert [compiles(CPU, choice) for choice in asked] == [False, True, False]
+    assert [compiles(gpu, choice) for choice in asked] == [True, True, False]
+    monkeypatch.setattr(distributed, "lacks_compiler", lambda _: "torch.compile needs g++")
+    assert not compiles(gpu, "auto")
+    with pytest.raises(InputError, match=r"train\.compile = 'on': torch\.compile needs g\+\+"):
+        compiles(CPU, "on")
+
+
+def test_what_a_compiler_needs(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such")
+    assert lacks_compiler(CPU) == "torch.compile needs no-such"
+    monkeypatch.setenv("CXX", "ls")
+    assert not lacks_compiler(CPU)
+    triton = importlib.import_module("torch.utils._triton")
+    monkeypatch.setenv("CC", "ls")
+    for there in (True, False):
+        monkeypatch.setattr(triton, "has_triton", lambda there=there: there)
+        assert bool(lacks_compiler(torch.device("cuda"))) != there

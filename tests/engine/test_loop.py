@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,9 @@ from safetensors.torch import load_file
 
 import data.loader
 from configs import InputError, TrainConfig, read_json
+from engine import distributed
+from engine.distributed import Dist
+from models.compiled import compile_blocks
 from models.vision_language_model import VisionLanguageModel
 from train import main
 
@@ -83,6 +87,37 @@ def test_stopped_and_continued_is_the_same_run(run_file, stop_after, capsys, mod
     torch.manual_seed(99)  # a new process would not have this one's generator
     go(parts / "config.json", "--train.resume", "auto")
     assert_same_run(whole, parts)
+
+
+def test_batches_prepared_ahead_change_nothing(run_file, stop_after, monkeypatch):
+    """As on a GPU, which still works on a step when the next one's batches are made."""
+    train, packed = {"accumulate": 2}, {"packing": True}
+    whole = go(run_file("whole", {}, packed, **train))
+    monkeypatch.setattr(Dist, "works_apart", True)
+    config = run_file("parts", {}, packed, **train)
+    stop_after(3)
+    parts = go(config)
+    torch.manual_seed(99)
+    go(parts / "config.json", "--train.resume", "auto")
+    assert_same_run(whole, parts)
+
+
+def test_a_run_of_compiled_blocks_goes_on_and_is_the_run(run_file, stop_after, monkeypatch, capsys):
+    """What the compiler is given is run as it is, which takes no compiler."""
+    monkeypatch.setattr(distributed, "lacks_compiler", lambda _: "")
+    monkeypatch.setattr("train.compile_blocks", partial(compile_blocks, backend="eager"))
+    plain, compiled = {"packing": True}, dict(optimizer="adamw", compile="on")
+    whole = go(run_file("whole", {}, plain, **compiled))
+    assert ", blocks compiled, " in capsys.readouterr().out
+    config = run_file("parts", {}, plain, **compiled)
+    stop_after(3)
+    parts = go(config)
+    go(parts / "config.json", "--train.resume", "auto")
+    assert_same_run(whole, parts)
+    other = go(run_file("other", {}, plain, optimizer="adamw"))
+    assert weights(whole).keys() == weights(other).keys()
+    for (_, *x), (_, *y) in zip(events(whole), events(other), strict=True):
+        torch.testing.assert_close(torch.tensor(x), torch.tensor(y), rtol=1e-5, atol=1e-5)
 
 
 def test_same_seed_same_run_and_other_seed_another(run_file):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,29 @@ def test_two_processes_are_one_with_twice_the_batches(
     x, y = (load_file(folder(c) / "step-000020" / "model.safetensors") for c in (one, two))
     for name in x:
         torch.testing.assert_close(x[name], y[name], rtol=1e-3, atol=1e-4)
+
+
+def compile_without_a_compiler(rank: int) -> None:
+    """Blocks become graphs forward and backward, which are run as they are."""
+    import engine.distributed
+    import train
+
+    engine.distributed.lacks_compiler = lambda _: ""
+    train.compile_blocks = partial(train.compile_blocks, backend="aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_compiled_blocks_of_two_processes_are_the_blocks(launch, run_file, mixed_rows, parallel):
+    train = dict(steps=6, optimizer="adamw", parallel=parallel, accumulate=2,
+                 activation_checkpointing=("language",))  # fmt: skip
+    data = {"source": mixed_rows, "packing": True}
+    plain, made = (run_file(c, MODEL, data, **train, compile=c) for c in ("off", "on"))
+    said = plain.parent / "said.txt"
+    together(launch, [str(plain)], said)
+    together(launch, [str(made)], said, compile_without_a_compiler)
+    assert ", blocks compiled, " in said.read_text()
+    same_curve(folder(plain), folder(made), 6)
 
 
 @pytest.mark.slow

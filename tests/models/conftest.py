@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 
@@ -64,3 +65,26 @@ def damage(edit_weights):
         return names
 
     return damage
+
+
+def kernel(q, k, v, from_q, from_k, max_q, max_k, *, window_size, enable_gqa):
+    """torch's `varlen_attn` as it is called, [B*T, H, C], with a mask instead of a kernel."""
+    assert from_q is from_k and window_size == (-1, 0) and from_q.dtype == torch.int32
+    assert enable_gqa == (q.shape[1] != k.shape[1])
+    at = torch.arange(len(q), device=q.device)
+    segment, behind = torch.bucketize(at, from_q, right=True), at[:, None] - at
+    mask = (segment[:, None] == segment) & (behind >= 0) & (behind < max_q) & (behind < max_k)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H, B*T, C]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=enable_gqa)
+    return out[0].transpose(0, 1).contiguous()
+
+
+@pytest.fixture
+def like_a_gpu(monkeypatch):
+    """Segments go to the GPU's kernel, for which a mask stands."""
+    from torch.nn.attention import varlen
+
+    from models import attention
+
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    monkeypatch.setattr(attention, "takes_bounds", lambda *_: True)

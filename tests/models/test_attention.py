@@ -25,6 +25,7 @@ from models.attention import (
 )
 from models.vision_language_model import VisionLanguageModel
 
+CPU = torch.device("cpu")
 # Rows of (segment id, length); ids need not rise, and neighbours in two rows may share one.
 LAYOUTS = {
     "one segment": [[(1, 7)]],
@@ -61,7 +62,7 @@ def test_packed_attention_is_the_dense_mask(layout, n_kv):
     real = (segments != 0)[:, None, :, None]  # nobody looks at the output of padding
     cotangent = torch.randn(shapes[0], generator=g) * real
 
-    out = attend(*ours, causal=True, plan=plan_segments(segments))
+    out = attend(*ours, causal=True, plan=plan_segments(segments, CPU))
     wanted = dense(*theirs, segments)
     torch.testing.assert_close(out * real, wanted * real, rtol=0, atol=1e-5)
     out.backward(cotangent)
@@ -77,7 +78,8 @@ def test_packed_attention_in_bf16_has_the_gradients_of_fp32():
     g = torch.Generator().manual_seed(1)
     ours = [torch.randn(B, h, T, 6, generator=g).bfloat16().requires_grad_() for h in (4, 2, 2)]
     theirs = [x.detach().float().requires_grad_() for x in ours]
-    out, wanted = attend(*ours, causal=True, plan=plan_segments(segments)), dense(*theirs, segments)
+    out = attend(*ours, causal=True, plan=plan_segments(segments, CPU))
+    wanted = dense(*theirs, segments)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), wanted, rtol=2**-8, atol=2**-8)
     out.float().sum().backward()
@@ -90,7 +92,7 @@ def test_packed_attention_in_bf16_has_the_gradients_of_fp32():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_each_token_has_one_real_slot(layout):
     segments = lay_out(LAYOUTS[layout])
-    plan = plan_segments(segments)
+    plan = plan_segments(segments, CPU)
     n_slots = sum(g.n_segments * g.length for g in plan.groups)
     assert plan.sources.shape == (n_slots,) and plan.real.shape == (n_slots, 1, 1)
     real = plan.real.flatten()
@@ -101,14 +103,15 @@ def test_each_token_has_one_real_slot(layout):
 
 def test_a_group_wastes_less_than_half_of_its_slots():
     """A segment joins a group only when at least half as long as its longest."""
-    plan = plan_segments(lay_out([[(i, n) for i, n in enumerate((300, 1, 2, 90, 7, 3, 160), 1)]]))
+    lengths = (300, 1, 2, 90, 7, 3, 160)
+    plan = plan_segments(lay_out([list(enumerate(lengths, 1))]), CPU)
     assert len(plan.sources) < 2 * 563
     assert [g.length for g in plan.groups] == [300, 90, 7, 3, 1]
 
 
 def test_take_is_an_index_with_its_gradient():
     """Repeated sources count once, through their real slot: a scatter-add of masked gradients."""
-    plan = plan_segments(lay_out(LAYOUTS["unequal"]))
+    plan = plan_segments(lay_out(LAYOUTS["unequal"]), CPU)
     g = torch.Generator().manual_seed(2)
     x = torch.randn(16, 3, 2, generator=g, requires_grad=True)
     out = _Take.apply(x, plan.sources, plan.slots, None)
