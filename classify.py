@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import glob
+import io
 import json
 import shutil
 import sys
@@ -25,7 +26,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from configs import InputError, command, parse
+from configs import InputError, command, parse, write_whole
 from configs_classify import ClassesConfig, ClassifyConfig, parse_classify, run_command
 from data.classes import Classes, balance, open_classes
 from data.readers import PICTURES
@@ -80,7 +81,8 @@ def train_main(argv: list[str]) -> None:
     dist = setup()
     model = build(cfg, source.names, str(found[-1]) if found else "").to(dist.device)
     cfg = replace(cfg, model=model.cfg)
-    dtype = fast_dtype(dist.device, cfg.train.precision)
+    # Found by measuring, so one process does for all.
+    dtype = dist.gather(fast_dtype(dist.device, cfg.train.precision))[0]
     if compiles(dist.device, cfg.train.compile):
         compile_blocks(model)
     optimizer = build_optimizer(model.parts, cfg.train, dtype)
@@ -144,7 +146,7 @@ def show(result: Result, folder: Path | None) -> None:
         low, high = result.interval
         figures = result.values() | {"interval": [low, high], "pictures": len(result.expected)}
         figures |= {"classes": classification.by_class(result)}
-        (folder / RESULT).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_whole(folder / RESULT, json.dumps(figures, indent=2) + "\n")
         print(f"confusion matrix in {folder / CONFUSION}, figures in {folder / RESULT}")
 
 
@@ -213,8 +215,8 @@ def predict_main(argv: list[str]) -> None:
         raise InputError(f"k = {args.k}: must be at least 1.")
     if args.out is not None and args.out.suffix not in (".csv", ".jsonl"):
         raise InputError(f"out = {args.out}: must end in .csv or .jsonl.")
-    if args.out is not None and not args.out.absolute().parent.is_dir():
-        raise InputError(f"out = {args.out}: its folder does not exist.")
+    if args.out is not None and (args.out.is_dir() or not args.out.absolute().parent.is_dir()):
+        raise InputError(f"out = {args.out}: must be a file in a folder that exists.")
     pictures = find_pictures(args.pictures)
     model, rows, n_failed = open_classifier(args.checkpoint).to(setup().device), [], 0
     for picture, classes, problem in classification.predict(model, pictures, args.k):
@@ -234,17 +236,18 @@ def predict_main(argv: list[str]) -> None:
 
 def write_answers(rows: list[tuple[str, list[tuple[str, float]]]], path: Path) -> None:
     """A line a picture: its name, then classes and probabilities, the most probable first."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        if path.suffix == ".jsonl":
-            for picture, classes in rows:
-                answers = [{"class": name, "probability": round(p, 6)} for name, p in classes]
-                file.write(json.dumps({"image": picture, "classes": answers}) + "\n")
-            return
-        writer = csv.writer(file)
+    file = io.StringIO()
+    if path.suffix == ".jsonl":
+        for picture, classes in rows:
+            answers = [{"class": name, "probability": round(p, 6)} for name, p in classes]
+            file.write(json.dumps({"image": picture, "classes": answers}) + "\n")
+    else:
+        writer = csv.writer(file, lineterminator="\n")
         numbers = range(1, 1 + len(rows[0][1]))
         writer.writerow(["image", *(f"{what}_{i}" for i in numbers for what in ("class", "p"))])
         for picture, classes in rows:
             writer.writerow([picture, *(v for name, p in classes for v in (name, f"{p:.6f}"))])
+    write_whole(path, file.getvalue())
 
 
 # --- export, look -------------------------------------------------------------------------------

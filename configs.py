@@ -26,7 +26,9 @@ from configs_base import (  # noqa: F401
     require,
     require_positive,
     require_rate,
+    require_seed,
     to_dict,
+    write_whole,
 )
 
 
@@ -119,7 +121,7 @@ class ViTConfig(Checked):
         fix = "a classifier needs mean, cls or map"
         need(self.vit_pool != "none" or not self.vit_n_classes, self, "vit_pool", fix)
         n, labels = self.vit_n_classes, self.vit_labels
-        fix = f"must be {n} different names, as vit_n_classes, or none"
+        fix = f"must be {n} different names, as vit_n_classes says, or none; set both"
         require(not labels or len(set(labels)) == len(labels) == n, "vit_labels", labels, fix)
         need(min(self.vit_image_std) > 0, self, "vit_image_std", "must be positive")
 
@@ -298,6 +300,7 @@ class DataConfig(Checked):
         for name in RATINGS:
             need(1 <= getattr(self, name) <= 5, self, name, "must be from 1 to 5")
         require_rate(self, "val_fraction")
+        require_seed(self)
         require(self.world_first >= 0, "world_first", self.world_first, "must not be negative")
         share = self.world_described
         require(0 <= share <= 1, "world_described", share, "must be between 0 and 1")
@@ -364,6 +367,7 @@ class LoopConfig(Checked):
     def validate(self):
         require_positive(self, "steps accumulate log_every eval_samples keep max_bad_steps")
         require_rate(self, "beta1 beta2 muon_momentum ema")
+        require_seed(self)
         need(0 < self.layer_decay <= 1, self, "layer_decay", "must be above 0 and at most 1")
         names = "lr_muon weight_decay warmup grad_clip eval_every save_every"
         for name in names.split():

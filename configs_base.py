@@ -61,6 +61,10 @@ def require_rate(config: object, names: str) -> None:
         require(0 <= value < 1, name, value, "must be at least 0 and below 1")
 
 
+def require_seed(config: object) -> None:
+    need(0 <= config.seed < 2**63, config, "seed", "must be from 0 to 2**63 - 1")
+
+
 # --- JSON ---------------------------------------------------------------------------------------
 
 
@@ -126,6 +130,16 @@ def read_json(path: str | Path) -> dict:
     if not isinstance(value, dict):
         raise InputError(f"{path}: must hold a JSON object, not {type(value).__name__}.")
     return value
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """A text file, all of it or, where the disk refuses, what was there before."""
+    beside = Path(f"{path}.writing")
+    try:
+        beside.write_text(text, encoding="utf-8", errors="surrogateescape")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 # --- Command line -------------------------------------------------------------------------------
@@ -203,3 +217,7 @@ def command(main, argv: list[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of our stdout left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:  # a full disk, a folder that may not be written
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"error: {place}{error.strerror or error}.", file=sys.stderr)
+        sys.exit(2)

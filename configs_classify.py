@@ -5,6 +5,7 @@ Not here: fields every run has (configs.py), what augmentation does (data/augmen
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -19,6 +20,7 @@ from configs import (
     require_freeze,
     require_positive,
     require_rate,
+    require_seed,
 )
 
 
@@ -71,6 +73,9 @@ class ClassesConfig(Checked):
         for name in ("flip", "erase"):
             need(0 <= getattr(self, name) <= 1, self, name, "must be between 0 and 1")
         need(0 < self.crop <= 1, self, "crop", "must be above 0 and at most 1")
+        for name in ("mixup", "cutmix", "stretch"):
+            need(getattr(self, name) < math.inf, self, name, "must be finite")
+        require_seed(self)
         need(self.stretch >= 1, self, "stretch", "must be at least 1")
         need(0 <= self.magnitude <= 10, self, "magnitude", "must be between 0 and 10")
 

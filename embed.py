@@ -9,6 +9,7 @@ python embed.py duplicates runs/train-index runs/test-index      leaks between t
 from __future__ import annotations
 
 import csv
+import io
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from configs import InputError, command, parse
+from configs import InputError, command, parse, write_whole
 from configs_classify import run_command
 from data.readers import PICTURES
 from engine.distributed import setup
@@ -148,8 +149,9 @@ def duplicates_main(argv: list[str]) -> None:
         write_pairs(pairs, sys.stdout)
     else:
         try:
-            with open(args.out, "w", newline="", encoding="utf-8") as file:
-                write_pairs(pairs, file)
+            file = io.StringIO()
+            write_pairs(pairs, file)
+            write_whole(args.out, file.getvalue())
         except OSError as error:
             raise InputError(f"out = {args.out}: cannot be written ({error.strerror}).") from None
     print(f"{len(pairs):,} pairs at least {args.threshold} alike", file=sys.stderr)
@@ -159,7 +161,7 @@ def duplicates_main(argv: list[str]) -> None:
 
 
 def write_pairs(pairs: list[tuple[str, str, float]], file) -> None:
-    writer = csv.writer(file)
+    writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["one", "other", "cosine"])
     writer.writerows([a, b, f"{cosine:.6f}"] for a, b, cosine in pairs)
 

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from PIL import Image
 from tqdm import tqdm
 
-from configs import DataConfig, InputError, command, parse
+from configs import DataConfig, InputError, command, parse, write_whole
 from engine.chat import Chat
 from engine.checkpoint import resolve
 from engine.distributed import Dist, setup
@@ -69,6 +71,10 @@ def main(argv: list[str]) -> None:
             raise InputError(f"{path}: its folder does not exist.")
         if path is not None and path.is_dir():
             raise InputError(f"{path}: is a folder; name a file.")
+        if path is not None and not os.access(path.parent, os.W_OK):
+            raise InputError(f"{path}: its folder may not be written.")
+    if args.sheet is not None and args.sheet.suffix.lower() not in Image.registered_extensions():
+        raise InputError(f"sheet = {args.sheet}: must end as a picture does, as in .png.")
     auto = "world" if args.data.source == "world" else "rows"
     name = auto if args.task == "auto" else args.task
     task: Task = importlib.import_module(f"tasks.{name}").TASK
@@ -130,7 +136,7 @@ def show(args: Arguments, result: dict, views: dict, run: str) -> None:
     """Print and write what was found."""
     print(table(result))
     if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_whole(args.json, json.dumps(result, indent=2) + "\n")
     if args.predictions is not None:
         write_all(args.predictions, run, views)
     if args.sheet is not None:

@@ -59,7 +59,8 @@ def main(argv: list[str]) -> None:
     if cfg.train.push:
         require_login()  # now rather than after hours
     dist = setup(cfg.train.parallel)
-    dtype = fast_dtype(dist.device, cfg.train.precision)
+    # Found by measuring, so one process does for all.
+    dtype = dist.gather(fast_dtype(dist.device, cfg.train.precision))[0]
     compiled = compiles(dist.device, cfg.train.compile)
     found = checkpoint.seen_by_all(run, dist) if cfg.train.resume == "auto" else []
     source = open_source(cfg.data, "train")
@@ -113,8 +114,17 @@ def examine(cfg: RunConfig, model, processor, dist: Dist, region, step: int) -> 
     t = cfg.train
     number = step // t.eval_every if t.eval_every else 0
     wanted = t.answers_every and (step == t.steps or number % t.answers_every == 0)
-    show = partial(draw_sheet, path=answers_path(t.out, step)) if wanted and dist.is_main else None
+    draw = partial(show_answers, path=answers_path(t.out, step))
+    show = draw if wanted and dist.is_main else None
     return evaluate(model, processor, cfg.data, t.eval_samples, region, show)
+
+
+def show_answers(answered, path: Path) -> None:
+    """Draw them; what cannot be written is no reason to stop training."""
+    try:
+        draw_sheet(answered, path)
+    except OSError as error:
+        print(f"{path}: cannot be drawn ({error.strerror}); training goes on.")
 
 
 def finish(cfg: RunConfig, reached: int) -> None:

@@ -79,9 +79,11 @@ def _to_8bit(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.float64)
     values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
     low, high = values.min(), values.max()
-    if low >= 0 and high <= 255:
+    if image.mode.startswith("I;16"):
+        scaled = values / 257
+    elif low >= 0 and high <= 255:
         scaled = values
-    elif low >= 0 and high <= 65535 and image.mode != "F":
+    elif low >= 0 and high <= 65535 and image.mode == "I":  # as Pillow opens some 16-bit files
         scaled = values / 257
     else:
         scaled = (values - low) / max(high - low, 1e-12) * 255

@@ -62,11 +62,12 @@ def _one_thread(_worker: int) -> None:
     """Spinning OpenMP threads of a worker would starve the training process.
 
     A signal to the whole group, as of Ctrl-C or a cluster's scheduler, is for the training process
-    alone: it finishes its step, for which it needs its workers, saves and ends them.
+    alone: it finishes its step, for which it needs its workers, saves and ends them. One that is
+    still there after five minutes was forgotten, and ends itself.
     """
     torch.set_num_threads(1)
-    for which in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(which, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(300))
 
 
 @dataclass

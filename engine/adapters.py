@@ -12,11 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from configs import InputError, TrainConfig
-from models.checkpoint_files import layout_of, read_weights
+from models.checkpoint_files import layout_of, read_weights, save_tensors
 from models.vision_language_model import VisionLanguageModel
 
 FOLDER, BASE, FILE = "adapter", "base", "adapter_model.safetensors"
@@ -117,7 +116,7 @@ def save(model: VisionLanguageModel, cfg: TrainConfig, folder: Path) -> None:
         modules_to_save=full or None, base_model_name_or_path=str(Path(cfg.out, BASE).absolute()),
     ).save_pretrained(out)  # fmt: skip
     named = {PREFIX + rename(name): t.cpu().contiguous() for name, t in tensors.items()}
-    save_file(named, out / FILE, metadata={"format": "pt"})
+    save_tensors(named, out / FILE)
 
 
 def load(model: VisionLanguageModel, folder: Path) -> None:

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
 from configs import InputError, RunConfig, from_dict, to_dict
 from engine.distributed import Dist
@@ -119,7 +118,11 @@ def save(
         return
     tensors = dist.whole(model)
     shards = Path(cfg.train.out) / f".shards-{step:06d}"
-    dist.save_shards(model, optimizer.members[0], shards)
+    try:
+        dist.save_shards(model, optimizer.members[0], shards)
+    except Exception as error:  # CheckpointException, which is no more than that
+        shutil.rmtree(shards, ignore_errors=True)
+        raise refused(shards, str(error).splitlines()[0]) from None
 
     def write_all(folder: Path) -> None:
         write(model.assembled(tensors), folder)
@@ -128,6 +131,14 @@ def save(
     if dist.is_main:
         _write(cfg, step, write_all, state)
     dist.sum(0)
+
+
+def refused(path: Path, why: object) -> InputError:
+    """What is said when the disk does not take a checkpoint."""
+    return InputError(
+        f"{path}: the checkpoint could not be written ({why}); earlier checkpoints are whole, free "
+        "some space and continue with --train.resume auto."
+    )
 
 
 def _write(cfg: RunConfig, step: int, write: Callable[[Path], None], state: dict) -> None:
@@ -152,12 +163,9 @@ def _write(cfg: RunConfig, step: int, write: Callable[[Path], None], state: dict
         if not (run / "config.json").exists():  # deleted under the run
             _write_config(cfg)
         temporary.rename(final)
-    except (OSError, SafetensorError) as error:  # the latter: the weights, on a full disk
+    except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise InputError(
-            f"{final}: the checkpoint could not be written ({error}); "
-            "earlier checkpoints are whole, free some space and continue with --train.resume auto."
-        ) from None
+        raise refused(final, error) from None
     best = f"step-{state.get('best', (0,))[0]:06d}"
     for old in folders(run)[: -cfg.train.keep]:
         if old.name != best:
@@ -212,9 +220,11 @@ def load_state(folder: Path, cfg: RunConfig, world: int = 1, data: str = "") -> 
     if getattr(saved.data, "stream", False) and then != now:
         changed.append(f"data.workers, which share a stream: {then} then, {now} now")
     if changed:
+        is_vlm = "init_from" in vars(cfg.train)
+        flag = "--train.init-from" if is_vlm else "--model.vit-model-type"
         raise InputError(
             f"{folder} was made with other settings ({'; '.join(changed)}); set them back, or "
-            f"start a new run from its weights: --train.init-from {folder} --train.out another."
+            f"start a new run from its weights: {flag} {folder} --train.out another."
         )
     return state
 

@@ -124,7 +124,9 @@ class Dist:
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
 
     def close(self) -> None:
+        """When all have come so far: one that leaves early may end the others by its absence."""
         if self.world > 1:
+            self.sum(0)
             dist.destroy_process_group()
 
 

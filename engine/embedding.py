@@ -18,12 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from tqdm import tqdm
 
 from configs import InputError, read_json
 from data.views import normalise, whole_views
 from models.backbones import open_vit
+from models.checkpoint_files import save_tensors
 from models.vision_transformer import ViT
 
 ROWS, PART, LINES, SKIPPED, ABOUT = (
@@ -75,14 +76,19 @@ def _lines(path: Path) -> list[dict]:
     """A JSON object a line; a last line that was cut off counts for nothing."""
     if not path.is_file():
         return []
-    content = path.read_text(encoding="utf-8")
-    whole = content[: content.rfind("\n") + 1]
-    return [json.loads(line) for line in whole.splitlines()]
+    *whole, _cut = path.read_text("utf-8", "replace").split("\n")  # names may hold U+2028
+    try:
+        lines = [json.loads(line) for line in whole]
+        if all(isinstance(line["file"], str) for line in lines):
+            return lines
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise InputError(f"{path}: not the lines of an index; build it anew in another folder.")
 
 
 def _append(path: Path, lines: list[dict]) -> None:
     with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        file.writelines(json.dumps(line) + "\n" for line in lines)  # ASCII: names may be no text
 
 
 def require_same(folder: Path, before: dict, now: dict) -> None:
@@ -93,9 +99,19 @@ def require_same(folder: Path, before: dict, now: dict) -> None:
         raise InputError(f"{folder} was made otherwise ({'; '.join(changed)}); build a new one.")
 
 
-def _resume(folder: Path, about: dict, width: int) -> tuple[list[dict], list[dict]]:
+def stamp(name: str) -> str:
+    """Size and time of a file, which change with it; empty where it is gone."""
+    try:
+        found = Path(name).stat()
+    except OSError:
+        return ""
+    return f"{found.st_size} {found.st_mtime_ns}"
+
+
+def _resume(folder: Path, about: dict, width: int) -> list[dict]:
     """What an earlier start has done, both files cut to what is whole in both."""
-    done, skipped = _lines(folder / LINES), _lines(folder / SKIPPED)
+    done = _lines(folder / LINES)
+    (folder / SKIPPED).unlink(missing_ok=True)
     if (folder / ABOUT).is_file():
         require_same(folder, read_json(folder / ABOUT), about)
     part = folder / PART
@@ -106,19 +122,29 @@ def _resume(folder: Path, about: dict, width: int) -> tuple[list[dict], list[dic
     _append(folder / LINES, done[:n])
     with open(part, "ab") as file:
         file.truncate(4 * width * n)
-    return done[:n], skipped
+    return done[:n]
 
 
 def build(vit: ViT, files: Sequence[str], folder: Path, about: dict, batch_size: int) -> Index:
     """Add the pictures that `folder` lacks, batch by batch; raises `InputError`.
 
-    Stopped, it goes on where it was. Pictures that cannot be opened are listed and passed over.
+    Stopped, it goes on where it was. Pictures that cannot be opened are listed and passed over, and
+    tried again by the next build. One that was changed since is refused: its row is of the old one.
     """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"out = {folder}: is a file; name a folder.")
     folder.mkdir(parents=True, exist_ok=True)
     width = vit.cfg.vit_hidden_dim
-    done, skipped = _resume(folder, about, width)
+    done = _resume(folder, about, width)
+    for line in done:
+        now = stamp(line["file"])
+        if line.get("stamp", now) != now:  # indexes of earlier versions have none
+            what = "was changed" if now else "is no longer there"
+            raise InputError(
+                f"{folder}: {line['file']} {what} since it was read; build the index anew."
+            )
     (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    known = {line["file"] for line in done + skipped}
+    known = {line["file"] for line in done}
     left = [name for name in files if name not in known]
     with tqdm(total=len(files), initial=len(files) - len(left), unit="picture") as bar:
         for start in range(0, len(left), batch_size):
@@ -127,13 +153,15 @@ def build(vit: ViT, files: Sequence[str], folder: Path, about: dict, batch_size:
             found = list(zip(part, problems))
             with open(folder / PART, "ab") as file:
                 file.write(rows.tobytes())
-            _append(folder / LINES, [{"file": name} for name, problem in found if not problem])
-            _append(folder / SKIPPED, [{"file": n, "reason": p} for n, p in found if p])
+            lines = [{"file": n, "stamp": stamp(n)} for n, problem in found if not problem]
+            _append(folder / LINES, lines)
+            if any(problems):
+                _append(folder / SKIPPED, [{"file": n, "reason": p} for n, p in found if p])
             bar.update(len(part))
     rows = np.fromfile(folder / PART, np.float32).reshape(-1, width)  # [N, D]
     if len(rows) == 0:
         raise InputError(f"none of {len(files)} pictures can be opened; see {folder / SKIPPED}.")
-    save_file({"embeddings": rows}, folder / ROWS)
+    save_tensors({"embeddings": torch.from_numpy(rows)}, folder / ROWS)
     (folder / PART).unlink()
     return open_index(folder)
 
@@ -151,7 +179,10 @@ def open_index(folder: Path) -> Index:
     files = [line["file"] for line in _lines(folder / LINES)]
     if len(files) != len(rows):
         raise InputError(f"{folder}: {len(files)} lines in {LINES}, {len(rows)} rows in {ROWS}.")
-    return Index(folder, files, rows, read_json(folder / ABOUT))
+    about = read_json(folder / ABOUT)
+    if not {"model", "pool"} <= about.keys():
+        raise InputError(f"{folder / ABOUT}: does not say which encoder and pool made it.")
+    return Index(folder, files, rows, about)
 
 
 # --- Finding ------------------------------------------------------------------------------------

@@ -97,7 +97,10 @@ class Logger:
         if self.wandb is not None:
             self.wandb.finish()
         if not self.failed:
-            plot(self.folder)
+            try:
+                plot(self.folder)
+            except OSError as error:
+                self.say(f"{self.folder / 'loss.png'}: cannot be drawn ({error}).")
 
 
 def _start_wandb(cfg: RunConfig) -> tuple:
@@ -109,7 +112,11 @@ def _start_wandb(cfg: RunConfig) -> tuple:
             "train.wandb = True: needs the package, so run `pip install wandb`."
         ) from None
     mode = os.environ.get("WANDB_MODE", "offline")
-    run = wandb.init(project="picovlm", dir=cfg.train.out, config=to_dict(cfg), mode=mode)
+    try:
+        run = wandb.init(project="picovlm", dir=cfg.train.out, config=to_dict(cfg), mode=mode)
+    except wandb.Error as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise InputError(f"train.wandb = True, WANDB_MODE = {mode!r}: {reason}.") from None
     return run, wandb.Image
 
 
@@ -122,7 +129,8 @@ def read_log(folder: Path) -> list[dict]:
             event = json.loads(line)
         except ValueError:  # cut off in the middle by a kill
             continue
-        by_step[event["step"], "val_loss" in event] = event
+        if isinstance(event, dict) and "step" in event:
+            by_step[event["step"], "val_loss" in event] = event
     return [by_step[key] for key in sorted(by_step)]
 
 

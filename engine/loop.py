@@ -5,9 +5,10 @@ Not here: building the model and the data (train.py), learning rates and groups 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -25,6 +26,16 @@ from engine.optim import Optimizers, lr_factor
 def due(step: int, every: int, last: int) -> bool:
     """Whether what is done every so many steps (0: never), and after the last, is due now."""
     return step == last or (every > 0 and step % every == 0)
+
+
+@contextlib.contextmanager
+def kept_by(save: Callable[[], None]) -> Iterator[None]:
+    """Save what was trained before an `InputError` within, which all processes meet, goes on."""
+    try:
+        yield
+    except InputError:
+        save()
+        raise
 
 
 class StopSignal:
@@ -93,10 +104,8 @@ def train(
     model.train()
 
     def fetch() -> list:
-        meter.waiting()
-        found = [next(batches).to(dist.device) for _ in range(t.accumulate)]
-        meter.working()
-        return found
+        with meter.waiting():
+            return [next(batches).to(dist.device) for _ in range(t.accumulate)]
 
     def save():
         with optimizer.averaged():
@@ -131,7 +140,7 @@ def train(
                 logger.log(values, step)
             better = False
             if due(step, t.eval_every, t.steps):  # by every process: parts of a model need all
-                with optimizer.averaged():
+                with kept_by(save), optimizer.averaged():
                     values = evaluate(step)
                 logger.evaluated(values, step)
                 better = dist.sum(dist.is_main and best.beaten(values, step)) > 0
@@ -141,6 +150,7 @@ def train(
             if stopping:
                 break
     finally:
+        batches.close()  # and its workers with it
         logger.close()
         stop.restore()
     return step
@@ -178,5 +188,6 @@ class Guard:
 def keep_batches(run: Path, step: int, micro: list) -> Path:
     """Save the tensors of a bad step where `torch.load(path, weights_only=True)` finds them."""
     path = run / f"bad-step-{step:06d}.pt"
-    torch.save([batch.tensors() for batch in micro], path)
+    with contextlib.suppress(OSError, RuntimeError):  # the latter of a full disk
+        torch.save([batch.tensors() for batch in micro], path)
     return path

@@ -5,7 +5,9 @@ Not here: where it is said (logger.py), when (loop.py).
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from functools import cache
 
 import torch
@@ -28,14 +30,15 @@ class Meter:
         self.reset()
 
     def reset(self) -> None:
-        self.start = self.mark = time.perf_counter()
+        self.start = time.perf_counter()
         self.waited = self.tokens = self.images = 0.0
 
-    def waiting(self) -> None:
-        self.mark = time.perf_counter()
-
-    def working(self) -> None:
-        self.waited += time.perf_counter() - self.mark
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time within is spent waiting for data."""
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
 
     def count(self, micro: list) -> None:
         self.tokens += sum(b.n_tokens for b in micro)

@@ -21,7 +21,16 @@ import jinja2
 import tyro
 from PIL import Image
 
-from configs import PRESETS, InputError, RunConfig, command, from_dict, parse, read_json
+from configs import (
+    PRESETS,
+    InputError,
+    RunConfig,
+    command,
+    from_dict,
+    parse,
+    read_json,
+    write_whole,
+)
 from data.images import open_image
 from data.preview import look as look_at_row
 from data.preview import report as describe_rows
@@ -56,7 +65,7 @@ def main(argv: list[str]) -> None:
     if out.is_dir() or not out.parent.is_dir():
         raise InputError(f"out = {out}: must be a file in a folder that exists.")
     page = write_page([about(run) for run in args.runs])
-    out.write_text(page, encoding="utf-8")
+    write_whole(out, page)
     print(f"{out}: {len(page) / 2**20:.1f} MiB, opens in any browser")
 
 
@@ -174,9 +183,14 @@ def scores(run: Path) -> list[dict]:
             values = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             continue
-        if isinstance(values, dict) and {"accuracy", "interval", "skills"} <= set(values):
+        if is_score(values) and all(map(is_score, values.get("skills", {}).values())):
             found.append({"file": path.name, "rows": values["skills"] | {"all": values}})
     return found
+
+
+def is_score(values: object) -> bool:
+    needed = {"accuracy", "interval", "n", "seen", "unseen"}
+    return isinstance(values, dict) and needed <= set(values)
 
 
 def describe(cfg: RunConfig, run: Path) -> str:

@@ -92,9 +92,17 @@ def write(directory: Path, tensors: dict[str, Tensor], config: dict) -> None:
     # Each its own memory: safetensors refuses tensors that share it.
     owners = {t.data_ptr(): name for name, t in tensors.items()}
     tensors = {n: t if owners[t.data_ptr()] == n else t.clone() for n, t in tensors.items()}
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(tensors, directory / WEIGHTS)
     (directory / WEIGHTS).chmod(0o644)  # safetensors writes 0600
     write_json(directory / CONFIG, config)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """A safetensors file; raises OSError where the disk refuses it."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(None, str(error), str(path)) from None
 
 
 def write_json(path: Path, content: dict) -> None:

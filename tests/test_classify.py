@@ -70,6 +70,17 @@ def trained(pictures, tmp_path_factory) -> Path:
     return out
 
 
+def test_validation_that_cannot_be_opened_loses_no_training(pictures, tmp_path, capsys):
+    for colour in COLOURS:
+        (tmp_path / "val" / colour).mkdir(parents=True)
+        (tmp_path / "val" / colour / "a.png").write_bytes(b"no picture")
+    flags = ["--data.val", tmp_path / "val", "--train.save-every", "0"]
+    assert "no picture can be opened" in refused(
+        capsys, "train", *words(pictures, tmp_path / "run", 3, *flags)
+    )
+    assert (tmp_path / "run" / "step-000003").is_dir()
+
+
 def test_colours_are_learned(trained):
     result = read_json(trained / "result.json")
     assert result["val_accuracy"] == 1.0 and result["pictures"] == 30

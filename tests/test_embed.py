@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -91,8 +92,9 @@ def test_a_stopped_build_goes_on_and_a_whole_one_grows(encoder, pictures, tmp_pa
 
     monkeypatch.setattr(embedding, "embed", fail_at_third)
     argv = ("build", pictures, "--model", encoder, "--out", parts, "--batch-size", 3)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as stop:
         command(embed.main, [str(a) for a in argv])
+    assert stop.value.code == 130
     assert "not finished" in refused(capsys, "duplicates", parts)
     with open(parts / "embeddings.part", "ab") as file:
         file.write(b"half a row")  # as a crash leaves it
@@ -134,6 +136,37 @@ def test_corrupt_files_are_listed_and_passed_over(encoder, pictures, tmp_path, c
     out = go(capsys, "build", pictures, "--model", encoder, "--out", tmp_path / "i")
     assert "1 left out" in out
     assert len((tmp_path / "i" / "skipped.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_mended_picture_is_added_and_a_changed_one_refused(encoder, pictures, tmp_path, capsys):
+    (pictures / "broken.png").write_bytes(b"no picture")
+    odd = pictures / "line\u2028break.png"
+    shutil.copy(pictures / "00.png", odd)
+    shutil.copy(pictures / "00.png", os.fsencode(pictures) + b"/half\xff.png")
+    argv = ("build", pictures, "--model", encoder, "--out", tmp_path / "i")
+    assert "13 pictures" in go(capsys, *argv)
+    Image.new("RGB", (40, 40), "teal").save(pictures / "broken.png")
+    assert "14 pictures" in go(capsys, *argv)
+    assert not (tmp_path / "i" / "skipped.jsonl").exists() and str(odd) in open_index(
+        tmp_path / "i"
+    ).files
+    Image.new("RGB", (41, 40), "pink").save(odd)
+    assert "was changed since it was read; build the index anew" in refused(capsys, *argv)
+
+
+@pytest.mark.parametrize(("name", "content", "says"), [
+    ("index.jsonl", "[1]\n", "not the lines of an index"),
+    ("index.jsonl", "{}\n", "not the lines of an index"),
+    ("about.json", "{}", "does not say which encoder")])
+def test_a_damaged_index_is_told(encoder, pictures, tmp_path, capsys, name, content, says):
+    go(capsys, "build", pictures, "--model", encoder, "--out", tmp_path / "i")
+    (tmp_path / "i" / name).write_text(content)
+    assert says in refused(capsys, "duplicates", tmp_path / "i")
+    file = tmp_path / "file"
+    file.touch()
+    assert "is a file; name a folder" in refused(
+        capsys, "build", pictures, "--model", encoder, "--out", file
+    )
 
 
 def test_search_finds_itself_first(encoder, pictures, tmp_path, capsys):

@@ -17,6 +17,7 @@ from configs import PRESETS, command, parse_run, read_json
 from data import processor as processors
 from engine.chat import Chat
 from models import attention
+from models.generation import Sampling
 from models.language_model import LanguageModelBlock
 from models.vision_language_model import VisionLanguageModel
 
@@ -189,3 +190,28 @@ def test_a_run_keeps_less_where_it_is_told_to(run_file, monkeypatch):
     made = parse_run(["460m-2", "--train.activation-checkpointing"])
     assert PRESETS["460m-2"].train.activation_checkpointing == ("vision", "language")
     assert made.train.activation_checkpointing == ()
+
+
+def test_photographs_train_and_are_described(run_file, shared, tmp_path):
+    """40 train, the 11 held-out ones get a caption each, whatever it says."""
+    folder = shared / "datasets" / "coco_captions_cc_by"
+    images = json.loads((folder / "annotations.json").read_text())["images"]
+    train_on, held_out = images[:40], images[40:]
+    rows = [
+        {"image": str(folder / image["file_name"]), "caption": caption}
+        for image in train_on
+        for caption in image["captions"]
+    ]
+    (tmp_path / "photos.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = dict(source=str(tmp_path / "photos.jsonl"), batch_size=8, max_length=256)
+    train.main([str(run_file(steps=4, data=data))])
+    chat = Chat.load(tmp_path / "run")
+    asked = [chat.prompt("Describe the picture.", [folder / i["file_name"]]) for i in held_out]
+    captions = chat.answers(asked, Sampling(max_new_tokens=8))
+    assert len(captions) == 11 and all(isinstance(c, str) for c in captions)
+    losses = [
+        event["loss"]
+        for event in map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())
+        if "loss" in event
+    ]
+    assert len(losses) == 4 and losses[-1] < losses[0]

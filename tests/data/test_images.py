@@ -177,6 +177,8 @@ def test_16_bit_grey_keeps_its_scale(tmp_path, suffix):
     assert (image == image[..., :1]).all()
     Image.fromarray(values // 4).save(tmp_path / f"dark.{suffix}")  # not stretched to its range
     assert open_image(tmp_path / f"dark.{suffix}").getextrema()[0] == (0, 64)
+    Image.fromarray(values // 300).save(tmp_path / f"night.{suffix}")  # no value above 255
+    assert open_image(tmp_path / f"night.{suffix}").getextrema()[0] == (0, 1)
 
 
 def test_float_grey_is_scaled_by_its_own_range():

@@ -17,7 +17,6 @@ from data.sample import Sample, Turn
 from data.sources import open_source
 from engine import evaluation
 from engine.chat import Chat
-from engine.loop import Best
 from engine.evaluation import (
     VIEWS,
     Item,
@@ -31,6 +30,7 @@ from engine.evaluation import (
     report,
     validation_loss,
 )
+from engine.loop import Best
 from engine.scoring import any_exact, each
 
 OFF = torch.autocast("cpu", torch.bfloat16, enabled=False)

@@ -53,9 +53,8 @@ def test_rates_are_of_the_time_since_last_asked(small_model, monkeypatch):
     monkeypatch.setattr("engine.meter.matmul_peak", lambda device, dtype: 1e9)
     model = small_model()
     meter = Meter(model, autocast(CPU, torch.float32))
-    meter.waiting()
-    clock[0] += 1
-    meter.working()
+    with meter.waiting():
+        clock[0] += 1
     clock[0] += 3
     meter.tokens, meter.images = 80, 12
     rates = meter.rates(Dist(0, 1, CPU))

@@ -50,6 +50,16 @@ def test_the_page_says_what_the_run_wrote(run, capsys):
     assert page.count("data:image/svg+xml;base64,") == 3
 
 
+def test_what_is_no_event_and_no_score_is_passed_over(run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    with open(copy / "log.jsonl", "a") as file:
+        file.write('5\n{"loss": 1}\n')
+    half = {"accuracy": 0.5, "interval": [0, 1], "n": 3, "seen": None, "unseen": None}
+    (copy / "half.json").write_text(json.dumps(half | {"skills": {"color": {"accuracy": 1}}}))
+    assert "half.json" not in report.write_page([report.about(copy)])
+
+
 def test_the_page_stands_alone_and_fits_a_phone(run):
     page = report.write_page([report.about(run)])
     assert not re.findall(r'(?:src|href)="(?!data:)', page) and "http" not in re.sub(

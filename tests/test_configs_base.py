@@ -1,0 +1,36 @@
+"""What goes wrong on the machine is one line; what is written is whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import configs
+
+
+@pytest.mark.parametrize(("error", "code", "said"), [
+    (OSError(28, "No space left on device", "a/b.png"), 2, "a/b.png: No space left on device."),
+    (OSError("disk on fire"), 2, "disk on fire."), (KeyboardInterrupt(), 130, "interrupted")])
+def test_what_the_machine_refuses_is_one_line(error, code, said, capsys):
+    def main(argv):
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        configs.command(main, [])
+    assert caught.value.code == code
+    assert capsys.readouterr().err.removeprefix("error: ") == f"{said}\n"
+
+
+def test_a_file_is_written_whole_or_left_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    configs.write_whole(path, "old")
+
+    def full(self, text, **options):
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        configs.write_whole(path, "new")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
