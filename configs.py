@@ -319,7 +319,7 @@ class LoopConfig(Checked):
     """Batches per optimizer step."""
     optimizer: Literal["adamw", "muon", "adamw8bit"] = "muon"
     """muon: Muon for the blocks' matrices, AdamW for the rest. adamw8bit needs torchao."""
-    lr_muon: float = 0.012
+    lr_muon: float = 0.008
     """Peak learning rate of matrices trained by Muon."""
     weight_decay: float = 0.05
     """Decoupled weight decay; never on norms, biases, embeddings."""
