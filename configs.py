@@ -474,8 +474,8 @@ PRESETS: dict[str, RunConfig] = {
     # 1.2 M parameters; the class defaults.
     "tiny": RunConfig(),
     # The same model, trained long enough for the last skills (docs/recipes.md).
-    "tiny-long": RunConfig(train=TrainConfig(out="runs/tiny-long", steps=4000, eval_every=1000,
-                                             save_every=1000)),
+    "tiny-long": RunConfig(train=TrainConfig(out="runs/tiny-long", steps=4000, weight_decay=0.3,
+                                             eval_every=1000, save_every=1000)),
     # As small, but with SmolLM2's tokenizer and tiles, as llama.cpp wants them (docs/deploy.md).
     "portable": RunConfig(
         model=VLMConfig(**SMOLVLM_TOKENS, max_img_size=96,
