@@ -313,13 +313,13 @@ class LoopConfig(Checked):
 
     out: str = "runs/tiny"
     """Run folder: configuration, log, loss curve, checkpoints."""
-    steps: int = 2300
+    steps: int = 1500
     """Optimizer steps."""
     accumulate: int = 1
     """Batches per optimizer step."""
     optimizer: Literal["adamw", "muon", "adamw8bit"] = "muon"
     """muon: Muon for the blocks' matrices, AdamW for the rest. adamw8bit needs torchao."""
-    lr_muon: float = 0.008
+    lr_muon: float = 0.012
     """Peak learning rate of matrices trained by Muon."""
     weight_decay: float = 0.05
     """Decoupled weight decay; never on norms, biases, embeddings."""
@@ -347,7 +347,7 @@ class LoopConfig(Checked):
     """Seed of initial weights and dropout."""
     log_every: int = 10
     """Steps between log lines."""
-    eval_every: int = 500
+    eval_every: int = 300
     """Steps between evaluations; 0: only at the end."""
     eval_samples: int = 200
     """Validation questions per evaluation."""
@@ -386,6 +386,12 @@ def require_freeze(cfg: object, parts: str) -> None:
 class TrainConfig(LoopConfig):
     """How a vision-language model is trained."""
 
+    steps: int = 2300
+    """Optimizer steps."""
+    lr_muon: float = 0.008
+    """Peak learning rate of matrices trained by Muon."""
+    eval_every: int = 500
+    """Steps between evaluations; 0: only at the end."""
     weight_decay: float = 0.2
     """Decoupled weight decay; never on norms, biases, embeddings."""
     lr_vision: float = 0.0015
