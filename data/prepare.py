@@ -16,7 +16,7 @@ from typing import Annotated
 
 import tyro
 
-from configs import RATINGS, DataConfig, InputError, command, parse
+from configs import RATINGS, DataConfig, InputError, command, parse, write_whole
 from data.readers import open_rows
 from data.sources import locate, meaning, most_bad_of
 from data.streams import Part, StreamSource
@@ -132,9 +132,7 @@ def main(argv: list[str]) -> None:
             write(content, args.out / f"rows-{done['files']:05d}.parquet")
             done["files"] += 1
             done["kept"] += len(content)
-        beside = note.with_suffix(".new")
-        beside.write_text(json.dumps(done, indent=2) + "\n", encoding="utf-8")
-        beside.replace(note)
+        write_whole(note, json.dumps(done, indent=2) + "\n")
         print(f"{done['read']:,} rows read, {done['kept']:,} kept in {done['files']} files")
     for reason in done["bad"]:
         print(f"left out: {reason}")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from configs import InputError
+from configs import InputError, write_whole
 from data.readers import open_rows
 from data.sample import Tokens
 from engine.chat import Chat, Reply
@@ -159,7 +159,5 @@ def _open(out: Path):
 
 def _in_order(out: Path, done: dict[int, dict]) -> None:
     """Rewrite the file in the order of the questions, at once or not at all."""
-    beside = out.with_name(out.name + ".ordered")
     lines = (json.dumps(done[k], ensure_ascii=False) + "\n" for k in sorted(done))
-    beside.write_text("".join(lines), encoding="utf-8")
-    beside.replace(out)
+    write_whole(out, "".join(lines))

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from configs import InputError
+from configs import InputError, write_whole
 from engine.evaluation import Answered, Item
 
 Found = dict[int, dict[str, str]]  # number of the question -> view -> answer
@@ -90,9 +90,7 @@ def write_all(path: Path, run: str, views: dict[str, Sequence[Answered]]) -> Non
             "run": run,
         }
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    beside = path.with_name(path.name + ".new")
-    beside.write_text("".join(lines), encoding="utf-8")
-    beside.replace(path)
+    write_whole(path, "".join(lines))
     for part in parts(path):
         part.unlink()
 
