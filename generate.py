@@ -24,7 +24,9 @@ import tyro
 from configs import InputError, command, parse
 from engine.batch import answer_file
 from engine.chat import Chat, Piece, alternatives, quantize_int8
+from engine.checkpoint import resolve
 from engine.conversation import Conversation
+from engine.predictions import fingerprint
 from models.generation import Sampling
 
 # Options of `Sampling`, by the same names.
@@ -86,7 +88,9 @@ def main(argv: list[str]) -> None:
     if args.quantize == "int8":
         quantize_int8(chat.model)
     if args.jsonl is not None:
-        answer_file(chat, args.jsonl, args.out, sampling, args.stop, args.choices,
+        what = (sampling, args.stop, args.choices, args.quantize)
+        run = fingerprint(resolve(args.checkpoint), what)
+        answer_file(chat, args.jsonl, args.out, run, sampling, args.stop, args.choices,
                     args.logprobs, args.batch_size)  # fmt: skip
         return
     if args.prompt is None:

@@ -7,7 +7,6 @@ Not here: how many are answered together (models/generation.py).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ def answer_file(
     chat: Chat,
     questions: Path,
     out: Path,
+    run: str,
     sampling: Sampling,
     stop: Sequence[str] = (),
     choices: Sequence[str] = (),
@@ -34,12 +34,12 @@ def answer_file(
 ) -> None:
     """Append an answer to `out` as soon as it is there; when all are, put them in order.
 
+    `run` tells these weights and settings from others: answers of others are not gone on with.
     Raises `InputError` before the first answer where a row lacks something, and after the last
     where pictures or choices were no good: the next run asks those again.
     """
     rows = open_rows(str(questions))
     asked = [_asked(rows, k) for k in range(len(rows))]
-    run = identity(chat, sampling, stop, choices)
     done = read_done(out, asked, run)
     left = [k for k in range(len(rows)) if k not in done]
     limited = [k for k in left if asked[k][2] or choices]
@@ -112,14 +112,6 @@ def _details(chat: Chat, reply: Reply) -> dict:
 
 
 # --- What is there already ----------------------------------------------------------------------
-
-
-def identity(chat: Chat, *settings: object) -> str:
-    """Twelve digits that tell the answers of these weights and settings from others."""
-    digest = hashlib.blake2b(repr(settings).encode(), digest_size=6)
-    for name, tensor in chat.model.state_dict().items():
-        digest.update(f"{name} {tensor.dequantize().double().sum().item():.17g}".encode())
-    return digest.hexdigest()
 
 
 def read_done(out: Path, asked: Sequence[tuple], run: str) -> dict[int, dict]:

@@ -69,8 +69,10 @@ class Best:
         self.step, self.score = step, tuple(score)
 
     def beaten(self, values: dict, step: int) -> bool:
-        score = values.get("val_accuracy", 0.0), -values.get("val_loss", math.inf)
-        if "val_loss" not in values or score <= self.score:
+        if "val_loss" not in values:
+            return False
+        score = values["val_accuracy"], -values["val_loss"]
+        if score <= self.score:
             return False
         self.step, self.score = step, score
         return True
