@@ -82,7 +82,8 @@ def train_main(argv: list[str]) -> None:
     model = build(cfg, source.names, str(found[-1]) if found else "").to(dist.device)
     cfg = replace(cfg, model=model.cfg)
     # Found by measuring, so one process does for all.
-    dtype = dist.gather(fast_dtype(dist.device, cfg.train.precision))[0]
+    wanted = checkpoint.precision_of(found, cfg.train.precision)
+    dtype = dist.gather(fast_dtype(dist.device, wanted))[0]
     if compiles(dist.device, cfg.train.compile):
         compile_blocks(model)
     optimizer = build_optimizer(model.parts, cfg.train, dtype)

@@ -59,10 +59,11 @@ def main(argv: list[str]) -> None:
     if cfg.train.push:
         require_login()  # now rather than after hours
     dist = setup(cfg.train.parallel)
-    # Found by measuring, so one process does for all.
-    dtype = dist.gather(fast_dtype(dist.device, cfg.train.precision))[0]
-    compiled = compiles(dist.device, cfg.train.compile)
     found = checkpoint.seen_by_all(run, dist) if cfg.train.resume == "auto" else []
+    # Found by measuring, so one process does for all.
+    wanted = checkpoint.precision_of(found, cfg.train.precision)
+    dtype = dist.gather(fast_dtype(dist.device, wanted))[0]
+    compiled = compiles(dist.device, cfg.train.compile)
     source = open_source(cfg.data, "train")
     start = adapters.start_of(found[-1]) if found else cfg.train.init_from
     built, model, processor = build(replace(cfg, train=replace(cfg.train, init_from=str(start))))

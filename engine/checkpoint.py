@@ -193,17 +193,31 @@ def _flush(folder: Path) -> None:
             os.close(handle)
 
 
+def _read_state(folder: Path, mmap: bool = False) -> dict:
+    try:
+        return torch.load(folder / STATE, weights_only=True, mmap=mmap)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise InputError(f"{folder / STATE}: not the whole state of a run ({reason}); delete that "
+            "checkpoint, and --train.resume auto takes the one before.") from None
+
+
+def precision_of(found: list[Path], precision: str) -> str:
+    """`precision`, or for auto what it came to when the newest of `found` was made.
+
+    It is found by measuring, and a run goes on in the arithmetic it began with.
+    """
+    if precision != "auto" or not found:
+        return precision
+    return _read_state(found[-1], mmap=True).get("precision", "auto")
+
+
 def load_state(folder: Path, cfg: RunConfig, world: int = 1, data: str = "") -> dict:
     """The state beside a checkpoint's weights.
 
     Raises `InputError` where the settings, the number of processes or the `data` have changed.
     """
-    try:
-        state = torch.load(folder / STATE, weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0][:120]
-        raise InputError(f"{folder / STATE}: not the whole state of a run ({reason}); delete that "
-            "checkpoint, and --train.resume auto takes the one before.") from None
+    state = _read_state(folder)
     saved = from_dict(type(cfg), state["provenance"]["config"], str(folder / STATE))
     changed = [
         f"{part}.{name}: {old!r} then, {new!r} now"

@@ -221,6 +221,12 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
+def precision(region: torch.autocast) -> str:
+    """What `fast_dtype` calls the arithmetic of a region that `autocast` made."""
+    with region:
+        return "bf16" if torch.is_autocast_enabled(region.device) else "fp32"
+
+
 def lacks_bf16(device: torch.device) -> bool:
     """Whether a product in bf16 takes minutes, one number after the other."""
     return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"

@@ -146,26 +146,31 @@ def plot(folder: Path) -> None:
     events = read_log(folder)
     if not any("loss" in e for e in events):
         return
-    figure, axes = plt.subplots(3, figsize=(7, 8), constrained_layout=True, height_ratios=(2, 1, 1))
+    figure, axes = plt.subplots(4, figsize=(7, 10), constrained_layout=True,
+                                height_ratios=(2, 1, 1, 1), sharex=True)  # fmt: skip
 
     def draw(axis, names: Iterable[str], style: str = "-") -> None:
         for name in names:
             points = [(e["step"], e[name]) for e in events if name in e]
             if points:
-                axis.plot(*zip(*points), style, lw=0.8, label=name)
+                axis.plot(*zip(*points), style, lw=0.8, ms=3, label=name)
 
+    floats = dict.fromkeys(n for e in events for n in e if isinstance(e[n], float))
     draw(axes[0], ["loss"])
     draw(axes[0], ["val_loss"], "o-")
     axes[0].set(ylabel="loss per target", yscale="log")
-    right = axes[0].twinx()
-    floats = dict.fromkeys(n for e in events for n in e if isinstance(e[n], float))
-    draw(right, (n for n in floats if n.startswith("val_") and n != "val_loss"), "s--")
-    right.set(ylabel="accuracy", ylim=(0, 1))
+    accuracy, speed = axes[0].twinx(), axes[3].twinx()
+    draw(accuracy, (n for n in floats if n.startswith("val_") and n != "val_loss"), "s--")
+    accuracy.set(ylabel="accuracy", ylim=(0, 1))
     draw(axes[1], (n for n in floats if n.startswith("grad_norm")))
     axes[1].set(ylabel="norm of the gradient", yscale="log")
-    draw(axes[2], ("lr_factor", "mfu", "data_wait"))
-    axes[2].set(xlabel="step", ylabel="share", ylim=(0, 1))
-    for axis, place in zip((*axes, right), ("upper right",) * 3 + ("lower left",)):
+    draw(axes[2], (n for n in floats if n.startswith("lr_") and n != "lr_factor"))
+    axes[2].set(ylabel="learning rate")
+    draw(axes[3], ("mfu", "data_wait"))
+    axes[3].set(xlabel="step", ylabel="share", ylim=(0, 1))
+    draw(speed, ["tokens_per_s"], ":")
+    speed.set(ylabel="tokens/s", ylim=(0, None))
+    for axis, place in zip((*axes, accuracy, speed), ("upper right",) * 4 + ("lower left",) * 2):
         if axis.lines:
             axis.legend(loc=place, fontsize="x-small")
     figure.savefig(folder / "loss.png", dpi=120)

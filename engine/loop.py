@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from configs import InputError, LoopConfig, RunConfig
 from data.loader import Loader
 from engine import checkpoint
-from engine.distributed import Dist
+from engine.distributed import Dist, precision
 from engine.logger import Logger
 from engine.meter import Meter, number, part_norms
 from engine.optim import Optimizers, lr_factor
@@ -112,7 +112,7 @@ def train(
     def save():
         with optimizer.averaged():
             state = {"loader": dist.gather(micro[-1].state), "best": (best.step, best.score),
-                     "world": dist.world, "data": data}  # fmt: skip
+                     "world": dist.world, "data": data, "precision": precision(region)}  # fmt: skip
             checkpoint.save(cfg, step, model, write, optimizer, dist, state)
 
     try:
@@ -159,10 +159,11 @@ def train(
 
 
 def rates(cfg: LoopConfig, step: int, model: nn.Module) -> dict[str, float]:
-    """The share of the peak learning rates at a step, and the rate of every part that trains."""
+    """The share of the peak learning rates at a step, and the rates of Muon and each part."""
     factor = lr_factor(cfg, step)
     training = [n for n, part in model.parts.items() if n not in cfg.freeze]
-    return {"lr_factor": factor} | {f"lr_{n}": getattr(cfg, f"lr_{n}") * factor for n in training}
+    names = [*training, *(["muon"] if cfg.optimizer == "muon" else [])]
+    return {"lr_factor": factor} | {f"lr_{n}": getattr(cfg, f"lr_{n}") * factor for n in names}
 
 
 class Guard:

@@ -50,6 +50,20 @@ def test_the_newest_are_kept_and_found(made):
     assert checkpoint.resolve(cfg.train.out).name == "step-1000000"
 
 
+def test_a_run_keeps_the_arithmetic_it_began_with(made):
+    """Auto is measured: at another moment it might come out otherwise."""
+    _, save = made
+    assert checkpoint.precision_of([], "auto") == "auto", "nothing began yet"
+    for step, precision in ((5, "fp32"), (6, "bf16")):
+        found = [save(step, precision=precision)]
+        assert checkpoint.precision_of(found, "auto") == precision
+        assert checkpoint.precision_of(found, "fp32") == "fp32", "what was asked for"
+    assert checkpoint.precision_of([save(7)], "auto") == "auto", "of an earlier version"
+    (found[0] / checkpoint.STATE).write_bytes(b"half")
+    with pytest.raises(InputError, match="not the whole state of a run"):
+        checkpoint.precision_of(found, "auto")
+
+
 def test_what_a_crash_leaves_is_never_picked_up(made):
     cfg, save = made
     save(5)

@@ -9,7 +9,15 @@ import torch
 
 from configs import InputError
 from engine import distributed
-from engine.distributed import bf16_is_faster, compiles, fast_dtype, lacks_compiler, settings
+from engine.distributed import (
+    autocast,
+    bf16_is_faster,
+    compiles,
+    fast_dtype,
+    lacks_compiler,
+    precision,
+    settings,
+)
 
 CPU = torch.device("cpu")
 
@@ -31,8 +39,9 @@ def test_what_is_faster_is_timed(monkeypatch):
         monkeypatch.setattr(distributed.time, "perf_counter", lambda ticks=ticks: next(ticks))
         monkeypatch.setattr(torch.Tensor, "to", lambda x, _: x[:1, :1])
         assert fast_dtype(CPU, "auto") == wanted
-    assert fast_dtype(CPU, "fp32") == torch.float32
-    assert fast_dtype(CPU, "bf16") == torch.bfloat16
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        assert fast_dtype(CPU, name) == dtype
+        assert precision(autocast(CPU, dtype)) == name
 
 
 def test_settings_in_one_line(monkeypatch):

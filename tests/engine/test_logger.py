@@ -32,7 +32,7 @@ def test_lines_plot_and_words(tmp_path, capsys):
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [e["step"] for e in lines] == [1, 2, 3, 4, 4]
     assert lines[0]["loss"] == 3.5 and lines[4]["val_accuracy"] == 0.5 and "seconds" in lines[0]
-    assert Image.open(tmp_path / "loss.png").size == (840, 960)
+    assert Image.open(tmp_path / "loss.png").size == (840, 1200)
     out, err = capsys.readouterr()
     assert "a sentence" in out and "4/4" in err and "loss 2.000, 10 tok/s" in err
 

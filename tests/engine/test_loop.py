@@ -57,7 +57,8 @@ def same_state(a, b) -> bool:
 
 def state_of(run: Path, step: int = 6) -> dict:
     state = torch.load(run / f"step-{step:06d}" / "state.pt", weights_only=True)
-    return {k: state[k] for k in ("step", "optimizer", "loader")} | {"rng": state["rng"][0]}
+    names = ("step", "optimizer", "loader", "precision")
+    return {k: state[k] for k in names} | {"rng": state["rng"][0]}
 
 
 def assert_same_run(a: Path, b: Path) -> None:
