@@ -12,25 +12,8 @@ import torch
 from torch import Tensor
 
 from models.attention import KVCache
+from models.recorded import StaticCache
 from models.vision_language_model import VisionLanguageModel
-
-
-class StaticCache(KVCache):
-    """Every query is shown all slots behind a mask, so a step is the same at every position."""
-
-    def __init__(self, cache: KVCache):
-        """The slots of `cache`, each block's apart: to write to one is not to copy all."""
-        self.k, self.v = (tuple(x.clone() for x in kept.unbind()) for kept in (cache.k, cache.v))
-        self.turns, self.rows, self.at = cache.turns, cache.rows, None
-
-    def visible(self, positions: Tensor) -> Tensor:
-        slots = torch.arange(self.k[0].shape[2], device=positions.device)
-        return (slots <= positions[:, :, None])[:, None]  # [B, 1, T, S]
-
-    def write(self, block: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        for kept, new in ((self.k[block], k), (self.v[block], v)):
-            kept[self.rows, :, positions] = new.transpose(1, 2)
-        return self.k[block], self.v[block]
 
 
 def step_of(model: VisionLanguageModel, cache: KVCache) -> Callable[[Tensor, Tensor], Tensor]:
@@ -39,12 +22,14 @@ def step_of(model: VisionLanguageModel, cache: KVCache) -> Callable[[Tensor, Ten
     Compiled when first called.
     """
     static = StaticCache(cache)
+    # Each block's apart: else to write to one is, once compiled, to copy all.
+    k, v = (tuple(x.clone() for x in kept) for kept in (static.k, static.v))
 
     def step(tokens: Tensor, positions: Tensor, k: tuple, v: tuple) -> Tensor:
         static.k, static.v = k, v
         return model.decode(tokens, positions, static)
 
-    made, k, v = torch.compile(step, fullgraph=True, dynamic=False), static.k, static.v
+    made = torch.compile(step, fullgraph=True, dynamic=False)
     return lambda tokens, positions: made(tokens, positions, k, v)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from models.attention import KVCache
+from models.recorded import recorded
 
 MOST_SLOTS = 1 << 14  # rows x slots of the cache that many prompts share, unless one needs more
 STEP = 64  # a cache grows to a multiple of so many slots
@@ -161,6 +162,7 @@ def steps(
     if sampling.repetition_penalty != 1:
         seen = seen_tokens(rows, lengths, cfg.lm_vocab_size)
     logits, positions = model.prefill(rows, images, lengths, cache, start), start + lengths
+    decode = None
     done = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
     for step in range(n_new):
         tokens = choose(logits, seen, sampling, generator).masked_fill(done, cfg.vlm_pad_token_id)
@@ -170,8 +172,22 @@ def steps(
             return
         if seen is not None:
             seen[torch.arange(len(rows), device=rows.device), tokens] = True
-        logits = model.decode(tokens, positions, cache)
+        decode = decode or decoder(model, cache, tokens, positions)
+        logits = decode(tokens, positions)
         positions = positions + 1
+
+
+def decoder(
+    model, cache: KVCache, tokens: Tensor, positions: Tensor
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """(tokens [B], positions [B]) -> logits [B, V], of which these are the first; the device's way.
+
+    Where somebody listens to the model's modules, they run one by one.
+    """
+    heard = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    if tokens.device.type == "cuda" and not heard:
+        return recorded(model, cache, tokens, positions)
+    return lambda tokens, positions: model.decode(tokens, positions, cache)
 
 
 def stream(

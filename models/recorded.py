@@ -1,0 +1,74 @@
+"""Decoding on a GPU as one launch a token: a CUDA graph over a cache whose shapes never change.
+
+A step of one row is some thousand small kernels; starting one takes longer than most of them run.
+Not here: which token comes next (generation.py).
+
+Letters: B batch, T tokens, S slots, K key-value heads, C channels of a head, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from models.attention import KVCache
+
+
+class StaticCache(KVCache):
+    """The slots of another cache, all of which every query is shown behind a mask.
+
+    So a pass is the same at every position, and asks the device for nothing.
+    """
+
+    def __init__(self, cache: KVCache):
+        self.k, self.v = cache.k.unbind(), cache.v.unbind()  # views: a [B, K, S, C] a block
+        self.turns, self.rows, self.at = cache.turns, cache.rows, None
+
+    def visible(self, positions: Tensor) -> Tensor:
+        slots = torch.arange(self.k[0].shape[2], device=positions.device)
+        return (slots <= positions[:, :, None])[:, None]  # [B, 1, T, S]
+
+    def write(self, block: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        for kept, new in ((self.k[block], k), (self.v[block], v)):
+            kept[self.rows, :, positions] = new.transpose(1, 2).to(kept.dtype)
+        return self.k[block], self.v[block]
+
+
+def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """(what starts all kernels of one call of `run` again, the tensor that they fill).
+
+    `run` takes its input from tensors that stay where they are. It is called twice before it is
+    recorded, aside, as kernels and libraries set themselves up in their first calls
+    (torch's notes on CUDA graphs).
+    """
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        filled = run()
+    return graph.replay, filled
+
+
+def recorded(
+    model, cache: KVCache, tokens: Tensor, positions: Tensor
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """`model.decode` over `cache`: (tokens [B], positions [B]) -> logits [B, V], one launch a call.
+
+    `tokens` and `positions` are those of the first call: what is recorded writes them to the cache.
+    """
+    static, tokens, positions = StaticCache(cache), tokens.clone(), positions.clone()
+    replay, logits = capture(lambda: model.decode(tokens, positions, static))
+
+    def decode(next_tokens: Tensor, next_positions: Tensor) -> Tensor:
+        tokens.copy_(next_tokens)
+        positions.copy_(next_positions)
+        replay()
+        return logits.clone()  # the next call overwrites them
+
+    return decode
