@@ -34,9 +34,8 @@ def answer_file(
 ) -> None:
     """Append an answer to `out` as soon as it is there; when all are, put them in order.
 
-    `run` tells these weights and settings from others: answers of others are not gone on with.
-    Raises `InputError` before the first answer where a row lacks something, and after the last
-    where pictures or choices were no good: the next run asks those again.
+    `run` names these weights and settings. Raises `InputError` before the first answer where a row
+    lacks something, after the last where pictures or choices were no good: the next run asks again.
     """
     rows = open_rows(str(questions))
     asked = [_asked(rows, k) for k in range(len(rows))]

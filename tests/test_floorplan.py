@@ -26,7 +26,8 @@ FLOORS: list[list[list[str]]] = [
     [
         ["models.attention", "models.compiled", "models.vision_transformer", "models.rollout",
          "models.classifier", "models.language_model",
-         "models.modality_projector", "models.generation", "models.attention_maps",
+         "models.modality_projector", "models.recorded", "models.generation",
+         "models.attention_maps",
          "models.pretrained", *PRETRAINED],
         ["engine.distributed"], ["engine.optim"], ["engine.scoring"],
     ],
