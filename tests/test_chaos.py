@@ -16,13 +16,16 @@ from safetensors.torch import load_file
 from configs import read_json
 
 STEPS = 6
+STREAM = {"stream": True, "stream_block": 7}
+SHARDS = {"parallel": "fsdp", "optimizer": "adamw"}
 KINDS = {  # name -> data, processes
     "map": ({"packing": True}, 1),
     "map-2-workers": ({"packing": True, "workers": 2}, 1),
-    "stream": ({"stream": True, "stream_block": 7}, 1),
-    "stream-2-workers": ({"stream": True, "stream_block": 7, "workers": 2, "packing": True}, 1),
+    "stream": (STREAM, 1),
+    "stream-2-workers": (STREAM | {"workers": 2, "packing": True}, 1),
     "map-2-processes": ({}, 2),
-    "stream-2-processes": ({"stream": True, "stream_block": 5, "workers": 1}, 2),
+    "map-2-shards": ({}, 2),
+    "stream-2-processes": (STREAM | {"stream_block": 5, "workers": 1}, 2),
 }
 # Where a process may be when it dies: function -> call of it.
 MOMENTS = {
@@ -48,6 +51,7 @@ def config(run_file, rows_file):
             data["source"] = str(rows_file.with_name("whole.jsonl"))
             Path(data["source"]).write_text("\n".join(map(json.dumps, rows)))
         train = dict(steps=STEPS, save_every=2, eval_every=3, eval_samples=2, answers_every=0)
+        train |= SHARDS if kind.endswith("shards") else {}
         return run_file(name, {"lm_dropout": 0.1}, data, **train, max_bad_steps=1)
 
     return write
@@ -135,7 +139,7 @@ def test_killed_and_continued_is_the_same_run(launch, config, kind, moments):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_everywhere(launch, config, kind):
-    """At every kind of moment in turn: 36 kills in all."""
+    """At every kind of moment in turn: 42 kills in all."""
     whole, world = whole_run(launch, config, kind), KINDS[kind][1]
     path = config("parts", kind)
     argv = [str(path), "--train.resume", "auto"]
@@ -148,7 +152,7 @@ def test_killed_everywhere(launch, config, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_at_random_moments(launch, config, kind):
-    """By the clock, wherever each process may be: 24 kills in all."""
+    """By the clock, wherever each process may be: 28 kills in all."""
     rng = random.Random(kind)
     begin = time.monotonic()
     whole, world = whole_run(launch, config, kind), KINDS[kind][1]
