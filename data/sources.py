@@ -15,7 +15,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
@@ -325,9 +325,14 @@ def choose(index: Index, name: str, split: str, cfg: DataConfig) -> RowSource:
     leaked = shown & np.isin(index.pictures, index.pictures[~shown])
     if n_leaked := len(np.unique(index.owners[leaked])):
         notes.append(f"{n_leaked:,} validation rows show a picture that training rows show too")
-    print_of = hashlib.blake2b(index.digests[wanted].tobytes(), digest_size=8).hexdigest()
-    fingerprint = f"{int(wanted.sum()):,} rows ({print_of})"
+    fingerprint = print_of_rows(index.digests[wanted])
     return RowSource(index.rows, index.good[wanted], index.bad, tuple(notes), cfg, fingerprint)
+
+
+def print_of_rows(digests: Sequence[int]) -> str:
+    """What tells these rows, in this order, from others."""
+    content = np.array(digests, dtype=np.uint64).tobytes()
+    return f"{len(digests):,} rows ({hashlib.blake2b(content, digest_size=8).hexdigest()})"
 
 
 @lru_cache(maxsize=8)

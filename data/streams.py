@@ -20,7 +20,7 @@ import numpy as np
 from configs import DataConfig, InputError
 from data.readers import ListRows
 from data.sample import Sample
-from data.sources import RowSource, meaning, most_bad_of, sample_of
+from data.sources import RowSource, meaning, most_bad_of, print_of_rows, sample_of
 from data.tables import open_passing
 
 TRIES = 6  # of a block; the waits between them double from a second
@@ -139,7 +139,7 @@ def may_pass(error: BaseException) -> bool:
 def _first_rows(cfg: DataConfig, name: str, is_val: bool) -> tuple[RowSource, str]:
     """The first usable rows of a side, and the columns of the first one."""
     part, state = Part(StreamSource(cfg, name, None, ()), 0, 1), None
-    kept, n_read, n_bad, reason, columns = [], 0, 0, "", ""
+    kept, digests, n_read, n_bad, reason, columns = [], [], 0, 0, "", ""
     most = MOST_VALIDATION if is_val else HEAD
     while len(kept) < most and n_read < MOST_SCANNED:
         rows, state = part.block(state)
@@ -155,11 +155,13 @@ def _first_rows(cfg: DataConfig, name: str, is_val: bool) -> tuple[RowSource, st
             columns = columns or (found.conversation.schema if found else "")
             if found is not None and found.is_val == is_val and len(kept) < most:
                 kept.append(row)
+                digests.append(found.digest)
     if n_bad > most_bad_of(n_read):
         raise InputError(f"{n_bad} of the first {n_read} rows are bad, the first: {reason}")
     if not kept and not is_val:
         raise InputError(f"{name}: no rows to train on" + (f"; {reason}" if reason else "."))
-    head = RowSource(ListRows(kept, Path()), np.arange(len(kept)), (), (), cfg)
+    print_of = f"{name}, the beginning {print_of_rows(digests)}"
+    head = RowSource(ListRows(kept, Path()), np.arange(len(kept)), (), (), cfg, print_of)
     return head, columns
 
 
@@ -173,4 +175,4 @@ def open_stream(cfg: DataConfig, name: str, split: str) -> Any:
     if split == "val":
         return head
     note = f"{name}: a stream of {columns}; {cfg.val_fraction:.1%} of it for validation"
-    return StreamSource(cfg, name, head, (note,), name)
+    return StreamSource(cfg, name, head, (note,), head.fingerprint)

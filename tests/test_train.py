@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,8 @@ from models import attention
 from models.generation import Sampling
 from models.language_model import LanguageModelBlock
 from models.vision_language_model import VisionLanguageModel
+
+ROOT = Path(train.__file__).parent
 
 
 def test_a_run_on_backbones(run_file, tmp_path, capsys):
@@ -190,6 +195,31 @@ def test_a_run_keeps_less_where_it_is_told_to(run_file, monkeypatch):
     made = parse_run(["460m-2", "--train.activation-checkpointing"])
     assert PRESETS["460m-2"].train.activation_checkpointing == ("vision", "language")
     assert made.train.activation_checkpointing == ()
+
+
+def most_memory(argv: list[str]) -> float:
+    """Run a command of ours in a process of its own: the most memory it held, in GiB."""
+    process = subprocess.Popen([sys.executable, *argv], cwd=ROOT)
+    _, status, usage = os.wait4(process.pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0, argv
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 2**10) / 2**30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("preset", "width"), [("222m", 512), ("460m", 1400)])
+def test_real_sizes_train_and_answer_within_12_gib(preset, width, shared, tmp_path):
+    """Random weights; in a row fits one conversation, of 460m with its 17 tiles of 512 pixels."""
+    run, picture = tmp_path / "run", tmp_path / "picture.png"
+    argv = ["train.py", preset, "--train.out", str(run), "--train.steps", "1"]
+    argv += ["--model.vit-model-type=", "--model.lm-model-type=", "--train.eval-samples", "1"]
+    argv += ["--model.lm-tokenizer", str(shared / "tokenizers" / "smollm2")]
+    argv += ["--data.batch-size", "1", "--data.max-length", str(width), "--data.workers", "0"]
+    assert 1 < most_memory(argv) < 12
+    saved = read_json(run / "config.json")["model"]
+    assert saved["vit_img_size"] == PRESETS[preset].model.vit_img_size
+    Image.effect_noise((300, 300), 50).save(picture)
+    argv = ["generate.py", str(run), "--image", str(picture), "--prompt", "What is it?"]
+    assert 0.5 < most_memory([*argv, "--max-new-tokens", "4"]) < 12
 
 
 def test_photographs_train_and_are_described(run_file, shared, tmp_path):

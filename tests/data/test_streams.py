@@ -61,6 +61,19 @@ def an_epoch(loader, numbers) -> list[int]:
     raise AssertionError
 
 
+def test_a_stream_is_told_by_how_it_begins(file, tmp_path):
+    """So that a run does not go on with other rows under the same name."""
+    lines = file.read_text().splitlines()
+    prints = []
+    for name, rows in (("a", lines), ("b", lines), ("c", [*lines[1:], lines[0]]), ("d", lines[1:])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+        cfg = replace(STREAM, source=str(tmp_path / f"{name}.jsonl"))
+        name, beginning = open_source(cfg, "train").fingerprint.split(", ")
+        assert name == cfg.source
+        prints.append(beginning)
+    assert prints[0] == prints[1] and len(set(prints)) == 3
+
+
 # --- Every row once -----------------------------------------------------------------------------
 
 
