@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import socket
+import subprocess
+import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +20,7 @@ from configs import InputError, TrainConfig, read_json
 from engine import checkpoint
 from train import main
 
+ROOT = Path(__file__).parent.parent.parent
 # Key biases have no gradient but rounding, which Adam would blow up.
 MODEL = {"vit_qkv_bias": False}
 
@@ -164,33 +170,54 @@ def test_what_does_not_go_with_parts_is_refused():
             TrainConfig(parallel="fsdp", **changes)
 
 
+# --- By torchrun itself -------------------------------------------------------------------------
+
+
+def torchrun(said: Path, *argv: str) -> subprocess.Popen:
+    """`torchrun argv` of train.py, one thread a process."""
+    with open(said, "w") as out:
+        return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *argv], cwd=ROOT,
+                                env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=out,
+                                stderr=out)  # fmt: skip
+
+
+def same_weights(one: Path, two: Path, step: str) -> None:
+    x, y = (load_file(folder(c) / step / "model.safetensors") for c in (one, two))
+    assert [name for name in x if not torch.equal(x[name], y[name])] == []
+
+
 @pytest.mark.slow
 def test_a_killed_worker_is_started_again(run_file, tmp_path):
     """torchrun's --max-restarts with --train.resume auto comes to the same end by itself."""
-    import os
-    import subprocess
-    import sys
-    import time
-
-    root = Path(__file__).parent.parent.parent
-    train = dict(steps=120, save_every=20, log_every=10)
+    train, said = dict(steps=120, save_every=20, log_every=10), tmp_path / "torchrun.txt"
     whole, again = (run_file(n, {"lm_dropout": 0.1}, **train) for n in ("whole", "again"))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-              "--max-restarts=2", "train.py"]  # fmt: skip
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    launch = ["--standalone", "--nproc-per-node=2", "--max-restarts=2", "train.py"]
     for config in (whole, again):
-        with open(tmp_path / "torchrun.txt", "w") as said:
-            process = subprocess.Popen(
-                [*launch, str(config), "--train.resume", "auto"], cwd=root, env=env, stdout=said,
-                stderr=said,
-            )  # fmt: skip
-            if config == again:
-                deadline = time.monotonic() + 300
-                while not list(folder(again).glob("step-*")):
-                    assert process.poll() is None and time.monotonic() < deadline
-                    time.sleep(0.05)
-                children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
-                os.kill(int(children.split()[-1]), signal.SIGKILL)
-            assert process.wait(600) == 0, (tmp_path / "torchrun.txt").read_text()[-3000:]
-    x, y = (load_file(folder(c) / "step-000120" / "model.safetensors") for c in (whole, again))
-    assert [name for name in x if not torch.equal(x[name], y[name])] == []
+        process = torchrun(said, *launch, str(config), "--train.resume", "auto")
+        if config == again:
+            deadline = time.monotonic() + 300
+            while not list(folder(again).glob("step-*")):
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.05)
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+            os.kill(int(children.split()[-1]), signal.SIGKILL)
+        assert process.wait(600) == 0, said.read_text()[-3000:]
+    same_weights(whole, again, "step-000120")
+
+
+@pytest.mark.slow
+def test_two_nodes_are_one_with_two_processes(run_file, tmp_path):
+    """Two torchruns that find each other, as docs/scaling.md starts them on several machines."""
+    one, two = (run_file(n, {"lm_dropout": 0.1}, steps=4) for n in ("one", "two"))
+    alone = torchrun(tmp_path / "0.txt", "--standalone", "--nproc-per-node=2", "train.py", str(one))
+    assert alone.wait(300) == 0, (tmp_path / "0.txt").read_text()[-3000:]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        end = f"127.0.0.1:{free.getsockname()[1]}"
+    meet = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={end}",
+            "--rdzv-id=test", "--local-addr=127.0.0.1", "train.py", str(two)]  # fmt: skip
+    nodes = [torchrun(tmp_path / f"{i}.txt", *meet) for i in (1, 2)]
+    for i, node in enumerate(nodes, 1):
+        assert node.wait(300) == 0, (tmp_path / f"{i}.txt").read_text()[-3000:]
+    same_weights(one, two, "step-000004")
+    assert events(folder(one)) == events(folder(two))
