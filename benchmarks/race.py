@@ -140,7 +140,7 @@ SIDES: dict[str, Callable[[Race, int, int], list[Point]]] = {
 
 def measure(race: Race, seconds: dict[str, float], every: float) -> dict[str, list[Point]]:
     """Both curves; the steps of each fill its time."""
-    trial, n, found = replace(race, questions=1), 8, {}
+    trial, n, found = replace(race, questions=1), 40, {}  # the first steps take longer than others
     for side, side_of in SIDES.items():
         one = side_of(trial, n, n)[-1].seconds / n
         steps = max(1, round(seconds[side] / one))

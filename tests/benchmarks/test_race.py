@@ -76,5 +76,5 @@ def test_steps_fill_the_time(a_race, monkeypatch, capsys):
 
     monkeypatch.setattr(race, "SIDES", {"picoVLM": side, "transformers": side})
     race.measure(a_race, {"picoVLM": 60, "transformers": 200}, 10)
-    assert asked == [(8, 8, 1), (120, 20, 9), (8, 8, 1), (400, 20, 9)]
+    assert asked == [(40, 40, 1), (120, 20, 9), (40, 40, 1), (400, 20, 9)]
     assert "picoVLM: 500.0 ms a step, so 120 of them" in capsys.readouterr().out
