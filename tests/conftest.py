@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from configs import DataConfig, RunConfig, TrainConfig, VLMConfig, command, to_dict
 from data import processor as processors
@@ -261,6 +263,9 @@ def _as_process(argv: list[str], rank: int, world: int, port: int, out: Path, be
     sys.stdout = sys.stderr = open(out, "a", buffering=1)  # noqa: SIM115
     os.dup2(sys.stdout.fileno(), 1), os.dup2(sys.stdout.fileno(), 2)
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
+    # All that are forked from here share the progress bars' lock: one that is killed while it has
+    # it would stop the others for ever.
+    tqdm.set_lock(threading.RLock())
     if world > 1:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank),
                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
