@@ -340,7 +340,9 @@ def test_no_login_and_no_network(run, small_checkpoint):
     assert done.returncode == 2 and "no connection to http://127.0.0.1:9" in done.stderr
 
 
-def test_names_that_are_none(tmp_path):
+def test_names_that_are_none(tmp_path, monkeypatch):
+    (tmp_path / "inside").mkdir()
+    monkeypatch.chdir(tmp_path / "inside")
     for name in ("name", "a/b/c", "user/na me", "/user", "../up/x"):
         with pytest.raises(InputError, match="is not the name of a repository"):
             our_hub.push(tmp_path, name)
