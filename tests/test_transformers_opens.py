@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -180,17 +181,23 @@ def folder(request, tmp_path):
 
 
 def environment(version: str) -> str:
-    """The Python of an environment with this transformers, made on first use."""
+    """The Python of an environment with this transformers and our Pillow, made on first use.
+
+    Pillow 13 rounds a resized pixel otherwise than 12.
+    """
     home = Path(tempfile.gettempdir()) / f"picovlm-transformers-{version}"
     python = home / "bin" / "python"
-    if not python.exists():
-        wanted = [f"transformers=={version}", f"torch=={torch.__version__.split('+')[0]}"]
+    if not (home / "whole").exists():
+        wanted = [f"transformers=={version}", f"torch=={torch.__version__.split('+')[0]}",
+                  f"pillow=={PIL.__version__}", "jinja2", "numpy"]  # fmt: skip
         try:
+            shutil.rmtree(home, ignore_errors=True)  # what an interruption left
             subprocess.run([sys.executable, "-m", "venv", home], check=True, timeout=120)
             subprocess.run(
-                [python, "-m", "pip", "install", "-q", *wanted, "pillow", "jinja2", "numpy"],
+                [python, "-m", "pip", "install", "-q", *wanted],
                 check=True, timeout=1200, capture_output=True,
             )  # fmt: skip
+            (home / "whole").touch()
         except (subprocess.SubprocessError, OSError) as error:
             shutil.rmtree(home, ignore_errors=True)
             pytest.skip(f"no environment with transformers {version}: {error}")
