@@ -23,10 +23,10 @@ def step_of(model: VisionLanguageModel, cache: KVCache) -> Callable[[Tensor, Ten
     """
     static = StaticCache(cache)
     # Each block's apart: else to write to one is, once compiled, to copy all.
-    k, v = (tuple(x.clone() for x in kept) for kept in (static.k, static.v))
+    k, v = (tuple(x.clone() for x in kept) for kept in static.views)
 
     def step(tokens: Tensor, positions: Tensor, k: tuple, v: tuple) -> Tensor:
-        static.k, static.v = k, v
+        static.views = [k, v]
         return model.decode(tokens, positions, static)
 
     made = torch.compile(step, fullgraph=True, dynamic=False)

@@ -184,8 +184,9 @@ def decoder(
 
     Where somebody listens to the model's modules, they run one by one.
     """
-    heard = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    if tokens.device.type == "cuda" and not heard:
+    if tokens.device.type == "cuda" and not any(
+        m._forward_hooks or m._forward_pre_hooks for m in model.modules()
+    ):
         return recorded(model, cache, tokens, positions)
     return lambda tokens, positions: model.decode(tokens, positions, cache)
 

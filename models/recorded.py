@@ -23,17 +23,12 @@ class StaticCache(KVCache):
     """
 
     def __init__(self, cache: KVCache):
-        self.k, self.v = cache.k.unbind(), cache.v.unbind()  # views: a [B, K, S, C] a block
+        self.views = [kept.unbind() for kept in (cache.k, cache.v)]  # a [B, K, S, C] a block
         self.turns, self.rows, self.at = cache.turns, cache.rows, None
 
     def visible(self, positions: Tensor) -> Tensor:
-        slots = torch.arange(self.k[0].shape[2], device=positions.device)
+        slots = torch.arange(self.views[0][0].shape[2], device=positions.device)
         return (slots <= positions[:, :, None])[:, None]  # [B, 1, T, S]
-
-    def write(self, block: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        for kept, new in ((self.k[block], k), (self.v[block], v)):
-            kept[self.rows, :, positions] = new.transpose(1, 2).to(kept.dtype)
-        return self.k[block], self.v[block]
 
 
 def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
