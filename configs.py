@@ -480,7 +480,9 @@ PRESETS: dict[str, RunConfig] = {
     # 1.2 M parameters; the class defaults.
     "tiny": RunConfig(),
     # The same model, trained long enough for the last skills (docs/recipes.md).
-    "tiny-long": RunConfig(train=TrainConfig(out="runs/tiny-long", steps=4000, weight_decay=0.3,
+    # Dropout, as without it more steps made the pairs that training never shows rarer answers.
+    "tiny-long": RunConfig(model=VLMConfig(lm_dropout=0.1),
+                           train=TrainConfig(out="runs/tiny-long", steps=6000, weight_decay=0.3,
                                              eval_every=1000, save_every=1000)),
     # As small, but with SmolLM2's tokenizer and tiles, as llama.cpp wants them (docs/deploy.md).
     "portable": RunConfig(
