@@ -26,7 +26,7 @@ test: .venv/installed
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-all: .venv/installed
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 lint: .venv/installed
 	$(PY) -m ruff check .
