@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 import torch
@@ -63,9 +65,12 @@ def _one_thread(_worker: int) -> None:
 
     A signal to the whole group, as of Ctrl-C or a cluster's scheduler, is for the training process
     alone: it finishes its step, for which it needs its workers, saves and ends them. One that is
-    still there after five minutes was forgotten, and ends itself.
+    still there after five minutes was forgotten, and ends itself. A worker whose training process
+    was killed ends without handing over its last batch: workers keep each other's pipes open, so
+    it would wait for a reader for ever.
     """
     torch.set_num_threads(1)
+    Finalize(None, os._exit, (0,), exitpriority=0)  # before the queues' own, which wait
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(300))
 

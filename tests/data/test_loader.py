@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import random
 import re
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -334,3 +337,23 @@ def test_every_corrupt_picture_is_skipped_or_read_and_none_hangs(
     assert {line["row"] for line in lines} == refused and len(refused) > 80
     for line in lines:
         assert str(corrupt[line["row"]]) in line["reason"] and "\n" not in line["reason"]
+
+
+KILLED = """
+import os, signal
+from configs import DataConfig, VLMConfig
+from data import processor
+from data.loader import Loader
+from data.sources import open_source
+
+cfg = DataConfig(workers=2)
+batches = iter(Loader(open_source(cfg, "train"), processor.build(VLMConfig()), cfg))
+next(batches)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_of_a_killed_run_end():
+    """They hold its output open, which is read to its end; full queues must not keep them."""
+    done = subprocess.run([sys.executable, "-c", KILLED], cwd=ROOT, capture_output=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL, done.stderr
