@@ -1,5 +1,6 @@
 """Every test runs offline, from the repository root, on random weights of tiny shapes."""
 
+import gc
 import json
 import os
 import subprocess
@@ -263,6 +264,7 @@ def _as_process(argv: list[str], rank: int, world: int, port: int, out: Path, be
     sys.stdout = sys.stderr = open(out, "a", buffering=1)  # noqa: SIM115
     os.dup2(sys.stdout.fileno(), 1), os.dup2(sys.stdout.fileno(), 2)
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
+    gc.freeze()  # loaders that the parent has left would raise here when they are collected
     # All that are forked from here share the progress bars' lock: one that is killed while it has
     # it would stop the others for ever.
     tqdm.set_lock(threading.RLock())
