@@ -21,7 +21,15 @@ from data.sources import open_source
 from data.stream_loader import open_loader
 from engine import adapters, checkpoint
 from engine.chat import open_checkpoint
-from engine.distributed import Dist, autocast, compiles, fast_dtype, settings, setup
+from engine.distributed import (
+    Dist,
+    autocast,
+    compiles,
+    fast_dtype,
+    keep_freed_memory,
+    settings,
+    setup,
+)
 from engine.dry_run import dry_run
 from engine.evaluation import evaluate
 from engine.logger import answers_path
@@ -73,6 +81,8 @@ def main(argv: list[str]) -> None:
     adapters.attach(model, cfg.train)
     for name in cfg.train.activation_checkpointing:
         model.parts[name].activation_checkpointing = True
+    if cfg.train.activation_checkpointing and dist.device.type == "cpu":
+        keep_freed_memory(1 << 23)  # room matters more than time then: a third of it was holes
     model.to(dist.device)
     dist.shard(model, dtype)
     if compiled:

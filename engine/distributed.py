@@ -152,18 +152,18 @@ def setup(parallel: str = "ddp") -> Dist:
     return Dist(rank, world, device, parallel)
 
 
-def keep_freed_memory() -> None:
-    """Tell glibc to reuse the memory of freed tensors.
+def keep_freed_memory(most: int = 1 << 26) -> None:
+    """Tell glibc to reuse the memory of freed tensors of up to `most` bytes.
 
-    It would hand each back to the kernel and fault it in again on the next step. Those above 64 MiB
-    still go back at once: kept, they would leave holes in the heap that nothing else fills. Other C
+    It would hand each back to the kernel and fault it in again on the next step. Larger ones still
+    go back at once: kept, they would leave holes in the heap that nothing else fills. Other C
     libraries have no `mallopt`, and then nothing happens.
     """
     with contextlib.suppress(AttributeError, OSError):
         libc = ctypes.CDLL(None)
         m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
         libc.mallopt(m_trim_threshold, 1 << 30)
-        libc.mallopt(m_mmap_threshold, 1 << 26)
+        libc.mallopt(m_mmap_threshold, most)
 
 
 def fast_dtype(device: torch.device, precision: str) -> torch.dtype:

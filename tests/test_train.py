@@ -206,9 +206,12 @@ def most_memory(argv: list[str]) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("preset", "width"), [("222m", 512), ("460m", 1400)])
-def test_real_sizes_train_and_answer_within_12_gib(preset, width, shared, tmp_path):
-    """Random weights, a step without accumulation; 460m sees the 17 tiles of a square picture."""
+@pytest.mark.parametrize(("preset", "width", "most"), [("222m", 512, 12), ("460m", 1400, 9)])
+def test_real_sizes_train_and_answer_within_memory(preset, width, most, shared, tmp_path):
+    """Random weights, a step without accumulation; 460m sees the 17 tiles of a square picture.
+
+    Its activation checkpointing came to 11.5 GiB while the holes of freed tensors were kept.
+    """
     run, picture, rows = (tmp_path / name for name in ("run", "picture.png", "rows.jsonl"))
     Image.effect_noise((300, 300), 50).save(picture)
     rows.write_text(json.dumps(dict(image=str(picture), caption="noise")) + "\n")
@@ -217,11 +220,11 @@ def test_real_sizes_train_and_answer_within_12_gib(preset, width, shared, tmp_pa
     argv += ["--model.lm-tokenizer", str(shared / "tokenizers" / "smollm2")]
     argv += ["--data.source", str(rows), "--data.val-fraction", "0", "--data.workers", "0"]
     argv += ["--data.batch-size", "1", "--data.max-length", str(width)]
-    assert 1 < most_memory(argv) < 12
+    assert 1 < most_memory(argv) < most
     saved = read_json(run / "config.json")["model"]
     assert saved["vit_img_size"] == PRESETS[preset].model.vit_img_size
     argv = ["generate.py", str(run), "--image", str(picture), "--prompt", "What is it?"]
-    assert 0.5 < most_memory([*argv, "--max-new-tokens", "4"]) < 12
+    assert 0.5 < most_memory([*argv, "--max-new-tokens", "4"]) < most
 
 
 def test_photographs_train_and_are_described(run_file, shared, tmp_path):
