@@ -60,8 +60,8 @@ def told(error: Exception, where: str) -> RuntimeError:
     return RuntimeError(f"{where}: {type(error).__name__}: {error}")
 
 
-def _one_thread(_worker: int) -> None:
-    """Spinning OpenMP threads of a worker would starve the training process.
+def _start_worker(_worker: int) -> None:
+    """One thread, as spinning OpenMP threads of a worker would starve the training process.
 
     A signal to the whole group, as of Ctrl-C or a cluster's scheduler, is for the training process
     alone: it finishes its step, for which it needs its workers, saves and ends them. One that is
@@ -171,7 +171,7 @@ class Loader:
             sampler=self._chunks(),
             batch_size=None,
             num_workers=workers,
-            worker_init_fn=_one_thread,
+            worker_init_fn=_start_worker,
             prefetch_factor=4 if workers else None,
             generator=torch.Generator(),  # else it draws from the global one, and a resume differs
         )

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from configs import DataConfig, InputError
-from data.loader import CHUNK, Loader, Skipped, _one_thread, told
+from data.loader import CHUNK, Loader, Skipped, _start_worker, told
 from data.processor import Processor
 from data.sample import Tokens
 from data.sources import MixtureSource, most_bad_of
@@ -148,7 +148,7 @@ class StreamLoader(Loader):
             self._passing(),
             batch_size=None,
             num_workers=workers,
-            worker_init_fn=_one_thread,
+            worker_init_fn=_start_worker,
             prefetch_factor=4 if workers else None,
             generator=torch.Generator(),
         )
