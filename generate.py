@@ -26,7 +26,9 @@ from engine.batch import answer_file
 from engine.chat import Chat, Piece, alternatives, quantize_int8
 from engine.checkpoint import resolve
 from engine.conversation import Conversation
+from engine.distributed import lacks_compiler
 from engine.predictions import fingerprint
+from models.compiled import compile_decoding
 from models.generation import Sampling
 
 # Options of `Sampling`, by the same names.
@@ -75,6 +77,8 @@ class Arguments:
     """Makes sampling repeatable."""
     quantize: Literal["no", "int8"] = "no"
     """int8: hold the decoder's matrices in 8 bits (needs torchao)."""
+    compile: bool = False
+    """Compile the step that makes a token, on a CPU (needs g++): it takes seconds at the start."""
     device: str = "cpu"
     """cpu, cuda, mps."""
 
@@ -87,6 +91,8 @@ def main(argv: list[str]) -> None:
     chat = Chat.load(args.checkpoint, args.device)
     if args.quantize == "int8":
         quantize_int8(chat.model)
+    if args.compile:
+        compile_step(chat)
     if args.jsonl is not None:
         what = (sampling, args.stop, args.choices, args.quantize)
         run = fingerprint(resolve(args.checkpoint), what)
@@ -142,7 +148,8 @@ def unused(args: Arguments) -> dict[str, str]:
     """What cannot be given along with the rest, and why: nothing that was asked for is ignored."""
     if args.jsonl is not None:
         rows = "the rows of --jsonl hold their own; leave it out"
-        return {"image": rows, "prompt": rows, "n": "a row of --jsonl has one answer"}
+        found = {"image": rows, "prompt": rows, "n": "a row of --jsonl has one answer"}
+        return found | {"compile": "the rows of --jsonl are answered together; leave it out"}
     if args.prompt is None:
         found = dict.fromkeys(("n", "choices", "logprobs"), "needs --prompt, or --jsonl")
         return found | {"batch_size": "is for the rows of --jsonl"}
@@ -150,7 +157,17 @@ def unused(args: Arguments) -> dict[str, str]:
     if args.choices:
         found |= dict.fromkeys(("logprobs", "stop", *SAMPLED), "choices are weighed, not written")
         found["n"] = "the likeliest choice is one answer"
+        found["compile"] = "choices are weighed, not written"
     return found
+
+
+def compile_step(chat: Chat) -> None:
+    """Compile, and say how long that took; `InputError` where it cannot be."""
+    device = chat.model.device
+    why = lacks_compiler(device) if device.type == "cpu" else f"a CPU's, and this is {device.type}"
+    if why:
+        raise InputError(f"compile: {why}; leave it out.")
+    print(f"a step of decoding compiled in {compile_decoding(chat.model):.1f} s", file=sys.stderr)
 
 
 def show(pieces: Iterator[Piece]) -> Iterator[Piece]:

@@ -24,7 +24,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.compiled import warm
 from benchmarks.peers import (
     WORDS,
     Case,
@@ -65,6 +64,7 @@ from engine.chat import quantize_int8
 from engine.distributed import autocast, fast_dtype, keep_freed_memory, lacks_compiler
 from engine.loop import clip
 from engine.optim import build_optimizer
+from models.compiled import compile_decoding
 from models.generation import Sampling
 from models.vision_language_model import VisionLanguageModel
 
@@ -250,14 +250,13 @@ def compiled_rows(case: Case, _peak: float, _bandwidth: float) -> list[Row]:
     name = f"decode, 1 row, {case.kind}, our step compiled"
     if why := lacks_compiler(torch.device("cpu")):
         return [Row(name, f"not measured: {why}")]
-    case.theirs.eval()
-    ids, images = prompt(case.cfg, 1)
-    plain, made, warm_up = warm(case.ours.eval(), ids, images.to(case.dtype), SAID - 1)
-    if case.kind == "fp32" and not torch.equal(plain(), made()):
-        raise InputError("a compiled step says other tokens; nothing was timed.")
-    theirs = speak(case, 1, SAID)["theirs"]
-    calls = _silent({"ours": made, "plain": plain}) | {"theirs": lambda: theirs()[1]}
-    times = alternate(calls, case.seconds, case.turns)
+    case.ours.eval(), case.theirs.eval()
+    made = VisionLanguageModel.from_pretrained(case.folder).to(case.dtype)
+    warm_up = compile_decoding(made)
+    calls = speak(replace(case, ours=made), 1, SAID) | {"plain": speak(case, 1, SAID)["ours"]}
+    agree_greedy(case, calls)
+    said = {k: lambda c=c: c()[1] for k, c in calls.items()}
+    times = alternate(said, case.seconds, case.turns)
     saved = (times["plain"].median - times["ours"].median) / (SAID - 1)
     after = f"pays back after {warm_up / saved:,.0f} tokens" if saved > 0 else "never pays back"
     return [timed_row(name, times, items=SAID - 1),

@@ -332,20 +332,22 @@ class KVCache:
     def __init__(
         self, cfg: LMConfig, n_rows: int, n_slots: int, device: torch.device, dtype: torch.dtype
     ):
-        shape = (cfg.lm_n_blocks, n_rows, cfg.lm_n_kv_heads, n_slots, cfg.lm_head_width)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)  # [blocks, B, K, S, C]
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (n_rows, cfg.lm_n_kv_heads, n_slots, cfg.lm_head_width)
+        blocks = range(cfg.lm_n_blocks)
+        # A tensor a block: were they views of one, a compiled step would copy all to write to one.
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in blocks]  # [B, K, S, C]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in blocks]
         self.rows = torch.arange(n_rows, device=device)[:, None]  # [B, 1]
         slots = torch.arange(n_slots, device=device)[None]  # [1, S]
         self.turns = rope_tables(rope_frequencies(cfg, device), slots, dtype)  # two of [1, 1, S, C]
         self.used = 0  # slots the rows of this pass reach
         self.at: slice | None = None  # where this pass writes, if at the same place in every row
-        self.views: list[tuple[Tensor, ...]] = []  # k and v of this pass: a [B, K, S, C] a block
-        self.places: list[tuple[Tensor, ...]] = []  # their slots `at`, a [B, K, T, C] a block
+        self.views: list[list[Tensor]] = []  # k and v of this pass: a [B, K, S, C] a block
+        self.places: list[list[Tensor]] = []  # their slots `at`, a [B, K, T, C] a block
 
     @property
     def n_slots(self) -> int:
-        return self.k.shape[3]
+        return self.k[0].shape[2]
 
     def visible(self, positions: Tensor) -> Tensor | None:
         """[B, 1, T, S] for tokens about to be written at `positions` [B, T], which rise by one.
@@ -357,8 +359,9 @@ class KVCache:
         self.used = int(positions.max()) + 1
         start = self.used - T
         self.at = slice(start, self.used) if bool((positions[:, 0] == start).all()) else None
-        self.views = [kept[:, :, :, : self.used].unbind() for kept in (self.k, self.v)]
-        self.places = [kept[:, :, :, self.at].unbind() for kept in (self.k, self.v) if self.at]
+        both = self.k, self.v
+        self.views = [[x[:, :, : self.used] for x in kept] for kept in both]
+        self.places = [[x[:, :, self.at] for x in kept] for kept in both if self.at]
         if self.at is not None and (T == 1 or start == 0):
             return None
         return (torch.arange(self.used, device=positions.device) <= positions[:, :, None])[:, None]
@@ -383,10 +386,10 @@ class KVCache:
 
     def keep_rows(self, rows: Tensor) -> None:
         """Forget all rows but these, as when others have finished; a row named twice is copied."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
-        self.rows = torch.arange(len(rows), device=self.k.device)[:, None]
+        self.k, self.v = ([x[rows] for x in kept] for kept in (self.k, self.v))
+        self.rows = torch.arange(len(rows), device=rows.device)[:, None]
 
     def put(self, rows: Tensor, other: KVCache) -> None:
         """Copy all rows of `other`, which has no more slots, over these."""
-        self.k[:, rows, :, : other.n_slots] = other.k
-        self.v[:, rows, :, : other.n_slots] = other.v
+        for mine, others in zip((*self.k, *self.v), (*other.k, *other.v), strict=True):
+            mine[rows, :, : other.n_slots] = others

@@ -1,16 +1,19 @@
-"""What torch.compile makes of a model: few kernels of each block while it trains.
+"""What torch.compile makes of a model: few kernels of each block while it trains, and of a token.
 
 Not here: whether that pays (engine/distributed.py), and the blocks, which do not know of it.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from models import attention
+from models.attention import KVCache
+from models.recorded import StaticCache
 
 
 def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
@@ -34,3 +37,27 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
 def _while_training(block: nn.Module, compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:
     plain = block.forward
     return lambda *args, **named: (compiled if block.training else plain)(*args, **named)
+
+
+def compile_decoding(model: nn.Module, backend: str = "inductor") -> float:
+    """From here on each token of an answer is one function of `model`, on a CPU; returns seconds.
+
+    They pass in here, for one row; the first answer to another number of rows compiles again. Rows
+    that are refilled (generation.serve) stay as they are: with many the products outweigh calling
+    them, which is what this saves.
+    """
+    step = torch.compile(model.decode, fullgraph=True, backend=backend)
+
+    def decoder(cache: KVCache) -> Callable[[Tensor, Tensor], Tensor]:
+        static = StaticCache(cache)
+        for x in (*cache.k, *cache.v, *cache.turns):
+            torch._dynamo.mark_dynamic(x, 2)  # slots: one function for caches of every length
+        return lambda tokens, positions: step(tokens, positions, static)
+
+    model.compiled_decoder, start = decoder, time.perf_counter()
+    with torch.inference_mode():
+        cache = KVCache(model.cfg, 1, 64, model.device, model.decoder.norm.weight.dtype)
+        # Two tensors, as later: of one that is both a function of its own would be made.
+        token, position = torch.zeros(2, 1, dtype=torch.long, device=model.device)
+        decoder(cache)(token, position)
+    return time.perf_counter() - start

@@ -184,10 +184,11 @@ def decoder(
 
     Where somebody listens to the model's modules, they run one by one.
     """
-    if tokens.device.type == "cuda" and not any(
-        m._forward_hooks or m._forward_pre_hooks for m in model.modules()
-    ):
+    is_heard = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    if tokens.device.type == "cuda" and not is_heard:
         return recorded(model, cache, tokens, positions)
+    if model.compiled_decoder is not None and not is_heard:
+        return model.compiled_decoder(cache)
     return lambda tokens, positions: model.decode(tokens, positions, cache)
 
 
@@ -329,7 +330,7 @@ def _admit(model, cache: KVCache, rows: list, logits: Tensor, new, sampling: Sam
     for b, (_, prompt) in enumerate(new):
         ids[b, : len(prompt.ids)] = prompt.ids
     images = torch.cat([prompt.images for _, prompt in new]).to(device)
-    part = KVCache(cfg, *ids.shape, device, cache.k.dtype)
+    part = KVCache(cfg, *ids.shape, device, cache.k[0].dtype)
     first = model.prefill(ids, images, lengths, part)  # [B, V]
     free = [r for r, row in enumerate(rows) if row is None][: len(new)]
     at = torch.tensor(free, device=device)

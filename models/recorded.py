@@ -23,7 +23,7 @@ class StaticCache(KVCache):
     """
 
     def __init__(self, cache: KVCache):
-        self.views = [kept.unbind() for kept in (cache.k, cache.v)]  # a [B, K, S, C] a block
+        self.views = [cache.k, cache.v]
         self.turns, self.rows, self.at = cache.turns, cache.rows, None
 
     def visible(self, positions: Tensor) -> Tensor:

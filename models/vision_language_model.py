@@ -41,6 +41,7 @@ class VisionLanguageModel(nn.Module):
         self.vision_encoder = ViT(cfg) if vision is None else vision
         self.MP = ModalityProjector(cfg)
         self.decoder = LanguageModel(cfg) if decoder is None else decoder
+        self.compiled_decoder = None  # models/compiled.py's compile_decoding sets it
 
     @property
     def device(self) -> torch.device:

@@ -24,9 +24,9 @@ PRETRAINED = [f"models.pretrained.{n}" for n in (
 FLOORS: list[list[list[str]]] = [
     [["configs_base", "configs", "configs_classify"]],
     [
-        ["models.attention", "models.compiled", "models.vision_transformer", "models.rollout",
+        ["models.attention", "models.vision_transformer", "models.rollout",
          "models.classifier", "models.language_model",
-         "models.modality_projector", "models.recorded", "models.generation",
+         "models.modality_projector", "models.recorded", "models.compiled", "models.generation",
          "models.attention_maps",
          "models.pretrained", *PRETRAINED],
         ["engine.distributed"], ["engine.optim"], ["engine.scoring"],

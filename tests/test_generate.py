@@ -19,6 +19,7 @@ import generate
 from configs import DataConfig, command
 from data.sources import open_source
 from engine.chat import Chat
+from engine.distributed import lacks_compiler
 from models.generation import Sampling
 from models.vision_language_model import VisionLanguageModel
 
@@ -86,6 +87,8 @@ def test_a_picture_that_cannot_be_read(small_checkpoint, pictures, refused, name
         (["--prompt", "a", "--choices", "a", "b", "--stop", "x"], "stop: choices are weighed"),
         (["--prompt", "a", "--choices", "a", "b", "--seed", "3"], "seed: choices are weighed"),
         (["--prompt", "a", "--batch-size", "2"], "batch_size: is for the rows of --jsonl"),
+        (["--prompt", "a", "--choices", "a", "b", "--compile"], "compile: choices are weighed"),
+        (["--jsonl", "a", "--out", "b", "--compile"], "compile: the rows of --jsonl are answered"),
         (["--prompt", "a", "--choices", "<image>", "no"], "an answer holds <image>"),
         (["--prompt", "a", "--choices", "no", "yes " * 300], "the longest has 301 tokens"),
     ],
@@ -107,6 +110,27 @@ def test_a_checkpoint_that_cannot_be_opened(small_checkpoint, tmp_path, refused)
     assert gone in refused(generate.main, broken)
     (broken / "model.safetensors").write_bytes(b"half a file")
     assert "not a whole safetensors file" in refused(generate.main, broken)
+
+
+def test_what_cannot_be_compiled(small_checkpoint, monkeypatch, refused):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    line = refused(generate.main, small_checkpoint, "--prompt", "a", "--compile")
+    assert "compile: torch.compile needs no-such-compiler; leave it out" in line
+
+
+@pytest.mark.slow
+def test_a_compiled_step_says_the_same(small_checkpoint, pictures, capsys, monkeypatch):
+    """In a conversation, whose cache outlives an answer, with a picture in its second turn."""
+    if why := lacks_compiler(torch.device("cpu")):
+        pytest.skip(why)
+    lines = f"What is it?\n/image {pictures / '1.png'}\nAnd this?\n"
+    flags = [small_checkpoint, "--image", pictures / "0.png", "--max-new-tokens", 30]
+    said = []
+    for extra in ([], ["--compile"]):
+        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+        said.append(ask(capsys, *flags, *extra))
+    assert said[0][0] == said[1][0] and len(said[0][0]) > 20
+    assert said[1][1].startswith("a step of decoding compiled in ")
 
 
 def ask(capsys, *argv: object) -> tuple[str, str]:

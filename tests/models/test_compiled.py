@@ -1,4 +1,4 @@
-"""Compiled blocks are the blocks, whatever the batch, and few are compiled.
+"""Compiled blocks are the blocks, whatever the batch, and few are compiled; so is a token's step.
 
 What the compiler is given is run as it is, which takes none.
 """
@@ -12,8 +12,10 @@ from torch._dynamo.utils import counters
 from configs import TrainConfig, ViTConfig
 from engine import adapters
 from models import attention
+from models.attention import KVCache
 from models.classifier import Classifier
-from models.compiled import compile_blocks
+from models.compiled import compile_blocks, compile_decoding
+from models.generation import Sampling, steps
 from models.vision_language_model import VisionLanguageModel
 from models.vision_transformer import ViT
 
@@ -125,3 +127,70 @@ def test_every_block_may_drop_another_share(compiled):
     graphs = compiled(made)
     made(torch.randn(2, 3, 16, 16))
     assert 0 < len(graphs) <= 12
+
+
+@pytest.fixture
+def decoding(small_config):
+    """A model whose step is what the compiler is given, run as it is; the graphs it was given."""
+    torch._dynamo.reset()
+    graphs = []
+    cfg = small_config(**SMALL, lm_tie_weights=False, lm_n_kv_heads=2)
+    torch.manual_seed(0)
+    model = VisionLanguageModel(cfg).eval()
+    with torch.no_grad():  # it never stops
+        model.decoder.head.weight[cfg.vlm_eos_token_id] = 0
+    assert compile_decoding(model, lambda graph, _: graphs.append(graph) or graph.forward) > 0
+    yield model, graphs
+    torch._dynamo.reset()
+
+
+def both_ways(model, *args) -> list[list]:
+    made, model.compiled_decoder = model.compiled_decoder, None
+    plain = list(steps(model, *args))
+    model.compiled_decoder = made
+    return [plain, list(steps(model, *args))]
+
+
+def assert_said_the_same(plain: list, made: list) -> None:
+    for a, b in zip(plain, made, strict=True):
+        assert a.tokens.tolist() == b.tokens.tolist()
+        torch.testing.assert_close(a.logits, b.logits, rtol=1e-5, atol=1e-5)
+
+
+def test_one_step_is_compiled_for_answers_of_every_length(decoding, make_sample):
+    """When it is asked for, not in the middle of the first answer."""
+    model, graphs = decoding
+    assert len(graphs) == 1
+    for seed, (n_words, n_new) in enumerate([(3, 5), (30, 60), (9, 100)]):
+        ids, images = make_sample(model.cfg, 1, n_words, seed)
+        plain, made = both_ways(model, ids[None], images, None, Sampling(n_new))
+        assert_said_the_same(plain, made)
+        assert len(made) == n_new and len({int(s.tokens[0]) for s in made}) > 2
+    assert len(graphs) == 1
+
+
+def test_rows_of_unequal_prompts_and_a_cache_that_goes_on(decoding, make_sample, pad_rows):
+    model, graphs = decoding
+    samples = [make_sample(model.cfg, 1, n, n) for n in (4, 11)]
+    ids, images, mask = pad_rows(model.cfg, samples, "left")
+    assert_said_the_same(*both_ways(model, ids, images, mask, Sampling(9)))
+    assert len(graphs) == 2  # of one row, of two
+
+    (ids, images), (more, _) = samples[0], make_sample(model.cfg, 0, 6, 3)
+    cache = KVCache(model.cfg, 1, 80, torch.device("cpu"), torch.float32)
+    first = [int(s.tokens) for s in steps(model, ids[None], images, None, Sampling(9), cache)]
+    whole = torch.cat((ids, torch.tensor(first), more))[None]
+    # The last token was not fed: it opens what the cache has not seen.
+    n_seen = len(ids) + len(first) - 1
+    later = list(steps(model, whole[:, n_seen:], None, None, Sampling(9), cache, n_seen))
+    plain, _ = both_ways(model, whole, images, None, Sampling(9))
+    assert_said_the_same(plain, later)
+
+
+def test_who_listens_hears_every_compiled_step_too(decoding, make_sample):
+    model, heard = decoding[0], []
+    ids, images = make_sample(model.cfg, 1, 5, 0)
+    handle = model.decoder.norm.register_forward_hook(lambda *_: heard.append(1))
+    list(steps(model, ids[None], images, None, Sampling(4)))
+    handle.remove()
+    assert len(heard) == 4
