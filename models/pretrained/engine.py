@@ -111,7 +111,7 @@ def to_ours(
     """Their tensors under our names: exactly those `wanted`, in shape too.
 
     Names that match a pattern of `ignore` are passed over. Raises `InputError` listing everything
-    left over, missing or misshapen.
+    left over, missing or misshapen, or all that is not finite.
     """
     used = [pair for pair in pairs if pair.ours[0] in wanted]
     shapes = {p.theirs: list(p.op.together([wanted[n] for n in p.ours]).shape) for p in used}
@@ -130,6 +130,10 @@ def to_ours(
         raise InputError(
             f"{where}: the weights do not fit its config.json ({'; '.join(problems)})."
         )
+    # A sum holds the memory of one number, where asking each takes as much again as a table.
+    broken = [n for n in shapes if not found[n].sum(dtype=torch.float32).isfinite()]
+    if broken:
+        raise InputError(f"{where}: NaN or infinite weights in {_few(broken)}; take another copy.")
     return {name: t for p in used for name, t in zip(p.ours, p.op.apart(found[p.theirs]))}
 
 

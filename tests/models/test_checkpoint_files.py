@@ -211,6 +211,14 @@ def test_a_leftover_a_missing_and_a_misshapen_tensor(saved, edit_weights):
     )
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_of_a_run_that_had_diverged(saved, edit_weights, value):
+    """One number among all; it would answer every question with the same token."""
+    _, directory = saved
+    edit_weights(directory, lambda tensors: tensors[NORM][3:4].fill_(value))
+    refused(directory, f"NaN or infinite weights in {NORM}; take another copy")
+
+
 @pytest.mark.parametrize("names", [[EMBED], ["lm_head.weight"]])
 def test_half_of_a_tied_pair_is_refused(names, saved, edit_weights):
     """Our own files carry both, so that no reader has to guess."""
