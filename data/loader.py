@@ -22,7 +22,7 @@ from configs import DataConfig, InputError
 from data.packing import collate, fill_rows
 from data.processor import Processor
 from data.sample import Batch, Tokens
-from data.sources import most_bad_of, number_in_file
+from data.sources import most_bad_rows, n_read, number_in_file
 
 CHUNK = 8  # samples a worker prepares at a time: enough to hide the cost of handing over
 
@@ -120,6 +120,8 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches of this rank."""
+        for reason in self.source.bad if self.deal[0] == 0 else ():
+            self._list({"reason": reason})  # which names the row
         samples = self._samples()
         n_rows, capacity = self.cfg.batch_size, self.cfg.max_length
         turn, (rank, world) = 0, self.deal
@@ -195,10 +197,10 @@ class Loader:
         if i not in self.skipped:
             self.skipped.append(i)
             if self.deal[0] == 0:  # every rank sees the same rows, or each its own
-                self._list({"row": number_in_file(self.source, i), "reason": reason})
-        n_rows = len(self.source)
-        if len(self.skipped) > most_bad_of(n_rows) or len(self.skipped) == n_rows:
-            raise InputError(f"{len(self.skipped)} rows could not be used, the last: {reason}")
+                self._list({"row": number_in_file(self.source, i) + 1, "reason": reason})
+        n_bad = len(self.source.bad) + len(self.skipped)
+        if n_bad > most_bad_rows(n_read(self.source)) or len(self.skipped) == len(self.source):
+            raise InputError(f"{n_bad} rows could not be used, the last: {reason}")
 
     def _list(self, bad: dict) -> None:
         """A line in skipped.jsonl; what cannot be written is no reason to stop training.

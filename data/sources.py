@@ -167,16 +167,21 @@ def most_bad_rows(n_rows: int) -> int:
 
 
 def most_bad_of(n_rows: int) -> int:
-    """The same of a part of the rows, which by chance has more than its share of the bad ones.
+    """The same of the beginning of a stream, which by chance has more than its share of them.
 
     Three deviations more, so that of a thousand sources with one bad row in a hundred one stops.
     """
     return max(5, math.ceil(n_rows / 100 + 3 * math.sqrt(n_rows / 100)))
 
 
-def number_in_file(source: Any, i: int | list) -> int | list:
+def number_in_file(source: Any, i: int) -> int:
     """Where a source's i-th row stands among all that were read, of which it may be a split."""
     return int(source.chosen[i]) if isinstance(source, RowSource) else i
+
+
+def n_read(source: Any) -> int:
+    """How many rows were read, the bad ones and those of other splits too."""
+    return len(source.rows) if isinstance(source, RowSource) else len(source) + len(source.bad)
 
 
 # --- Pictures -----------------------------------------------------------------------------------

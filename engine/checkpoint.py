@@ -328,8 +328,8 @@ def remember_config(cfg: RunConfig):
         for torn in (*run.glob(".saving-*"), *run.glob(".shards-*")):  # left by a kill
             shutil.rmtree(torn)
         if cfg.train.resume == "no":
-            for stale in ("log.jsonl", "skipped.jsonl"):
-                (run / stale).unlink(missing_ok=True)
+            for stale in (run / "log.jsonl", run / "skipped.jsonl", *run.glob("bad-step-*.pt")):
+                stale.unlink(missing_ok=True)
         _write_config(cfg)
     except OSError as error:
         raise InputError(

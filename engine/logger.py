@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import Iterable
@@ -49,7 +50,8 @@ class Logger:
         """Write scalar `values` of a step to file (and wandb); the loss moves the bar's text."""
         if not self.is_main:
             return
-        line = {"step": step, "seconds": round(time.time() - self.start, 2)} | values
+        line = {"step": step, "seconds": round(time.time() - self.start, 2)}
+        line |= {k: None if is_lost(v) else v for k, v in values.items()}  # JSON has no NaN
         try:
             if not self.path.exists():  # deleted under the run
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -103,6 +105,11 @@ class Logger:
                 self.say(f"{self.folder / 'loss.png'}: cannot be drawn ({error}).")
 
 
+def is_lost(value: object) -> bool:
+    """Whether it is a number that is none."""
+    return isinstance(value, float) and not math.isfinite(value)
+
+
 def _start_wandb(cfg: RunConfig) -> tuple:
     """(a run of wandb, its kind of pictures)."""
     try:
@@ -121,7 +128,10 @@ def _start_wandb(cfg: RunConfig) -> tuple:
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The events of a run, oldest first. After a resume the later line of a step counts."""
+    """The events of a run, oldest first. After a resume the later line of a step counts.
+
+    What was not finite is left out.
+    """
     lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
     by_step: dict[tuple, dict] = {}
     for line in lines:
@@ -130,7 +140,8 @@ def read_log(folder: Path) -> list[dict]:
         except ValueError:  # cut off in the middle by a kill
             continue
         if isinstance(event, dict) and "step" in event:
-            by_step[event["step"], "val_loss" in event] = event
+            known = {name: value for name, value in event.items() if value is not None}
+            by_step[event["step"], "val_loss" in event] = known
     return [by_step[key] for key in sorted(by_step)]
 
 

@@ -101,7 +101,7 @@ def train(
     t, wrapped, stop, best = cfg.train, dist.wrap(model), StopSignal(), best or Best()
     logger = Logger(cfg, dist.is_main, step)
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    batches, guard, ahead = iter(loader), Guard(t, logger), []
+    batches, guard, ahead = iter(loader), Guard(t, logger, dist.rank), []
     meter = Meter(model, region)
     model.train()
 
@@ -138,7 +138,8 @@ def train(
             logger.advance()
             if due(step, t.log_every, t.steps):
                 values = {"loss": loss, "grad_norm": grad_norm} | norms | rates(t, step - 1, model)
-                values |= {"bad_rows": len(loader.skipped)} | meter.rates(dist)
+                values |= {"bad_rows": len(loader.skipped), "bad_steps": guard.n_kept}
+                values |= meter.rates(dist)
                 logger.log(values, step)
             better = False
             if due(step, t.eval_every, t.steps):  # by every process: parts of a model need all
@@ -169,15 +170,16 @@ def rates(cfg: LoopConfig, step: int, model: nn.Module) -> dict[str, float]:
 class Guard:
     """Keeps steps that are not finite from changing anything."""
 
-    def __init__(self, cfg: LoopConfig, logger: Logger):
-        self.cfg, self.logger, self.n_bad = cfg, logger, 0
+    def __init__(self, cfg: LoopConfig, logger: Logger, rank: int):
+        self.cfg, self.logger, self.rank, self.n_bad = cfg, logger, rank, 0
+        self.n_kept = len(kept_batches(Path(cfg.out)))  # before a resume, too
 
     def passes(self, step: int, loss: float, grad_norm: float, micro: list) -> bool:
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.n_bad = 0
             return True
-        self.n_bad += 1
-        kept = keep_batches(Path(self.cfg.out), step, micro)
+        self.n_bad, self.n_kept = self.n_bad + 1, self.n_kept + 1
+        kept = keep_batches(Path(self.cfg.out), step, micro, self.rank)
         why = f"loss {loss}, gradient norm {grad_norm}"
         self.logger.say(f"step {step}: {why}; skipped, batch kept in {kept}")
         if self.n_bad >= self.cfg.max_bad_steps:
@@ -188,9 +190,17 @@ class Guard:
         return False
 
 
-def keep_batches(run: Path, step: int, micro: list) -> Path:
-    """Save the tensors of a bad step where `torch.load(path, weights_only=True)` finds them."""
-    path = run / f"bad-step-{step:06d}.pt"
+def kept_batches(run: Path) -> list[Path]:
+    """The batches of all bad steps of a run, as the main process saw them."""
+    return sorted(p for p in run.glob("bad-step-*.pt") if "rank" not in p.name)
+
+
+def keep_batches(run: Path, step: int, micro: list, rank: int = 0) -> Path:
+    """Save the tensors of a bad step where `torch.load(path, weights_only=True)` finds them.
+
+    A file per process, as each has its own.
+    """
+    path = run / f"bad-step-{step:06d}{f'-rank{rank}' if rank else ''}.pt"
     with contextlib.suppress(OSError, RuntimeError):  # the latter of a full disk
         torch.save([batch.tensors() for batch in micro], path)
     return path

@@ -238,12 +238,36 @@ def test_broken_pictures_are_skipped_counted_and_written_down(
     assert batches[-1].state["epoch"] >= 1
     assert sorted(batches[-1].state["skipped"]) == sorted(reading.skipped) == [3, 4, 9, 10]
     lines = [json.loads(s) for s in (tmp_path / "skipped.jsonl").read_text().splitlines()]
-    assert sorted(line["row"] for line in lines) == [3, 4, 9, 10]
+    assert sorted(line["row"] for line in lines) == [4, 5, 10, 11]  # as messages count
     for line in lines:
-        assert f"bad-{line['row']}.png" in line["reason"]
+        assert f"bad-{line['row'] - 1}.png" in line["reason"]
     seen = numbers(batches)
     assert not {3, 4, 9, 10} & set(seen)
     assert set(range(N)) - {3, 4, 9, 10} - set(batches[-1].state["waiting"]) <= set(seen)
+
+
+@pytest.mark.parametrize("n_broken", [5, 6])
+def test_rows_without_fields_and_rows_without_a_picture_count_together(
+    tiny_processor, file, tmp_path, n_broken
+):
+    """Of 1,000 rows 10 may be bad, of whatever kind; all are in the list."""
+    lines = file.read_text().splitlines()
+    lines = (lines * (1000 // len(lines) + 1))[:1000]
+    for i in range(5):
+        lines[7 * i] = "{"
+    for i in range(n_broken):
+        lines[7 * i + 1] = json.dumps({"image": f"absent-{i}.png", "caption": "c"})
+    (file.parent / "many.jsonl").write_text("\n".join(lines))
+    cfg, listed = on(file.parent / "many.jsonl", PLAIN), tmp_path / "skipped.jsonl"
+    reading = loader(cfg, tiny_processor, skipped_file=listed)
+    if n_broken == 6:
+        with pytest.raises(InputError, match="11 rows could not be used"):
+            until_epoch_ends(reading)
+    else:
+        until_epoch_ends(reading)
+    reasons = [json.loads(line)["reason"] for line in listed.read_text().splitlines()]
+    assert sum("not JSON" in r for r in reasons) == 5
+    assert sum("absent-" in r for r in reasons) == n_broken
 
 
 def test_a_resume_remembers_what_was_skipped(tiny_processor, file, tmp_path):
@@ -334,9 +358,9 @@ def test_every_corrupt_picture_is_skipped_or_read_and_none_hangs(
     seen = numbers(until_epoch_ends(reading))
     assert set(seen) == set(range(len(rows))) - refused
     lines = [json.loads(s) for s in (tmp_path / "skipped.jsonl").read_text().splitlines()]
-    assert {line["row"] for line in lines} == refused and len(refused) > 80
+    assert {line["row"] - 1 for line in lines} == refused and len(refused) > 80
     for line in lines:
-        assert str(corrupt[line["row"]]) in line["reason"] and "\n" not in line["reason"]
+        assert str(corrupt[line["row"] - 1]) in line["reason"] and "\n" not in line["reason"]
 
 
 KILLED = """

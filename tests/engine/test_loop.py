@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +22,8 @@ import data.loader
 from configs import InputError, TrainConfig, read_json
 from engine import distributed
 from engine.distributed import Dist
+from engine.logger import read_log
+from engine.loop import keep_batches, kept_batches
 from models.compiled import compile_blocks
 from models.vision_language_model import VisionLanguageModel
 from train import main
@@ -191,7 +195,7 @@ def spoil(monkeypatch, bad: set[int]) -> None:
 
 def test_a_step_that_is_not_finite_changes_nothing(run_file, monkeypatch, capsys):
     spoil(monkeypatch, {1})
-    run = go(run_file("run", steps=2, save_every=1, warmup=0))
+    run = go(run_file("run", steps=3, save_every=1, warmup=0))
     x, y = weights(run, 1), weights(run, 2)
     assert all(torch.equal(x[k], y[k]) for k in x)
     assert same_state(state_of(run, 1)["optimizer"][0]["state"],
@@ -199,6 +203,27 @@ def test_a_step_that_is_not_finite_changes_nothing(run_file, monkeypatch, capsys
     (kept,) = torch.load(run / "bad-step-000001.pt", weights_only=True)
     assert kept["images"].isnan().all() and kept["input_ids"].shape[0] == 1
     assert "skipped, batch kept in" in (out := capsys.readouterr()).out + out.err
+    lines = (run / "log.jsonl").read_text().splitlines()
+    steps = [e for e in (json.loads(x, parse_constant=refuse) for x in lines) if "loss" in e]
+    assert [e["bad_steps"] for e in steps] == [0, 1, 1]
+    assert [e["loss"] is None for e in steps] == [False, True, False]
+    assert [e["step"] for e in read_log(run) if "loss" in e] == [1, 3]
+    shutil.rmtree(run / "step-000003")
+    go(run / "config.json", "--train.resume", "auto")
+    assert events(run)[-1][0] == 3 and read_log(run)[-2]["bad_steps"] == 1, "forgotten"
+
+
+def refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def test_every_process_keeps_its_own_bad_batch(tmp_path):
+    for rank in (0, 1):
+        batch = types.SimpleNamespace(tensors=lambda rank=rank: {"x": torch.full((2,), rank)})
+        path = keep_batches(tmp_path, 7, [batch], rank)
+        (kept,) = torch.load(path, weights_only=True)
+        assert kept["x"].tolist() == [rank, rank]
+    assert len(list(tmp_path.iterdir())) == 2 and len(kept_batches(tmp_path)) == 1
 
 
 def test_bad_steps_in_a_row_stop_the_run_good_ones_forgive(run_file, monkeypatch):
@@ -228,8 +253,8 @@ def test_settings_that_change_the_run_are_refused(run_file, stop_after):
     assert (run / "step-000006").is_dir()
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_sigterm_saves_and_the_printed_command_continues(run_file, stop_after, workers):
+@pytest.mark.parametrize(("workers", "sent"), [(0, signal.SIGTERM), (1, signal.SIGINT)])
+def test_a_signal_saves_and_the_printed_command_continues(run_file, stop_after, workers, sent):
     """To the whole group, as schedulers and terminals send signals: workers get it, too."""
     config = run_file("run", steps=3000)
     run = Path(read_json(config)["train"]["out"])
@@ -244,7 +269,7 @@ def test_sigterm_saves_and_the_printed_command_continues(run_file, stop_after, w
             process.kill()  # else its words come after the last of 3,000 steps
             raise AssertionError(process.communicate())
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, sent)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     (folder,) = run.glob("step-*")
