@@ -167,7 +167,14 @@ def compile_step(chat: Chat) -> None:
     why = lacks_compiler(device) if device.type == "cpu" else f"a CPU's, and this is {device.type}"
     if why:
         raise InputError(f"compile: {why}; leave it out.")
-    print(f"a step of decoding compiled in {compile_decoding(chat.model):.1f} s", file=sys.stderr)
+    from torch._dynamo.exc import BackendCompilerFailed  # takes a second
+
+    try:
+        seconds = compile_decoding(chat.model)
+    except BackendCompilerFailed as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"compile: torch.compile failed ({reason}); leave it out.") from None
+    print(f"a step of decoding compiled in {seconds:.1f} s", file=sys.stderr)
 
 
 def show(pieces: Iterator[Piece]) -> Iterator[Piece]:

@@ -21,6 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configs import InputError
 
+TOLD_GLIBC = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
+
 
 @dataclass(frozen=True)
 class Dist:
@@ -157,8 +159,11 @@ def keep_freed_memory(most: int = 1 << 26) -> None:
 
     It would hand each back to the kernel and fault it in again on the next step. Larger ones still
     go back at once: kept, they would leave holes in the heap that nothing else fills. Other C
-    libraries have no `mallopt`, and then nothing happens.
+    libraries have no `mallopt`, and then nothing happens; nor where the user has told glibc
+    (`MALLOC_TRIM_THRESHOLD_=131072` is how to refuse).
     """
+    if any(name in os.environ for name in TOLD_GLIBC):
+        return
     with contextlib.suppress(AttributeError, OSError):
         libc = ctypes.CDLL(None)
         m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
@@ -212,7 +217,8 @@ def settings(device: torch.device, dtype: torch.dtype, compiled: bool) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, {precision}, {blocks}"
     n = torch.get_num_threads()
-    kept = "freed memory kept for the next step"
+    told = any(name in os.environ for name in TOLD_GLIBC)
+    kept = "freed memory as MALLOC_ says" if told else "freed memory kept for the next step"
     return f"CPU, {n} thread{'s' * (n > 1)}, {precision}, {blocks}, {kept}"
 
 

@@ -7,7 +7,6 @@ Letters: N images, K classes.
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 import torch
@@ -68,6 +67,4 @@ class Classifier(nn.Module):
         """
         from models import hub
 
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return hub.push(folder, repo_id, private)
+        return hub.push_saved(self.save_pretrained, repo_id, private)

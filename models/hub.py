@@ -7,6 +7,8 @@ engine/vit_card.py).
 from __future__ import annotations
 
 import re
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from configs import InputError
@@ -63,6 +65,13 @@ def push(folder: str | Path, repo_id: str, private: bool = True) -> str:
             f"{repo_id}: not pushed: {reason(error)}; a new try sends only what is missing."
         ) from None
     return done.repo_url.url if done.repo_url else repo_id
+
+
+def push_saved(save: Callable[[str], None], repo_id: str, private: bool) -> str:
+    """Upload what `save(folder)` writes; `push` says how."""
+    with tempfile.TemporaryDirectory() as folder:
+        save(folder)
+        return push(folder, repo_id, private)
 
 
 def require_login() -> None:

@@ -227,6 +227,15 @@ class LanguageModel(nn.Module):
 
         backbones.save_lm(self, directory)
 
+    def push_to_hub(self, repo_id: str, private: bool = True) -> str:
+        """Upload what `save_pretrained` writes to user/name; returns its address.
+
+        Raises `InputError`.
+        """
+        from models import hub
+
+        return hub.push_saved(self.save_pretrained, repo_id, private)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V]."""
         return self.head(hidden)

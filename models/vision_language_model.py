@@ -9,7 +9,7 @@ V vocabulary.
 from __future__ import annotations
 
 import math
-import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -224,6 +224,5 @@ class VisionLanguageModel(nn.Module):
         """
         from models import hub
 
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, processor)
-            return hub.push(folder, repo_id, private)
+        save = partial(self.save_pretrained, processor=processor)
+        return hub.push_saved(save, repo_id, private)

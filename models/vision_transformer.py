@@ -264,6 +264,15 @@ class ViT(nn.Module):
 
         backbones.save_vit(self, directory)
 
+    def push_to_hub(self, repo_id: str, private: bool = True) -> str:
+        """Upload what `save_pretrained` writes to user/name; returns its address.
+
+        Raises `InputError`.
+        """
+        from models import hub
+
+        return hub.push_saved(self.save_pretrained, repo_id, private)
+
 
 def parameter_table(parts: dict[str, nn.Module], what: dict[str, str]) -> str:
     """A line for each part that has parameters, and their sum."""

@@ -51,8 +51,10 @@ UP_STAIRS = {  # inside a function
     ("models.vision_language_model", "models.checkpoint_files"),
     ("models.vision_language_model", "models.hub"),
     ("models.vision_transformer", "models.backbones"),
+    ("models.vision_transformer", "models.hub"),
     ("models.classifier", "models.hub"),
     ("models.language_model", "models.backbones"),
+    ("models.language_model", "models.hub"),
     ("data.sources", "data.streams"),  # one door for every kind of source
 }
 ON_CALL = {"datasets", "huggingface_hub", "wandb", "gradio", "peft", "matplotlib", "torchao",

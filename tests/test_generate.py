@@ -119,6 +119,15 @@ def test_what_cannot_be_compiled(small_checkpoint, monkeypatch, refused):
 
 
 @pytest.mark.slow
+def test_a_compiler_that_does_not_work(small_checkpoint, refused, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "false")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    line = refused(generate.main, small_checkpoint, "--prompt", "a", "--compile")
+    assert "compile: torch.compile failed (" in line and line.endswith("; leave it out.\n")
+
+
+@pytest.mark.slow
 def test_a_compiled_step_says_the_same(small_checkpoint, pictures, capsys, monkeypatch):
     """In a conversation, whose cache outlives an answer, with a picture in its second turn."""
     if why := lacks_compiler(torch.device("cpu")):

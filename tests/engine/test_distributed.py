@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from engine.distributed import (
 )
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent.parent
 
 
 def test_without_bf16_arithmetic_no_product_is_tried(monkeypatch):
@@ -52,6 +55,28 @@ def test_settings_in_one_line(monkeypatch):
     )
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert settings(CPU, torch.bfloat16, True).startswith("CPU, 1 thread, bf16, blocks compiled")
+
+
+HELD = """
+import resource, torch
+from engine.distributed import settings, setup
+setup()
+print(settings(torch.device("cpu"), torch.float32, False))
+tensors = [torch.ones(1 << 20) for _ in range(40)]  # 4 MiB each
+del tensors
+print([int(line.split()[1]) // 1024 for line in open("/proc/self/status") if "VmRSS" in line][0])
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's own variables")
+def test_what_the_user_told_glibc_counts(python, tmp_path):
+    held = {}
+    for told in ({}, {"MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_MMAP_THRESHOLD_": "65536"}):
+        done = python(["-c", HELD], tmp_path, PYTHONPATH=str(ROOT), **told)
+        line, mib = done.stdout.splitlines()
+        held[bool(told)] = int(mib)
+        assert line.endswith("as MALLOC_ says" if told else "kept for the next step"), done.stderr
+    assert held[False] - held[True] > 100, held
 
 
 def test_blocks_are_compiled_where_asked_and_by_default_on_a_gpu(monkeypatch):

@@ -266,6 +266,28 @@ def test_there_and_back(hub, run, small_checkpoint, tmp_path):
     assert "user/other: no such" in said.stderr and "HF_HUB_OFFLINE is set" in said.stderr
 
 
+PARTS = """
+import sys, torch
+from dataclasses import replace
+from models.vision_language_model import VisionLanguageModel
+model = VisionLanguageModel.from_pretrained(sys.argv[1])
+print(model.vision_encoder.push_to_hub("user/eyes"))
+print(model.decoder.push_to_hub("user/mouth", private=False))
+names = dict(vit_model_type="user/eyes", lm_model_type="user/mouth")
+again = VisionLanguageModel.from_backbones(replace(model.cfg, **names)).state_dict()
+print(sorted(n for n, x in model.state_dict().items() if not torch.equal(x, again[n])))
+"""
+
+
+def test_an_encoder_and_a_decoder_alone(hub, run, small_checkpoint):
+    """Only the projector, which neither holds, is new."""
+    done = run("-c", PARTS, str(small_checkpoint))
+    eyes, mouth, different = done.stdout.splitlines()
+    assert (eyes, mouth) == (f"{hub.url}/user/eyes", f"{hub.url}/user/mouth"), done.stderr
+    assert different == "['MP.proj.weight']"
+    assert hub.repos["user/eyes"]["private"] and not hub.repos["user/mouth"]["private"]
+
+
 def test_a_public_one_is_asked_for(hub, run, small_checkpoint):
     done = run(str(ROOT / "export.py"), str(small_checkpoint), "--push", "user/p", "--public")
     assert done.returncode == 0 and not hub.repos["user/p"]["private"], done.stderr
