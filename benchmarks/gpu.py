@@ -1,11 +1,13 @@
 """On one GPU: how near training and decoding come to what the card can do.
 
-python -m benchmarks.gpu 222m 460m qwen3 [--compile]
+python -m benchmarks.gpu 222m 460m qwen3           writes a block a preset into docs/benchmarks.md
+python -m benchmarks.gpu 222m --off-the-record     prints alone
 
 Rows of one preset: the best batch (doubled until memory or speed ends), its share of the matrix
 rate measured in the same call, tokens and images per second, peak memory; decoding at 1 and 64 rows
 beside the memory's read rate; the time that 1.7 million samples of a picture and 128 tokens take.
-Where transformers opens the shape it stands beside. Without a GPU it runs on the CPU, for its test.
+Ours trains as train.py does, blocks compiled where they can be. transformers stands beside, its
+loss and logits compared first. Without a GPU it runs on the CPU, for its test.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers import padded, prompt, random_weights, synthetic, their_model
+from benchmarks.peers import agree, padded, prompt, random_weights, synthetic, their_model
 from benchmarks.timing import (
+    PAGE,
     alternate,
     clock,
     command_line,
@@ -30,10 +33,11 @@ from benchmarks.timing import (
     matmul_peak,
     read_bandwidth,
     where,
+    write_block,
 )
 from configs import PRESETS, InputError, RunConfig, VLMConfig, command
 from data.packing import collate
-from engine.distributed import autocast, fast_dtype, setup
+from engine.distributed import autocast, compiles, fast_dtype, setup
 from engine.optim import build_optimizer
 from models.checkpoint_files import misfit
 from models.compiled import compile_blocks
@@ -91,6 +95,8 @@ def best_batch(
     """Double the rows until memory ends or speed gains less than 3 %: the best, {} if none fits."""
     best: dict = {}
     for n_rows in (1 << i for i in range(int(math.log2(most)) + 1)):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         try:
             step, n_samples, n_tokens = make(run, model, device, n_rows)
             seconds = alternate({"": step}, 2)[""].median
@@ -98,11 +104,16 @@ def best_batch(
             torch.cuda.empty_cache()
             break
         found = {"rows": n_rows, "samples/s": n_samples / seconds, "tokens/s": n_tokens / seconds,
-                 "seconds": seconds}  # fmt: skip
+                 "seconds": seconds, "bytes": peak_bytes(device)}  # fmt: skip
         if best and found["samples/s"] < 1.03 * best["samples/s"]:
             break
         best = found
     return best
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most bytes of a GPU that tensors have filled since this was last set back; 0 of a CPU."""
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
 
 
 @contextmanager
@@ -148,62 +159,129 @@ def decode(model: VisionLanguageModel, device: torch.device, n_rows: int) -> tup
     return found[""].median, found["one by one"].median
 
 
-def train_line(
-    side: str, make: Callable, run: RunConfig, model: nn.Module, device: torch.device, asked, peak
-) -> str:
+@torch.inference_mode()
+def their_decode(model: nn.Module, cfg: VLMConfig, device: torch.device, n_rows: int) -> float:
+    """Seconds of a step of transformers' greedy decoding after the same prompt."""
+    from transformers import LogitsProcessor
+
+    ids, images = (x.to(device) for x in prompt(cfg, n_rows))
+    images, ticks = images.to(model.dtype), []
+
+    class Clock(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            scores[0, 0].item()  # the host waits for it
+            ticks.append(clock())
+            return scores
+
+    def say() -> float:
+        ticks.clear()
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids),
+                       pixel_values=images[:, None], do_sample=False, max_new_tokens=SAID,
+                       logits_processor=[Clock()])  # fmt: skip
+        return (ticks[-1] - ticks[1]) / (len(ticks) - 2)
+
+    return alternate({"": say}, 2)[""].median
+
+
+def train_row(
+    side: str, make: Callable, run: RunConfig, model: nn.Module, device: torch.device, most: int,
+    peak: float,
+) -> str:  # fmt: skip
     """Training of one side at its best batch."""
     flops = count(make(run, model, device, 1)[0])[0]  # before it is compiled; rows are alike
-    if asked.compile and side == "picoVLM":
+    if side == "picoVLM" and compiles(device, "auto"):
         compile_blocks(model)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    best = best_batch(make, run, model, device, asked.most)
+    best = best_batch(make, run, model, device, most)
     if not best:
-        return f"{side}: one row does not fit"
-    memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0
+        return f"| {side} | one row does not fit | | | | | |"
     share = flops * best["rows"] / best["seconds"] / peak
     hours = SAMPLES / best["samples/s"] / 3600
     return (
-        f"{side}: {best['rows']} rows, {share:.1%} of the matrix rate, "
-        f"{best['tokens/s']:,.0f} tokens/s, {best['samples/s']:,.1f} images/s, {memory:.1f} GiB; "
-        f"{SAMPLES:,} samples in {hours:,.2f} h"
+        f"| {side} | {best['rows']} | {share:.1%} | {best['tokens/s']:,.0f} | "
+        f"{best['samples/s']:,.1f} | {best['bytes'] / 2**30:.1f} GiB | {hours:,.2f} h |"
     )
 
 
-def measure(name: str, run: RunConfig, device: torch.device, asked: argparse.Namespace) -> None:
-    """Print everything about one preset."""
-    torch.manual_seed(0)
+def same_loss(run: RunConfig, ours: VisionLanguageModel, theirs: nn.Module, device) -> None:
+    """Raises `InputError` where both sides do not compute the same of a row."""
+    samples = synthetic(run.model, sizes(run.model))
+    mine, others = ({k: v if v is None else v.to(device) for k, v in side.items()}
+                    for side in padded(samples, run.model))  # fmt: skip
     dtype = fast_dtype(device, "auto")
-    peak, bandwidth = matmul_peak(device, dtype), read_bandwidth(device)
-    print(f"{name}: {peak / 1e12:.2f} TFLOP/s, {bandwidth / 1e9:,.0f} GB/s")
-    model = VisionLanguageModel(run.model)
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        model.to(device).train()
-        print("  " + train_line("picoVLM", packed_step, run, model, device, asked, peak))
-        if not misfit(run.model):
-            theirs = their_model(Path(folder), torch.float32).to(device).train()
-            print("  " + train_line("transformers", padded_step, run, theirs, device, asked, peak))
-            del theirs
-        model = VisionLanguageModel.from_pretrained(folder).to(device, dtype)  # not compiled
+    with torch.no_grad(), autocast(device, dtype):
+        agree("loss", ours(**mine)[1], theirs(**others, use_cache=False).loss, dtype)
+
+
+def training_rows(run: RunConfig, folder: str, device: torch.device, asked, peak) -> list[str]:
+    """One side after the other, each alone on the device."""
+    sides = {"picoVLM": packed_step, "transformers": padded_step}
+
+    def opened(side: str) -> nn.Module:
+        if side == "picoVLM":
+            return VisionLanguageModel.from_pretrained(folder).to(device).train()
+        return their_model(Path(folder), torch.float32).to(device).train()
+
+    if misfit(run.model):
+        del sides["transformers"]
+    else:
+        same_loss(run, opened("picoVLM"), opened("transformers"), device)
+    return [
+        train_row(side, make, run, opened(side), device, asked.most, peak)
+        for side, make in sides.items()
+    ]
+
+
+def decoding_rows(run: RunConfig, folder: str, device: torch.device, asked, rate) -> list[str]:
+    dtype, rows = fast_dtype(device, "auto"), []
+    model = VisionLanguageModel.from_pretrained(folder).to(device, dtype)
     n_bytes = sum(p.numel() * p.element_size() for p in model.decoder.parameters())
+    theirs = None if misfit(run.model) else their_model(Path(folder), dtype).to(device)
     for n_rows in (1, min(64, asked.most)):
         seconds, apart = decode(model, device, n_rows)
-        print(f"  decode, {n_rows} rows: {n_rows / seconds:,.0f} tokens/s, "
-              f"{n_bytes / seconds / bandwidth:.0%} of the memory's rate; without a CUDA graph "
-              f"{n_rows / apart:,.0f} tokens/s")  # fmt: skip
+        peer = "-"
+        if theirs is not None:
+            peer = f"{n_rows / their_decode(theirs, run.model, device, n_rows):,.0f} tok/s"
+        share = n_bytes / seconds / rate
+        rows.append(f"| {n_rows} | {n_rows / seconds:,.0f} tok/s | {share:.0%} | "
+                    f"{n_rows / apart:,.0f} tok/s | {peer} |")  # fmt: skip
+    return rows
+
+
+def measure(name: str, run: RunConfig, device: torch.device, asked: argparse.Namespace) -> str:
+    """Both tables of one preset."""
+    torch.manual_seed(0)
+    peak = matmul_peak(device, fast_dtype(device, "auto"))
+    rate = read_bandwidth(device)
+    with tempfile.TemporaryDirectory() as folder:
+        VisionLanguageModel(run.model).save_pretrained(folder)
+        return "\n".join([
+            f"{name}: matrices {peak / 1e12:.2f} TFLOP/s, memory {rate / 1e9:,.0f} GB/s",
+            "",
+            f"| training | rows of {ROW:,} | of the matrix rate | tokens/s | images/s | memory | "
+            f"{SAMPLES:,} samples |",
+            "|---|---|---|---|---|---|---|",
+            *training_rows(run, folder, device, asked, peak),
+            "",
+            "| decoding, rows | picoVLM | of the memory's rate | without a CUDA graph | "
+            "transformers |",
+            "|---|---|---|---|---|",
+            *decoding_rows(run, folder, device, asked, rate),
+        ])  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu")
     parser.add_argument("presets", nargs="+", choices=list(PRESETS))
-    parser.add_argument("--compile", action="store_true", help="torch.compile of every block")
     parser.add_argument("--most", type=int, default=256, help="most rows of a batch")
+    parser.add_argument("--off-the-record", action="store_true", help="print alone")
     asked = parser.parse_args(argv)
-    device = setup().device
-    print(where(command_line("benchmarks.gpu", list(argv))))
+    device, line = setup().device, where(command_line("benchmarks.gpu", list(argv)))
+    print(line, flush=True)
     for name in asked.presets:
-        measure(name, random_weights(PRESETS[name]), device, asked)
+        found = measure(name, random_weights(PRESETS[name]), device, asked)
+        print(f"\n{found}", flush=True)
+        if not asked.off_the_record:
+            write_block(PAGE, f"gpu {name}", f"{line}\n\n{found}")
 
 
 if __name__ == "__main__":

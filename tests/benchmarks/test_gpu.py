@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import types
 
 import pytest
 import torch
 
 from benchmarks import gpu, timing
-from configs import PRESETS, RunConfig
+from configs import PRESETS, InputError, RunConfig
+from models.vision_language_model import VisionLanguageModel
 
 
 @pytest.fixture
@@ -25,12 +27,35 @@ def small(monkeypatch, minute_config) -> RunConfig:
 
 
 @pytest.mark.slow
-def test_both_sides_of_a_preset(small, capsys):
-    gpu.main(["tiny", "--most", "2"])
+def test_both_sides_of_a_preset(small, capsys, monkeypatch, tmp_path):
+    (tmp_path / "page.md").write_text("<!-- gpu tiny -->\nold\n<!-- /gpu tiny -->\n")
+    monkeypatch.setattr(gpu, "PAGE", tmp_path / "page.md")
+    gpu.main(["tiny", "--most", "2", "--off-the-record"])
     out = capsys.readouterr().out
-    found = re.findall(r"(picoVLM|transformers): ([12]) rows, .* images/s.* 1,700,000 samples", out)
-    assert [side for side, _ in found] == ["picoVLM", "transformers"]
-    assert re.findall(r"decode, (\d) rows", out) == ["1", "2"]
+    assert "old" in (tmp_path / "page.md").read_text()
+    sides = re.findall(r"\| (picoVLM|transformers) \| [12] \| [\d.]+% \| .* GiB \| .* h \|", out)
+    assert sides == ["picoVLM", "transformers"]
+    decoded = re.findall(r"\| (\d) \|(?: [\d,]+ tok/s \| \d+% \|) .* tok/s \| [\d,]+ tok/s \|", out)
+    assert decoded == ["1", "2"]
+    gpu.main(["tiny", "--most", "1"])
+    page = (tmp_path / "page.md").read_text()
+    assert "old" not in page and "| transformers |" in page and "python -m benchmarks.gpu" in page
+
+
+def test_sides_that_compute_something_else_are_not_timed(small, monkeypatch, tmp_path):
+    theirs = gpu.their_model
+
+    def other(folder, dtype):
+        model = theirs(folder, dtype)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(1.1)
+        return model
+
+    monkeypatch.setattr(gpu, "their_model", other)
+    VisionLanguageModel(small.model).save_pretrained(tmp_path)
+    asked = types.SimpleNamespace(most=1)
+    with pytest.raises(InputError, match=r"loss: differs by .*nothing was timed"):
+        gpu.training_rows(small, str(tmp_path), torch.device("cpu"), asked, 1.0)
 
 
 def test_memory_that_ends_keeps_the_best(small):
