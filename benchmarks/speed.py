@@ -215,12 +215,16 @@ def first_rows(case: Case, peak: float, _bandwidth: float) -> list[Row]:
     return [timed_row(name, alternate(_silent(calls), case.seconds, case.turns), work, peak)]
 
 
+def bytes_of_a_token(decoder: nn.Module) -> int:
+    """Bytes of the weights that a decoding step reads; of the embedding it reads one row."""
+    weights = [p for m in decoder.modules() if not isinstance(m, nn.Embedding)
+               for p in m.parameters(recurse=False)]  # fmt: skip
+    return sum(p.numel() * p.element_size() for p in weights)
+
+
 def decode_rows(case: Case, _peak: float, bandwidth: float) -> list[Row]:
     case.ours.eval(), case.theirs.eval()
-    decoder, rows = case.ours.decoder, []
-    n_bytes = sum(p.numel() * p.element_size() for p in decoder.parameters())
-    if not case.cfg.lm_tie_weights:
-        n_bytes -= decoder.token_embedding.weight.nbytes  # one row of it is read
+    n_bytes, rows = bytes_of_a_token(case.ours.decoder), []
     for n_rows in (1, 8):
         calls = speak(case, n_rows, SAID)
         agree_greedy(case, calls)
@@ -232,8 +236,9 @@ def decode_rows(case: Case, _peak: float, bandwidth: float) -> list[Row]:
     return rows
 
 
-def int8_rows(case: Case, _peak: float, _bandwidth: float) -> list[Row]:
+def int8_rows(case: Case, _peak: float, bandwidth: float) -> list[Row]:
     """Our decoder's matrices in 8 bits, beside theirs as they are; its words are its own."""
+    matrices = [m.weight.numel() for m in case.ours.decoder.modules() if isinstance(m, nn.Linear)]
     name = f"decode, 1 row, int8 beside {case.kind}"
     try:
         ours = quantize_int8(VisionLanguageModel.from_pretrained(case.folder).to(case.dtype))
@@ -242,10 +247,12 @@ def int8_rows(case: Case, _peak: float, _bandwidth: float) -> list[Row]:
     case.theirs.eval()
     calls = speak(replace(case, ours=ours.eval()), 1, SAID)
     said = {k: lambda c=c: c()[1] for k, c in calls.items()}
-    return [timed_row(name, alternate(said, case.seconds, case.turns), items=SAID - 1)]
+    row = timed_row(name, alternate(said, case.seconds, case.turns), sum(matrices) * (SAID - 1),
+                    bandwidth, SAID - 1)  # fmt: skip
+    return [replace(row, share=row.share.split(",")[0])]  # theirs reads more
 
 
-def compiled_rows(case: Case, _peak: float, _bandwidth: float) -> list[Row]:
+def compiled_rows(case: Case, _peak: float, bandwidth: float) -> list[Row]:
     """A decoding step of ours that is compiled, and after how many tokens that has paid back."""
     name = f"decode, 1 row, {case.kind}, our step compiled"
     if why := lacks_compiler(torch.device("cpu")):
@@ -259,7 +266,8 @@ def compiled_rows(case: Case, _peak: float, _bandwidth: float) -> list[Row]:
     times = alternate(said, case.seconds, case.turns)
     saved = (times["plain"].median - times["ours"].median) / (SAID - 1)
     after = f"pays back after {warm_up / saved:,.0f} tokens" if saved > 0 else "never pays back"
-    return [timed_row(name, times, items=SAID - 1),
+    work = bytes_of_a_token(case.ours.decoder) * (SAID - 1)
+    return [timed_row(name, times, work, bandwidth, SAID - 1),
             Row("compiling that step", f"{readable(warm_up)} by the wall; {after}")]  # fmt: skip
 
 
@@ -296,22 +304,26 @@ def start_rows(case: Case, _peak: float, _bandwidth: float) -> list[Row]:
                "vlm-image-token-id": 3}  # fmt: skip
         argv = ["222m", *(f"--model.{k}={v}" for k, v in ids.items()), "--data.batch-size=1",
                 "--data.max-length=256", "--data.workers=0"]  # fmt: skip
-    wall, cpu = min(first_step(argv) for _ in range(2))
-    name = "from `python train.py` to the end of the first step"
-    return [Row(name, f"{readable(wall)}, {readable(cpu)} of CPU")]
+    begin, end, cpu = min(first_step(argv) for _ in range(2))
+    name = "from `python train.py` to the first step, to its end"
+    return [Row(name, f"{readable(begin)}, {readable(end)}; {readable(cpu)} of CPU")]
 
 
-def first_step(argv: list[str]) -> tuple[float, float]:
-    """Seconds by the clock, and of all cores together."""
+def first_step(argv: list[str]) -> tuple[float, float, float]:
+    """Seconds until it begins and until it ends, by the clock, and of all cores together."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with tempfile.TemporaryDirectory() as folder:
-        log, start = Path(folder) / "log.jsonl", time.perf_counter()
+        log, said, begin = Path(folder) / "log.jsonl", Path(folder) / "said", 0.0
+        start = time.perf_counter()
         line = [sys.executable, "train.py", *argv, f"--train.out={folder}", "--train.log-every=1"]
-        run = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        with open(said, "wb") as file:
+            run = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=file)
         try:
             while not (log.is_file() and log.stat().st_size):
                 if run.poll() is not None:
-                    raise InputError(f"train.py: {run.stderr.read().decode().splitlines()[-1:]}")
+                    raise InputError(f"train.py: {said.read_text().splitlines()[-1:]}")
+                if not begin and b"step/s" in said.read_bytes():  # the bar, before the first batch
+                    begin = time.perf_counter() - start
                 time.sleep(0.01)
             wall = time.perf_counter() - start
         finally:
@@ -319,7 +331,7 @@ def first_step(argv: list[str]) -> tuple[float, float]:
                 run.kill()
             run.communicate()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return begin, wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 # --- The table ----------------------------------------------------------------------------------
