@@ -173,7 +173,7 @@ class LMConfig(Checked):
     lm_model_type: str = ""
     """Hub id or directory of pretrained weights; empty: from scratch."""
     lm_tokenizer: str = "world"
-    """Hub id or directory of the tokenizer; world: a byte-level BPE of the built-in data set."""
+    """Hub id or directory; world: a byte-level BPE of the built-in data set and a little English."""
 
     @property
     def lm_head_width(self) -> int:
