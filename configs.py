@@ -15,6 +15,7 @@ from configs_base import (  # noqa: F401
     RENAMED,
     Checked,
     InputError,
+    by_step,
     command,
     flags,
     from_dict,
@@ -173,7 +174,7 @@ class LMConfig(Checked):
     lm_model_type: str = ""
     """Hub id or directory of pretrained weights; empty: from scratch."""
     lm_tokenizer: str = "world"
-    """Hub id or directory; world: a byte-level BPE of the built-in data set and a little English."""
+    """Hub id or directory; world: a byte-level BPE of the built-in data and a little English."""
 
     @property
     def lm_head_width(self) -> int:
@@ -187,6 +188,8 @@ class LMConfig(Checked):
             "lm_max_position_embeddings lm_rms_eps lm_re_base lm_rope_factor",
         )
         require_rate(self, "lm_dropout")
+        whole = self.lm_head_dim is None or self.lm_head_dim > 0
+        need(whole, self, "lm_head_dim", "must be greater than 0, or left out")
         fix = f"must divide lm_n_heads = {self.lm_n_heads}"
         need(self.lm_n_heads % self.lm_n_kv_heads == 0, self, "lm_n_kv_heads", fix)
         whole = self.lm_head_dim is not None or self.lm_hidden_dim % self.lm_n_heads == 0

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -132,6 +133,11 @@ def read_json(path: str | Path) -> dict:
     return value
 
 
+def by_step(checkpoint: Path) -> tuple[int, str]:
+    """To order a run's `step-...` folders: from the millionth step on they have a digit more."""
+    return len(checkpoint.name), checkpoint.name
+
+
 def write_whole(path: str | Path, text: str) -> None:
     """A text file, all of it or, where the disk refuses, what was there before."""
     beside = Path(f"{path}.writing")
@@ -149,6 +155,10 @@ def parse_known(cls: type, argv: list[str], **options) -> tuple:
     """(a dataclass, the words that are no flags of it), by tyro; raises `InputError`."""
     import tyro
 
+    said = Counter(word.partition("=")[0].replace("_", "-") for word in argv if word[:2] == "--")
+    for flag in lists(cls):
+        if said[flag] > 1:  # of which tyro would keep the last
+            raise InputError(f"{flag}: given {said[flag]} times; put all its values behind one.")
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
@@ -201,6 +211,18 @@ def flags(cls: type, prefix: str = "--") -> list[str]:
     for name, hint in get_type_hints(cls).items():
         flag = prefix + name.replace("_", "-")
         found += flags(hint, flag + ".") if dataclasses.is_dataclass(hint) else [flag]
+    return found
+
+
+def lists(cls: type, prefix: str = "--") -> list[str]:
+    """Those that take several values."""
+    found = []
+    for name, hint in get_type_hints(cls).items():
+        flag = prefix + name.replace("_", "-")
+        if dataclasses.is_dataclass(hint):
+            found += lists(hint, flag + ".")
+        elif get_origin(hint) is tuple:
+            found.append(flag)
     return found
 
 

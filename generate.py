@@ -94,7 +94,7 @@ def main(argv: list[str]) -> None:
     if args.compile:
         compile_step(chat)
     if args.jsonl is not None:
-        what = (sampling, args.stop, args.choices, args.quantize)
+        what = (sampling, args.stop, args.choices, args.quantize, args.logprobs)
         run = fingerprint(resolve(args.checkpoint), what)
         answer_file(chat, args.jsonl, args.out, run, sampling, args.stop, args.choices,
                     args.logprobs, args.batch_size)  # fmt: skip
@@ -113,7 +113,7 @@ def main(argv: list[str]) -> None:
         return
     for i in range(args.n):
         # Each answer has its own seed, so that they differ and can still be repeated.
-        own = replace(sampling, seed=None if args.seed is None else args.seed + i)
+        own = replace(sampling, seed=None if args.seed is None else (args.seed + i) % 2**63)
         pieces = list(show(chat.watch(tokens, own, args.stop)))
         if args.logprobs:
             print(token_table(chat, pieces), file=sys.stderr)
@@ -130,7 +130,8 @@ def check(args: Arguments) -> Sampling:
             raise InputError(f"{name} = {getattr(args, name)}: must be at least 1.")
     if (args.jsonl is None) != (args.out is None):
         raise InputError("jsonl and out: give both, where to read questions and put answers.")
-    if args.out is not None and (args.out.is_dir() or not args.out.parent.is_dir()):
+    other = args.out is not None and args.out.exists() and not args.out.is_file()  # as a pipe
+    if args.out is not None and (other or not args.out.parent.is_dir()):
         raise InputError(f"out = {args.out}: must be a file in a folder that exists.")
     for name, reason in unused(args).items():
         if getattr(args, name) != getattr(Arguments, name):
@@ -245,7 +246,8 @@ def talk(
             if word == "/quit":
                 return
             if word == "/image":
-                conversation.chat.prompt("", files(line))
+                waiting = shown[len(conversation.pictures) :]
+                conversation.chat.prompt("", waiting + files(line))  # all, as they go together
                 shown += files(line)
             elif word == "/reset":
                 conversation.reset()
@@ -285,9 +287,11 @@ def save(conversation: Conversation, path: Path) -> None:
     }
     try:
         with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}).") from None
+            text = json.dumps(row, ensure_ascii=False) + "\n"
+            file.write(text.encode("utf-8", "backslashreplace").decode("utf-8"))
+    except (OSError, ValueError) as error:  # the latter of a name that no file can have
+        reason = getattr(error, "strerror", error)
+        raise InputError(f"{str(path)!r}: cannot be written ({reason}).") from None
     print(f"appended to {path}", file=sys.stderr)
 
 

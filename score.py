@@ -24,7 +24,7 @@ from engine.chat import Chat
 from engine.checkpoint import resolve
 from engine.distributed import Dist, setup
 from engine.evaluation import VIEWS, Task, answer_views, choose_views, graded, report
-from engine.predictions import fingerprint, keep, read_found, read_scores, write_all
+from engine.predictions import asked, fingerprint, keep, read_found, read_scores, write_all
 from engine.scoring import paired_difference
 from engine.sheet import draw_sheet
 
@@ -88,7 +88,8 @@ def main(argv: list[str]) -> None:
         questions = [item for item in questions if item.choices]
     if not questions:
         raise InputError(f"{data.source}: no rows in split {args.split}, or none with choices.")
-    what = (name, data.source, data.seed, args.split, args.n, args.by, args.max_new_tokens)
+    what = (name, data.source, data.seed, args.split, args.n, args.by, args.max_new_tokens,
+            data.max_tiles, asked(questions) if args.predictions is not None else "")  # fmt: skip
     run = fingerprint(resolve(args.checkpoint), what)
     others = None if args.against is None else read_scores(args.against, questions)
     found = answers(args, chat, questions, dist, run)

@@ -102,6 +102,9 @@ def write(rows: list[dict], path: Path) -> None:
 
 def main(argv: list[str]) -> None:
     args = parse(Arguments, argv)
+    for name, least in (("rows", 1), ("limit", 0)):
+        if getattr(args, name) < least:
+            raise InputError(f"{name} = {getattr(args, name)}: must be at least {least}.")
     same = {name: getattr(args, name) for name in ("fetch_images", *RATINGS)}
     cfg = DataConfig(source=args.source, **same)
     done = {"source": args.source, "read": 0, "files": 0, "kept": 0, "bad": []}
@@ -114,7 +117,7 @@ def main(argv: list[str]) -> None:
         raise InputError(f"{args.out}: holds something else; name a new folder.")
     args.out.mkdir(parents=True, exist_ok=True)
     rows = rows_of(cfg, done["read"])
-    rows = islice(rows, args.limit - done["read"]) if args.limit else rows
+    rows = islice(rows, max(0, args.limit - done["read"])) if args.limit else rows
     while found := list(islice(rows, args.rows)):
         content = []
         for _, where, row, folder in found:

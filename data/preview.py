@@ -21,7 +21,7 @@ import numpy as np
 import tyro
 from PIL import Image, ImageDraw, ImageFont
 
-from configs import DataConfig, InputError, command, flags, parse_known, parse_run
+from configs import DataConfig, InputError, by_step, command, flags, parse_known, parse_run
 from data import processor as processors
 from data.processor import Processor
 from data.sample import Tokens
@@ -220,7 +220,7 @@ def main(argv: list[str]) -> None:
     source = open_source(data, "train")
     folder = Path(cfg.train.init_from)
     processor = (
-        processors.load(max(folder.glob("step-*"), default=folder))  # the newest of a run
+        processors.load(max(folder.glob("step-*"), key=by_step, default=folder))
         if cfg.train.init_from
         else processors.build(cfg.model)
     )

@@ -151,7 +151,8 @@ def _open_csv(path: Path) -> TextRows:
 def _cells(content: bytes, delimiter: str) -> list[str]:
     csv.field_size_limit(2**31 - 1)  # again, for workers that did not open the file
     try:
-        return next(csv.reader(io.StringIO(content.decode("utf-8-sig"), ""), delimiter=delimiter))
+        text = io.StringIO(content.decode("utf-8-sig"), "")
+        return next(csv.reader(text, delimiter=delimiter), [])
     except UnicodeDecodeError as error:
         raise InputError(f"not UTF-8 ({error.reason}); save the file as UTF-8.") from None
     except csv.Error as error:
@@ -215,8 +216,10 @@ def _open_folder(folder: Path, part: str):
     if any((folder / f).is_file() for f in ("dataset_dict.json", "state.json")):
         return open_saved(folder, part)
     for name in ("metadata.jsonl", "metadata.csv"):
-        if (folder / name).is_file():
+        if (folder / name).is_file() and not part:
             return READERS[Path(name).suffix](folder / name)
+    if part:
+        raise InputError(f"{folder}: has no splits, so leave out @{part}.")
     files = sorted(f for f in folder.rglob("*") if not f.name.startswith(".") and f.is_file())
     names = [f.relative_to(folder) for f in files if f.suffix.lower() in PICTURES]
     if names:
@@ -284,6 +287,8 @@ def open_rows(source: str) -> TextRows | FolderRows | ArrowRows:
         raise InputError(f"{path}: no such file.")
     if path.stat().st_size == 0:
         raise InputError(f"{path}: no rows.")
+    if part:
+        raise InputError(f"{path}: a file has no splits, so leave out @{part}.")
     if opens is not open_parquet:
         with open(path, "rb") as file:
             if b"\0" in file.read(4096):

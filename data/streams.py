@@ -60,7 +60,7 @@ class StreamSource:
             found = meaning(row, self.cfg)
             if found is None or found.is_val:
                 return None
-            return sample_of(found.conversation, Path(), where)
+            return sample_of(found.conversation, folder_of(self.name), where)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
 
@@ -120,6 +120,12 @@ class Part:
         return f"{self.source.name} row {number + 1} of part {self.number + 1} of {self.of}"
 
 
+def folder_of(name: str) -> Path:
+    """What paths of pictures are relative to: where the file is, or the folder itself."""
+    path = Path(name)
+    return path if path.is_dir() else path.parent if path.is_file() else Path()
+
+
 def is_lost(error: BaseException) -> bool:
     """A time-out or lost connection of the Hub's client, httpx of any version: no OSError."""
     kinds = type(error).__mro__
@@ -161,7 +167,7 @@ def _first_rows(cfg: DataConfig, name: str, is_val: bool) -> tuple[RowSource, st
     if not kept and not is_val:
         raise InputError(f"{name}: no rows to train on" + (f"; {reason}" if reason else "."))
     print_of = f"{name}, the beginning {print_of_rows(digests)}"
-    head = RowSource(ListRows(kept, Path()), np.arange(len(kept)), (), (), cfg, print_of)
+    head = RowSource(ListRows(kept, folder_of(name)), np.arange(len(kept)), (), (), cfg, print_of)
     return head, columns
 
 

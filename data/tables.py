@@ -6,6 +6,7 @@ these functions alone: nothing else here needs it. Not here: what columns mean (
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,8 +133,25 @@ def open_passing(source: str):
                 "files or hf:owner/name is a stream; leave out --data.stream."
             )
         words, options = (kind,), options | {"data_files": [str(f) for f in files]}
+        if kind == "csv":  # else the library guesses that a column is numbers, from its beginning
+            options |= {"features": _texts(files[0]), "keep_default_na": False,
+                        "encoding": "utf-8-sig"}  # fmt: skip
     opened = _with_datasets(source, lambda datasets: datasets.load_dataset(*words, **options))
     return opened if opened.features is None else opened.decode(False)
+
+
+def _texts(path: Path):
+    """The columns of a CSV file, all of them text; raises `InputError`."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            names = next(csv.reader(file), [])
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: not CSV in UTF-8 ({error}).") from None
+
+    def features(datasets):
+        return datasets.Features({name: datasets.Value("string") for name in names})
+
+    return _with_datasets(str(path), features)
 
 
 def open_saved(folder: Path, part: str) -> ArrowRows:

@@ -133,8 +133,11 @@ def load(model: VisionLanguageModel, folder: Path) -> None:
         layer, lora, rest = name.removeprefix(PREFIX).removesuffix(".weight").partition(".lora_")
         found[f"{ours.get(layer)}{lora}{rest}.weight"] = tensor
     wanted = trained(model)
-    if found.keys() != wanted.keys():
-        odd = sorted(found.keys() ^ wanted.keys())[0]
+    odd = found.keys() ^ wanted.keys()
+    odd |= {name for name in found.keys() & wanted.keys()
+            if found[name].shape != wanted[name].shape}  # fmt: skip
+    if odd:
+        odd = sorted(odd)[0]
         raise InputError(f"{folder / FOLDER}: does not fit this run's adapters, as of {odd}.")
     with torch.no_grad():
         for name, tensor in wanted.items():

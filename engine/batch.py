@@ -20,6 +20,8 @@ from data.sample import Tokens
 from engine.chat import Chat, Reply
 from models.generation import Sampling
 
+NAMES = ("id", "image", "images", "question", "prompt", "choices")
+
 
 def answer_file(
     chat: Chat,
@@ -39,7 +41,7 @@ def answer_file(
     """
     rows = open_rows(str(questions))
     asked = [_asked(rows, k) for k in range(len(rows))]
-    done = read_done(out, asked, run)
+    done = read_done(out, plain := [_plain(rows[k]) for k in range(len(rows))], run)
     left = [k for k in range(len(rows)) if k not in done]
     limited = [k for k in left if asked[k][2] or choices]
     free = [k for k in left if not (asked[k][2] or choices)]
@@ -48,8 +50,8 @@ def answer_file(
     with tqdm(total=len(rows), initial=len(done), unit="row") as bar, _open(out) as file:
 
         def write(k: int, values: dict) -> None:
-            row = done[k] = {**_plain(rows[k]), **values, "row": k, "run": run}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            row = done[k] = {**plain[k], **values, "row": k, "run": run}
+            file.write(_line(row))
             file.flush()
             bar.update()
 
@@ -86,8 +88,8 @@ def answer_file(
 def _asked(rows, k: int) -> tuple[str, list[str], list[str]]:
     """(prompt, picture paths, choices) of a row."""
     row = rows[k]
-    prompt = row.get("question", row.get("prompt"))
-    images = row.get("images", row.get("image")) or []
+    prompt = row.get("question") or row.get("prompt")
+    images = row.get("images") or row.get("image") or []
     images = [images] if isinstance(images, str) else images
     choices = row.get("choices") or []
     if not isinstance(prompt, str) or not prompt.strip():
@@ -100,9 +102,14 @@ def _asked(rows, k: int) -> tuple[str, list[str], list[str]]:
 
 
 def _plain(row: dict) -> dict:
-    """What of a row is repeated in its answer."""
-    names = ("id", "image", "images", "question", "prompt", "choices")
-    return {name: row[name] for name in names if name in row}
+    """What of a row is repeated in its answer, as it reads from there."""
+    return json.loads(json.dumps({n: row[n] for n in NAMES if n in row}, default=str))
+
+
+def _line(row: dict) -> str:
+    """Half a surrogate, which JSON may hold and UTF-8 may not, stays what JSON writes for it."""
+    text = json.dumps(row, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _details(chat: Chat, reply: Reply) -> dict:
@@ -113,8 +120,10 @@ def _details(chat: Chat, reply: Reply) -> dict:
 # --- What is there already ----------------------------------------------------------------------
 
 
-def read_done(out: Path, asked: Sequence[tuple], run: str) -> dict[int, dict]:
+def read_done(out: Path, asked: Sequence[dict], run: str) -> dict[int, dict]:
     """Row number -> its line, of an earlier `run`; a torn last line is cut off the file.
+
+    `asked` is what each answer repeats of its question.
 
     Raises `InputError` where the file holds answers to other questions, or of another model.
     """
@@ -125,8 +134,8 @@ def read_done(out: Path, asked: Sequence[tuple], run: str) -> dict[int, dict]:
         torn = not line.endswith(b"\n")
         try:
             row = json.loads(line)
-            same = asked[row["row"]][0] == row.get("question", row.get("prompt"))
-            same = same and row["run"] == run
+            repeated = {name: row[name] for name in NAMES if name in row}
+            same = asked[row["row"]] == repeated and row["run"] == run
         except (KeyError, IndexError, TypeError):
             same = False
         except ValueError:
@@ -150,5 +159,5 @@ def _open(out: Path):
 
 def _in_order(out: Path, done: dict[int, dict]) -> None:
     """Rewrite the file in the order of the questions, at once or not at all."""
-    lines = (json.dumps(done[k], ensure_ascii=False) + "\n" for k in sorted(done))
+    lines = (_line(done[k]) for k in sorted(done))
     write_whole(out, "".join(lines))

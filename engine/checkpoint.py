@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from configs import InputError, RunConfig, from_dict, to_dict
+from configs import InputError, RunConfig, by_step, from_dict, to_dict
 from engine.distributed import Dist
 from engine.optim import Optimizers
 from models.hub import find
@@ -30,7 +30,8 @@ STATE, SHARDS = "state.pt", "shards"
 
 def folders(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    return sorted(p for p in run.glob("step-*") if (p / STATE).is_file())
+    found = (p for p in run.glob("step-*") if (p / STATE).is_file())
+    return sorted(found, key=by_step)
 
 
 def seen_by_all(run: Path, dist: Dist) -> list[Path]:
@@ -193,7 +194,7 @@ def _flush(folder: Path) -> None:
             os.close(handle)
 
 
-def _read_state(folder: Path, mmap: bool = False) -> dict:
+def read_state(folder: Path, mmap: bool = False) -> dict:
     try:
         return torch.load(folder / STATE, weights_only=True, mmap=mmap)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -209,7 +210,7 @@ def precision_of(found: list[Path], precision: str) -> str:
     """
     if precision != "auto" or not found:
         return precision
-    return _read_state(found[-1], mmap=True).get("precision", "auto")
+    return read_state(found[-1], mmap=True).get("precision", "auto")
 
 
 def load_state(folder: Path, cfg: RunConfig, world: int = 1, data: str = "") -> dict:
@@ -217,7 +218,7 @@ def load_state(folder: Path, cfg: RunConfig, world: int = 1, data: str = "") -> 
 
     Raises `InputError` where the settings, the number of processes or the `data` have changed.
     """
-    state = _read_state(folder)
+    state = read_state(folder)
     saved = from_dict(type(cfg), state["provenance"]["config"], str(folder / STATE))
     changed = [
         f"{part}.{name}: {old!r} then, {new!r} now"

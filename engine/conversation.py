@@ -102,6 +102,8 @@ class Conversation:
         """Answer the prompt `whole`, of which the model sees only what the cache does not hold."""
         model, cfg = self.chat.model, self.chat.processor.cfg
         start = min(n_common(self.cached, whole), len(whole) - 1)
+        if sampling.repetition_penalty != 1:
+            start = 0  # it counts what the model has read, which is then all of it
         n_slots = min(len(whole) + sampling.max_new_tokens, cfg.lm_max_position_embeddings)
         if self.cache is None or self.cache.n_slots < n_slots:
             dtype, old = model.decoder.norm.weight.dtype, self.cache

@@ -39,6 +39,12 @@ class Item:
     choices: tuple[str, ...] = ()  # of which one is right, where it is multiple choice
 
     @property
+    def question(self) -> str:
+        """What was asked last; "" where all that is learned is an answer."""
+        turns = self.sample.turns
+        return turns[-2].text if len(turns) > 1 else ""
+
+    @property
     def expected(self) -> str:
         return self.right[0]
 
@@ -66,8 +72,12 @@ def items(cfg: DataConfig, split: str, n: int) -> list[Item]:
             for sample, q in world.questions(cfg.seed, split, per_skill)
         ]
     source = open_source(cfg, split)
-    order = np.random.default_rng(0).permutation(len(source))[:n]
-    return [Item(source[int(i)], "all") for i in order]
+    return [Item(source[i], "all") for i in chosen(source, n)]
+
+
+def chosen(source, n: int) -> list[int]:
+    """Numbers of `n` rows in a fixed random order."""
+    return np.random.default_rng(0).permutation(len(source))[:n].tolist()
 
 
 @dataclass(frozen=True)
@@ -75,14 +85,14 @@ class RowItems(Sequence):
     """Questions of a public data set, read when asked for: their pictures may be gigabytes."""
 
     rows: object  # a reader
-    order: np.ndarray  # [n] int64
+    order: list[int]
     read: Callable[[dict], tuple]  # row -> prompt, picture, Item's fields from `skill` on
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __getitem__(self, i: int) -> Item:
-        k = int(self.order[i])
+        k = self.order[i]
         where, row = self.rows.where(k), self.rows[k]
         try:
             prompt, picture, fields = self.read(row)
@@ -101,8 +111,7 @@ def row_items(read: Callable[[dict], tuple]) -> Callable[[DataConfig, str, int],
 
     def found(cfg: DataConfig, split: str, n: int) -> RowItems:
         rows = open_rows(cfg.source)
-        order = np.random.default_rng(0).permutation(len(rows))[:n]
-        return RowItems(rows, order, read)
+        return RowItems(rows, chosen(rows, n), read)
 
     return found
 
@@ -232,6 +241,12 @@ def summary(views: dict[str, Sequence[Answered]]) -> dict:
     }
 
 
+def is_score(values: object) -> bool:
+    """Whether it is what `summary` makes."""
+    needed = {"accuracy", "interval", "n", "seen", "unseen"}
+    return isinstance(values, dict) and needed <= set(values)
+
+
 def report(views: dict[str, Sequence[Answered]]) -> dict:
     """`summary` over everything and, under `skills`, of each."""
     groups = {view: by_skill(answered) for view, answered in views.items()}
@@ -252,13 +267,23 @@ def validation_loss(model, loader: Loader, n_batches: int, region: torch.autocas
     return total / max(1, n_targets)
 
 
-def askable(chat: Chat, item: Item) -> bool:
-    """Whether its pictures open and its prompt fits: a run goes on without the other rows."""
-    try:
-        prompt_of(chat, [item], 0, "answer", 1 << 30)
-    except InputError:
-        return False
-    return True
+def askable(processor: Processor, cfg: DataConfig, n: int) -> tuple[list[Item], int]:
+    """Validation questions whose pictures open and whose prompt fits; how many do not.
+
+    A run goes on without those, where `items` would end it.
+    """
+    if cfg.source == "world":
+        return items(cfg, "val", n), 0
+    source, found = open_source(cfg, "val"), []
+    numbers = chosen(source, n)
+    for i in numbers:
+        try:
+            item = Item(source[i], "all")
+            processor.encode_prompt(item.sample.turns[:-1], item.sample.images)
+        except InputError:
+            continue
+        found.append(item)
+    return found, len(numbers) - len(found)
 
 
 def evaluate(
@@ -286,8 +311,7 @@ def evaluate(
         model.train(was_training)
         return {"val_problem": f"validation: {error}"}
     chat = Chat(model, processor)
-    asked = items(cfg, "val", n_questions)
-    questions = [item for item in asked if askable(chat, item)]
+    questions, n_lost = askable(processor, cfg, n_questions)
     answered = answer_items(chat, questions)
     model.train(was_training)
     if show is not None and answered:
@@ -298,7 +322,7 @@ def evaluate(
         "val_loss": round(loss, 4),
         "val_accuracy": round(mean(answered) or 0.0, 4),
         **accuracies,
-        **({"val_left_out": n} if (n := len(asked) - len(questions)) else {}),
+        **({"val_left_out": n_lost} if n_lost else {}),
         "val_answers": [a.answer for a in firsts(answered)],
     }
 

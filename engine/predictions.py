@@ -11,6 +11,8 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from PIL import Image
+
 from configs import InputError, write_whole
 from engine.evaluation import Answered, Item
 
@@ -23,6 +25,21 @@ def fingerprint(checkpoint: Path, settings: Iterable[object]) -> str:
     for path in sorted(checkpoint.glob("*.safetensors")):
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "blake2b").digest())
+    return digest.hexdigest()
+
+
+def asked(questions: Iterable[Item]) -> str:
+    """Digits that tell these questions from others; pictures by their path or content."""
+    digest = hashlib.blake2b(digest_size=8)
+    for item in questions:
+        turns = [turn.text for turn in item.sample.turns]
+        words = item.sample.row, turns, item.right, item.choices
+        digest.update(repr(words).encode("utf-8", "backslashreplace"))
+        for picture in item.sample.images:
+            if isinstance(picture, Image.Image):
+                picture = picture.tobytes()
+            content = picture if isinstance(picture, bytes) else repr(str(picture)).encode()
+            digest.update(hashlib.blake2b(content).digest())
     return digest.hexdigest()
 
 
@@ -83,7 +100,7 @@ def write_all(path: Path, run: str, views: dict[str, Sequence[Answered]]) -> Non
             "row": item.sample.row,
             "skill": item.skill,
             "unseen": item.unseen,
-            "question": item.sample.turns[-2].text,
+            "question": item.question,
             "expected": item.expected,
             "score": first.score,
             "views": {view: a.answer for view, a in zip(views, answered)},
@@ -110,7 +127,7 @@ def read_scores(path: Path, questions: Sequence[Item]) -> list[float]:
         scores = [float(r["score"]) for r in rows]
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path}: not a finished file of score.py --predictions.") from None
-    ours = [(item.sample.row, item.sample.turns[-2].text, item.expected) for item in questions]
+    ours = [(item.sample.row, item.question, item.expected) for item in questions]
     if asked != ours:
         raise InputError(
             f"{path}: answers {len(asked)} other questions; score both with the same task, source, "

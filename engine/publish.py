@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 
-from configs import RunConfig, VLMConfig, from_dict, read_json, to_dict
+from configs import InputError, RunConfig, VLMConfig, from_dict, read_json, to_dict
 from engine.chat import open_checkpoint
-from engine.checkpoint import STATE, resolve
+from engine.checkpoint import STATE, read_state, resolve
+from engine.evaluation import is_score
 from engine.logger import read_log
 from models import hub
 from models.checkpoint_files import misfit
@@ -57,6 +58,8 @@ def prepare(source: str | Path, folder: Path, repo_id: str, dtype: torch.dtype |
         config = json.dumps(to_dict(record["config"]), indent=2) + "\n"
         (folder / CONFIG_NAME).write_text(config, encoding="utf-8")
     score = read_json(run / SCORE) if (run / SCORE).is_file() else {}
+    if score and not all(map(is_score, (score, *score.get("skills", {}).values()))):
+        raise InputError(f"{run / SCORE}: not what score.py --json writes; move it away.")
     (folder / "README.md").write_text(card(model, record, score, folder, repo_id), encoding="utf-8")
 
 
@@ -64,7 +67,7 @@ def read_record(checkpoint: Path, cls: type = RunConfig) -> dict:
     """What a training checkpoint knows of its run; empty for one without."""
     if not (checkpoint / STATE).is_file():
         return {}
-    state = torch.load(checkpoint / STATE, weights_only=True, mmap=True)
+    state = read_state(checkpoint, mmap=True)
     provenance = state["provenance"]
     config = from_dict(cls, provenance["config"], str(checkpoint / STATE))
     log = checkpoint.parent / "log.jsonl"
@@ -195,7 +198,7 @@ def scores(score: dict) -> str:
 
     rows = [
         f"| {name} | {percent(s['accuracy'])} | {s['interval'][0]:.1%} - {s['interval'][1]:.1%} "
-        f"| {percent(s['blind'])} | {s['n']} |"
+        f"| {percent(s.get('blind'))} | {s['n']} |"
         for name, s in (score.get("skills", {}) | {"all": score}).items()
     ]
     head = "| skill | accuracy | 95 % interval | blind | questions |\n|---|---|---|---|---|\n"

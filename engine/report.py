@@ -38,7 +38,7 @@ from data.preview import spread
 from data.sources import open_source
 from engine import checkpoint
 from engine.chat import Chat
-from engine.evaluation import Answered, firsts, graded, items
+from engine.evaluation import Answered, askable, firsts, graded, is_score
 from engine.logger import read_log
 from engine.look import look, over_picture, paint, split_pictures
 from engine.scoring import any_exact, each, exact
@@ -138,7 +138,7 @@ def curves(train: list[dict], val: list[dict]) -> list[tuple]:
     def points(events: list[dict], key: str) -> list[tuple]:
         return [(e["step"], e[key]) for e in events if key in e]
 
-    other = {"val_loss", "val_answers"}
+    other = {"val_loss", "val_answers", "val_left_out", "val_problem"}
     skills = sorted({k for e in val for k in e if k.startswith("val_")} - other)
     return [
         ("Loss", "per token", {"training": points(train, "loss"),
@@ -188,11 +188,6 @@ def scores(run: Path) -> list[dict]:
     return found
 
 
-def is_score(values: object) -> bool:
-    needed = {"accuracy", "interval", "n", "seen", "unseen"}
-    return isinstance(values, dict) and needed <= set(values)
-
-
 def describe(cfg: RunConfig, run: Path) -> str:
     """What the run's data holds, as data.preview says it; or why that cannot be said."""
     try:
@@ -211,9 +206,11 @@ def shown(run: Path, cfg: RunConfig, val: list[dict]) -> dict:
     """Answers of every evaluation to the same questions, and where the newest checkpoint looks."""
     empty = {"answers": [], "steps": [], "looks": []}
     try:
-        asked = items(cfg.data, "val", cfg.train.eval_samples)
+        if not checkpoint.folders(run):
+            return empty | {"why": f"{run}: no checkpoint yet."}
+        chat = Chat.load(run)
+        asked, _ = askable(chat.processor, cfg.data, cfg.train.eval_samples)
         chosen = firsts(graded(asked, [""] * len(asked), each(any_exact)))
-        chat = Chat.load(run) if checkpoint.folders(run) else None
         logged = [e for e in val if len(e.get("val_answers", ())) == len(chosen)]
         answers = [
             {
@@ -225,14 +222,14 @@ def shown(run: Path, cfg: RunConfig, val: list[dict]) -> dict:
             }
             for i, a in enumerate(chosen)
         ]  # fmt: skip
-        looks = [maps_of(chat, a) for a in chosen[-LOOKS:]] if chat else []
+        looks = [maps_of(chat, a) for a in chosen[-LOOKS:]]
         return {"answers": answers, "steps": [e["step"] for e in logged], "looks": looks}
     except InputError as error:
         return empty | {"why": str(error)}
 
 
 def question_of(a: Answered) -> str:
-    return a.item.sample.turns[-2].text.replace("<image>", "")
+    return a.item.question.replace("<image>", "")
 
 
 def thumbnail(a: Answered) -> str:

@@ -34,7 +34,7 @@ def draw_sheet(answered: Sequence[Answered], path: Path, per_skill: int = 2) -> 
         x, y = GAP + i % COLUMNS * (SIDE + GAP), GAP + i // COLUMNS * (SIDE + TEXT_HEIGHT + GAP)
         if a.item.sample.images:
             sheet.paste(_fit(open_image(a.item.sample.images[0])), (x, y))
-        question = a.item.sample.turns[-2].text.replace("<image>", "")
+        question = a.item.question.replace("<image>", "")
         line = _write(pen, font, x, y + SIDE + 4, question, INK)
         color = GREEN if a.score else RED
         for stroke in TICK if a.score else CROSS:

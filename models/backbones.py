@@ -12,7 +12,16 @@ from pathlib import Path
 
 from torch import nn
 
-from configs import LMConfig, ViTConfig, VLMConfig, from_dict, read_json, require, to_dict
+from configs import (
+    LMConfig,
+    ViTConfig,
+    VLMConfig,
+    by_step,
+    from_dict,
+    read_json,
+    require,
+    to_dict,
+)
 from models.checkpoint_files import (
     CONFIG,
     EMBEDDING,
@@ -110,7 +119,7 @@ def _image_statistics(directory: Path) -> dict:
 
 def newest(directory: Path) -> Path:
     """Of a run folder its newest checkpoint; any other directory as it is."""
-    return max(directory.glob("step-*"), default=directory)
+    return max(directory.glob("step-*"), key=by_step, default=directory)
 
 
 def _read_vit(name: str, pool: str) -> tuple[ViTConfig, dict]:

@@ -240,6 +240,8 @@ def load_vlm(source: str | Path, revision: str | None = None) -> VisionLanguageM
     directory = find(source, revision)
     config, where = read_config(directory), str(directory / CONFIG)
     kind, is_nano = config.get("model_type"), nanovlm.is_one(config)
+    # Of one that we wrote, with our tokenizer: the tokens are where they were.
+    ours = idefics3.special_ids(_added_tokens(directory)) if is_nano else {}
     if OWN_KEY in config:
         fix = "must be idefics3 or picovlm"
         require(kind in ("idefics3", OWN_KEY), f"{where}: model_type", kind, fix)
@@ -247,7 +249,8 @@ def load_vlm(source: str | Path, revision: str | None = None) -> VisionLanguageM
     elif kind in idefics3.MODEL_TYPES:
         cfg = understand(VLMConfig, lambda: _read_idefics3(directory, config), where)
     elif is_nano:
-        cfg = understand(VLMConfig, lambda: nanovlm.read(config, where), where)
+        same = {"lm_vocab_size": config["lm_vocab_size"], **ours} if ours else {}
+        cfg = understand(VLMConfig, lambda: nanovlm.read(config, where) | same, where)
     else:
         raise InputError(
             f"{where}: model_type = {kind!r} and no {OWN_KEY!r} key: neither a picoVLM checkpoint "
@@ -257,7 +260,7 @@ def load_vlm(source: str | Path, revision: str | None = None) -> VisionLanguageM
     model = outline(VisionLanguageModel, cfg, len(found), where)
     layout = nanovlm if is_nano else idefics3
     pairs = own_names(model) if kind == OWN_KEY else layout.pairs(cfg)
-    if is_nano:
+    if is_nano and not ours:
         heads = [name for name in (nanovlm.EMBEDDING, nanovlm.HEAD) if name in found]
         found |= {name: nanovlm.swap_tokens(found[name], config) for name in heads}
     if cfg.lm_tie_weights:
@@ -271,9 +274,13 @@ def _read_idefics3(directory: Path, config: dict) -> dict:
     newer = directory / "processor_config.json"  # transformers 5 writes this one alone
     is_newer = newer.is_file() and not (directory / IMAGES).is_file()
     images = read_json(newer if is_newer else directory / IMAGES)
-    tokens = {}
-    if (directory / TOKENS).is_file():
-        added = read_json(directory / TOKENS).get("added_tokens", [])
-        tokens = {token["content"]: token["id"] for token in added}
     images = images.get("image_processor", images)
-    return idefics3.read(config, images, tokens, str(directory))
+    return idefics3.read(config, images, _added_tokens(directory), str(directory))
+
+
+def _added_tokens(directory: Path) -> dict[str, int]:
+    """The tokens beside a tokenizer's own words; none where there is no tokenizer."""
+    if not (directory / TOKENS).is_file():
+        return {}
+    added = read_json(directory / TOKENS).get("added_tokens", [])
+    return {token["content"]: token["id"] for token in added}

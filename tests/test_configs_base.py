@@ -22,6 +22,16 @@ def test_what_the_machine_refuses_is_one_line(error, code, said, capsys):
     assert capsys.readouterr().err.removeprefix("error: ") == f"{said}\n"
 
 
+def test_a_list_is_given_once():
+    """Of two, the first would be dropped: here, what was to be frozen."""
+    for again in (["--train.freeze", "language"], ["--train.freeze=language"]):
+        with pytest.raises(configs.InputError, match=r"--train\.freeze: given 2 times; put all"):
+            configs.parse_run(["tiny", "--train.freeze", "vision", *again])
+    cfg = configs.parse_run(["tiny", "--train.freeze", "vision", "language", "--train.steps", "3",
+                             "--train.steps", "4"])  # fmt: skip
+    assert cfg.train.freeze == ("vision", "language") and cfg.train.steps == 4, "the last of one"
+
+
 def test_a_file_is_written_whole_or_left_as_it_was(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     configs.write_whole(path, "old")

@@ -124,7 +124,7 @@ def test_a_compiler_that_does_not_work(small_checkpoint, refused, monkeypatch, t
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
     line = refused(generate.main, small_checkpoint, "--prompt", "a", "--compile")
-    assert "compile: torch.compile failed (" in line and line.endswith("; leave it out.\n")
+    assert "compile: torch.compile failed (" in line and line.endswith("; leave it out.")
 
 
 @pytest.mark.slow
@@ -241,6 +241,15 @@ def test_a_conversation_in_the_terminal(small_checkpoint, pictures, typed, tmp_p
     assert "context ends at 256" in long[1] and long[0].strip() == answers[0]
 
 
+def test_pictures_that_go_together_are_refused_together(small_checkpoint, pictures, typed):
+    """Else every later question would be too long, with no way to take them back."""
+    some = f"/image {' '.join([str(pictures / '0.png')] * 20)}"  # of some ten tokens each
+    flags = [small_checkpoint, "--max-new-tokens", 3]
+    out, err = typed(*flags, lines=[some, some, "What?", "/save a\0b", "Sure?"])
+    assert err.count("error: ") == 2 and "context ends at 256" in err, err
+    assert "cannot be written (embedded null byte)" in err and len(out.split("\n")) >= 3
+
+
 def test_the_keyboard(monkeypatch, capsys):
     """Ctrl-C forgets the line, Ctrl-D leaves."""
     lines = iter(["What?", KeyboardInterrupt, "Sure?", EOFError])
@@ -305,7 +314,7 @@ def test_a_file_of_questions(small_checkpoint, questions, capsys, tmp_path):
     ask(capsys, *flags, "--logprobs")
     assert out.read_text() == whole
     out.write_text(whole.replace('"answer": "', '"answer": "kept '))
-    ask(capsys, *flags)
+    ask(capsys, *flags, "--logprobs")
     assert out.read_text().count("kept ") >= 8, "answers that are there are not asked again"
 
 

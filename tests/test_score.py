@@ -63,6 +63,24 @@ def test_an_interrupted_score_goes_on(
     assert "other settings" in refused(score.main, *argv, "--max-new-tokens", 4)
 
 
+def test_answers_to_other_pictures_are_not_taken(
+    small_checkpoint, rows_file, refused, tmp_path, capsys
+):
+    """The same words in as many rows: only what is shown has changed."""
+    rows = [json.loads(line) for line in rows_file.read_text().splitlines()[:2]]
+    asked, kept = tmp_path / "asked.jsonl", tmp_path / "p.jsonl"
+    argv = [small_checkpoint, "--data.source", asked, "--max-new-tokens", 3]
+    argv = [str(a) for a in (*argv, "--predictions", kept)]
+    for first, second in ((0, 1), (1, 0)):
+        shown = [rows_file.parent / f"{i}.png" for i in (first, second)]
+        lines = [json.dumps(row | {"image": str(p)}) for row, p in zip(rows, shown)]
+        asked.write_text("\n".join(lines))
+        if first == 0:
+            command(score.main, argv)
+    capsys.readouterr()
+    assert "of another checkpoint or other settings" in refused(score.main, *argv)
+
+
 def test_two_checkpoints_are_compared_on_the_same_questions(
     small_checkpoint, rows_file, capsys, tmp_path, refused
 ):

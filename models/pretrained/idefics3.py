@@ -106,6 +106,12 @@ def _read_tokens(config: dict, tokens: dict[str, int], where: str) -> dict:
     return {name: tokens[token] for name, token in SPECIAL.items()}
 
 
+def special_ids(tokens: dict[str, int]) -> dict[str, int]:
+    """Our config's fields of the special tokens, of a tokenizer that has them all; else empty."""
+    has_all = set(SPECIAL.values()) <= set(tokens)
+    return {name: tokens[token] for name, token in SPECIAL.items()} if has_all else {}
+
+
 def _read_images(tile: int, images: dict, where: str) -> dict:
     """How pictures are cut, from preprocessor_config.json."""
     size, tiles = (images.get(key, {}).get("longest_edge") for key in ("size", "max_image_size"))

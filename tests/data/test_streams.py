@@ -270,6 +270,23 @@ def test_a_hub_that_stays_away_ends_in_one_sentence(file, monkeypatch):
     assert waits == [1, 2, 4, 8, 16]
 
 
+def test_pictures_stand_beside_their_file_and_csv_is_text(tmp_path, monkeypatch):
+    """Not beside whoever reads it; and a column of numbers holds answers like any other."""
+    (tmp_path / "rows").mkdir()
+    lines = [f"w.png,how many of {i}?,{i}" for i in range(1, 40)]
+    text = "\ufeffimage,question,answer\n" + "\n".join([*lines, "w.png,what?,None"])
+    (tmp_path / "rows" / "n.csv").write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    cfg = replace(STREAM, source="rows/n.csv", val_fraction=0.0, stream_block=100)
+    source, whole = (open_source(replace(cfg, stream=s), "train") for s in (True, False))
+    rows, _ = source.part(0, 1).block(None)
+    for i in (0, 38, 39):
+        passing = source.sample(rows[i], "here")
+        for sample in (source[i], passing):
+            assert (sample.turns, sample.images) == (whole[i].turns, whole[i].images)
+    assert passing.turns[-1].text == "None" and passing.images == ("rows/w.png",)
+
+
 def test_bad_rows_of_a_stream_are_skipped_listed_and_limited(tiny_processor, tmp_path, numbers):
     rows = [{"question": "q", "answer": f"number {i}", "image": None} for i in range(60)]
     rows[7]["image"] = "absent.png"

@@ -84,6 +84,8 @@ def test_a_run_with_adapters_stops_resumes_merges_and_keeps_its_base(
     for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
         files = (run / "step-000004" / name for run in (one, two))
         assert next(files).read_bytes() == next(files).read_bytes()
+    with pytest.raises(InputError, match=r"does not fit this run's adapters, as of .*lora_A"):
+        main([str(parts), *flags[:-1], "4", "--train.resume", "auto"])
     given = VisionLanguageModel.from_pretrained(small_checkpoint).state_dict()
     base = VisionLanguageModel.from_pretrained(two / "base")
     assert [n for n, t in base.state_dict().items() if not torch.equal(t, given[n])] == []

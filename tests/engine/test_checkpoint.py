@@ -15,6 +15,7 @@ from configs import InputError, RunConfig, TrainConfig, read_json
 from engine import checkpoint
 from engine.distributed import Dist
 from engine.optim import build_optimizer
+from models.backbones import newest
 from models.vision_language_model import VisionLanguageModel
 
 
@@ -48,6 +49,15 @@ def test_the_newest_are_kept_and_found(made):
         save(step)
     assert names(cfg) == ["step-100000", "step-1000000"]
     assert checkpoint.resolve(cfg.train.out).name == "step-1000000"
+
+
+def test_the_millionth_step_is_newer_than_those_before(made):
+    cfg, save = made
+    for step in (999000, 999500, 1000000, 1000500):
+        save(step)
+    assert names(cfg) == ["step-1000000", "step-1000500"]
+    assert checkpoint.resolve(cfg.train.out).name == newest(Path(cfg.train.out)).name
+    assert checkpoint.resolve(cfg.train.out).name == "step-1000500"
 
 
 def test_a_run_keeps_the_arithmetic_it_began_with(made):

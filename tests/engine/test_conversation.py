@@ -100,6 +100,18 @@ def test_after_a_reset_the_same_picture_is_not_encoded_again(chat, picture, seen
     assert seen[-2][0] == 1 or any(n == 1 for n, _ in seen), "another picture is"
 
 
+def test_a_penalty_counts_what_was_cached(chat, picture):
+    """Words that an earlier turn said are repeated words."""
+    sampling = Sampling(max_new_tokens=6, repetition_penalty=2.0)
+    conversation = Conversation(chat)
+    for i, question in enumerate(QUESTIONS):
+        images = [picture] if i == 0 else []
+        turns = [*conversation.turns, Turn("user", "<image>" * len(images) + question)]
+        tokens = chat.processor.encode_prompt(turns, [*conversation.pictures, *images])
+        wanted = chat.answers([tokens], sampling)[0]
+        assert say(conversation, question, images, sampling) == wanted
+
+
 def test_an_answer_cut_short_is_what_was_said(chat, picture):
     conversation = Conversation(chat)
     pieces = conversation.ask("Describe it.", [picture], Sampling(max_new_tokens=30))

@@ -215,6 +215,20 @@ def test_a_broken_picture_is_left_out_and_counted(chat, tmp_path):
     assert chat.model.training and not Best().beaten(problem, 1)
 
 
+def test_a_picture_that_is_no_base64_is_left_out_too(chat, tmp_path):
+    """It is broken before anything opens it, and of no validation batch that gives the loss."""
+    image = "data:image/png;base64,abc"
+    rows = [{"question": f"q{i}", "answer": "a"} for i in range(60)]
+    rows.append({"image": image, "question": "last", "answer": "a"})
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    cfg = DataConfig(source=str(path), val_fraction=0.99, batch_size=2, max_length=128)
+    values = evaluate(chat.model, chat.processor, cfg, 100, OFF)
+    assert values["val_left_out"] == 1 and values["val_loss"] > 0
+    with pytest.raises(InputError, match="not base64"):
+        items(cfg, "val", 100)  # a score is of all questions
+
+
 def test_without_validation_rows_there_is_nothing_to_log(chat, cfg):
     assert evaluate(chat.model, chat.processor, replace(cfg, val_fraction=0.0), 3, OFF) == {}
 

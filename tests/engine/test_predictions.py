@@ -6,11 +6,13 @@ import json
 import shutil
 
 import pytest
+from PIL import Image
 
 from configs import InputError
 from data.sample import Sample, Turn
 from engine.evaluation import Answered, Item
-from engine.predictions import fingerprint, keep, parts, read_found, read_scores, write_all
+from engine.predictions import asked, fingerprint, keep, parts, read_found, read_scores, write_all
+from engine.sheet import draw_sheet
 
 FOUND = [(i, {"answer": f"a{i}", "blind": "b"}) for i in range(5)]
 
@@ -18,6 +20,31 @@ FOUND = [(i, {"answer": f"a{i}", "blind": "b"}) for i in range(5)]
 def answered(i: int, score: float = 1.0) -> Answered:
     turns = (Turn("user", f"What is {i}?"), Turn("assistant", "red"))
     return Answered(Item(Sample(turns, row=f"row {i}"), "color"), f"a{i}", score)
+
+
+def test_what_is_asked_is_told_by_words_and_pictures():
+    def item(text="What?", picture=None, **fields) -> Item:
+        images = () if picture is None else (picture,)
+        return Item(Sample((Turn("user", text), Turn("assistant", "a")), images), "all", **fields)
+
+    red, blue = (Image.new("RGB", (30, 30), color) for color in ("red", "blue"))
+    corner = red.copy()
+    corner.putpixel((0, 0), (0, 0, 0))
+    others = [[item()], [item("Who?")], [item(picture="a.png")], [item(picture="b.png")],
+              [item(picture=red)], [item(picture=blue)], [item(picture=corner)],
+              [item(picture=b"1" * 99)], [item(picture=b"2" + b"1" * 98)], [item()] * 2,
+              [item(references=("b",))], [item(choices=("a", "b"))], [item("\ud83d")]]  # fmt: skip
+    assert len({asked(questions) for questions in others}) == len(others)
+    assert asked([item(picture=red)]) == asked([item(picture=red.copy())])
+
+
+def test_an_answer_that_nothing_was_asked_for(tmp_path):
+    """Plain text to learn: a conversation of one turn."""
+    one = Answered(Item(Sample((Turn("assistant", "A cat."),), row="row 1"), "all"), "a", 0.0)
+    write_all(tmp_path / "p.jsonl", "one", {"answer": [one]})
+    assert read_scores(tmp_path / "p.jsonl", [one.item]) == [0.0]
+    draw_sheet([one], tmp_path / "sheet.png")
+    assert Image.open(tmp_path / "sheet.png").width > 100
 
 
 def test_what_was_kept_is_found(tmp_path):

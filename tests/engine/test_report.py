@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 import train
-from configs import InputError, command, read_json
+from configs import InputError, RunConfig, command, from_dict, read_json
 from engine import report
+from engine.chat import Chat
+from engine.evaluation import askable
 from engine.logger import read_log
 
 
@@ -79,6 +83,24 @@ def test_two_runs_stand_side_by_side(run, tmp_path, capsys):
     assert page.count("<section>") == 2
     differs = re.findall(r'class="differs"><th>(.*?)</th><td>(.*?)</td>', page)
     assert ("train.lr_muon", "0.123") in differs and len(differs) == 2
+
+
+def test_answers_stand_beside_their_questions_where_one_could_not_be_asked(run, tmp_path):
+    """The run has left out the first question; its answers are of those behind it."""
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    cfg = from_dict(RunConfig, read_json(copy / "config.json"), "config.json")
+    chat = Chat.load(copy)
+    asked, _ = askable(chat.processor, cfg.data, cfg.train.eval_samples)
+    lines = Path(cfg.data.source).read_text().splitlines()
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    for i in range(24):
+        shutil.copy(Path(cfg.data.source).parent / f"{i}.png", tmp_path)
+    (tmp_path / Path(asked[0].sample.images[0]).name).write_bytes(b"broken")
+    cfg = replace(cfg, data=replace(cfg.data, source=str(tmp_path / "rows.jsonl")))
+    found = report.shown(copy, cfg, [{"step": 1, "val_answers": [""] * (len(asked) - 1)}])
+    wanted = [item.question.replace("<image>", "") for item in asked[1:]]
+    assert [answer["question"] for answer in found["answers"]] == wanted
 
 
 def test_what_is_missing_is_said(run, tmp_path):
