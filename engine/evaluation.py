@@ -241,12 +241,6 @@ def summary(views: dict[str, Sequence[Answered]]) -> dict:
     }
 
 
-def is_score(values: object) -> bool:
-    """Whether it is what `summary` makes."""
-    needed = {"accuracy", "interval", "n", "seen", "unseen"}
-    return isinstance(values, dict) and needed <= set(values)
-
-
 def report(views: dict[str, Sequence[Answered]]) -> dict:
     """`summary` over everything and, under `skills`, of each."""
     groups = {view: by_skill(answered) for view, answered in views.items()}

@@ -17,7 +17,6 @@ import torch
 from configs import InputError, RunConfig, VLMConfig, from_dict, read_json, to_dict
 from engine.chat import open_checkpoint
 from engine.checkpoint import STATE, read_state, resolve
-from engine.evaluation import is_score
 from engine.logger import read_log
 from models import hub
 from models.checkpoint_files import misfit
@@ -58,7 +57,8 @@ def prepare(source: str | Path, folder: Path, repo_id: str, dtype: torch.dtype |
         config = json.dumps(to_dict(record["config"]), indent=2) + "\n"
         (folder / CONFIG_NAME).write_text(config, encoding="utf-8")
     score = read_json(run / SCORE) if (run / SCORE).is_file() else {}
-    if score and not all(map(is_score, (score, *score.get("skills", {}).values()))):
+    needed = {"accuracy", "interval", "n"}
+    if score and not all(needed <= set(s) for s in (score, *score.get("skills", {}).values())):
         raise InputError(f"{run / SCORE}: not what score.py --json writes; move it away.")
     (folder / "README.md").write_text(card(model, record, score, folder, repo_id), encoding="utf-8")
 

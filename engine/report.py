@@ -38,7 +38,7 @@ from data.preview import spread
 from data.sources import open_source
 from engine import checkpoint
 from engine.chat import Chat
-from engine.evaluation import Answered, askable, firsts, graded, is_score
+from engine.evaluation import Answered, askable, firsts, graded
 from engine.logger import read_log
 from engine.look import look, over_picture, paint, split_pictures
 from engine.scoring import any_exact, each, exact
@@ -186,6 +186,11 @@ def scores(run: Path) -> list[dict]:
         if is_score(values) and all(map(is_score, values.get("skills", {}).values())):
             found.append({"file": path.name, "rows": values["skills"] | {"all": values}})
     return found
+
+
+def is_score(values: object) -> bool:
+    needed = {"accuracy", "interval", "n", "seen", "unseen"}
+    return isinstance(values, dict) and needed <= set(values)
 
 
 def describe(cfg: RunConfig, run: Path) -> str:

@@ -63,6 +63,7 @@ BROKEN = [
     ((LM, VLM), dict(lm_n_kv_heads=3), "lm_n_kv_heads", "3", "divide lm_n_heads = 4"),
     ((LM, VLM), dict(lm_hidden_dim=126), "lm_hidden_dim", "126", "multiple of lm_n_heads = 4"),
     ((LM, VLM), dict(lm_head_dim=33), "lm_head_dim", "33", "even"),
+    ((LM, VLM), dict(lm_head_dim=-2), "lm_head_dim", "-2", "greater than 0"),
     ((LM, VLM), dict(lm_nope_every=-1), "lm_nope_every", "-1", "not be negative"),
     ((LM, VLM), dict(lm_vocab_size=-5), "lm_vocab_size", "-5", ""),
     ((LM, VLM), dict(lm_rope_type="yarn"), "lm_rope_type", "'yarn'", "default, linear, llama3"),

@@ -186,3 +186,7 @@ def test_prepared_rows_are_the_rows(run_file, rows_file, tmp_path, monkeypatch, 
             assert got[i].images == (Path(wanted[i].images[0]).read_bytes(),)
     with pytest.raises(InputError, match="holds something else"):
         prepare.main([str(rows_file), str(tmp_path)])
+    prepare.main([str(rows_file), str(out), "--limit", "5"])  # fewer than there are: nothing to do
+    for flag in ("--rows", "--limit"):
+        with pytest.raises(InputError, match=f"{flag[2:]} = -1: must be at least"):
+            prepare.main([str(rows_file), str(tmp_path / "new"), f"{flag}=-1"])

@@ -160,6 +160,18 @@ def test_a_caption_beside_each_picture(tmp_path):
     assert len(source) == 2 and len(source.bad) == 2
 
 
+def test_what_has_no_splits_and_what_has_no_columns(tmp_path):
+    (tmp_path / "a.csv").write_text("question,answer\na,b\n")
+    (tmp_path / "bom.csv").write_bytes(b"\xef\xbb\xbf")
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "in" / "cat.png")
+    for source, says in (("a.csv@test", "a file has no splits, so leave out @test"),
+                         ("in@test", "has no splits, so leave out @test"),
+                         ("bom.csv", "no rows")):  # fmt: skip
+        with pytest.raises(InputError, match=says):
+            open_source(DataConfig(source=str(tmp_path / source)), "train")
+
+
 def test_names_as_labels(tmp_path):
     fill(tmp_path, ["red_panda-001.png", "red_panda-002.png", "Katze (3).png", "0001.png"])
     rows = {row["image"]: row["label"] for row in open_rows(str(tmp_path)).scan()

@@ -18,7 +18,8 @@ def test_answers_to_other_pictures_are_not_kept(
 ):
     """The same question in every row is the usual file."""
     asked, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    rows = [{"image": str(rows_file.parent / f"{i}.png"), "question": "What?", "id": i} for i in range(2)]
+    shown = [str(rows_file.parent / f"{i}.png") for i in range(2)]
+    rows = [{"image": path, "question": "What?", "id": i} for i, path in enumerate(shown)]
     flags = [small_checkpoint, "--jsonl", asked, "--max-new-tokens", 3, "--out"]
     asked.write_text("\n".join(map(json.dumps, rows)))
     ask(*flags, out)

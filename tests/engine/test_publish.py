@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 import train
-from configs import VLMConfig, command, read_json
+from configs import InputError, VLMConfig, command, read_json
 from engine import publish
 
 
@@ -26,6 +26,15 @@ def finished(run_file, tmp_path, capsys):
     if not (run / "loss.png").exists():  # matplotlib is optional
         Image.new("RGB", (4, 4)).save(run / "loss.png")
     return run
+
+
+def test_figures_of_somebody_else_and_a_torn_state(finished, tmp_path):
+    (finished / "score.json").write_text('{"accuracy": 0.5}')
+    with pytest.raises(InputError, match=r"score\.json: not what score\.py --json writes"):
+        publish.prepare(finished, tmp_path / "up", "user/name")
+    (finished / "step-000004" / "state.pt").write_bytes(b"half")
+    with pytest.raises(InputError, match=r"state\.pt: not the whole state of a run"):
+        publish.prepare(finished, tmp_path / "up", "user/name")
 
 
 def test_the_card_of_a_run(finished, tmp_path):
