@@ -72,9 +72,10 @@ def test_steps_fill_the_time(a_race, monkeypatch, capsys):
 
     def side(race_, steps, every):
         asked.append((steps, every, race_.questions))
-        return [race.Point(0.5 * steps, steps, 1, 0.5)]
+        steps_at = range(every, steps + 1, every)
+        return [race.Point(5 + 0.5 * n, n, 1, 0.5) for n in steps_at]  # 5 seconds to warm up
 
     monkeypatch.setattr(race, "SIDES", {"picoVLM": side, "transformers": side})
     race.measure(a_race, {"picoVLM": 60, "transformers": 200}, 10)
-    assert asked == [(40, 40, 1), (120, 20, 9), (40, 40, 1), (400, 20, 9)]
+    assert asked == [(40, 20, 1), (120, 20, 9), (40, 20, 1), (400, 20, 9)]
     assert "picoVLM: 500.0 ms a step, so 120 of them" in capsys.readouterr().out

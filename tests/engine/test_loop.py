@@ -195,7 +195,7 @@ def spoil(monkeypatch, bad: set[int]) -> None:
 
 def test_a_step_that_is_not_finite_changes_nothing(run_file, monkeypatch, capsys):
     spoil(monkeypatch, {1})
-    run = go(run_file("run", steps=3, save_every=1, warmup=0))
+    run = go(run_file("run", steps=3, save_every=1, keep=3, warmup=0))
     x, y = weights(run, 1), weights(run, 2)
     assert all(torch.equal(x[k], y[k]) for k in x)
     assert same_state(state_of(run, 1)["optimizer"][0]["state"],
