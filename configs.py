@@ -19,6 +19,7 @@ from configs_base import (  # noqa: F401
     command,
     flags,
     from_dict,
+    json_line,
     need,
     parse,
     parse_known,
@@ -188,8 +189,8 @@ class LMConfig(Checked):
             "lm_max_position_embeddings lm_rms_eps lm_re_base lm_rope_factor",
         )
         require_rate(self, "lm_dropout")
-        whole = self.lm_head_dim is None or self.lm_head_dim > 0
-        need(whole, self, "lm_head_dim", "must be greater than 0, or left out")
+        positive = self.lm_head_dim is None or self.lm_head_dim > 0
+        need(positive, self, "lm_head_dim", "must be greater than 0, or left out")
         fix = f"must divide lm_n_heads = {self.lm_n_heads}"
         need(self.lm_n_heads % self.lm_n_kv_heads == 0, self, "lm_n_kv_heads", fix)
         whole = self.lm_head_dim is not None or self.lm_hidden_dim % self.lm_n_heads == 0

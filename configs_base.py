@@ -148,6 +148,12 @@ def write_whole(path: str | Path, text: str) -> None:
         beside.unlink(missing_ok=True)
 
 
+def json_line(row: dict) -> str:
+    """A line of JSON for UTF-8, in which half a surrogate has no place: it stays an escape."""
+    text = json.dumps(row, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 # --- Command line -------------------------------------------------------------------------------
 
 
@@ -156,8 +162,8 @@ def parse_known(cls: type, argv: list[str], **options) -> tuple:
     import tyro
 
     said = Counter(word.partition("=")[0].replace("_", "-") for word in argv if word[:2] == "--")
-    for flag in lists(cls):
-        if said[flag] > 1:  # of which tyro would keep the last
+    for flag, hint in flags(cls).items():
+        if said[flag] > 1 and get_origin(hint) is tuple:  # of which tyro would keep the last
             raise InputError(f"{flag}: given {said[flag]} times; put all its values behind one.")
     box = io.StringIO()
     try:
@@ -205,24 +211,12 @@ def unboxed(box: str) -> str:
     return f"{' '.join(re.sub('[│|]', ' ', said).split()).rstrip('.')}; --help lists all flags."
 
 
-def flags(cls: type, prefix: str = "--") -> list[str]:
-    """Every flag of a dataclass, those of nested ones after a dot."""
-    found = []
+def flags(cls: type, prefix: str = "--") -> dict[str, object]:
+    """Every flag of a dataclass and its type, those of nested ones after a dot."""
+    found = {}
     for name, hint in get_type_hints(cls).items():
         flag = prefix + name.replace("_", "-")
-        found += flags(hint, flag + ".") if dataclasses.is_dataclass(hint) else [flag]
-    return found
-
-
-def lists(cls: type, prefix: str = "--") -> list[str]:
-    """Those that take several values."""
-    found = []
-    for name, hint in get_type_hints(cls).items():
-        flag = prefix + name.replace("_", "-")
-        if dataclasses.is_dataclass(hint):
-            found += lists(hint, flag + ".")
-        elif get_origin(hint) is tuple:
-            found.append(flag)
+        found |= flags(hint, flag + ".") if dataclasses.is_dataclass(hint) else {flag: hint}
     return found
 
 

@@ -21,7 +21,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from configs import InputError, command, parse
+from configs import InputError, command, json_line, parse
 from engine.batch import answer_file
 from engine.chat import Chat, Piece, alternatives, quantize_int8
 from engine.checkpoint import resolve
@@ -287,8 +287,7 @@ def save(conversation: Conversation, path: Path) -> None:
     }
     try:
         with open(path, "a", encoding="utf-8") as file:
-            text = json.dumps(row, ensure_ascii=False) + "\n"
-            file.write(text.encode("utf-8", "backslashreplace").decode("utf-8"))
+            file.write(json_line(row))
     except (OSError, ValueError) as error:  # the latter of a name that no file can have
         reason = getattr(error, "strerror", error)
         raise InputError(f"{str(path)!r}: cannot be written ({reason}).") from None

@@ -7,7 +7,7 @@ Rows of one preset: the best batch (doubled until memory or speed ends), its sha
 rate measured in the same call, tokens and images per second, peak memory; decoding at 1 and 64 rows
 beside the memory's read rate; the time that 1.7 million samples of a picture and 128 tokens take.
 Ours trains as train.py does, blocks compiled where they can be. transformers stands beside, its
-loss and logits compared first. Without a GPU it runs on the CPU, for its test.
+loss compared first. Without a GPU it runs on the CPU, for its test.
 """
 
 from __future__ import annotations
@@ -23,7 +23,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers import agree, padded, prompt, random_weights, synthetic, their_model
+from benchmarks.peers import (
+    agree,
+    bytes_of_a_token,
+    padded,
+    prompt,
+    random_weights,
+    synthetic,
+    their_model,
+    their_words,
+)
 from benchmarks.timing import (
     PAGE,
     alternate,
@@ -162,22 +171,11 @@ def decode(model: VisionLanguageModel, device: torch.device, n_rows: int) -> tup
 @torch.inference_mode()
 def their_decode(model: nn.Module, cfg: VLMConfig, device: torch.device, n_rows: int) -> float:
     """Seconds of a step of transformers' greedy decoding after the same prompt."""
-    from transformers import LogitsProcessor
-
     ids, images = (x.to(device) for x in prompt(cfg, n_rows))
-    images, ticks = images.to(model.dtype), []
-
-    class Clock(LogitsProcessor):
-        def __call__(self, input_ids, scores):
-            scores[0, 0].item()  # the host waits for it
-            ticks.append(clock())
-            return scores
+    images = images.to(model.dtype)
 
     def say() -> float:
-        ticks.clear()
-        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids),
-                       pixel_values=images[:, None], do_sample=False, max_new_tokens=SAID,
-                       logits_processor=[Clock()])  # fmt: skip
+        _, ticks = their_words(model, ids, images, SAID)
         return (ticks[-1] - ticks[1]) / (len(ticks) - 2)
 
     return alternate({"": say}, 2)[""].median
@@ -234,7 +232,7 @@ def training_rows(run: RunConfig, folder: str, device: torch.device, asked, peak
 def decoding_rows(run: RunConfig, folder: str, device: torch.device, asked, rate) -> list[str]:
     dtype, rows = fast_dtype(device, "auto"), []
     model = VisionLanguageModel.from_pretrained(folder).to(device, dtype)
-    n_bytes = sum(p.numel() * p.element_size() for p in model.decoder.parameters())
+    n_bytes = bytes_of_a_token(model.decoder)
     theirs = None if misfit(run.model) else their_model(Path(folder), dtype).to(device)
     for n_rows in (1, min(64, asked.most)):
         seconds, apart = decode(model, device, n_rows)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.timing import clock
 from configs import InputError, RunConfig, VLMConfig
 from data.packing import collate
 from data.sample import IGNORE, Tokens
@@ -107,3 +108,31 @@ def prompt(cfg: VLMConfig, n_rows: int) -> tuple[Tensor, Tensor]:
     samples = synthetic(cfg, [1 + cfg.tokens_per_tile + WORDS] * n_rows)
     tensors = padded(samples, cfg)[0]
     return tensors["input_ids"], tensors["images"]
+
+
+def their_words(
+    model: nn.Module, ids: Tensor, images: Tensor, n_new: int
+) -> tuple[Tensor, list[float]]:
+    """transformers' greedy tokens [B, n] behind prompts, and when the logits of each were there."""
+    from transformers import LogitsProcessor
+
+    ticks = []
+
+    class Clock(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            scores[0, 0].item()  # a GPU is waited for
+            ticks.append(clock())
+            return scores
+
+    said = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=images[:, None],
+        do_sample=False, max_new_tokens=n_new, logits_processor=[Clock()],
+    )  # fmt: skip
+    return said[:, ids.shape[1] :], ticks
+
+
+def bytes_of_a_token(decoder: nn.Module) -> int:
+    """Bytes of the weights that a decoding step reads; of the embedding it reads one row."""
+    weights = [p for m in decoder.modules() if not isinstance(m, nn.Embedding)
+               for p in m.parameters(recurse=False)]  # fmt: skip
+    return sum(p.numel() * p.element_size() for p in weights)

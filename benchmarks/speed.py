@@ -28,12 +28,14 @@ from benchmarks.peers import (
     WORDS,
     Case,
     agree,
+    bytes_of_a_token,
     open_case,
     padded,
     prompt,
     random_weights,
     synthetic,
     their_model,
+    their_words,
 )
 from benchmarks.timing import (
     PAGE,
@@ -169,26 +171,12 @@ def _silent(calls: dict[str, Callable]) -> dict[str, Callable]:
 
 def speak(case: Case, n_rows: int, n_new: int) -> dict[str, Callable[[], tuple[Tensor, float]]]:
     """Greedy tokens [B, n] of either, and the seconds from the first to the last."""
-    from transformers import LogitsProcessor
-
     ids, images = prompt(case.cfg, n_rows)
     images = images.to(case.dtype)
 
-    class Clock(LogitsProcessor):
-        def __init__(self):
-            self.ticks = []
-
-        def __call__(self, input_ids, scores):
-            self.ticks.append(clock())
-            return scores
-
     def theirs():
-        clock = Clock()
-        said = case.theirs.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=images[:, None],
-            do_sample=False, max_new_tokens=n_new, logits_processor=[clock],
-        )  # fmt: skip
-        return said[:, ids.shape[1] :], clock.ticks[-1] - clock.ticks[0]
+        said, ticks = their_words(case.theirs, ids, images, n_new)
+        return said, ticks[-1] - ticks[0]
 
     def ours():
         said, ticks = [], []
@@ -213,13 +201,6 @@ def first_rows(case: Case, peak: float, _bandwidth: float) -> list[Row]:
     work, _ = count(calls["ours"])
     name = f"first token of a picture and {WORDS} words, {case.kind}"
     return [timed_row(name, alternate(_silent(calls), case.seconds, case.turns), work, peak)]
-
-
-def bytes_of_a_token(decoder: nn.Module) -> int:
-    """Bytes of the weights that a decoding step reads; of the embedding it reads one row."""
-    weights = [p for m in decoder.modules() if not isinstance(m, nn.Embedding)
-               for p in m.parameters(recurse=False)]  # fmt: skip
-    return sum(p.numel() * p.element_size() for p in weights)
 
 
 def decode_rows(case: Case, _peak: float, bandwidth: float) -> list[Row]:

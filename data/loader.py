@@ -120,8 +120,8 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches of this rank."""
-        for reason in self.source.bad if self.deal[0] == 0 else ():
-            self._list({"reason": reason})  # which names the row
+        if self.deal[0] == 0:
+            self._list(*({"reason": reason} for reason in self.source.bad))  # which names the row
         samples = self._samples()
         n_rows, capacity = self.cfg.batch_size, self.cfg.max_length
         turn, (rank, world) = 0, self.deal
@@ -202,15 +202,15 @@ class Loader:
         if n_bad > most_bad_rows(n_read(self.source)) or len(self.skipped) == len(self.source):
             raise InputError(f"{n_bad} rows could not be used, the last: {reason}")
 
-    def _list(self, bad: dict) -> None:
-        """A line in skipped.jsonl; what cannot be written is no reason to stop training.
+    def _list(self, *bad: dict) -> None:
+        """A line each in skipped.jsonl; what cannot be written is no reason to stop training.
 
         A run that goes on from before the row was met finds it there.
         """
-        if self.skipped_file is not None:
-            line = json.dumps(bad) + "\n"
+        if self.skipped_file is not None and bad:
+            lines = [json.dumps(row) + "\n" for row in bad]
             with contextlib.suppress(OSError):
                 with open(self.skipped_file, "a+", encoding="utf-8") as file:
                     file.seek(0)
-                    if line not in file:
-                        file.write(line)
+                    known = set(file)
+                    file.writelines(line for line in lines if line not in known)

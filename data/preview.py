@@ -213,7 +213,7 @@ def main(argv: list[str]) -> None:
     if args.sheet.is_dir() or not args.sheet.parent.is_dir():
         raise InputError(f"sheet = {args.sheet}: must be a file in a folder that exists.")
     if unknown := [word for word in rest if word.startswith("--") and "." not in word]:
-        known = ", ".join(flags(Arguments)[1:])
+        known = ", ".join([*flags(Arguments)][1:])
         raise InputError(f"unknown argument {unknown[0]!r}; known are {known}, and train.py's.")
     cfg = parse_run(rest)
     data = replace(cfg.data, source=args.source)

@@ -137,8 +137,7 @@ def load(model: VisionLanguageModel, folder: Path) -> None:
     odd |= {name for name in found.keys() & wanted.keys()
             if found[name].shape != wanted[name].shape}  # fmt: skip
     if odd:
-        odd = sorted(odd)[0]
-        raise InputError(f"{folder / FOLDER}: does not fit this run's adapters, as of {odd}.")
+        raise InputError(f"{folder / FOLDER}: does not fit this run's adapters, as of {min(odd)}.")
     with torch.no_grad():
         for name, tensor in wanted.items():
             tensor.copy_(found[name])

@@ -11,16 +11,26 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
-from configs import InputError, write_whole
+from configs import InputError, json_line, write_whole
 from data.readers import open_rows
 from data.sample import Tokens
 from engine.chat import Chat, Reply
 from models.generation import Sampling
 
-NAMES = ("id", "image", "images", "question", "prompt", "choices")
+NAMES = ("id", "image", "images", "question", "prompt", "choices")  # repeated in an answer
+
+
+class Asked(NamedTuple):
+    """A row of the questions."""
+
+    prompt: str
+    images: list[str]
+    choices: list[str]
+    repeated: dict  # as it reads from the file of answers
 
 
 def answer_file(
@@ -41,24 +51,24 @@ def answer_file(
     """
     rows = open_rows(str(questions))
     asked = [_asked(rows, k) for k in range(len(rows))]
-    done = read_done(out, plain := [_plain(rows[k]) for k in range(len(rows))], run)
+    done = read_done(out, [question.repeated for question in asked], run)
     left = [k for k in range(len(rows)) if k not in done]
-    limited = [k for k in left if asked[k][2] or choices]
-    free = [k for k in left if not (asked[k][2] or choices)]
+    limited = [k for k in left if asked[k].choices or choices]
+    free = [k for k in left if not (asked[k].choices or choices)]
     failed: dict[int, InputError] = {}
     order: list[int] = []  # of the prompts that could be made
     with tqdm(total=len(rows), initial=len(done), unit="row") as bar, _open(out) as file:
 
         def write(k: int, values: dict) -> None:
-            row = done[k] = {**plain[k], **values, "row": k, "run": run}
-            file.write(_line(row))
+            row = done[k] = {**asked[k].repeated, **values, "row": k, "run": run}
+            file.write(json_line(row))
             file.flush()
             bar.update()
 
         def prompts() -> Iterator[Tokens]:
             for k in free:
                 try:
-                    tokens = chat.prompt(*asked[k][:2])
+                    tokens = chat.prompt(asked[k].prompt, asked[k].images)
                 except InputError as error:
                     failed[k] = error
                     bar.update()
@@ -69,9 +79,9 @@ def answer_file(
         for i, reply in chat.replies(prompts(), sampling, stop, n_rows):
             write(order[i], {"answer": reply.text} | (_details(chat, reply) if logprobs else {}))
         for k in limited:
-            offered = asked[k][2] or list(choices)
+            offered = asked[k].choices or list(choices)
             try:
-                shares = chat.choose(chat.prompt(*asked[k][:2]), offered)
+                shares = chat.choose(chat.prompt(asked[k].prompt, asked[k].images), offered)
             except InputError as error:
                 failed[k] = error
                 bar.update()
@@ -85,8 +95,7 @@ def answer_file(
         raise InputError(f"{out}: {n} are not answered, the first: {rows.where(k)}: {error}")
 
 
-def _asked(rows, k: int) -> tuple[str, list[str], list[str]]:
-    """(prompt, picture paths, choices) of a row."""
+def _asked(rows, k: int) -> Asked:
     row = rows[k]
     prompt = row.get("question") or row.get("prompt")
     images = row.get("images") or row.get("image") or []
@@ -98,18 +107,8 @@ def _asked(rows, k: int) -> tuple[str, list[str], list[str]]:
         if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
             kind = "a path or a list of paths" if name == "image" else "a list of texts"
             raise InputError(f"{rows.where(k)}: {name!r} must be {kind}.")
-    return prompt, [str(rows.folder / image) for image in images], choices
-
-
-def _plain(row: dict) -> dict:
-    """What of a row is repeated in its answer, as it reads from there."""
-    return json.loads(json.dumps({n: row[n] for n in NAMES if n in row}, default=str))
-
-
-def _line(row: dict) -> str:
-    """Half a surrogate, which JSON may hold and UTF-8 may not, stays what JSON writes for it."""
-    text = json.dumps(row, ensure_ascii=False) + "\n"
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    repeated = json.loads(json.dumps({n: row[n] for n in NAMES if n in row}, default=str))
+    return Asked(prompt, [str(rows.folder / image) for image in images], choices, repeated)
 
 
 def _details(chat: Chat, reply: Reply) -> dict:
@@ -123,9 +122,8 @@ def _details(chat: Chat, reply: Reply) -> dict:
 def read_done(out: Path, asked: Sequence[dict], run: str) -> dict[int, dict]:
     """Row number -> its line, of an earlier `run`; a torn last line is cut off the file.
 
-    `asked` is what each answer repeats of its question.
-
-    Raises `InputError` where the file holds answers to other questions, or of another model.
+    `asked` is what each answer repeats of its question. Raises `InputError` where the file holds
+    answers to other questions, or of another model.
     """
     if not out.exists():
         return {}
@@ -159,5 +157,5 @@ def _open(out: Path):
 
 def _in_order(out: Path, done: dict[int, dict]) -> None:
     """Rewrite the file in the order of the questions, at once or not at all."""
-    lines = (_line(done[k]) for k in sorted(done))
+    lines = (json_line(done[k]) for k in sorted(done))
     write_whole(out, "".join(lines))

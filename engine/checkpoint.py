@@ -195,6 +195,7 @@ def _flush(folder: Path) -> None:
 
 
 def read_state(folder: Path, mmap: bool = False) -> dict:
+    """All that a checkpoint holds beside its weights; raises `InputError` where it is torn."""
     try:
         return torch.load(folder / STATE, weights_only=True, mmap=mmap)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:

@@ -102,8 +102,6 @@ class Conversation:
         """Answer the prompt `whole`, of which the model sees only what the cache does not hold."""
         model, cfg = self.chat.model, self.chat.processor.cfg
         start = min(n_common(self.cached, whole), len(whole) - 1)
-        if sampling.repetition_penalty != 1:
-            start = 0  # it counts what the model has read, which is then all of it
         n_slots = min(len(whole) + sampling.max_new_tokens, cfg.lm_max_position_embeddings)
         if self.cache is None or self.cache.n_slots < n_slots:
             dtype, old = model.decoder.norm.weight.dtype, self.cache
@@ -113,7 +111,7 @@ class Conversation:
         self.cached = whole[:start]
         n_seen = int((whole[:start] < 0).sum()) // cfg.tokens_per_tile
         new_tiles = np.concatenate(tiles)[n_seen:] if (whole[start:] < 0).any() else tiles[0][:0]
-        ids = np.where(whole < 0, cfg.vlm_image_token_id, whole)[start:]
+        ids = np.where(whole < 0, cfg.vlm_image_token_id, whole)
         ids = torch.from_numpy(ids)[None].to(model.device)  # [1, T]
         pixels = normalise(new_tiles, cfg).to(model.device)
         unfed = whole[start:]

@@ -21,8 +21,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configs import InputError
 
-TOLD_GLIBC = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
-
 
 @dataclass(frozen=True)
 class Dist:
@@ -154,6 +152,11 @@ def setup(parallel: str = "ddp") -> Dist:
     return Dist(rank, world, device, parallel)
 
 
+def told_glibc() -> bool:
+    """Whether the user has said when freed memory goes back."""
+    return bool({"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & set(os.environ))
+
+
 def keep_freed_memory(most: int = 1 << 26) -> None:
     """Tell glibc to reuse the memory of freed tensors of up to `most` bytes.
 
@@ -162,7 +165,7 @@ def keep_freed_memory(most: int = 1 << 26) -> None:
     libraries have no `mallopt`, and then nothing happens; nor where the user has told glibc
     (`MALLOC_TRIM_THRESHOLD_=131072` is how to refuse).
     """
-    if any(name in os.environ for name in TOLD_GLIBC):
+    if told_glibc():
         return
     with contextlib.suppress(AttributeError, OSError):
         libc = ctypes.CDLL(None)
@@ -217,8 +220,7 @@ def settings(device: torch.device, dtype: torch.dtype, compiled: bool) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, {precision}, {blocks}"
     n = torch.get_num_threads()
-    told = any(name in os.environ for name in TOLD_GLIBC)
-    kept = "freed memory as MALLOC_ says" if told else "freed memory kept for the next step"
+    kept = "freed memory as MALLOC_ says" if told_glibc() else "freed memory kept for the next step"
     return f"CPU, {n} thread{'s' * (n > 1)}, {precision}, {blocks}, {kept}"
 
 

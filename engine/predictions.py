@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from configs import InputError, write_whole
+from configs import InputError, json_line, write_whole
 from engine.evaluation import Answered, Item
 
 Found = dict[int, dict[str, str]]  # number of the question -> view -> answer
@@ -106,7 +106,7 @@ def write_all(path: Path, run: str, views: dict[str, Sequence[Answered]]) -> Non
             "views": {view: a.answer for view, a in zip(views, answered)},
             "run": run,
         }
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+        lines.append(json_line(row))
     write_whole(path, "".join(lines))
     for part in parts(path):
         part.unlink()

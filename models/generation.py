@@ -146,13 +146,13 @@ def steps(
 ) -> Iterator[Step]:
     """Yield the next token of every row until all have stopped; pad for rows that had.
 
-    Prompts are [B, T] with padding marked in `attention_mask`. With a `cache` of enough slots they
-    continue its first `start` tokens. Raises ValueError when prompt and answer cannot fit the
-    context.
+    Prompts are [B, T] with padding marked in `attention_mask`. Of a `cache` of enough slots their
+    first `start` tokens are taken as they stand there; `images` are those of the rest. Raises
+    ValueError when prompt and answer cannot fit the context.
     """
     cfg = model.cfg
     rows, lengths = pad_at_end(input_ids, attention_mask, cfg.vlm_pad_token_id)
-    n_new = room_for(cfg, start + int(lengths.max()), sampling.max_new_tokens)
+    n_new = room_for(cfg, int(lengths.max()), sampling.max_new_tokens)
     generator = new_generator(rows.device, sampling.seed)
     if cache is None:
         cache = KVCache(
@@ -161,8 +161,8 @@ def steps(
     seen = None
     if sampling.repetition_penalty != 1:
         seen = seen_tokens(rows, lengths, cfg.lm_vocab_size)
-    logits, positions = model.prefill(rows, images, lengths, cache, start), start + lengths
-    decode = None
+    logits = model.prefill(rows[:, start:], images, lengths - start, cache, start)
+    positions, decode = lengths, None
     done = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
     for step in range(n_new):
         tokens = choose(logits, seen, sampling, generator).masked_fill(done, cfg.vlm_pad_token_id)
@@ -184,12 +184,12 @@ def decoder(
 
     Where somebody listens to the model's modules, they run one by one.
     """
-    is_heard = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    if tokens.device.type == "cuda" and not is_heard:
-        return recorded(model, cache, tokens, positions)
-    if model.compiled_decoder is not None and not is_heard:
-        return model.compiled_decoder(cache)
-    return lambda tokens, positions: model.decode(tokens, positions, cache)
+    on_gpu, is_compiled = tokens.device.type == "cuda", model.compiled_decoder is not None
+    if not (on_gpu or is_compiled) or any(
+        m._forward_hooks or m._forward_pre_hooks for m in model.modules()
+    ):
+        return lambda tokens, positions: model.decode(tokens, positions, cache)
+    return recorded(model, cache, tokens, positions) if on_gpu else model.compiled_decoder(cache)
 
 
 def stream(

@@ -103,7 +103,7 @@ def _read_tokens(config: dict, tokens: dict[str, int], where: str) -> dict:
     missing = ", ".join(token for token in SPECIAL.values() if token not in tokens)
     if missing:
         raise InputError(f"{where}: its tokenizer has no {missing}, which our prompts need.")
-    return {name: tokens[token] for name, token in SPECIAL.items()}
+    return special_ids(tokens)
 
 
 def special_ids(tokens: dict[str, int]) -> dict[str, int]:
