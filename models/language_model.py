@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from configs import LMConfig
 from models.attention import (
@@ -30,7 +29,7 @@ from models.attention import (
 )
 from models.vision_transformer import init_weights
 
-AT_ONCE = 1 << 25  # logits that the loss sees together: 128 MiB of them, and their gradients
+AT_ONCE = 1 << 25  # logits that the loss sees together: 128 MiB of them
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -116,6 +115,20 @@ class LanguageModelGroupedQueryAttention(nn.Module):
         return self.o_proj(out.transpose(1, 2).reshape(B * T, H * C))  # [B * T, D]
 
 
+class _SwiGLU(torch.autograd.Function):
+    """`silu(gate) * up`, of which only the two are kept: autograd would keep silu(gate), too."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
 class LanguageModelMLP(nn.Module):
     """SwiGLU (Shazeer 2020)."""
 
@@ -126,7 +139,9 @@ class LanguageModelMLP(nn.Module):
         self.down_proj = nn.Linear(cfg.lm_inter_dim, cfg.lm_hidden_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)  # [B * T, I]
+        inner = _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate) * up
+        return self.down_proj(inner)
 
 
 class LanguageModelBlock(nn.Module):
@@ -163,6 +178,44 @@ class Context:
             self.rope = rope_tables(freq, positions, like.dtype)  # two of [B, 1, T, C]
         else:
             self.rope = cache.rope(positions)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Summed cross-entropy of `hidden @ weight.T` [N, V], and its gradients while logits are there.
+
+    So no logits are kept, and none are computed again for the backward pass (Hsu et al. 2024,
+    Liger). Of a tied head the embedding's gradient is added to this one, without a third.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, is_learning):
+        of_hidden, of_weight = (is_learning and needed for needed in ctx.needs_input_grad[:2])
+        device = hidden.device.type
+        is_cast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if is_cast else hidden.dtype
+        narrow, most = weight.to(dtype), max(1, AT_ONCE // len(weight))
+        total, to_hidden, to_weight = 0, [], None
+        for part, aims in zip(hidden.to(dtype).split(most), targets[:, None].split(most)):
+            log_p = F.log_softmax(F.linear(part, narrow).float(), -1)  # [n, V]
+            total = total - log_p.gather(1, aims).sum()
+            if not of_hidden and not of_weight:
+                continue
+            grad = log_p.exp_()
+            grad = grad.scatter_add_(1, aims, grad.new_full(aims.shape, -1.0)).to(dtype)
+            if of_hidden:
+                to_hidden.append(grad @ narrow)
+            if of_weight:
+                own = (grad.t() @ part).to(weight.dtype)  # [V, D]
+                to_weight = own if to_weight is None else to_weight.add_(own)
+        ctx.found = torch.cat(to_hidden).to(hidden.dtype) if of_hidden else None, to_weight
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        if ctx.found is None:
+            raise RuntimeError("the loss of a LanguageModel has one backward pass")
+        found, ctx.found = ctx.found, None
+        return *(None if x is None else x.mul_(grad) for x in found), None, None
 
 
 class LanguageModel(nn.Module):
@@ -244,20 +297,11 @@ class LanguageModel(nn.Module):
         """Cross-entropy where `targets` [B, T] are not -100; only those positions meet the head.
 
         `reduction` is "mean" or "sum" as in F.cross_entropy, but without any target the loss is 0,
-        not NaN. Of more than AT_ONCE logits a chunk is held at a time, and computed again in the
-        backward pass. A GPU waits for nothing where `targets` are on the CPU.
+        not NaN. At most AT_ONCE logits are there at a time. One backward pass: what it needs is
+        handed on, not kept. A GPU waits for nothing where `targets` are on the CPU.
         """
         kept = (targets.flatten() != -100).nonzero()[:, 0]
         targets = send(targets.flatten()[kept], hidden.device)
         hidden = hidden.flatten(0, 1).index_select(0, send(kept, hidden.device))
-        most = max(1, AT_ONCE // self.cfg.lm_vocab_size)
-        chunks = list(zip(hidden.split(most), targets.split(most)))  # [most, D], [most]
-        if len(chunks) > 1 and torch.is_grad_enabled():
-            sums = [checkpoint(self._loss_sum, *chunk, use_reentrant=False) for chunk in chunks]
-        else:
-            sums = [self._loss_sum(*chunk) for chunk in chunks]
-        total = sum(sums[1:], sums[0])
+        total = _HeadLoss.apply(hidden, self.head.weight, targets, torch.is_grad_enabled())
         return total / max(1, len(kept)) if reduction == "mean" else total
-
-    def _loss_sum(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self.logits(hidden).float(), targets, reduction="sum")

@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import models.language_model as language_model
 from configs import LMConfig
-from models.language_model import LanguageModel, RMSNorm
+from models.language_model import LanguageModel, LanguageModelMLP, RMSNorm
 from models.pretrained import llama
 from models.pretrained.engine import expand, prefixed, to_ours
 
@@ -186,42 +187,111 @@ def test_loss_without_targets_is_zero(reduction):
         assert p.grad is not None and not p.grad.any(), name
 
 
+class Products(TorchDispatchMode):
+    """Shapes of what matrix products make, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.mm.default:
+            self.shapes.append(tuple(found.shape))
+        return found
+
+
 @torch.no_grad()
-def test_only_supervised_positions_meet_the_head(monkeypatch):
+def test_only_supervised_positions_meet_the_head():
     ours = LanguageModel(LMConfig(**SIZES))
     targets = torch.full((2, 30), -100)
     targets[0, 3], targets[1, 7:9] = 5, 6
-    met = []
-    monkeypatch.setattr(
-        ours.head, "forward", lambda x: met.append(x.shape) or x @ x.new_ones(48, 101)
-    )
-    ours.loss(torch.randn(2, 30, 48), targets)
-    assert met == [(3, 48)]
+    with Products() as met:
+        ours.loss(torch.randn(2, 30, 48), targets)
+    assert met.shapes == [(3, 101)]
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_loss_in_chunks_is_the_loss(reduction, tied, randomise, monkeypatch):
-    """Value and gradients; at most so many logits at a time, forward and backward."""
+    """Value and gradients; at most so many logits at a time, and each computed once."""
     torch.manual_seed(0)
     ours = randomise(LanguageModel(LMConfig(**SIZES, lm_tie_weights=tied)))
     targets = torch.randint(0, 101, (2, 30))
     targets[:, ::3] = -100
-    start, seen, found = torch.randn(2, 30, 48), [], []
-    ours.head.register_forward_hook(lambda _, __, logits: seen.append(logits.numel()))
-    for most in (language_model.AT_ONCE, 101 * 7):
+    start, found = torch.randn(2, 30, 48), []
+    for most, sizes in ((language_model.AT_ONCE, [40]), (101 * 7, 5 * [7] + [5])):
         monkeypatch.setattr(language_model, "AT_ONCE", most)
         hidden = start.clone().requires_grad_()
-        loss = ours.loss(hidden, targets, reduction)
-        loss.backward()
+        with Products() as met:
+            loss = ours.loss(hidden, targets, reduction)
+            loss.backward()
+        assert [shape for shape in met.shapes if shape[1] == 101] == [(n, 101) for n in sizes]
         found.append((loss.detach(), hidden.grad, ours.head.weight.grad.clone()))
         ours.zero_grad()
     for whole, chunks in zip(*found, strict=True):
         torch.testing.assert_close(chunks, whole)
-    assert seen[0] == 101 * 40 and sorted(seen[1:]) == 2 * [101 * 5] + 10 * [101 * 7]
-    with torch.no_grad():
+    with torch.no_grad(), Products() as met:
         torch.testing.assert_close(ours.loss(start, targets, reduction), found[0][0])
-    assert len(seen) == 19, "nothing to compute again without a backward pass"
+    assert len(met.shapes) == 6, "no gradients where nobody asks for any"
+
+
+@pytest.mark.parametrize("frozen", ["head", "hidden"])
+def test_the_loss_of_a_frozen_head(frozen, randomise):
+    """What is not frozen gets its gradient; for what is frozen no product is made."""
+    ours = randomise(LanguageModel(LMConfig(**SIZES, lm_tie_weights=False)))
+    ours.head.requires_grad_(frozen == "hidden")
+    hidden, targets = torch.randn(2, 30, 48, requires_grad=frozen == "head"), token_ids()
+    with Products() as met:
+        ours.loss(hidden, targets).backward()
+    learned = ours.head.weight if frozen == "hidden" else hidden
+    wanted = F.cross_entropy(ours.head(hidden).flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(learned.grad, torch.autograd.grad(wanted, learned)[0])
+    assert len(met.shapes) == 2
+
+
+def test_the_loss_under_autocast_is_that_of_bf16_logits(randomise):
+    ours = randomise(LanguageModel(LMConfig(**SIZES)))
+    hidden, targets = torch.randn(2, 30, 48, requires_grad=True), token_ids()
+    learned, found = (hidden, ours.head.weight), []
+    for loss_of in (
+        lambda: ours.loss(hidden, targets),
+        lambda: F.cross_entropy(ours.head(hidden).float().flatten(0, 1), targets.flatten()),
+    ):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of()
+        found.append((loss.detach(), *torch.autograd.grad(loss, learned)))
+    assert [x.dtype for x in found[0]] == 3 * [torch.float32]
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=0)
+    for mine, other in zip(found[0][1:], found[1][1:], strict=True):
+        error = (mine - other).norm() / other.norm()
+        assert error < 0.01, "both round what they multiply to 8 bits"
+
+
+def test_the_loss_has_one_backward_pass():
+    ours = LanguageModel(LMConfig(**SIZES))
+    loss = ours.loss(torch.randn(2, 30, 48), token_ids())
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward pass"):
+        loss.backward()
+
+
+def test_swiglu_keeps_its_inputs_alone_and_its_gradient_is_autograds(randomise):
+    """Bit for bit: the same operations in another order."""
+    mlp = randomise(LanguageModelMLP(LMConfig(**SIZES)))
+    x, kept, found = torch.randn(5, 48, requires_grad=True), [], []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = mlp(x)
+    wide = {t.data_ptr() for t in kept if t.shape == (5, 72)}
+    assert len(wide) == 3, "gate, up, and what down_proj multiplies"
+    plain = mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
+    for out in (y, plain):
+        found.append(torch.autograd.grad(out.sum(), (x, *mlp.parameters())))
+    assert torch.equal(y, plain)
+    for mine, other in zip(*found, strict=True):
+        assert torch.equal(mine, other)
+    with torch.no_grad():
+        assert torch.equal(mlp(x), y)
 
 
 def test_too_long_is_refused():
