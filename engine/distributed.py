@@ -157,7 +157,7 @@ def told_glibc() -> bool:
     return bool({"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & set(os.environ))
 
 
-def keep_freed_memory(most: int = 1 << 26) -> None:
+def keep_freed_memory(most: int = 1 << 24) -> None:
     """Tell glibc to reuse the memory of freed tensors of up to `most` bytes.
 
     It would hand each back to the kernel and fault it in again on the next step. Larger ones still

@@ -10,7 +10,6 @@ import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +47,8 @@ class Muon(torch.optim.Optimizer):
         """`dtype` is that of the Newton-Schulz products only."""
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype = dtype
+        for p in (p for group in self.param_groups for p in group["params"]):
+            self.state[p]["momentum"] = torch.zeros_like(p)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -58,9 +59,6 @@ class Muon(torch.optim.Optimizer):
                     by_shape[p.shape].append(p)
             for shape, params in by_shape.items():
                 grads = [p.grad for p in params]
-                for p in params:
-                    if "momentum" not in self.state[p]:
-                        self.state[p]["momentum"] = torch.zeros_like(p)
                 buffers = [self.state[p]["momentum"] for p in params]
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
                 steps = torch._foreach_lerp(grads, buffers, group["momentum"])  # Nesterov
@@ -180,8 +178,21 @@ def adamw_in_8_bits(groups: list[dict], betas: tuple[float, float]) -> torch.opt
     return InEightBits(groups, betas=betas)
 
 
-FUSED = partial(torch.optim.AdamW, fused=True)
-ADAMW = {"adamw": FUSED, "muon": FUSED, "adamw8bit": adamw_in_8_bits}
+def fused_adamw(groups: list[dict], betas: tuple[float, float]) -> torch.optim.Optimizer:
+    """torch's AdamW in one pass, with its moments there from the start.
+
+    Made after the first backward pass they would fill the holes that its activations left, for
+    good, and the second would find no room: an eighth more memory on a CPU.
+    """
+    made = torch.optim.AdamW(groups, betas=betas, fused=True)
+    for p in (p for group in made.param_groups for p in group["params"]):
+        step = torch.zeros((), dtype=torch.float32, device=p.device)
+        moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+        made.state[p] = {"step": step, **moments}
+    return made
+
+
+ADAMW = {"adamw": fused_adamw, "muon": fused_adamw, "adamw8bit": adamw_in_8_bits}
 
 
 def build_optimizer(

@@ -162,6 +162,27 @@ def test_adamw_is_torchs(small_model):
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_the_state_is_there_before_the_first_step(small_model, kind):
+    """Made later it would lie among activations; and no step makes any of it anew."""
+    model = small_model()
+    optimizer = build_optimizer(model.parts, TrainConfig(optimizer=kind))
+
+    def places() -> set[int]:
+        return {x.data_ptr() for member in optimizer.members
+                for state in member.state.values() for x in state.values()}  # fmt: skip
+
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    n = [len(member.state) for member in optimizer.members]
+    before = places()
+    assert sum(n) == len(params) and not any(
+        x.any() for m in optimizer.members for state in m.state.values() for x in state.values()
+    )
+    fill(model, 0)
+    optimizer.step()
+    assert places() == before and len(before) > len(params)
+
+
 def test_state_goes_round(small_model):
     model = small_model()
     twin = copy.deepcopy(model)
