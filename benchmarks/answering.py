@@ -22,12 +22,13 @@ import torch
 from configs import PRESETS, DataConfig, InputError, command
 from data.packing import collate_prompts
 from data.sample import Turn
-from engine.chat import Chat, quantize_int8
+from engine.chat import Chat
 from engine.conversation import Conversation
 from engine.distributed import bf16_is_faster, keep_freed_memory
 from engine.evaluation import answer_items, items, mean
 from engine.scoring import bootstrap_interval, paired_difference
 from models.generation import Sampling
+from models.quantized import quantize_int8
 from models.vision_language_model import VisionLanguageModel
 from tasks.world import TASK
 
@@ -138,14 +139,9 @@ def choices(chat: Chat, n: int = 3000) -> None:
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
-    """Bytes of all weights, shared ones once, quantised ones as they are stored."""
-    found = {}
-    for p in model.parameters():
-        parts = [p] if type(p) is torch.nn.Parameter and type(p.data) is torch.Tensor else [
-            getattr(p, name) for name in p.tensor_data_names]  # fmt: skip
-        for part in parts:
-            found[part.untyped_storage().data_ptr()] = part.numel() * part.element_size()
-    return sum(found.values())
+    """Bytes of all weights, quantised ones as they are stored."""
+    tensors = [*model.parameters(), *model.buffers()]  # shared ones once
+    return sum(x.numel() * x.element_size() for x in tensors)
 
 
 def speed(model: VisionLanguageModel, n_new: int) -> float:
@@ -173,8 +169,9 @@ def int8_speed(preset: str, n_new: int = 24, rounds: int = 2) -> None:
         torch.manual_seed(0)
         model = VisionLanguageModel(cfg).eval()
         model = model.bfloat16() if "bf16" in name else model
-        made[name] = quantize_int8(model) if "int8" in name else model
-        found[name] = []
+        if "int8" in name:
+            quantize_int8(model.decoder)
+        made[name], found[name] = model, []
     for _ in range(rounds):
         for name, model in made.items():
             found[name].append(speed(model, n_new))
@@ -189,7 +186,7 @@ def int8_accuracy(checkpoint: str, n: int = 400) -> None:
     asked = items(DataConfig(), "test", n)
     before = [a.score for a in answer_items(chat, asked)]
     size = weight_bytes(chat.model)
-    quantize_int8(chat.model)
+    quantize_int8(chat.model.decoder)
     after = [a.score for a in answer_items(chat, asked)]
     low, high = bootstrap_interval(before)
     found = paired_difference(after, before)

@@ -39,19 +39,6 @@ def open_checkpoint(source: str | Path) -> tuple[VisionLanguageModel, Processor]
     return model, processors.build(model.cfg)  # nanoVLM keeps no tokenizer beside the weights
 
 
-def quantize_int8(model: VisionLanguageModel) -> VisionLanguageModel:
-    """Keep the decoder's matrices as 8-bit integers with a scale per row, for answering alone.
-
-    In place, by torchao. Raises `InputError` where that is not installed.
-    """
-    try:
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
-    except ImportError:
-        raise InputError("quantize = 'int8': needs torchao; run `pip install torchao`.") from None
-    quantize_(model.decoder, Int8WeightOnlyConfig())
-    return model
-
-
 class Piece(NamedTuple):
     """What one token adds to an answer."""
 

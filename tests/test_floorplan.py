@@ -27,6 +27,7 @@ FLOORS: list[list[list[str]]] = [
         ["models.attention", "models.vision_transformer", "models.rollout",
          "models.classifier", "models.language_model",
          "models.modality_projector", "models.recorded", "models.compiled", "models.generation",
+         "models.quantized",
          "models.attention_maps",
          "models.pretrained", *PRETRAINED],
         ["engine.distributed"], ["engine.optim"], ["engine.scoring"],

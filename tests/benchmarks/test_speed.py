@@ -5,7 +5,6 @@ On shapes so small that figures mean nothing here.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 
 import pytest
@@ -71,16 +70,12 @@ def case(run, tmp_path) -> peers.Case:
 
 
 def test_what_is_not_installed_is_said(case, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    (row,) = speed.int8_rows(case, 1.0, 1.0)
-    assert row.ratio is None and "not measured: quantize = 'int8': needs torchao" in row.ours
     monkeypatch.setenv("CXX", "no-such-compiler")
     (row,) = speed.compiled_rows(case, 1.0, 1.0)
     assert row.ratio is None and row.ours == "not measured: torch.compile needs no-such-compiler"
 
 
 def test_eight_bits_stand_beside_all_of_theirs(case):
-    pytest.importorskip("torchao")
     (row,) = speed.int8_rows(case, 1.0, 1.0)
     assert row.ratio[1] <= row.ratio[0] <= row.ratio[2] and row.ours.endswith(" tok/s")
     assert row.share.endswith("%") and "," not in row.share
@@ -91,17 +86,18 @@ def test_a_static_cache_says_the_same(case, monkeypatch):
     made = []
     monkeypatch.setattr(torch, "compile", lambda step, **_: made.append(step) or step)
     monkeypatch.setattr(speed, "lacks_compiler", lambda _: "")
-    row, paid = speed.compiled_rows(case, 1.0, 1.0)
+    row, paid, small = speed.compiled_rows(case, 1.0, 1.0)
     assert row.ratio[0] > 0 and " by the wall; " in paid.ours
-    assert [step.__self__ is case.ours for step in made] == [False]
+    assert small.ratio[0] > 0 and "," in row.share and "," not in small.share
+    assert [step.__self__ is case.ours for step in made] == [False, False]
 
 
 @pytest.mark.slow
 def test_a_compiled_step_says_the_same(case):
     if why := lacks_compiler(torch.device("cpu")):
         pytest.skip(why)
-    row, _ = speed.compiled_rows(case, 1.0, 1.0)
-    assert row.ratio[0] > 0
+    row, _, small = speed.compiled_rows(case, 1.0, 1.0)
+    assert row.ratio[0] > 0 and small.ratio[0] > 0
 
 
 def test_the_peak_of_a_process(run, tmp_path, capsys, monkeypatch):

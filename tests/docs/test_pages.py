@@ -36,7 +36,7 @@ SHORT = {
     "-m benchmarks.digits": "--steps 2 --folds 1",
 }
 TOO_LARGE = ("python -m benchmarks.answering int8 222m",)  # minutes, two gigabytes
-NEEDS = {" int8 ": "torchao", " coco_captions ": "pycocoevalcap"}
+NEEDS = {" coco_captions ": "pycocoevalcap"}
 SCRIPTS = "|".join(path.stem for path in [*ROOT.glob("*.py"), *ROOT.glob("docs/*.py")])
 OURS = re.compile(rf"(python (-m (data|engine|benchmarks)\.|(docs/)?({SCRIPTS})\.py)|torchrun )")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from PIL import Image
 from configs import InputError
 from data.packing import collate
 from data.sample import Sample, Turn
-from engine.chat import Chat, alternatives, answer_text, quantize_int8, speak
+from engine.chat import Chat, alternatives, answer_text, speak
 from models.generation import Sampling, Step
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -198,34 +197,3 @@ def test_a_choice_is_weighed_as_a_whole_answer(chat):
     assert len({round(share, 6) for share in wanted}) > 2
     with pytest.raises(InputError, match="name at least one"):
         chat.choose(tokens, [])
-
-
-# --- 8 bits ---------------------------------------------------------------------------------------
-
-
-def test_eight_bits_are_the_rounded_matrices(small_checkpoint, chat):
-    """Every matrix of the decoder is rounded by its rows, and the answer is that of these."""
-    pytest.importorskip("torchao", reason="torchao is not installed: int8 is not tested")
-    small, by_hand = Chat.load(small_checkpoint), Chat.load(small_checkpoint)
-    assert quantize_int8(small.model) is small.model
-    matrices = {n for n, m in chat.model.named_modules() if isinstance(m, torch.nn.Linear)}
-    decoder = {n for n in matrices if n.startswith(("decoder", "lm_head"))}
-    before, after = (dict(c.model.named_parameters()) for c in (chat, small))
-    rounded = {n for n in before if type(before[n]) is not type(after[n])}
-    assert rounded == {f"{n}.weight" for n in decoder} and decoder
-    for name in rounded:
-        weight, values = before[name].detach(), after[name].dequantize()
-        half = weight.abs().amax(1, keepdim=True) / 127.5 / 2  # of a step of the 255
-        assert ((values - weight).abs() <= half * 1.001).all()
-        by_hand.model.get_parameter(name).data.copy_(values)
-    tokens = chat.prompt(*ASKED[2])
-    whole, eight, plain = (next(iter(c.watch(tokens))).logits for c in (chat, small, by_hand))
-    torch.testing.assert_close(eight, plain, rtol=1e-4, atol=1e-4)
-    assert (eight - whole).norm() > 1e-3 * whole.norm()
-    assert len(small(*ASKED[2], SHORT)) > 0
-
-
-def test_eight_bits_need_torchao(chat, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    with pytest.raises(InputError, match="needs torchao; run `pip install torchao`"):
-        quantize_int8(chat.model)
