@@ -26,9 +26,9 @@ class Int8Linear(nn.Module):
 
     Word i of a row holds columns i, i + K/4, i + K/2 and i + 3K/4, so that one byte of all words
     meets neighbours of x. A compiler makes of that a loop that reads words at the memory's rate and
-    masks, converts, multiplies: what it makes of plain int8 is seven times slower, as it has no
-    vectors of 8 bytes, and of int32 five times, as torch 2.13 loads those through a buffer. Hence
-    words that are stored as float32, which they are not.
+    masks, converts, multiplies. What it makes of plain int8 is twenty times slower, of int32 words
+    five times, as torch 2.13 loads both through a buffer: hence words that are stored as float32,
+    which they are not.
     """
 
     def __init__(self, weight: Tensor):
