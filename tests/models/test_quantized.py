@@ -65,7 +65,7 @@ def test_words_are_never_rounded():
     assert torch.equal(layer.weight, before)
     found = layer(x)
     assert found.dtype == torch.bfloat16
-    wanted = F.linear(x.float(), before)  # rounded twice: the product, and what its scale makes of it
+    wanted = F.linear(x.float(), before)  # rounded twice: before the scale and behind it
     torch.testing.assert_close(found.float(), wanted, rtol=2**-7, atol=0)
 
 
