@@ -39,17 +39,41 @@ def _while_training(block: nn.Module, compiled: Callable[..., Tensor]) -> Callab
     return lambda *args, **named: (compiled if block.training else plain)(*args, **named)
 
 
-def compile_decoding(model: nn.Module, backend: str = "inductor") -> float:
+FEW, WIDE = 8, 1 << 17  # rows and values of a product; of more MKL's are faster than loops
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """[R, K] @ [K, N] as R sums in one loop over b, which is read once.
+
+    MKL takes 1.2 times as long for one row, twice for two. Not of a head and more than two rows:
+    what inductor makes of that is slower, why is not known.
+    """
+    if len(a) > FEW or len(a) * b.shape[1] > WIDE:
+        return NotImplemented  # as it was
+    return torch.stack([(b.t() * row).sum(-1) for row in a.unbind()])  # [R, N]
+
+
+def _by_rows(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+    """inductor, with `_product` in place of products of few rows."""
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.decomposition import select_decomp_table
+
+    aten = torch.ops.aten
+    table = select_decomp_table() | {aten.mm.default: _product}
+    # What several products read is computed once: by default a norm is again for every row of a
+    # matrix whose product is a loop of the compiler's own.
+    once = {"realize_reads_threshold": 1}
+    return compile_fx(graph, inputs, config_patches=once, decompositions=table)
+
+
+def compile_decoding(model: nn.Module, backend: str | Callable = _by_rows) -> float:
     """From here on each token of an answer is one function of `model`, on a CPU; returns seconds.
 
     They pass in here, for one row; the first answer to another number of rows compiles again. Rows
     that are refilled (generation.serve) stay as they are: with many the products outweigh calling
     them, which is what this saves.
     """
-    # What several products read is computed once: by default a norm is again for every row of a
-    # matrix whose product is a loop of the compiler's own, as 8-bit ones are (quantized.py).
-    options = {"realize_reads_threshold": 1} if backend == "inductor" else None
-    step = torch.compile(model.decode, fullgraph=True, backend=backend, options=options)
+    step = torch.compile(model.decode, fullgraph=True, backend=backend)
 
     def decoder(cache: KVCache) -> Callable[[Tensor, Tensor], Tensor]:
         static = StaticCache(cache)

@@ -86,8 +86,8 @@ def test_a_static_cache_says_the_same(case, monkeypatch):
     made = []
     monkeypatch.setattr(torch, "compile", lambda step, **_: made.append(step) or step)
     monkeypatch.setattr(speed, "lacks_compiler", lambda _: "")
-    row, paid, small = speed.compiled_rows(case, 1.0, 1.0)
-    assert row.ratio[0] > 0 and " by the wall; " in paid.ours
+    row, paid, eight, small = speed.compiled_rows(case, 1.0, 1.0)
+    assert row.ratio[0] > 0 and eight.ratio[0] > 0 and " by the wall; " in paid.ours
     assert small.ratio[0] > 0 and "," in row.share and "," not in small.share
     assert [step.__self__ is case.ours for step in made] == [False, False]
 
@@ -96,8 +96,8 @@ def test_a_static_cache_says_the_same(case, monkeypatch):
 def test_a_compiled_step_says_the_same(case):
     if why := lacks_compiler(torch.device("cpu")):
         pytest.skip(why)
-    row, _, small = speed.compiled_rows(case, 1.0, 1.0)
-    assert row.ratio[0] > 0 and small.ratio[0] > 0
+    row, _, eight, small = speed.compiled_rows(case, 1.0, 1.0)
+    assert row.ratio[0] > 0 and eight.ratio[0] > 0 and small.ratio[0] > 0
 
 
 def test_the_peak_of_a_process(run, tmp_path, capsys, monkeypatch):

@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 from configs import TrainConfig, ViTConfig
 from engine import adapters
 from models import attention
+from models import compiled as compiled_models
 from models.attention import KVCache
 from models.classifier import Classifier
 from models.compiled import compile_blocks, compile_decoding
@@ -155,6 +156,20 @@ def assert_said_the_same(plain: list, made: list) -> None:
     for a, b in zip(plain, made, strict=True):
         assert a.tokens.tolist() == b.tokens.tolist()
         torch.testing.assert_close(a.logits, b.logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_a_product_in_loops_is_the_product(rows):
+    a, b = torch.randn(rows, 48), torch.randn(20, 48).t()
+    torch.testing.assert_close(compiled_models._product(a, b), a @ b)
+
+
+def test_products_of_many_rows_stay_as_they_are(monkeypatch):
+    b = torch.randn(20, 48).t()
+    assert compiled_models._product(torch.randn(9, 48), b) is NotImplemented
+    monkeypatch.setattr(compiled_models, "WIDE", 50)
+    assert compiled_models._product(torch.randn(3, 48), b) is NotImplemented
+    assert compiled_models._product(torch.randn(2, 48), b) is not NotImplemented
 
 
 def test_one_step_is_compiled_for_answers_of_every_length(decoding, make_sample):
