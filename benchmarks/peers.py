@@ -133,6 +133,6 @@ def their_words(
 
 def bytes_of_a_token(decoder: nn.Module) -> int:
     """Bytes of the weights that a decoding step reads; of the embedding it reads one row."""
-    weights = [p for m in decoder.modules() if not isinstance(m, nn.Embedding)
-               for p in m.parameters(recurse=False)]  # fmt: skip
-    return sum(p.numel() * p.element_size() for p in weights)
+    weights = [x for m in decoder.modules() if not isinstance(m, nn.Embedding)
+               for x in (*m.parameters(recurse=False), *m.buffers(recurse=False))]  # fmt: skip
+    return sum(x.numel() * x.element_size() for x in weights)

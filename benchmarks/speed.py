@@ -188,6 +188,11 @@ def speak(case: Case, n_rows: int, n_new: int) -> dict[str, Callable[[], tuple[T
     return {"ours": ours, "theirs": theirs}
 
 
+def seconds_of(calls: dict[str, Callable]) -> dict[str, Callable[[], float]]:
+    """The same calls of `speak` without what is said."""
+    return {name: lambda call=call: call()[1] for name, call in calls.items()}
+
+
 def agree_greedy(case: Case, calls: dict[str, Callable]) -> None:
     ours, theirs = calls["ours"]()[0], calls["theirs"]()[0]
     if ours.shape != theirs.shape or (case.kind == "fp32" and not torch.equal(ours, theirs)):
@@ -209,8 +214,7 @@ def decode_rows(case: Case, _peak: float, bandwidth: float) -> list[Row]:
     for n_rows in (1, 8):
         calls = speak(case, n_rows, SAID)
         agree_greedy(case, calls)
-        said = {k: lambda c=c: c()[1] for k, c in calls.items()}
-        times = alternate(said, case.seconds, case.turns)
+        times = alternate(seconds_of(calls), case.seconds, case.turns)
         work = n_bytes * (SAID - 1)
         name = f"decode, {n_rows} row{'s' * (n_rows > 1)}, {case.kind}"
         rows.append(timed_row(name, times, work, bandwidth, n_rows * (SAID - 1)))
@@ -224,19 +228,18 @@ def rounded(case: Case) -> VisionLanguageModel:
     return model
 
 
-def int8_row(case: Case, name: str, said: dict[str, Callable], bandwidth: float) -> Row:
+def int8_row(case: Case, name: str, ours: VisionLanguageModel, bandwidth: float) -> Row:
     """Beside theirs as they are, which read more."""
-    matrices = [m.weight.numel() for m in case.ours.decoder.modules() if isinstance(m, nn.Linear)]
-    times = alternate(said, case.seconds, case.turns)
-    row = timed_row(name, times, sum(matrices) * (SAID - 1), bandwidth, SAID - 1)
+    calls = speak(replace(case, ours=ours), 1, SAID)
+    times = alternate(seconds_of(calls), case.seconds, case.turns)
+    work = bytes_of_a_token(ours.decoder) * (SAID - 1)
+    row = timed_row(name, times, work, bandwidth, SAID - 1)
     return replace(row, share=row.share.split(",")[0])
 
 
 def int8_rows(case: Case, _peak: float, bandwidth: float) -> list[Row]:
     case.theirs.eval()
-    calls = speak(replace(case, ours=rounded(case)), 1, SAID)
-    said = {k: lambda c=c: c()[1] for k, c in calls.items()}
-    return [int8_row(case, f"decode, 1 row, int8 beside {case.kind}", said, bandwidth)]
+    return [int8_row(case, f"decode, 1 row, int8 beside {case.kind}", rounded(case), bandwidth)]
 
 
 def compiled_rows(case: Case, _peak: float, bandwidth: float) -> list[Row]:
@@ -249,22 +252,19 @@ def compiled_rows(case: Case, _peak: float, bandwidth: float) -> list[Row]:
     warm_up = compile_decoding(made)
     calls = speak(replace(case, ours=made), 1, SAID) | {"plain": speak(case, 1, SAID)["ours"]}
     agree_greedy(case, calls)
-    said = {k: lambda c=c: c()[1] for k, c in calls.items()}
-    times = alternate(said, case.seconds, case.turns)
+    times = alternate(seconds_of(calls), case.seconds, case.turns)
     saved = (times["plain"].median - times["ours"].median) / (SAID - 1)
     after = f"pays back after {warm_up / saved:,.0f} tokens" if saved > 0 else "never pays back"
     work = bytes_of_a_token(case.ours.decoder) * (SAID - 1)
     calls = speak(replace(case, ours=made), 8, SAID)
     agree_greedy(case, calls)
-    eight = alternate({k: lambda c=c: c()[1] for k, c in calls.items()}, case.seconds, case.turns)
+    eight = alternate(seconds_of(calls), case.seconds, case.turns)
     small = rounded(case)
     compile_decoding(small)
-    said["ours"] = lambda c=speak(replace(case, ours=small), 1, SAID)["ours"]: c()[1]
-    del said["plain"]
     return [timed_row(name, times, work, bandwidth, SAID - 1),
             Row("compiling that step", f"{readable(warm_up)} by the wall; {after}"),
             timed_row("the same of 8 rows", eight, work, bandwidth, 8 * (SAID - 1)),
-            int8_row(case, f"the same in int8 beside {case.kind}", said, bandwidth)]  # fmt: skip
+            int8_row(case, f"the same in int8 beside {case.kind}", small, bandwidth)]  # fmt: skip
 
 
 def memory_rows(case: Case, _peak: float, _bandwidth: float) -> list[Row]:

@@ -47,8 +47,9 @@ class Muon(torch.optim.Optimizer):
         """`dtype` is that of the Newton-Schulz products only."""
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype = dtype
-        for p in (p for group in self.param_groups for p in group["params"]):
-            self.state[p]["momentum"] = torch.zeros_like(p)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -182,13 +183,14 @@ def fused_adamw(groups: list[dict], betas: tuple[float, float]) -> torch.optim.O
     """torch's AdamW in one pass, with its moments there from the start.
 
     Made after the first backward pass they would fill the holes that its activations left, for
-    good, and the second would find no room: an eighth more memory on a CPU.
+    good, and the second would find no room: 120 MiB more of 222m's 4,570 on a CPU.
     """
     made = torch.optim.AdamW(groups, betas=betas, fused=True)
-    for p in (p for group in made.param_groups for p in group["params"]):
-        step = torch.zeros((), dtype=torch.float32, device=p.device)
-        moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-        made.state[p] = {"step": step, **moments}
+    for group in made.param_groups:
+        for p in group["params"]:
+            step = torch.zeros((), dtype=torch.float32, device=p.device)
+            moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+            made.state[p] = {"step": step, **moments}
     return made
 
 

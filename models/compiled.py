@@ -15,6 +15,8 @@ from models import attention
 from models.attention import KVCache
 from models.recorded import StaticCache
 
+FEW, WIDE = 8, 1 << 17  # rows and values of a product; of more MKL's are faster than loops
+
 
 def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
     """Compile the blocks of all parts, in place: no name changes.
@@ -39,9 +41,6 @@ def _while_training(block: nn.Module, compiled: Callable[..., Tensor]) -> Callab
     return lambda *args, **named: (compiled if block.training else plain)(*args, **named)
 
 
-FEW, WIDE = 8, 1 << 17  # rows and values of a product; of more MKL's are faster than loops
-
-
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """[R, K] @ [K, N] as R sums in one loop over b, which is read once.
 
@@ -58,8 +57,7 @@ def _by_rows(graph: torch.fx.GraphModule, inputs: list) -> Callable:
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table
 
-    aten = torch.ops.aten
-    table = select_decomp_table() | {aten.mm.default: _product}
+    table = select_decomp_table() | {torch.ops.aten.mm.default: _product}
     # What several products read is computed once: by default a norm is again for every row of a
     # matrix whose product is a loop of the compiler's own.
     once = {"realize_reads_threshold": 1}
