@@ -9,6 +9,7 @@ of its time is disturbed, and each table says how many were.
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import platform
 import re
@@ -23,7 +24,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from configs import InputError
 
@@ -129,26 +130,50 @@ def read_bandwidth(device: torch.device, seconds: float = 1.0) -> float:
     return 4 * x.numel() / min(times.seconds)
 
 
-def _forward(q, k, v, *_args, **_options) -> int:
-    return sdpa_flop_count(q, k, v)
+def _forward(q, k, *_args, **_options) -> int:
+    return 4 * math.prod(q) * k[-2]  # two products of [S, C] a head of the queries
 
 
-def _backward(_grad, q, k, v, *_args, **_options) -> int:
-    return sdpa_flop_count(q, k, v) * 5 // 2  # 5 products for the forward's 2, one of them again
+def _backward(_grad, q, k, *_args, **_options) -> int:
+    return _forward(q, k) * 5 // 2  # 5 products for the forward's 2, one of them again
 
 
-ATTENTION = {  # torch counts the kernels of GPUs only
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _forward,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
-}
+def _bounded(q, _k, _v, bounds, *_args, **_options) -> int:
+    return 4 * q[0].numel() * int(bounds.diff().square().sum())
+
+
+def _bounded_backward(_grad, q, _k, _v, _out, _lse, bounds, *_args, **_options) -> int:
+    return _bounded(q, _k, _v, bounds) * 5 // 2
+
+
+_bounded._get_raw = _bounded_backward._get_raw = True  # FlopCounterMode: tensors, not shapes
+KERNELS = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+
+
+def attention_formulas() -> dict:
+    """Of every kernel of attention, as torch counts some wrongly, and some not at all.
+
+    Grouped queries, which torch 2.11 refuses; a CPU's kernel; segments of any length.
+    """
+    from torch.nn.attention import varlen  # noqa: F401, as it makes the last two
+
+    names = [f"_scaled_dot_product_{kernel}" for kernel in KERNELS]
+    aten, bounded = torch.ops.aten, torch.ops.torch_attn
+    return {
+        **{getattr(aten, name): _forward for name in names},
+        **{getattr(aten, f"{name}_backward"): _backward for name in names},
+        bounded._varlen_attn: _bounded,
+        bounded._varlen_attn_backward: _bounded_backward,
+    }
 
 
 def count(call: Callable[[], object]) -> tuple[int, int]:
     """(FLOPs of all products, of attention's alone); half of causal attention counts, too."""
-    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
+    formulas = attention_formulas()
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         call()
     by_kind = counter.get_flop_counts().get("Global", {})
-    return counter.get_total_flops(), sum(n for op, n in by_kind.items() if "scaled_dot" in str(op))
+    return counter.get_total_flops(), sum(n for op, n in by_kind.items() if op in formulas)
 
 
 # --- The page -----------------------------------------------------------------------------------

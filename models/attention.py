@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -27,14 +27,23 @@ from configs import LMConfig
 
 
 @cache
-def memory(device: torch.device) -> float:
-    """Bytes of a device, of the machine for the CPU; infinite where the system does not tell."""
+def room(device: torch.device) -> float:
+    """Bytes that may be kept for a backward pass; infinite where the system does not tell.
+
+    An eighth of the machine's memory; half of a GPU's, which nobody else needs.
+    """
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
+        return torch.cuda.get_device_properties(device).total_memory / 2
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 8
     except (AttributeError, ValueError, OSError):  # not POSIX
         return math.inf
+
+
+def computes_in(like: Tensor) -> torch.dtype:
+    """The dtype in which matrices meet `like`: autocast's where that is on."""
+    kind = like.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
 
 
 def run_blocks(
@@ -47,13 +56,12 @@ def run_blocks(
     """x [..., D] through every block.
 
     What the backward pass needs is computed again then (Chen et al. 2016) with `checkpointing`, and
-    where keeping it would take more than an eighth of the memory: about 8 tensors as wide as x and
-    4 as wide as the MLP, of every block. Results are the same, dropout too; a step takes a third
-    longer.
+    where keeping it would take more room than there is: about 8 tensors as wide as x and 4 as wide
+    as the MLP, of every block. Results are the same, dropout too; a step takes a third longer.
     """
-    kept = len(blocks) * x[..., 0].numel() * (8 * x.shape[-1] + 4 * inter_dim) * x.element_size()
+    n_values = len(blocks) * x[..., 0].numel() * (8 * x.shape[-1] + 4 * inter_dim)
     learns = training and torch.is_grad_enabled()
-    again = learns and (checkpointing or kept > memory(x.device) / 8)
+    again = learns and (checkpointing or n_values * computes_in(x).itemsize > room(x.device))
     for block in blocks:
         x = checkpoint(block, x, use_reentrant=False) if again else block(x)
     return x
@@ -115,7 +123,7 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin, 1)
+        return _rotate(x, cos, sin, 1).detach()  # see _SwiGLU
 
     @staticmethod
     def backward(ctx, grad):
@@ -154,6 +162,7 @@ class SegmentBounds:
 
     bounds: Tensor  # [segments + 1] int32, where each starts among the B * T tokens, and B * T
     longest: int
+    kernel: Callable[..., Tensor]
 
 
 def find_segments(segments: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,7 +182,7 @@ def find_segments(segments: Tensor) -> tuple[Tensor, Tensor]:
 def bound_segments(segments: Tensor, device: torch.device) -> SegmentBounds:
     starts, lengths = find_segments(segments)
     bounds = F.pad(starts, (0, 1), value=segments.numel()).int()
-    return SegmentBounds(send(bounds, device), int(lengths.max()))
+    return SegmentBounds(send(bounds, device), int(lengths.max()), bounded_kernel())
 
 
 def plan_segments(segments: Tensor, device: torch.device) -> SegmentPlan:
@@ -211,16 +220,15 @@ def takes_bounds(cfg: LMConfig, device: torch.device, dtype: torch.dtype) -> boo
         return False
     if cfg.lm_head_width % 8 or cfg.lm_head_width > 256:
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0) and _bounded_kernel() is not None
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-@cache
-def _bounded_kernel() -> Callable[..., Tensor] | None:
-    """`varlen_attn`, where it has the arguments that it has in torch 2.12."""
+def bounded_kernel() -> Callable[..., Tensor]:
+    """`varlen_attn`, told of grouped queries where it asks: torch 2.11's takes them as they are."""
     from torch.nn.attention.varlen import varlen_attn  # imports torch.compile's half of torch
 
-    names = inspect.signature(varlen_attn).parameters
-    return varlen_attn if {"window_size", "enable_gqa"} <= names.keys() else None
+    asks = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return partial(varlen_attn, enable_gqa=True) if asks else varlen_attn
 
 
 def plan_for(cfg: LMConfig, segments: Tensor, like: Tensor) -> SegmentPlan | SegmentBounds:
@@ -228,11 +236,8 @@ def plan_for(cfg: LMConfig, segments: Tensor, like: Tensor) -> SegmentPlan | Seg
 
     A GPU waits for nothing where `segments` are on the CPU.
     """
-    kind = like.device.type
-    is_cast = torch.is_autocast_enabled(kind)
-    dtype = torch.get_autocast_dtype(kind) if is_cast else like.dtype
-    plan = bound_segments if takes_bounds(cfg, like.device, dtype) else plan_segments
-    return plan(segments, like.device)
+    is_bounded = takes_bounds(cfg, like.device, computes_in(like))
+    return (bound_segments if is_bounded else plan_segments)(segments, like.device)
 
 
 class _Take(torch.autograd.Function):
@@ -283,13 +288,11 @@ def _attend_segments(q: Tensor, k: Tensor, v: Tensor, plan: SegmentPlan, dropout
 
 
 def _attend_bounds(q: Tensor, k: Tensor, v: Tensor, plan: SegmentBounds) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
     B, H, T, C = q.shape
     flat = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B*T, H, C]
     bounds, longest = (plan.bounds, plan.bounds), (plan.longest, plan.longest)  # of q, of k
     causal = (-1, 0)  # everything before, nothing behind
-    out = varlen_attn(*flat, *bounds, *longest, window_size=causal, enable_gqa=k.shape[1] != H)
+    out = plan.kernel(*flat, *bounds, *longest, window_size=causal)
     return out.view(B, T, H, C).transpose(1, 2)  # [B, H, T, C]
 
 

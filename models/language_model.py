@@ -21,6 +21,7 @@ from models.attention import (
     KVCache,
     apply_rope,
     attend,
+    computes_in,
     plan_for,
     rope_frequencies,
     rope_tables,
@@ -121,7 +122,9 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        # torch 2.11's compiler goes back through what was done in place, unless detached, not by
+        # our backward.
+        return F.silu(gate).mul_(up).detach()
 
     @staticmethod
     def backward(ctx, grad):
@@ -190,10 +193,8 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, is_learning):
         of_hidden, of_weight = (is_learning and needed for needed in ctx.needs_input_grad[:2])
-        device = hidden.device.type
-        is_cast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if is_cast else hidden.dtype
-        narrow, most = weight.to(dtype), max(1, AT_ONCE // len(weight))
+        dtype, most = computes_in(hidden), max(1, AT_ONCE // len(weight))
+        narrow = weight.to(dtype)
         total, to_hidden, to_weight = 0, [], None
         for part, aims in zip(hidden.to(dtype).split(most), targets[:, None].split(most)):
             log_p = F.log_softmax(F.linear(part, narrow).float(), -1)  # [n, V]

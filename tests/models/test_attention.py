@@ -276,8 +276,8 @@ def test_recomputed_blocks_give_the_same_gradients(fields, small_model, make_sam
     runs, found = [], []
     for block in (*model.vision_encoder.blocks, *model.decoder.blocks):
         block.register_forward_pre_hook(lambda *_: runs.append(1))
-    for bytes_of_the_machine in (math.inf, 0):
-        monkeypatch.setattr(attention, "memory", lambda device, n=bytes_of_the_machine: n)
+    for n_bytes in (math.inf, 0):
+        monkeypatch.setattr(attention, "room", lambda device, n=n_bytes: n)
         runs.clear()
         _, loss = model(ids[None], images, targets=ids[None])
         loss.backward()
@@ -286,7 +286,7 @@ def test_recomputed_blocks_give_the_same_gradients(fields, small_model, make_sam
     (once, *kept), (twice, *again) = found
     assert (once, twice) == (5, 10)
     assert all(torch.equal(a, b) for a, b in zip(kept, again))
-    monkeypatch.setattr(attention, "memory", lambda device: 0)
+    monkeypatch.setattr(attention, "room", lambda device: 0)
     runs.clear()
     with torch.no_grad():
         model(ids[None], images)
@@ -336,5 +336,5 @@ def test_a_part_that_is_asked_to_keeps_less_and_learns_the_same(small_config, pa
     assert less < {("vision",): 0.85, ("language",): 0.75, PARTS: 0.4}[parts] * whole
 
 
-def test_memory_of_this_machine():
-    assert 2**28 < attention.memory(torch.device("cpu")) < 2**45
+def test_room_on_this_machine():
+    assert 2**28 < attention.room(torch.device("cpu")) < 2**45

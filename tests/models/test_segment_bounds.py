@@ -5,16 +5,15 @@ Without a GPU, a mask stands for the kernel.
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import varlen
 
 from configs import LMConfig
 from data.sample import Batch
 from models import attention
-from models.attention import attend, bound_segments, plan_for, takes_bounds
+from models.attention import attend, bound_segments, bounded_kernel, plan_for, takes_bounds
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -59,12 +58,15 @@ def test_who_takes_bounds(monkeypatch):
     for fields in (dict(lm_dropout=0.1), dict(lm_hidden_dim=24), dict(lm_hidden_dim=1024)):
         changed = LMConfig(**(dict(lm_hidden_dim=64, lm_n_heads=2, lm_n_kv_heads=1) | fields))
         assert not takes_bounds(changed, GPU, torch.bfloat16), fields
-    monkeypatch.setattr(inspect, "signature", lambda _: inspect.Signature())  # torch 2.10
-    attention._bounded_kernel.cache_clear()
-    assert not takes_bounds(cfg, GPU, torch.bfloat16)
-    attention._bounded_kernel.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     assert not takes_bounds(cfg, GPU, torch.bfloat16)
+
+
+def test_grouped_queries_are_named_to_a_kernel_that_asks(monkeypatch):
+    monkeypatch.setattr(varlen, "varlen_attn", lambda *, window_size, enable_gqa: enable_gqa)
+    assert bounded_kernel()(window_size=(-1, 0))
+    monkeypatch.setattr(varlen, "varlen_attn", lambda *, window_size: "torch 2.11")
+    assert bounded_kernel()(window_size=(-1, 0)) == "torch 2.11"
 
 
 def test_matrices_in_bf16_decide_not_the_hidden_states(monkeypatch):
