@@ -79,7 +79,7 @@ class Arguments:
     quantize: Literal["no", "int8"] = "no"
     """int8: hold the decoder's matrices in 8 bits; with --compile, three times as fast."""
     compile: bool = False
-    """Compile the step that makes a token, on a CPU (needs g++): it takes seconds at the start."""
+    """Compile the step that makes a token (needs g++, on a GPU gcc): seconds at the start."""
     device: str = "cpu"
     """cpu, cuda, mps."""
 
@@ -166,7 +166,7 @@ def unused(args: Arguments) -> dict[str, str]:
 def compile_step(chat: Chat) -> None:
     """Compile, and say how long that took; `InputError` where it cannot be."""
     device = chat.model.device
-    why = lacks_compiler(device) if device.type == "cpu" else f"a CPU's, and this is {device.type}"
+    why = lacks_compiler(device) if device.type in ("cpu", "cuda") else f"not for {device.type}"
     if why:
         raise InputError(f"compile: {why}; leave it out.")
     from torch._dynamo.exc import BackendCompilerFailed  # takes a second

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from models import attention
 from models.attention import KVCache
-from models.recorded import StaticCache
+from models.recorded import StaticCache, recorded
 
-FEW, WIDE = 8, 1 << 17  # rows and values of a product; of more MKL's are faster than loops
+FEW = 8  # rows of a product; of more MKL's are faster than loops
 
 
 def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
@@ -42,13 +42,13 @@ def _while_training(block: nn.Module, compiled: Callable[..., Tensor]) -> Callab
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """[R, K] @ [K, N] as R sums in one loop over b, which is read once.
-
-    MKL takes 1.2 times as long for one row, twice for two. Not of a head and more than two rows:
-    what inductor makes of that is slower, why is not known.
-    """
-    if len(a) > FEW or len(a) * b.shape[1] > WIDE:
+    """[R, K] @ [K, N] as R sums in one loop over b, which is read once: half of MKL's time."""
+    if len(a) > FEW:
         return NotImplemented  # as it was
+    from torch._inductor.inductor_prims import force_stride_order
+
+    # Computed once: else what makes a, a norm say, would be made again for every row of the matrix.
+    a = force_stride_order(a, a.stride())
     return torch.stack([(b.t() * row).sum(-1) for row in a.unbind()])  # [R, N]
 
 
@@ -58,25 +58,26 @@ def _by_rows(graph: torch.fx.GraphModule, inputs: list) -> Callable:
     from torch._inductor.decomposition import select_decomp_table
 
     table = select_decomp_table() | {torch.ops.aten.mm.default: _product}
-    # What several products read is computed once: by default a norm is again for every row of a
-    # matrix whose product is a loop of the compiler's own.
-    once = {"realize_reads_threshold": 1}
-    return compile_fx(graph, inputs, config_patches=once, decompositions=table)
+    return compile_fx(graph, inputs, decompositions=table)
 
 
-def compile_decoding(model: nn.Module, backend: str | Callable = _by_rows) -> float:
-    """From here on each token of an answer is one function of `model`, on a CPU; returns seconds.
+def compile_decoding(model: nn.Module, backend: str | Callable | None = None) -> float:
+    """From here on each token of an answer is one function of `model`; returns seconds.
 
-    They pass in here, for one row; the first answer to another number of rows compiles again. Rows
-    that are refilled (generation.serve) stay as they are: with many the products outweigh calling
-    them, which is what this saves.
+    They pass in here, for one row; the first answer to another number of rows compiles again. A GPU
+    records what was compiled. Rows that are refilled (generation.serve) stay as they are: with many
+    the products outweigh calling them, which is what this saves.
     """
+    on_cpu = model.device.type == "cpu"
+    backend = backend or (_by_rows if on_cpu else "inductor")
     step = torch.compile(model.decode, fullgraph=True, backend=backend)
 
-    def decoder(cache: KVCache) -> Callable[[Tensor, Tensor], Tensor]:
-        static = StaticCache(cache)
+    def decoder(cache: KVCache, tokens: Tensor, positions: Tensor) -> Callable[..., Tensor]:
         for x in (*cache.k, *cache.v, *cache.turns):
             torch._dynamo.mark_dynamic(x, 2)  # slots: one function for caches of every length
+        if not on_cpu:
+            return recorded(step, cache, tokens, positions)
+        static = StaticCache(cache)
         return lambda tokens, positions: step(tokens, positions, static)
 
     model.compiled_decoder, start = decoder, time.perf_counter()
@@ -84,5 +85,5 @@ def compile_decoding(model: nn.Module, backend: str | Callable = _by_rows) -> fl
         cache = KVCache(model.cfg, 1, 64, model.device, model.decoder.norm.weight.dtype)
         # Two tensors, as later: of one that is both a function of its own would be made.
         token, position = torch.zeros(2, 1, dtype=torch.long, device=model.device)
-        decoder(cache)(token, position)
+        decoder(cache, token, position)(token, position)
     return time.perf_counter() - start

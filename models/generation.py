@@ -189,7 +189,9 @@ def decoder(
         m._forward_hooks or m._forward_pre_hooks for m in model.modules()
     ):
         return lambda tokens, positions: model.decode(tokens, positions, cache)
-    return recorded(model, cache, tokens, positions) if on_gpu else model.compiled_decoder(cache)
+    if is_compiled:
+        return model.compiled_decoder(cache, tokens, positions)
+    return recorded(model.decode, cache, tokens, positions)
 
 
 def stream(

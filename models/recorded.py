@@ -51,14 +51,18 @@ def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
 
 
 def recorded(
-    model, cache: KVCache, tokens: Tensor, positions: Tensor
+    step: Callable[[Tensor, Tensor, KVCache], Tensor],
+    cache: KVCache,
+    tokens: Tensor,
+    positions: Tensor,
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """`model.decode` over `cache`: (tokens [B], positions [B]) -> logits [B, V], one launch a call.
+    """`step`, a model's `decode` or what a compiler made of it, over `cache`, as one launch a call.
 
-    `tokens` and `positions` are those of the first call: what is recorded writes them to the cache.
+    (tokens [B], positions [B]) -> logits [B, V]. `tokens` and `positions` are those of the first
+    call: what is recorded writes them to the cache.
     """
     static, tokens, positions = StaticCache(cache), tokens.clone(), positions.clone()
-    replay, logits = capture(lambda: model.decode(tokens, positions, static))
+    replay, logits = capture(lambda: step(tokens, positions, static))
 
     def decode(next_tokens: Tensor, next_positions: Tensor) -> Tensor:
         tokens.copy_(next_tokens)

@@ -164,12 +164,8 @@ def test_a_product_in_loops_is_the_product(rows):
     torch.testing.assert_close(compiled_models._product(a, b), a @ b)
 
 
-def test_products_of_many_rows_stay_as_they_are(monkeypatch):
-    b = torch.randn(20, 48).t()
-    assert compiled_models._product(torch.randn(9, 48), b) is NotImplemented
-    monkeypatch.setattr(compiled_models, "WIDE", 50)
-    assert compiled_models._product(torch.randn(3, 48), b) is NotImplemented
-    assert compiled_models._product(torch.randn(2, 48), b) is not NotImplemented
+def test_products_of_many_rows_stay_as_they_are():
+    assert compiled_models._product(torch.randn(9, 48), torch.randn(48, 20)) is NotImplemented
 
 
 def test_one_step_is_compiled_for_answers_of_every_length(decoding, make_sample):
