@@ -2,6 +2,7 @@
 
 python -m benchmarks.gpu 222m 460m qwen3           writes a block a preset into docs/benchmarks.md
 python -m benchmarks.gpu 222m --off-the-record     prints alone
+python -m benchmarks.gpu 222m --kernels 20         shows what a step of training spends its time on
 
 Rows of one preset: the best batch (doubled until memory or speed ends), its share of the matrix
 rate measured in the same call, tokens and images per second, peak memory; decoding at 1 and 64 rows
@@ -15,13 +16,16 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.peers import (
     agree,
@@ -41,6 +45,7 @@ from benchmarks.timing import (
     count,
     matmul_peak,
     read_bandwidth,
+    synchronise,
     where,
     write_block,
 )
@@ -49,7 +54,7 @@ from data.packing import collate
 from engine.distributed import autocast, compiles, fast_dtype, setup
 from engine.optim import build_optimizer
 from models.checkpoint_files import misfit
-from models.compiled import compile_blocks
+from models.compiled import compile_blocks, compile_decoding
 from models.generation import Sampling, steps
 from models.vision_language_model import VisionLanguageModel
 
@@ -99,11 +104,11 @@ def padded_step(run: RunConfig, model: nn.Module, device: torch.device, n_rows: 
 
 
 def best_batch(
-    make: Callable, run: RunConfig, model: nn.Module, device: torch.device, most: int
+    make: Callable, run: RunConfig, model: nn.Module, device: torch.device, least: int, most: int
 ) -> dict[str, float]:
     """Double the rows until memory ends or speed gains less than 3 %: the best, {} if none fits."""
     best: dict = {}
-    for n_rows in (1 << i for i in range(int(math.log2(most)) + 1)):
+    for n_rows in (least << i for i in range(int(math.log2(most / least)) + 1)):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         try:
@@ -136,10 +141,12 @@ def one_by_one(model: nn.Module) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def decode(model: VisionLanguageModel, device: torch.device, n_rows: int) -> tuple[float, float]:
-    """Seconds of a step of greedy decoding after a picture and a few words: as it is, one by one.
+def decode(
+    model: VisionLanguageModel, device: torch.device, n_rows: int, compiling: bool
+) -> dict[str, float]:
+    """Seconds of a step of greedy decoding after a picture and a few words, by its way.
 
-    Raises `InputError` where the two do not agree.
+    Raises `InputError` where the ways do not agree.
     """
     ids, images = (x.to(device) for x in prompt(model.cfg, n_rows))
     images = images.to(model.MP.proj.weight.dtype)
@@ -155,17 +162,21 @@ def decode(model: VisionLanguageModel, device: torch.device, n_rows: int) -> tup
         n = sum(1 for tokens in said if tokens.tolist())
         return (clock() - start) / n
 
-    def say_one_by_one() -> float:
-        with one_by_one(model):
-            return say()
+    def measured(way: str) -> float:
+        apart = float((second() - wanted).norm() / wanted.norm())
+        if not apart < 0.02:  # bf16 rounds to 1 in 256
+            raise InputError(f"decoding {n_rows} rows {way}: logits are {apart:.1%} apart.")
+        return alternate({"": say}, 2)[""].median
 
     with one_by_one(model):
         wanted = second()
-    apart = float((second() - wanted).norm() / wanted.norm())
-    if not apart < 0.02:  # bf16 rounds to 1 in 256
-        raise InputError(f"decoding {n_rows} rows: logits of the two ways are {apart:.1%} apart.")
-    found = alternate({"": say, "one by one": say_one_by_one}, 2)
-    return found[""].median, found["one by one"].median
+        found = {"one by one": measured("one by one")}
+    found["recorded"] = measured("recorded")
+    if compiling:
+        compile_decoding(model)
+        found["compiled"] = measured("compiled")
+        model.compiled_decoder = None
+    return found
 
 
 @torch.inference_mode()
@@ -181,23 +192,48 @@ def their_decode(model: nn.Module, cfg: VLMConfig, device: torch.device, n_rows:
     return alternate({"": say}, 2)[""].median
 
 
+def kernels(step: Callable[[], object], device: torch.device, n: int) -> list[str]:
+    """A table of the `n` kernels that took longest in a step; how much of its time all took."""
+    kind = {"cuda": ProfilerActivity.CUDA, "cpu": ProfilerActivity.CPU}[device.type]
+    step()
+    synchronise()
+    with profile(activities=[kind]) as seen:
+        start = time.perf_counter()
+        step()
+        synchronise()
+        seconds = time.perf_counter() - start
+    time_of = attrgetter(f"self_{'device' if device.type == 'cuda' else 'cpu'}_time_total")
+    found = sorted(seen.key_averages(), key=time_of, reverse=True)
+    busy = sum(map(time_of, found)) / 1e6 / seconds
+    return [
+        "",
+        f"| the device works {busy:.0%} of a step: its kernels | calls | ms |",
+        "|---|---|---|",
+        *(f"| {e.key[:80].replace('|', '/')} | {e.count} | {time_of(e) / 1e3:.2f} |"
+          for e in found[:n]),
+    ]  # fmt: skip
+
+
 def train_row(
-    side: str, make: Callable, run: RunConfig, model: nn.Module, device: torch.device, most: int,
+    side: str, make: Callable, run: RunConfig, model: nn.Module, device: torch.device, asked,
     peak: float,
-) -> str:  # fmt: skip
-    """Training of one side at its best batch."""
+) -> tuple[str, list[str]]:  # fmt: skip
+    """Training of one side at its best batch; a table of kernels, where that is asked of ours."""
     flops = count(make(run, model, device, 1)[0])[0]  # before it is compiled; rows are alike
     if side == "picoVLM" and compiles(device, "auto"):
         compile_blocks(model)
-    best = best_batch(make, run, model, device, most)
+    best = best_batch(make, run, model, device, asked.least, asked.most)
     if not best:
-        return f"| {side} | one row does not fit | | | | | |"
+        return f"| {side} | {asked.least} do not fit | | | | | |", []
     share = flops * best["rows"] / best["seconds"] / peak
     hours = SAMPLES / best["samples/s"] / 3600
-    return (
+    row = (
         f"| {side} | {best['rows']} | {share:.1%} | {best['tokens/s']:,.0f} | "
         f"{best['samples/s']:,.1f} | {best['bytes'] / 2**30:.1f} GiB | {hours:,.2f} h |"
     )
+    if side != "picoVLM" or not asked.kernels:
+        return row, []
+    return row, kernels(make(run, model, device, best["rows"])[0], device, asked.kernels)
 
 
 def same_loss(run: RunConfig, ours: VisionLanguageModel, theirs: nn.Module, device) -> None:
@@ -223,10 +259,11 @@ def training_rows(run: RunConfig, folder: str, device: torch.device, asked, peak
         del sides["transformers"]
     else:
         same_loss(run, opened("picoVLM"), opened("transformers"), device)
-    return [
-        train_row(side, make, run, opened(side), device, asked.most, peak)
+    found = [
+        train_row(side, make, run, opened(side), device, asked, peak)
         for side, make in sides.items()
     ]
+    return [row for row, _ in found] + [line for _, table in found for line in table]
 
 
 def decoding_rows(run: RunConfig, folder: str, device: torch.device, asked, rate) -> list[str]:
@@ -235,13 +272,14 @@ def decoding_rows(run: RunConfig, folder: str, device: torch.device, asked, rate
     n_bytes = bytes_of_a_token(model.decoder)
     theirs = None if misfit(run.model) else their_model(Path(folder), dtype).to(device)
     for n_rows in (1, min(64, asked.most)):
-        seconds, apart = decode(model, device, n_rows)
-        peer = "-"
+        found = decode(model, device, n_rows, asked.compiled)
         if theirs is not None:
-            peer = f"{n_rows / their_decode(theirs, run.model, device, n_rows):,.0f} tok/s"
-        share = n_bytes / seconds / rate
-        rows.append(f"| {n_rows} | {n_rows / seconds:,.0f} tok/s | {share:.0%} | "
-                    f"{n_rows / apart:,.0f} tok/s | {peer} |")  # fmt: skip
+            found["theirs"] = their_decode(theirs, run.model, device, n_rows)
+        speeds = [f"{n_rows / found[way]:,.0f} tok/s" if way in found else "-"
+                  for way in ("recorded", "compiled", "one by one", "theirs")]  # fmt: skip
+        ours = min(seconds for way, seconds in found.items() if way != "theirs")
+        share = f"{n_bytes / ours / rate:.0%}"
+        rows.append(f"| {' | '.join([str(n_rows), *speeds, share])} |")
     return rows
 
 
@@ -260,9 +298,9 @@ def measure(name: str, run: RunConfig, device: torch.device, asked: argparse.Nam
             "|---|---|---|---|---|---|---|",
             *training_rows(run, folder, device, asked, peak),
             "",
-            "| decoding, rows | picoVLM | of the memory's rate | without a CUDA graph | "
-            "transformers |",
-            "|---|---|---|---|---|",
+            "| decoding, rows | picoVLM | compiled | without a CUDA graph | transformers | "
+            "our best of the memory's rate |",
+            "|---|---|---|---|---|---|",
             *decoding_rows(run, folder, device, asked, rate),
         ])  # fmt: skip
 
@@ -270,7 +308,10 @@ def measure(name: str, run: RunConfig, device: torch.device, asked: argparse.Nam
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu")
     parser.add_argument("presets", nargs="+", choices=list(PRESETS))
+    parser.add_argument("--least", type=int, default=1, help="fewest rows of a batch")
     parser.add_argument("--most", type=int, default=256, help="most rows of a batch")
+    parser.add_argument("--kernels", type=int, default=0, help="show so many of our training")
+    parser.add_argument("--compiled", action="store_true", help="compile decoding, too: minutes")
     parser.add_argument("--off-the-record", action="store_true", help="print alone")
     asked = parser.parse_args(argv)
     device, line = setup().device, where(command_line("benchmarks.gpu", list(argv)))

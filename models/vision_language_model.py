@@ -22,7 +22,9 @@ from models.language_model import LanguageModel
 from models.modality_projector import ModalityProjector
 from models.vision_transformer import ViT
 
-AT_ONCE = 1 << 13  # patches the encoder sees together: with more it is larger, but no faster
+# Patches the encoder sees together: with more a CPU needs memory, but is no faster. To start a
+# block costs a GPU's host as much for few as for many.
+AT_ONCE = {"cpu": 1 << 13, "cuda": 1 << 17}
 
 
 class VisionLanguageModel(nn.Module):
@@ -67,7 +69,8 @@ class VisionLanguageModel(nn.Module):
             )
             return (self.MP(self.vision_encoder.patches(blank)) * 0)[:0]  # [0, Q, D]
         images = images.to(self.MP.proj.weight.dtype)
-        n = math.ceil(len(images) * self.cfg.vit_n_patches / AT_ONCE)
+        most = AT_ONCE.get(images.device.type, AT_ONCE["cpu"])
+        n = math.ceil(len(images) * self.cfg.vit_n_patches / most)
         parts = images.tensor_split(n)  # of equal size, so that all are recomputed or none
         return torch.cat([self.MP(self.vision_encoder.patches(part)) for part in parts])
 

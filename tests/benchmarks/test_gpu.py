@@ -30,13 +30,16 @@ def small(monkeypatch, minute_config) -> RunConfig:
 def test_both_sides_of_a_preset(small, capsys, monkeypatch, tmp_path):
     (tmp_path / "page.md").write_text("<!-- gpu tiny -->\nold\n<!-- /gpu tiny -->\n")
     monkeypatch.setattr(gpu, "PAGE", tmp_path / "page.md")
-    gpu.main(["tiny", "--most", "2", "--off-the-record"])
+    gpu.main(["tiny", "--most", "2", "--off-the-record", "--compiled", "--kernels", "3"])
     out = capsys.readouterr().out
     assert "old" in (tmp_path / "page.md").read_text()
     sides = re.findall(r"\| (picoVLM|transformers) \| [12] \| [\d.]+% \| .* GiB \| .* h \|", out)
     assert sides == ["picoVLM", "transformers"]
-    decoded = re.findall(r"\| (\d) \|(?: [\d,]+ tok/s \| \d+% \|) .* tok/s \| [\d,]+ tok/s \|", out)
+    decoded = re.findall(r"\| (\d) (?:\| [\d,]+ tok/s ){4}\| \d+% \|", out)
     assert decoded == ["1", "2"]
+    (busy,) = re.findall(r"works (\d+)% of a step", out)
+    slowest = [float(ms) for ms in re.findall(r"\| \S+ \| \d+ \| ([\d.]+) \|", out)]
+    assert 50 < int(busy) <= 100 and len(slowest) == 3 and slowest == sorted(slowest)[::-1]
     gpu.main(["tiny", "--most", "1"])
     page = (tmp_path / "page.md").read_text()
     assert "old" not in page and "| transformers |" in page and "python -m benchmarks.gpu" in page
@@ -53,7 +56,7 @@ def test_sides_that_compute_something_else_are_not_timed(small, monkeypatch, tmp
 
     monkeypatch.setattr(gpu, "their_model", other)
     VisionLanguageModel(small.model).save_pretrained(tmp_path)
-    asked = types.SimpleNamespace(most=1)
+    asked = types.SimpleNamespace(least=1, most=1, kernels=0, compiled=False)
     with pytest.raises(InputError, match=r"loss: differs by .*nothing was timed"):
         gpu.training_rows(small, str(tmp_path), torch.device("cpu"), asked, 1.0)
 
@@ -64,4 +67,4 @@ def test_memory_that_ends_keeps_the_best(small):
             raise torch.OutOfMemoryError
         return (lambda: None), 100 ** n_rows, 10
 
-    assert gpu.best_batch(make, small, None, torch.device("cpu"), 8)["rows"] == 2
+    assert gpu.best_batch(make, small, None, torch.device("cpu"), 1, 8)["rows"] == 2
