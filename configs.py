@@ -293,11 +293,14 @@ class DataConfig(Checked):
     """Share of built-in scenes that are described, not asked about."""
     world_first: int = 14000
     """Training scenes that come first and are all described: seeing before answering."""
+    world_shapes: int = 2
+    """Fewest shapes a training scene is drawn from, of 4; with 1, four of a kind are less rare."""
     workers: int = 0
     """Processes that prepare samples; 0: the training process does."""
 
     def validate(self):
         require_positive(self, "batch_size max_length max_tiles world_questions stream_block")
+        need(1 <= self.world_shapes <= 4, self, "world_shapes", "must be from 1 to 4")
         fix = f"must be 0, or at least batch_size x max_tiles = {self.batch_size * self.max_tiles}"
         enough = self.tiles_per_batch >= self.batch_size * self.max_tiles
         need(not self.tiles_per_batch or enough, self, "tiles_per_batch", fix)
@@ -486,6 +489,7 @@ PRESETS: dict[str, RunConfig] = {
     # The same model, trained long enough for the last skills (docs/recipes.md).
     # Dropout, as without it more steps made the pairs that training never shows rarer answers.
     "tiny-long": RunConfig(model=VLMConfig(lm_dropout=0.1),
+                           data=DataConfig(world_shapes=1),
                            train=TrainConfig(out="runs/tiny-long", steps=6000, weight_decay=0.3,
                                              eval_every=1000, save_every=1000)),
     # As small, but with SmolLM2's tokenizer and tiles, as llama.cpp wants them (docs/deploy.md).

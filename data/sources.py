@@ -57,9 +57,10 @@ class WorldSource:
         return WORLD_SCENES[self.split]
 
     def __getitem__(self, i: int) -> Sample:
-        described = 1.0 if i < self.first else self.cfg.world_described
-        n_questions = self.cfg.world_questions
-        return world.train_sample(self.cfg.seed, self.split, i, n_questions, described)
+        cfg = self.cfg
+        described = 1.0 if i < self.first else cfg.world_described
+        fewest = cfg.world_shapes if self.split == "train" else 2
+        return world.train_sample(cfg.seed, self.split, i, cfg.world_questions, described, fewest)
 
 
 @dataclass(frozen=True)

@@ -104,12 +104,12 @@ def theme_of(split: str, index: int) -> str | None:
     return TEST_THEMES[index // 2 % len(TEST_THEMES)] if split == "test" and index % 2 else None
 
 
-def make_scene(seed: int, split: str, index: int) -> Scene:
+def make_scene(seed: int, split: str, index: int, fewest: int = 2) -> Scene:
     rng = random.Random(f"{seed}/{split}/{index}")
     theme = theme_of(split, index)
-    things = _place_things(rng, theme)
+    things = _place_things(rng, theme, fewest)
     while bool(_held_counts(things)) != (theme == "count"):
-        things = _place_things(rng, theme)
+        things = _place_things(rng, theme, fewest)
     number = number_cell = None
     if theme == "number" or rng.random() < 0.5:
         held = theme == "number"
@@ -119,11 +119,11 @@ def make_scene(seed: int, split: str, index: int) -> Scene:
     return Scene(things, number, number_cell, rng.choice(list(BACKGROUNDS)), rng.getrandbits(32))
 
 
-def _place_things(rng: random.Random, theme: str | None) -> tuple[Thing, ...]:
-    """Two to five things of few shapes and colors, so that shapes repeat and near misses abound."""
+def _place_things(rng: random.Random, theme: str | None, fewest: int) -> tuple[Thing, ...]:
+    """Two to five things of `fewest` to four shapes: they repeat, and near misses abound."""
     cells = sorted(rng.sample(range(9), rng.randint(2, 5)))
     palette = rng.sample(list(COLORS), rng.randint(2, 5))
-    choices = rng.sample(list(SHAPES), rng.randint(2, 4))
+    choices = rng.sample(list(SHAPES), rng.randint(fewest, 4))
     shapes = [rng.choice(choices) for _ in cells]
     if theme == "count":
         n, held = rng.choice(sorted(HELD_COUNTS))
@@ -144,8 +144,7 @@ def _place_things(rng: random.Random, theme: str | None) -> tuple[Thing, ...]:
 
 
 def _held_counts(things: tuple[Thing, ...]) -> frozenset[tuple[int, str]]:
-    times = Counter(thing.shape for thing in things)
-    return HELD_COUNTS & {(n, shape) for shape, n in times.items()}
+    return HELD_COUNTS & {(n, shape) for shape, n in Counter(t.shape for t in things).items()}
 
 
 def label(scene: Scene) -> str:
@@ -330,12 +329,13 @@ def ask(scene: Scene, skill: str, rng: random.Random, heldout: bool,
 # Samples
 
 def _conversation(seed: int, split: str, index: int, n_questions: int,
-                  described: float) -> tuple[Scene, tuple[Turn, ...]]:
+                  described: float, fewest: int = 2) -> tuple[Scene, tuple[Turn, ...]]:
     """A scene and its caption alone, or distinct questions, fewer than asked if it has no more.
 
     Never both: a caption before a question would answer it, and teach to read instead of to see.
     """
-    scene, rng = make_scene(seed, split, index), random.Random(f"{seed}/{split}/{index}/ask")
+    scene = make_scene(seed, split, index, fewest)
+    rng = random.Random(f"{seed}/{split}/{index}/ask")
     asked: dict[str, Question] = {}
     skills = (rng.choices(list(WEIGHTS), WEIGHTS.values())[0] for _ in range(50 * n_questions))
     if rng.random() < described:
@@ -350,13 +350,13 @@ def _conversation(seed: int, split: str, index: int, n_questions: int,
     return scene, (Turn("user", f"<image>{turns[0].text}"), *turns[1:])
 
 
-def train_sample(seed: int, split: str, index: int, n_questions: int,
-                 described: float) -> Sample:
+def train_sample(seed: int, split: str, index: int, n_questions: int, described: float,
+                 fewest: int = 2) -> Sample:
     """One conversation: its caption for a share `described` of the scenes, else questions.
 
     Never about anything held out.
     """
-    scene, turns = _conversation(seed, split, index, n_questions, described)
+    scene, turns = _conversation(seed, split, index, n_questions, described, fewest)
     return Sample(turns, (draw(scene),), row=f"world {split} {index}")
 
 

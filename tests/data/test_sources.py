@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -383,3 +384,7 @@ def test_the_world_is_drawn_when_asked_for():
     assert a.images[0].tobytes() == b.images[0].tobytes()
     assert a.turns != open_source(DataConfig(seed=4, world_questions=2), "val")[5].turns
     assert a.turns != open_source(DataConfig(seed=3, world_questions=2), "train")[5].turns
+    fewer = DataConfig(seed=3, world_questions=2, world_shapes=1)  # of training alone
+    assert open_source(fewer, "val")[5].turns == a.turns
+    ours, usual = (open_source(replace(fewer, world_shapes=n), "train") for n in (1, 2))
+    assert any(ours[i].turns != usual[i].turns for i in range(20))

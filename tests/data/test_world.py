@@ -12,6 +12,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
+from configs import PRESETS
 from data import world
 
 COLOR, SHAPE = "|".join(world.COLORS), "|".join(world.SHAPES)
@@ -321,6 +322,17 @@ def test_ask_gives_none_where_there_is_nothing():
     scene = replace(world.make_scene(0, "train", 0), number=None, number_cell=None)
     assert world.ask(scene, "read", random.Random(0), heldout=False) is None
     assert world.ask(scene, "where", random.Random(0), heldout=True) is None
+
+
+def test_scenes_of_one_shape_have_many_of_a_kind():
+    """With the preset that is trained for longest; nothing held out comes in by that door."""
+    scenes = [world.make_scene(2, "train", i, PRESETS["tiny-long"].data.world_shapes)
+              for i in range(600)]  # fmt: skip
+    times = [n for scene in scenes for n in Counter(t.shape for t in scene.things).values()]
+    usual = [n for i in range(600) for n in
+             Counter(t.shape for t in world.make_scene(2, "train", i).things).values()]  # fmt: skip
+    assert times.count(4) > 1.5 * usual.count(4) and times.count(5) > 5 * usual.count(5) > 0
+    assert not any(held_kinds(scene) for scene in scenes)
 
 
 def test_label():
