@@ -155,3 +155,22 @@ def test_products_are_counted_by_hand():
     layer = torch.nn.Linear(8, 16, bias=False)
     x = torch.randn(4, 8, requires_grad=True)
     assert timing.count(lambda: layer(x).sum().backward()) == (3 * 2 * 4 * 8 * 16, 0)
+
+
+@pytest.mark.parametrize("n_kv", [1, 2, 6])
+def test_attention_is_counted_by_hand(n_kv):
+    """Forward 2 products of every query and key, backward 5; so for grouped queries."""
+    q, k, v = (torch.randn(3, n, 10, 8, requires_grad=True) for n in (6, n_kv, n_kv))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    forward = 2 * 2 * 3 * 6 * 10 * 10 * 8
+    found = timing.count(lambda: attend(q, k, v, is_causal=True, enable_gqa=True).sum().backward())
+    assert found == (3.5 * forward, 3.5 * forward)
+
+
+def test_segments_are_counted_by_their_squares():
+    """The sum of the squares, not the square of the sum; the kernel is a GPU's, its formula not."""
+    q, bounds = torch.randn(12, 6, 8), torch.tensor([0, 3, 4, 12], dtype=torch.int32)
+    forward = 2 * 2 * 6 * 8 * (3 * 3 + 1 + 8 * 8)
+    assert timing._bounded(q, q, q, bounds, bounds, 8, 8) == forward
+    assert timing._bounded_backward(q, q, q, q, q, None, bounds, bounds, 8, 8) == 2.5 * forward
+    assert set(timing.attention_formulas()) > {torch.ops.torch_attn._varlen_attn}
