@@ -59,7 +59,7 @@ class WorldSource:
     def __getitem__(self, i: int) -> Sample:
         cfg = self.cfg
         described = 1.0 if i < self.first else cfg.world_described
-        fewest = cfg.world_shapes if self.split == "train" else 2
+        fewest = cfg.world_shapes if self.split == "train" else DataConfig.world_shapes
         return world.train_sample(cfg.seed, self.split, i, cfg.world_questions, described, fewest)
 
 

@@ -115,6 +115,31 @@ def make_sample():
 
 
 @pytest.fixture
+def some_rows():
+    """`some_rows(cfg, seed, packed)`: arguments of a training step.
+
+    2 rows of some length with 1 or 2 pictures; packed: of some samples each.
+    """
+
+    def build(cfg, seed: int, packed: bool) -> dict:
+        g = torch.Generator().manual_seed(seed)
+        T, n_tiles = int(torch.randint(40, 60, (), generator=g)), 1 + seed % 2
+        ids = torch.randint(4, cfg.lm_vocab_size, (2, T), generator=g)
+        ids[0, : n_tiles * cfg.tokens_per_tile] = cfg.vlm_image_token_id
+        size = cfg.vit_img_size
+        images = torch.randn(n_tiles, 3, size, size, generator=g)
+        positions, segments = torch.arange(T).expand(2, T), None
+        if packed:
+            starts = torch.randint(0, 2, (2, T), generator=g) * (positions >= 34)
+            segments = 1 + starts.cumsum(1)
+            positions = positions - (positions * starts).cummax(1).values
+        return dict(input_ids=ids, images=images, targets=ids.roll(-1, 1), positions=positions,
+                    segments=segments)  # fmt: skip
+
+    return build
+
+
+@pytest.fixture
 def pad_rows():
     """Samples -> (ids [B, T], images of all, attention_mask [B, T]), padded on the `side`."""
 

@@ -84,6 +84,7 @@ BROKEN = [
     ((VLM,), dict(vit_n_classes=3, vit_pool="mean"), "vit_n_classes", "3", "must be 0 in a VLM"),
     ((DATA,), dict(batch_size=0), "batch_size", "0", "greater than 0"),
     ((DATA,), dict(val_fraction=1.0), "val_fraction", "1.0", "below 1"),
+    ((DATA,), dict(world_shapes=5), "world_shapes", "5", "from 1 to 4"),
     ((DATA,), dict(workers=-1), "workers", "-1", "not be negative"),
     ((TRAIN,), dict(seed=2**63), "seed", str(2**63), "from 0 to"),
     ((DATA,), dict(seed=-1), "seed", "-1", "from 0 to"),

@@ -53,23 +53,9 @@ SIZES = dict(vit_hidden_dim=64, vit_n_heads=2, vit_inter_dim=128, lm_hidden_dim=
              lm_n_kv_heads=3, lm_inter_dim=160)  # fmt: skip
 
 
-def rows(cfg, seed: int) -> dict:
-    """2 rows of some samples each, and of one picture or two."""
-    g = torch.Generator().manual_seed(seed)
-    T, n_tiles = int(torch.randint(60, 90, (), generator=g)), 1 + seed % 2
-    ids = torch.randint(4, cfg.lm_vocab_size, (2, T), generator=g)
-    ids[0, : n_tiles * cfg.tokens_per_tile] = cfg.vlm_image_token_id
-    starts = torch.randint(0, 2, (2, T), generator=g) * (torch.arange(T) >= 34)
-    at = torch.arange(T).expand(2, T)
-    positions = at - (at * starts).cummax(1).values
-    images = torch.randn(n_tiles, 3, cfg.vit_img_size, cfg.vit_img_size, generator=g)
-    return dict(input_ids=ids, images=images, targets=ids.roll(-1, 1), positions=positions,
-                segments=1 + starts.cumsum(1))  # fmt: skip
-
-
 @pytest.mark.parametrize("is_compiled", [False, True], ids=["plain", "compiled"])
 @pytest.mark.parametrize("dtype, most", [(torch.float32, 2e-4), (torch.bfloat16, 0.05)], ids=str)
-def test_a_step_of_training(small_model, dtype, most, is_compiled):
+def test_a_step_of_training(small_model, some_rows, dtype, most, is_compiled):
     """Loss and every gradient: fp32 in groups of segments, bf16 by their bounds."""
     torch._dynamo.reset()
     plain, made = (small_model(**SIZES).train() for _ in range(2))
@@ -77,7 +63,7 @@ def test_a_step_of_training(small_model, dtype, most, is_compiled):
     if is_compiled:
         compile_blocks(made)
     for seed in range(3):
-        batch = rows(plain.cfg, seed)
+        batch = some_rows(plain.cfg, seed, True)
         plain.zero_grad(), made.zero_grad()
         wanted = plain(**batch, reduction="sum")[1]
         with autocast(GPU, dtype):

@@ -12,10 +12,9 @@ from torch._dynamo.utils import counters
 from configs import TrainConfig, ViTConfig
 from engine import adapters
 from models import attention
-from models import compiled as compiled_models
 from models.attention import KVCache
 from models.classifier import Classifier
-from models.compiled import compile_blocks, compile_decoding
+from models.compiled import _product, compile_blocks, compile_decoding
 from models.generation import Sampling, steps
 from models.vision_language_model import VisionLanguageModel
 from models.vision_transformer import ViT
@@ -43,23 +42,6 @@ def compiled(monkeypatch):
     torch._dynamo.reset()
 
 
-def batch(cfg, seed: int, packed: bool) -> dict:
-    """2 rows of some length with 1 or 2 pictures; packed: of some samples each."""
-    g = torch.Generator().manual_seed(seed)
-    T, n_tiles = int(torch.randint(40, 60, (), generator=g)), 1 + seed % 2
-    ids = torch.randint(4, cfg.lm_vocab_size, (2, T), generator=g)
-    ids[0, : n_tiles * cfg.tokens_per_tile] = cfg.vlm_image_token_id
-    size = cfg.vit_img_size
-    images = torch.randn(n_tiles, 3, size, size, generator=g)
-    positions, segments = torch.arange(T).expand(2, T), None
-    if packed:
-        starts = torch.randint(0, 2, (2, T), generator=g) * (positions >= 34)
-        segments = 1 + starts.cumsum(1)
-        positions = positions - (positions * starts).cummax(1).values
-    return dict(input_ids=ids, images=images, targets=ids.roll(-1, 1), positions=positions,
-                segments=segments)  # fmt: skip
-
-
 def assert_same_step(plain, made, tensors: dict) -> None:
     losses = []
     for model in (plain, made):
@@ -80,7 +62,7 @@ def pair(small_config, **fields) -> list[VisionLanguageModel]:
 
 
 @pytest.mark.parametrize("kind", ["plain", "packed", "bounded"])
-def test_compiled_blocks_are_the_blocks_and_few(small_config, compiled, kind, request):
+def test_compiled_blocks_are_the_blocks_and_few(small_config, compiled, some_rows, kind, request):
     """Lengths and numbers of samples and pictures vary; after a few batches nothing is new."""
     if kind == "bounded":
         request.getfixturevalue("like_a_gpu")
@@ -88,7 +70,7 @@ def test_compiled_blocks_are_the_blocks_and_few(small_config, compiled, kind, re
     names = list(made.state_dict())
     graphs, so_far = compiled(made), []
     for seed in range(6):
-        assert_same_step(plain, made, batch(made.cfg, seed, kind != "plain"))
+        assert_same_step(plain, made, some_rows(made.cfg, seed, kind != "plain"))
         so_far.append(len(graphs))
     assert so_far[3] == so_far[-1]
     # One of pictures and one of words, of fixed sizes, then of any; words before the first block
@@ -106,7 +88,7 @@ def test_evaluation_compiles_nothing(small_config, compiled):
     assert graphs == []
 
 
-def test_adapters_and_recomputed_blocks_compile(small_config, compiled):
+def test_adapters_and_recomputed_blocks_compile(small_config, compiled, some_rows):
     pytest.importorskip("peft")
     plain, made = pair(small_config)
     for model in (plain, made):
@@ -116,7 +98,7 @@ def test_adapters_and_recomputed_blocks_compile(small_config, compiled):
             model.parts[name].activation_checkpointing = True
     graphs = compiled(made)
     for seed in range(3):
-        assert_same_step(plain, made, batch(made.cfg, seed, True))
+        assert_same_step(plain, made, some_rows(made.cfg, seed, True))
     assert graphs and not any("lora" in p for p, x in made.named_parameters() if x.grad is None)
 
 
@@ -161,11 +143,11 @@ def assert_said_the_same(plain: list, made: list) -> None:
 @pytest.mark.parametrize("rows", [1, 3, 8])
 def test_a_product_in_loops_is_the_product(rows):
     a, b = torch.randn(rows, 48), torch.randn(20, 48).t()
-    torch.testing.assert_close(compiled_models._product(a, b), a @ b)
+    torch.testing.assert_close(_product(a, b), a @ b)
 
 
 def test_products_of_many_rows_stay_as_they_are():
-    assert compiled_models._product(torch.randn(9, 48), torch.randn(48, 20)) is NotImplemented
+    assert _product(torch.randn(9, 48), torch.randn(48, 20)) is NotImplemented
 
 
 def test_one_step_is_compiled_for_answers_of_every_length(decoding, make_sample):
