@@ -102,12 +102,12 @@ def rope_frequencies(cfg: LMConfig, device: torch.device | None = None) -> Tenso
 
 
 def rope_tables(freq: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos of every angle, and sin, negated in the first half of the channels: each [B, 1, T, C].
+    """cos of every angle, and sin, negated in the first half of the channels: each [B, T, 1, C].
 
     In fp32, then cast, as transformers does.
     """
-    angles = positions[:, None, :, None].float() * freq  # [B, 1, T, C/2]
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)  # [B, 1, T, C/2]
+    angles = positions[:, :, None, None].float() * freq  # [B, T, 1, C/2]
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)  # [B, T, 1, C/2]
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
@@ -131,7 +131,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate [B, H, T, C] in Hugging Face's half-split layout: channel c pairs with c + C/2."""
+    """Rotate [B, T, H, C] in Hugging Face's half-split layout: channel c pairs with c + C/2."""
     return _Rotate.apply(x, cos, sin) if torch.is_grad_enabled() else _rotate(x, cos, sin, 1)
 
 
@@ -342,7 +342,7 @@ class KVCache:
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in blocks]
         self.rows = torch.arange(n_rows, device=device)[:, None]  # [B, 1]
         slots = torch.arange(n_slots, device=device)[None]  # [1, S]
-        self.turns = rope_tables(rope_frequencies(cfg, device), slots, dtype)  # two of [1, 1, S, C]
+        self.turns = rope_tables(rope_frequencies(cfg, device), slots, dtype)  # two of [1, S, 1, C]
         self.used = 0  # slots the rows of this pass reach
         self.at: slice | None = None  # where this pass writes, if at the same place in every row
         self.views: list[list[Tensor]] = []  # k and v of this pass: a [B, K, S, C] a block
@@ -370,11 +370,11 @@ class KVCache:
         return (torch.arange(self.used, device=positions.device) <= positions[:, :, None])[:, None]
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """The rotary tables at `positions` [B, T] of a pass, each [B or 1, 1, T, C]."""
+        """The rotary tables at `positions` [B, T] of a pass, each [B or 1, T, 1, C]."""
         cos, sin = self.turns
         if self.at is not None:
-            return cos[:, :, self.at], sin[:, :, self.at]
-        return cos[0, 0, positions][:, None], sin[0, 0, positions][:, None]
+            return cos[:, self.at], sin[:, self.at]
+        return cos[0, positions], sin[0, positions]
 
     def write(self, block: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Store [B, K, T, C] at their positions; return all used slots, each [B, K, S, C]."""

@@ -49,9 +49,10 @@ def attention_weights(model, input_ids: Tensor, images: Tensor | None, first: in
     later = positions > positions[0, first:, None]  # [R, T]
     maps = []
     for number, (q, k) in enumerate(zip(queries, keys, strict=True), 1):
-        q, k = q.float().transpose(1, 2), k.float().transpose(1, 2)  # [1, H, T, C], [1, K, T, C]
+        q, k = q.float(), k.float()  # [1, T, H, C], [1, T, K, C]
         if not cfg.lm_nope_every or number % cfg.lm_nope_every:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        q, k = q.transpose(1, 2), k.transpose(1, 2)  # [1, H, T, C], [1, K, T, C]
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # [1, H, T, C]
         scores = q[0, :, first:] @ k[0].transpose(1, 2) / math.sqrt(q.shape[-1])  # [H, R, T]
         maps.append(scores.masked_fill(later, -torch.inf).softmax(-1))

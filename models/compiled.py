@@ -75,8 +75,10 @@ def compile_decoding(model: nn.Module, backend: str | Callable | None = None) ->
     step = torch.compile(model.decode, fullgraph=True, backend=backend)
 
     def decoder(cache: KVCache, tokens: Tensor, positions: Tensor) -> Callable[..., Tensor]:
-        for x in (*cache.k, *cache.v, *cache.turns):
+        for x in (*cache.k, *cache.v):
             torch._dynamo.mark_dynamic(x, 2)  # slots: one function for caches of every length
+        for x in cache.turns:
+            torch._dynamo.mark_dynamic(x, 1)
         if not on_cpu:
             return recorded(step, cache, tokens, positions)
         static = StaticCache(cache)

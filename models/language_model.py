@@ -57,9 +57,13 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, factor = ctx.saved_tensors
         wide, scale = x.float(), weight.float()
         each = (grad * wide).flatten(0, -2)  # [N, D]
-        along = (each @ scale).view_as(factor) * factor**3 / x.shape[-1]  # [..., 1]
+        # A compiler goes back in the autocast of the way there, which would round these to bf16. By
+        # `mv`, of which it makes sums in a loop with the rest; of `vector @ matrix` it does not.
+        with torch.autocast(x.device.type, enabled=False):
+            along, to_weight = each.mv(scale), each.t().mv(factor.flatten())  # [N], [D]
+        along = along.view_as(factor) * factor**3 / x.shape[-1]  # [..., 1]
         to_x = (grad * scale).mul_(factor).addcmul_(wide, along, value=-1)
-        return to_x.to(x.dtype), (factor.flatten() @ each).to(weight.dtype), None
+        return to_x.to(x.dtype), to_weight.to(weight.dtype), None
 
 
 class RMSNorm(nn.Module):
@@ -96,12 +100,13 @@ class LanguageModelGroupedQueryAttention(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context, block: int) -> Tensor:
         (B, T), H, K, C = ctx.positions.shape, self.n_heads, self.n_kv_heads, self.head_width
-        q = self.q_norm(self.q_proj(x).view(B, T, H, C)).transpose(1, 2)  # [B, H, T, C]
-        k = self.k_norm(self.k_proj(x).view(B, T, K, C)).transpose(1, 2)  # [B, K, T, C]
-        v = self.v_proj(x).view(B, T, K, C).transpose(1, 2)  # [B, K, T, C]
+        q = self.q_norm(self.q_proj(x).view(B, T, H, C))  # [B, T, H, C]
+        k = self.k_norm(self.k_proj(x).view(B, T, K, C))  # [B, T, K, C]
+        v = self.v_proj(x).view(B, T, K, C)  # [B, T, K, C]
         if not self.nope_every or (block + 1) % self.nope_every:
+            # Before heads and tokens change places, or a compiler would rotate and then copy.
             q, k = apply_rope(q, *ctx.rope), apply_rope(k, *ctx.rope)
-        q, k = q.to(v.dtype), k.to(v.dtype)
+        q, k, v = (y.to(v.dtype).transpose(1, 2) for y in (q, k, v))  # [B, H, T, C], [B, K, T, C]
         if ctx.cache is not None:
             k, v = ctx.cache.write(block, k, v, ctx.positions)  # [B, K, S, C]
         out = attend(
@@ -178,7 +183,7 @@ class Context:
         self.visible = None if cache is None else cache.visible(positions)  # [B, 1, T, S]
         if cache is None:
             freq = rope_frequencies(cfg, like.device)
-            self.rope = rope_tables(freq, positions, like.dtype)  # two of [B, 1, T, C]
+            self.rope = rope_tables(freq, positions, like.dtype)  # two of [B, T, 1, C]
         else:
             self.rope = cache.rope(positions)
 

@@ -5,6 +5,8 @@ Without a GPU, a mask stands for the kernel.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -85,7 +87,8 @@ def test_a_training_step_asks_the_device_nothing(
     """A device of which no number can be asked stands for one that would make the host wait."""
     if takes:
         request.getfixturevalue("like_a_gpu")
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)  # unknown to "meta"
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)  # both unknown to "meta"
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     model = small_model().to("meta").train()
     ids, images = make_sample(model.cfg, 2, 9, 0)
     ids, segments = ids[None], 1 + (torch.arange(len(ids))[None] > 3).long()
