@@ -30,7 +30,9 @@ from models.attention import (
 )
 from models.vision_transformer import init_weights
 
-AT_ONCE = 1 << 25  # logits that the loss sees together: 128 MiB of them
+# Logits that the loss sees together, 128 MiB on a CPU. Each such part is added to the gradient of
+# the whole head, which takes a GPU longer than a small part's products.
+AT_ONCE = {"cpu": 1 << 25, "cuda": 1 << 27}
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -198,7 +200,8 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, is_learning):
         of_hidden, of_weight = (is_learning and needed for needed in ctx.needs_input_grad[:2])
-        dtype, most = computes_in(hidden), max(1, AT_ONCE // len(weight))
+        at_once = AT_ONCE.get(hidden.device.type, AT_ONCE["cpu"])
+        dtype, most = computes_in(hidden), max(1, at_once // len(weight))
         narrow = weight.to(dtype)
         total, to_hidden, to_weight = 0, [], None
         for part, aims in zip(hidden.to(dtype).split(most), targets[:, None].split(most)):

@@ -220,8 +220,8 @@ def test_a_loss_in_chunks_is_the_loss(reduction, tied, randomise, monkeypatch):
     targets = torch.randint(0, 101, (2, 30))
     targets[:, ::3] = -100
     start, found = torch.randn(2, 30, 48), []
-    for most, sizes in ((language_model.AT_ONCE, [40]), (101 * 7, 5 * [7] + [5])):
-        monkeypatch.setattr(language_model, "AT_ONCE", most)
+    for most, sizes in ((language_model.AT_ONCE["cpu"], [40]), (101 * 7, 5 * [7] + [5])):
+        monkeypatch.setitem(language_model.AT_ONCE, "cpu", most)
         hidden = start.clone().requires_grad_()
         with Products() as met:
             loss = ours.loss(hidden, targets, reduction)
