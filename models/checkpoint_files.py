@@ -21,6 +21,7 @@ from models.hub import find
 from models.language_model import LanguageModel
 from models.pretrained import idefics3, nanovlm
 from models.pretrained.engine import SAME, Pair, to_ours, to_theirs
+from models.quantized import Int8Linear
 from models.vision_language_model import VisionLanguageModel
 
 WEIGHTS, INDEX, CONFIG, OWN_KEY = (
@@ -110,7 +111,12 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def state_of(model: nn.Module) -> tuple[dict[str, Tensor], str]:
-    """A model's tensors as files want them, and the name of their dtype."""
+    """A model's tensors as files want them, and the name of their dtype.
+
+    Raises `InputError` of one in 8 bits, for which no file has a place.
+    """
+    if any(isinstance(module, Int8Linear) for module in model.modules()):
+        raise InputError("a model in 8 bits is for answering alone: save it before quantize_int8.")
     state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     return state, str(next(model.parameters()).dtype).removeprefix("torch.")
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import models.quantized as quantized
+from configs import InputError
 from engine.chat import Chat
 from engine.distributed import lacks_compiler
 from models.compiled import compile_decoding
@@ -105,6 +106,15 @@ def test_a_decoder_answers_with_its_rounded_matrices(asked, small_checkpoint):
     torch.testing.assert_close(small, plain, rtol=1e-4, atol=1e-4)
     assert (small - whole).norm() > 1e-3 * whole.norm()
     assert eight.answers([tokens], SHORT) == by_hand.answers([tokens], SHORT)
+
+
+def test_rounded_matrices_are_not_saved(asked, tmp_path):
+    model = asked[0].model
+    quantize_int8(model.decoder)
+    for part in (model, model.decoder):
+        with pytest.raises(InputError, match="in 8 bits is for answering alone: save it before"):
+            part.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_loss_with_rounded_matrices(asked):
