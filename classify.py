@@ -95,7 +95,9 @@ def train_main(argv: list[str]) -> None:
     checkpoint.seed_generators(cfg.train.seed, dist.rank)
     step, best = 0, Best()
     if found:
-        step, best = checkpoint.restore(found[-1], cfg, model, optimizer, loader, dist)
+        step, best = checkpoint.restore(
+            found[-1], cfg, model, optimizer, loader, dist, source.fingerprint
+        )
         best = Best(*best)
     if dist.is_main:
         lock = checkpoint.remember_config(cfg)  # ours while this function runs
@@ -109,7 +111,8 @@ def train_main(argv: list[str]) -> None:
     def write(model: Classifier, folder: Path) -> None:
         model.save_pretrained(folder)
 
-    reached = train(cfg, model, write, loader, optimizer, dist, region, asked, step, best)
+    data = source.fingerprint
+    reached = train(cfg, model, write, loader, optimizer, dist, region, asked, step, best, data)
     dist.close()
     if not dist.is_main:
         return

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import os
 import struct
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from PIL import Image
 from configs import DataConfig, InputError
 from configs_classify import ClassesConfig
 from data import world
-from data.readers import PICTURES, open_rows
+from data.readers import PICTURES, open_rows, shown_files
 from data.sample import Sample, Turn
 from data.schemas import LABEL_PROMPT, PICTURE_COLUMNS
 from data.sources import WORLD_SCENES, RowSource, choose, index_rows
@@ -39,6 +40,7 @@ class Classes:
     notes: tuple[str, ...] = ()
     bad: tuple[str, ...] = ()
     first: int = 0
+    fingerprint: str = ""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -135,8 +137,8 @@ class ArrayRows:
 
 
 def _open_folder(folder: Path) -> ClassFolder:
-    files = (f.relative_to(folder) for f in sorted(folder.rglob("*")) if f.is_file())
-    names = [f for f in files if f.suffix.lower() in PICTURES and f.name[0] != "."]
+    files = (f.relative_to(folder) for f in shown_files(folder))
+    names = [f for f in files if f.suffix.lower() in PICTURES]
     if not names:
         raise InputError(f"{folder}: no pictures ({' '.join(PICTURES)}) in this folder.")
     if loose := next((name for name in names if len(name.parts) == 1), None):
@@ -154,7 +156,7 @@ def read_idx(path: Path) -> np.ndarray:
             content = file.read()
         zeros, kind, n_axes = struct.unpack(">HBB", content[:4])
         shape = struct.unpack(f">{n_axes}I", content[4 : 4 + 4 * n_axes])
-    except (OSError, EOFError, struct.error) as error:
+    except (OSError, EOFError, struct.error, zlib.error) as error:
         raise InputError(f"{path}: not an IDX file ({error}).") from None
     values = np.frombuffer(content, np.uint8, offset=4 + 4 * n_axes)
     if zeros != 0 or kind != 8 or values.size != np.prod(shape):
@@ -260,7 +262,10 @@ def from_rows(rows: Any, cfg: ClassesConfig, split: str, names: Sequence[str] = 
         kept = evenly([labels[k] for k in chosen.chosen.tolist()], cfg.limit, cfg.seed)
         chosen = replace(chosen, chosen=chosen.chosen[kept])
     of_rows = tuple(labels[k] for k in chosen.chosen.tolist())
-    return Classes(chosen, of_rows, tuple(names) or found, chosen.notes, chosen.bad)
+    print_of = chosen.fingerprint
+    return Classes(
+        chosen, of_rows, tuple(names) or found, chosen.notes, chosen.bad, fingerprint=print_of
+    )
 
 
 def _world(cfg: ClassesConfig, split: str, names: Sequence[str]) -> Classes:

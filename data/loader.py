@@ -155,7 +155,8 @@ class Loader:
         """Indices in reading order from (epoch, position) on, for ever."""
         epoch, position = self.epoch, self.position
         while True:
-            generator = torch.Generator().manual_seed(self.cfg.seed * 1_000_003 + epoch)
+            generator = torch.Generator()
+            generator.manual_seed((self.cfg.seed * 1_000_003 + epoch) % 2**64)
             order = torch.randperm(len(self.source), generator=generator)
             if epoch == 0:  # what comes first, then the rest, each shuffled
                 order = torch.cat(

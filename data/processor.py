@@ -118,7 +118,7 @@ class Processor:
         transformers 4 and 5, vLLM and llama.cpp all read them.
         """
         directory = Path(directory)
-        self.tokenizer.save(str(directory / "tokenizer.json"))
+        (directory / "tokenizer.json").write_text(self.tokenizer.to_str(True), encoding="utf-8")
         (directory / "chat_template.jinja").write_text(text.CHAT_TEMPLATE, encoding="utf-8")
         for name, content in self._files().items():
             (directory / name).write_text(

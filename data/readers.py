@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from configs import InputError
-from data.tables import ArrowRows, open_hub, open_parquet, open_saved
+from data.tables import ArrowRows, delimiter_of, open_hub, open_parquet, open_saved
 
 PICTURES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".jp2",
             ".ppm", ".pgm")  # fmt: skip
@@ -76,7 +76,8 @@ def _text_rows(path: Path, spans: list[tuple[int, int, int]], parse: Callable) -
     return TextRows(path, np.array(spans, dtype=np.int64).reshape(-1, 3), parse)
 
 
-def _parse_json(content: bytes) -> dict:
+def parse_json(content: bytes) -> dict:
+    """A row of a JSONL file; raises `InputError`."""
     try:
         row = json.loads(content.removeprefix(BOM_UTF8).decode())
     except (ValueError, RecursionError) as error:  # ValueError: also bad UTF-8, numbers too long
@@ -93,7 +94,7 @@ def _open_jsonl(path: Path) -> TextRows:
             if line.strip():
                 spans.append((start, start + len(line), number))
             start += len(line)
-    return _text_rows(path, spans, _parse_json)
+    return _text_rows(path, spans, parse_json)
 
 
 def _open_json(path: Path) -> TextRows:
@@ -114,7 +115,7 @@ def _open_json(path: Path) -> TextRows:
                     spans.append((start, found.start(), len(spans) + 1))
                 start = found.end()
             if depth == 0:
-                return _text_rows(path, spans, _parse_json)
+                return _text_rows(path, spans, parse_json)
     raise InputError(f"{path}: not JSON (its list is never closed); the file may be cut off.")
 
 
@@ -131,11 +132,12 @@ def _open_csv(path: Path) -> TextRows:
 
     with open(path, "rb") as file:
         header = file.readline()
-        delimiter = max(",;\t", key=lambda mark: header.count(mark.encode()))
+        delimiter = delimiter_of(header)
         file.seek(0)
         spans, start, first = [], 0, 1
         try:
-            for cells in csv.reader(lines(), delimiter=delimiter):
+            # strict, or a quote that is never closed would take in all rows behind it
+            for cells in csv.reader(lines(), delimiter=delimiter, strict=True):
                 if cells:
                     spans.append((start, end, first))
                 start, first = end, number + 1
@@ -152,7 +154,7 @@ def _cells(content: bytes, delimiter: str) -> list[str]:
     csv.field_size_limit(2**31 - 1)  # again, for workers that did not open the file
     try:
         text = io.StringIO(content.decode("utf-8-sig"), "")
-        return next(csv.reader(text, delimiter=delimiter), [])
+        return next(csv.reader(text, delimiter=delimiter, strict=True), [])
     except UnicodeDecodeError as error:
         raise InputError(f"not UTF-8 ({error.reason}); save the file as UTF-8.") from None
     except csv.Error as error:
@@ -194,8 +196,9 @@ class FolderRows:
                 raise InputError(f"{self.where(k)}: no {beside.name} beside it.") from None
             except (OSError, UnicodeDecodeError) as error:
                 raise InputError(f"{beside}: not a UTF-8 text ({error}).") from None
-        named = name.parent.name if self.by_folder else name.stem
-        label = re.sub(r"[\W_]+", " ", re.sub(r"[\W\d_]+$", "", named)).strip()
+        without_number = re.sub(r"[\W\d_]+$", "", name.stem)
+        named = name.parent.name if self.by_folder else without_number
+        label = re.sub(r"[\W_]+", " ", named).strip()
         if not label:
             raise InputError(
                 f"{self.where(k)}: its name says nothing; put a caption beside it in "
@@ -211,23 +214,35 @@ class FolderRows:
                 yield error
 
 
+def shown_files(folder: Path) -> list[Path]:
+    """All files at any depth in order, but hidden ones and those of hidden folders."""
+    files = (f for f in sorted(folder.rglob("*")) if f.is_file())
+    return [f for f in files if not any(p[0] == "." for p in f.relative_to(folder).parts)]
+
+
 def _open_folder(folder: Path, part: str):
     """What a folder holds, the most explicit first."""
     if any((folder / f).is_file() for f in ("dataset_dict.json", "state.json")):
         return open_saved(folder, part)
-    for name in ("metadata.jsonl", "metadata.csv"):
+    for name in ("metadata.jsonl", "metadata.csv", "metadata.parquet"):
         if (folder / name).is_file() and not part:
             return READERS[Path(name).suffix](folder / name)
     if part:
         raise InputError(f"{folder}: has no splits, so leave out @{part}.")
-    files = sorted(f for f in folder.rglob("*") if not f.name.startswith(".") and f.is_file())
+    files = shown_files(folder)
     names = [f.relative_to(folder) for f in files if f.suffix.lower() in PICTURES]
+    tables = [f for f in files if f.suffix == ".parquet"]
+    if names and tables:
+        raise InputError(
+            f"{folder}: holds both pictures ({names[0]}) and Parquet files "
+            f"({tables[0].relative_to(folder)}); name the file or the folder that you mean."
+        )
     if names:
         sidecars = any((folder / name).with_suffix(".txt").is_file() for name in names)
         by_folder = len({name.parent for name in names}) > 1
         array = np.array([os.fsencode(name) for name in names])
         return FolderRows(folder, array, sidecars, by_folder)
-    if tables := [f for f in files if f.suffix == ".parquet"]:
+    if tables:
         return open_parquet(tables)
     raise InputError(
         f"{folder}: no pictures ({' '.join(PICTURES)}), no metadata.jsonl, no Parquet file and no "

@@ -219,7 +219,8 @@ def _column_names(row: dict) -> str:
 def _multiple_choice(row: dict) -> dict:
     """The choices behind the question, one a line, and the right one's letter as the answer.
 
-    `answer` is the text of a choice, its letter, or its number counted from 0.
+    `answer` is the text of a choice, its letter, or its number counted from 0; an integer is a
+    number even where a choice reads the same.
     """
     choices, answer = _unpacked(row["choices"], "choices"), row.get("answer")
     letters = string.ascii_uppercase
@@ -227,6 +228,7 @@ def _multiple_choice(row: dict) -> dict:
     if not fits or not all(isinstance(choice, str) for choice in choices):
         raise InputError("'choices' must be a list of 2 to 26 texts.")
     ways = [choices, list(letters[: len(choices)]), list(map(str, range(len(choices))))]
+    ways = ways[2:] if isinstance(answer, int) else ways
     found = next((way.index(str(answer)) for way in ways if str(answer) in way), None)
     if found is None or isinstance(answer, bool):
         raise InputError(f"'answer' {answer!r} is none of the choices, their letters or numbers.")

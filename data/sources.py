@@ -30,7 +30,7 @@ from data import world
 from data.readers import open_rows
 from data.sample import Sample
 from data.schemas import Conversation, conversation, rated
-from data.tables import TAIL
+from data.tables import mark_of
 
 WORLD_SCENES = {"train": 1_000_000, "val": 2_000, "test": 10_000}
 BASE64_STARTS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "SUkq", "TU0A", "Qk")  # PNG, JPEG, ...
@@ -236,12 +236,12 @@ def _refuse_address(picture: Any) -> None:
 
 
 def _identity(picture: Any) -> str:
-    """The same for the same path or content; of bytes the last few are enough, and cheap."""
+    """The same for the same path or content."""
     if isinstance(picture, dict):
         picture = picture.get("bytes") or picture["path"]
     if isinstance(picture, Image.Image):
-        picture = picture.tobytes()
-    return picture[-TAIL :].hex() if isinstance(picture, bytes) else picture
+        return f"{picture.size} {hashlib.blake2b(picture.tobytes(), digest_size=16).hexdigest()}"
+    return mark_of(picture).hex() if isinstance(picture, bytes) else picture
 
 
 # --- Index and splits ---------------------------------------------------------------------------

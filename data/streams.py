@@ -9,6 +9,7 @@ Not here: what a row means (sources.py), batches (loader.py).
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -18,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from configs import DataConfig, InputError
-from data.readers import ListRows
+from data.readers import ListRows, parse_json
 from data.sample import Sample
 from data.sources import RowSource, meaning, most_bad_of, print_of_rows, sample_of
-from data.tables import open_passing
+from data.tables import changing_of, open_passing, plain_row
 
 TRIES = 6  # of a block; the waits between them double from a second
 READING = (OSError, ValueError, RuntimeError, InputError)  # what reading may raise; Arrow's too
@@ -51,18 +52,25 @@ class StreamSource:
     def part(self, number: int, of: int) -> Part:
         return Part(self, number, of)
 
-    def sample(self, row: dict, where: str) -> Sample | None:
+    def sample(self, row: dict | InputError, where: str) -> Sample | None:
         """A training example; None of a row that is for validation, or rated too low.
 
         Raises `InputError` naming the row.
         """
         try:
-            found = meaning(row, self.cfg)
+            found = meaning(checked(row), self.cfg)
             if found is None or found.is_val:
                 return None
             return sample_of(found.conversation, folder_of(self.name), where)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
+
+
+def checked(row: dict | InputError) -> dict:
+    """A row; raises what it is where it could not be read."""
+    if isinstance(row, InputError):
+        raise row
+    return row
 
 
 class Part:
@@ -72,10 +80,11 @@ class Part:
         self.source, self.number, self.of = source, number, of
         self.rows = self.data = self.after = None
 
-    def block(self, state: dict | None) -> tuple[list[dict], dict]:
+    def block(self, state: dict | None) -> tuple[list[dict | InputError], dict]:
         """(rows from the library's place `state` on, at most `stream_block`; the place after).
 
-        Raises `InputError` when the source cannot be read, after some tries.
+        A row that cannot be read is its `InputError`. Raises one when the source cannot be read,
+        after some tries.
         """
         for attempt in range(TRIES):
             try:
@@ -95,9 +104,9 @@ class Part:
         if isinstance(reason, InputError):
             raise reason
         words = (str(reason) or type(reason).__name__).splitlines()[0][:200]
+        later = "; continue later with --train.resume auto" if may_pass(reason) else ""
         raise InputError(
-            f"{self.source.name}: cannot be read ({words}), tried {attempt + 1} times; continue "
-            "later with --train.resume auto."
+            f"{self.source.name}: cannot be read ({words}), tried {attempt + 1} times{later}."
         ) from None
 
     def _open(self, state: dict | None) -> None:
@@ -106,10 +115,12 @@ class Part:
         self.data = split_dataset_by_node(open_passing(self.source.name), self.number, self.of)
         if state is not None:
             self.data.load_state_dict(state)
+        read = reader(self.source.name, self.data.features)
         # One by one through `iter`, which, unlike a loop, does not deal rows to workers of its own.
-        self.rows = ({name: v[0] for name, v in one.items()} for one in self.data.iter(1))
+        rows = ({name: v[0] for name, v in one.items()} for one in self.data.iter(1))
+        self.rows = (row for row in map(read, rows) if row is not None)
 
-    def shuffled(self, rows: list[dict], epoch: int, block: int) -> list[tuple[int, dict]]:
+    def shuffled(self, rows: list, epoch: int, block: int) -> list[tuple[int, dict | InputError]]:
         """(number in the part, row) of a block, in the order it is read in."""
         seed = (self.source.cfg.seed, epoch, self.number, block)
         order = np.random.default_rng(seed).permutation(len(rows)).tolist()
@@ -118,6 +129,23 @@ class Part:
 
     def where(self, number: int) -> str:
         return f"{self.source.name} row {number + 1} of part {self.number + 1} of {self.of}"
+
+
+def reader(name: str, features: dict | None) -> Callable[[dict], dict | InputError | None]:
+    """What a row of the library's is in a source read at any place (data/readers.py)."""
+    kind = "" if name.startswith("hf:") or Path(name).is_dir() else Path(name).suffix
+
+    def line(row: dict) -> dict | InputError | None:
+        try:
+            return parse_json(row["text"].encode("latin-1")) if row["text"].strip() else None
+        except InputError as error:
+            return error
+
+    def cells(row: dict) -> dict:
+        return {column: cell for column, cell in row.items() if cell}
+
+    changing = changing_of(features)
+    return {".jsonl": line, ".csv": cells}.get(kind, lambda row: plain_row(row, changing))
 
 
 def folder_of(name: str) -> Path:
@@ -154,7 +182,7 @@ def _first_rows(cfg: DataConfig, name: str, is_val: bool) -> tuple[RowSource, st
         for row in rows:
             n_read += 1
             try:
-                found = meaning(row, cfg)
+                found = meaning(checked(row), cfg)
             except InputError as error:
                 n_bad, reason = n_bad + 1, reason or f"{part.where(n_read - 1)}: {error}"
                 continue

@@ -7,6 +7,7 @@ these functions alone: nothing else here needs it. Not here: what columns mean (
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,22 @@ from typing import Any
 
 from configs import InputError
 
-PASSING = {".parquet": "parquet", ".jsonl": "json", ".csv": "csv"}  # what streams, and as what
+PASSING = {".parquet": "parquet", ".jsonl": "text", ".csv": "csv"}  # what streams, and as what
 TAIL = 64  # bytes at the end of a picture that tell it from others: compressed data and checksums
+WHOLE = 1 << 14  # pictures of up to so many bytes are told apart by all of them
+PLAIN = (b"BM", b"P5", b"P6", b"II", b"MM")  # how files begin that may end in many equal pixels
+
+
+class Mark(bytes):
+    """What is enough of a picture's bytes to tell it from others, and cheap to read."""
+
+
+def mark_of(content: bytes | memoryview) -> Mark:
+    """Its length and its end; the whole of a small one, or where nothing is compressed."""
+    if isinstance(content, Mark):
+        return content
+    is_whole = len(content) <= WHOLE or bytes(content[:2]) in PLAIN
+    return Mark(content if is_whole else b"%d " % len(content) + bytes(content[-TAIL:]))
 
 
 @dataclass(frozen=True)
@@ -25,7 +40,7 @@ class ArrowRows:
     data: Any  # datasets.Dataset with format "arrow"
     name: str
     folder: Path
-    labels: dict[str, list[str]]  # names of the classes of a column that holds their numbers
+    changing: dict[str, Any]  # see `plain_row`
 
     def __len__(self) -> int:
         return len(self.data)
@@ -34,23 +49,50 @@ class ArrowRows:
         return f"{self.name} row {k + 1}"
 
     def __getitem__(self, k: int) -> dict:
-        return self._named(self.data[k].to_pylist()[0])
+        return plain_row(self.data[k].to_pylist()[0], self.changing)
 
     def scan(self) -> Iterator[dict]:
         for table in self.data.iter(batch_size=1000):
             columns = {name: _light_column(table[name]) for name in table.column_names}
             for values in zip(*columns.values(), strict=True):
-                yield self._named(dict(zip(columns, values)))
+                yield plain_row(dict(zip(columns, values)), self.changing)
 
-    def _named(self, row: dict) -> dict:
-        for column, names in self.labels.items():
-            if isinstance(row[column], int) and 0 <= row[column] < len(names):
-                row[column] = names[row[column]]
-        return row
+
+def plain_row(row: dict, changing: dict[str, Any]) -> dict:
+    """A row with the names of its classes, not their numbers, and what is kept as JSON as it was.
+
+    As such the library keeps a column whose values have several types. `changing`: the features of
+    the columns that have either.
+    """
+    return row | {column: _as_it_was(row[column], f) for column, f in changing.items()}
+
+
+def changing_of(features: dict[str, Any] | None) -> dict[str, Any]:
+    return {column: f for column, f in (features or {}).items() if _changes(f)}
+
+
+def _changes(feature: Any) -> bool:
+    if isinstance(feature, dict):
+        return any(map(_changes, feature.values()))
+    within = getattr(feature, "feature", None)  # of a list
+    return _changes(within) if within else type(feature).__name__ in ("ClassLabel", "Json")
+
+
+def _as_it_was(value: Any, feature: Any) -> Any:
+    if value is None:
+        return None
+    if isinstance(feature, dict):
+        return {name: _as_it_was(value[name], inner) for name, inner in feature.items()}
+    if within := getattr(feature, "feature", None):
+        return [_as_it_was(each, within) for each in value]
+    kind = type(feature).__name__
+    if kind == "ClassLabel" and isinstance(value, int) and 0 <= value < len(feature.names):
+        return feature.names[value]
+    return json.loads(value) if kind == "Json" else value
 
 
 def _light_column(column) -> list:
-    """Python values of an Arrow column, of pictures the last bytes alone."""
+    """Python values of an Arrow column, of pictures their marks alone."""
     return [_light(v) for v in column] if "binary" in str(column.type) else column.to_pylist()
 
 
@@ -60,7 +102,7 @@ def _light(scalar):
     kind = str(scalar.type)
     if kind in ("binary", "large_binary"):
         buffer = scalar.as_buffer()
-        return buffer.slice(max(0, buffer.size - TAIL)).to_pybytes()
+        return mark_of(memoryview(buffer))
     if kind.startswith("struct"):
         return {name: _light(value) for name, value in scalar.items()}
     if kind.startswith(("list", "large_list")):
@@ -70,7 +112,7 @@ def _light(scalar):
 
 def _arrow_rows(opened, name: str, part: str, folder: Path) -> ArrowRows:
     """One split of what `datasets` opened: the one asked for, `train`, or the only one."""
-    from datasets import ClassLabel, DatasetDict
+    from datasets import DatasetDict
 
     if isinstance(opened, DatasetDict):
         chosen = part or ("train" if "train" in opened else "")
@@ -84,8 +126,7 @@ def _arrow_rows(opened, name: str, part: str, folder: Path) -> ArrowRows:
         opened, name = opened[chosen], f"{name}@{chosen}"
     elif part:
         raise InputError(f"{name}: has no splits; leave out @{part}.")
-    labels = {c: f.names for c, f in opened.features.items() if isinstance(f, ClassLabel)}
-    return ArrowRows(opened.with_format("arrow"), name, folder, labels)
+    return ArrowRows(opened.with_format("arrow"), name, folder, changing_of(opened.features))
 
 
 def _with_datasets(name: str, opens: Callable):
@@ -99,7 +140,8 @@ def _with_datasets(name: str, opens: Callable):
     # ArrowInvalid is a ValueError; a DatasetsError is neither, a missing or offline one an OSError.
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error
-        reason = (str(cause) or type(cause).__name__).strip().splitlines()[0][:200]
+        # All lines: where a configuration is missing, they name those that there are.
+        reason = " ".join((str(cause) or type(cause).__name__).split())[:400]
         raise InputError(f"{name}: cannot be opened as a data set ({reason}).") from error
 
 
@@ -133,18 +175,26 @@ def open_passing(source: str):
                 "files or hf:owner/name is a stream; leave out --data.stream."
             )
         words, options = (kind,), options | {"data_files": [str(f) for f in files]}
+        if kind == "text":  # lines as bytes, for our own parser: the library's changes values
+            options |= {"encoding": "latin-1"}
         if kind == "csv":  # else the library guesses that a column is numbers, from its beginning
-            options |= {"features": _texts(files[0]), "keep_default_na": False,
-                        "encoding": "utf-8-sig"}  # fmt: skip
+            mark = delimiter_of(files[0].open("rb").readline())
+            options |= {"features": _texts(files[0], mark), "keep_default_na": False,
+                        "encoding": "utf-8-sig", "sep": mark}  # fmt: skip
     opened = _with_datasets(source, lambda datasets: datasets.load_dataset(*words, **options))
     return opened if opened.features is None else opened.decode(False)
 
 
-def _texts(path: Path):
+def delimiter_of(header: bytes) -> str:
+    """Comma, semicolon or tab, whichever the first line of a CSV file has most of."""
+    return max(",;\t", key=lambda mark: header.count(mark.encode()))
+
+
+def _texts(path: Path, mark: str):
     """The columns of a CSV file, all of them text; raises `InputError`."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            names = next(csv.reader(file), [])
+            names = next(csv.reader(file, delimiter=mark), [])
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: not CSV in UTF-8 ({error}).") from None
 

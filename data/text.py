@@ -207,7 +207,7 @@ def check_turns(turns: Iterable[Turn], n_images: int, tokenizer: Tokenizer, wher
         if turn.role == "assistant" and IMAGE in turn.text:
             raise InputError(f"{where}: an answer holds {IMAGE}; pictures stand in user turns.")
         if re.search("[\ud800-\udfff]", turn.text):  # JSON can spell it, no tokenizer takes it
-            raise InputError(f"{where}: the text holds half a surrogate pair; remove it.")
+            raise InputError(f"{where}: the text is no UTF-8, or has half a surrogate pair.")
         n_places += turn.text.count(IMAGE)
         if "<" in turn.text.replace(IMAGE, ""):
             for token in (t.content for t in tokenizer.get_added_tokens_decoder().values()):

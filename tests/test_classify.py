@@ -362,9 +362,14 @@ def test_an_encoder_classifies_nothing(small_checkpoint, pictures, capsys):
     assert "an encoder without a classifier" in says
 
 
-def test_settings_that_change_a_run_are_refused(trained, capsys):
+def test_settings_that_change_a_run_are_refused(trained, pictures, capsys):
     says = refused(capsys, "train", trained / "config.json", "--train.resume", "auto",
                    "--data.flip", "0.5")  # fmt: skip
     assert "data.flip: 0.0 then, 0.5 now" in says
+    more = pictures / "train" / "red" / "more.png"
+    Image.new("RGB", (20, 20), (250, 0, 0)).save(more)
+    says = refused(capsys, "train", trained / "config.json", "--train.resume", "auto")
+    more.unlink()
+    assert "rows of the source: " in says
     says = refused(capsys, "train", trained / "config.json")
     assert "holds the checkpoints of an earlier run" in says

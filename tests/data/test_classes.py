@@ -153,6 +153,19 @@ def test_copies_stay_on_one_side(tmp_path):
     assert not shown[0] & shown[1] and any("40 rows are copies" in note for note in train.notes)
 
 
+def test_digits_that_end_alike_are_no_copies(tmp_path):
+    """The last rows of nearly every digit of MNIST are black."""
+    pixels = np.zeros((60, 28, 28), np.uint8)
+    pixels[np.arange(60), 3 + np.arange(60) % 20, 3 + np.arange(60) // 20] = 255
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(pixels))
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(np.arange(60, dtype=np.uint8) % 2))
+    cfg = ClassesConfig(source=str(tmp_path), val_fraction=0.4)
+    train, val = (open_classes(cfg, split) for split in ("train", "val"))
+    assert len(train) + len(val) == 60 and min(len(train), len(val)) > 12
+    assert set(train.labels) == set(val.labels) == {"0", "1"}
+    assert not any("copies" in note for note in train.notes)
+
+
 def spoil(tmp_path, kind: str) -> str:
     """A source with something wrong."""
     made = tmp_path / "made"
@@ -168,6 +181,11 @@ def spoil(tmp_path, kind: str) -> str:
         row = {"image": "a.png", "breed": "cat"} if kind == "no label" else {"label": "cat"}
         (made / "rows.jsonl").write_text("\n".join([json.dumps(row)] * 9))
         return str(made / "rows.jsonl")
+    if kind == "torn packed":
+        content = bytearray(gzip.compress(idx(np.zeros((3, 4, 4), np.uint8))))
+        content[15] ^= 0xFF
+        (made / "train-images-idx3-ubyte.gz").write_bytes(content)
+        (made / "train-labels-idx1-ubyte.gz").write_bytes(content)
     if kind in ("torn", "no labels beside", "not idx"):
         content = idx(np.zeros((3, 4, 4), np.uint8))
         content = {"torn": content[:-5], "not idx": b"GIF8"}.get(kind, content)
@@ -188,6 +206,7 @@ def spoil(tmp_path, kind: str) -> str:
         ("unknown", "class 'dog' is none of the 2 of the model (cat, bird)"),
         ("torn", "not a whole IDX file"),
         ("not idx", "not an"),
+        ("torn packed", "not an IDX file"),
         ("no labels beside", "no train-labels-idx1-ubyte beside it"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from dataclasses import replace
 
 import numpy as np
@@ -198,6 +199,17 @@ def test_a_lone_surrogate_is_refused_as_input(tiled, lone):
     r"""JSON can spell half of an emoji ("\ud83d"), which no tokenizer takes."""
     with pytest.raises(InputError, match="row 3"):
         tiled.encode(talk((f"x{lone}", "b")), 2000, 99)
+
+
+def test_a_disk_that_refuses_the_tokenizer_says_so_as_others_do(tiled, tmp_path):
+    """The library's own error has no class that anybody could catch."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError):
+            tiled.save(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_prompt_longer_than_the_context_is_refused(tiled, noise):

@@ -8,11 +8,14 @@ import pickle
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from configs import DataConfig, InputError
+from configs_classify import ClassesConfig
+from data.classes import open_classes
 from data.readers import open_rows
 from data.sources import open_source
 
@@ -122,6 +125,14 @@ def test_the_marks_of_windows(tmp_path):
     assert rows_of(tmp_path / "a.csv") == [{"image": "a.png", "caption": "x"}]
 
 
+def test_a_quote_that_is_never_closed_takes_in_no_rows(tmp_path):
+    (tmp_path / "a.csv").write_text('image,caption\n1.png,"a dog\n2.png,a cat\n3.png,x\n')
+    with pytest.raises(InputError, match=r"a\.csv row 2: not CSV"):
+        open_rows(str(tmp_path / "a.csv"))
+    (tmp_path / "b.csv").write_text('image,caption\n1.png,a 5" screen\n2.png,a cat\n')
+    assert [row["caption"] for row in rows_of(tmp_path / "b.csv")] == ['a 5" screen', "a cat"]
+
+
 def test_latin_1_in_a_csv_is_said_where_it_stands(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"image,caption\na.png,caf\xe9\nb.png,tea\n")
     [message] = errors_of(tmp_path / "a.csv")
@@ -184,9 +195,18 @@ def test_names_as_labels(tmp_path):
 
 
 def test_folders_as_labels(tmp_path):
-    fill(tmp_path, ["red_panda/1.png", "cat/1.png", "cat/2.png"])
+    names = ["red_panda/1.png", "cat/1.png", "cat/2.png", "boeing_737/1.png", "boeing_747/1.png"]
+    fill(tmp_path, [*names, ".ipynb_checkpoints/1.png", "cat/.thumbs/1.png"])
     labels = [(row["image"], row["label"]) for row in rows_of(tmp_path)]
-    assert labels == [("cat/1.png", "cat"), ("cat/2.png", "cat"), ("red_panda/1.png", "red panda")]
+    assert labels[:2] == [("boeing_737/1.png", "boeing 737"), ("boeing_747/1.png", "boeing 747")]
+    assert labels[2:] == [
+        ("cat/1.png", "cat"), ("cat/2.png", "cat"), ("red_panda/1.png", "red panda")
+    ]  # fmt: skip
+    assert open_classes(ClassesConfig(source=str(tmp_path), val_fraction=0), "train").names == (
+        "boeing_737", "boeing_747", "cat", "red_panda"
+    )  # fmt: skip
+    for other in names[3:]:
+        (tmp_path / other).unlink()
     source = open_source(DataConfig(source=str(tmp_path)), "test")
     assert source[0].turns == (("user", "<image>What is this?"), ("assistant", "cat"))
     assert source[0].images == (str(tmp_path / "cat" / "1.png"),)
@@ -198,6 +218,17 @@ def test_metadata_wins_over_names(tmp_path):
     assert rows_of(tmp_path) == [{"file_name": "cat-1.png", "text": "by csv"}]
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "cat-1.png", "text": "by jsonl"}\n')
     assert rows_of(tmp_path) == [{"file_name": "cat-1.png", "text": "by jsonl"}]
+
+
+def test_a_folder_of_tables_with_a_picture_beside(tmp_path):
+    """As of the Hub, whose cards have pictures."""
+    fill(tmp_path, ["assets/teaser.png"])
+    Dataset.from_list([{"question": "q", "answer": "a"}] * 2).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"both pictures \(assets/teaser\.png\) and Parquet"):
+        open_rows(str(tmp_path))
+    assert len(rows_of(tmp_path / "a.parquet")) == 2
+    (tmp_path / "a.parquet").rename(tmp_path / "metadata.parquet")
+    assert len(rows_of(tmp_path)) == 2
 
 
 def test_a_folder_without_pictures_and_an_empty_one(tmp_path):

@@ -182,7 +182,7 @@ COLUMNS = [
     {"image": "pictures/50.png", "question": "Which color?", "answer": "red"},
     {"image": "pictures/50.png", "caption": "a red sheet"},
     {"image": base64_of(200), "question": "Which?", "choices": ["red", "blue", "1"], "answer": "1"},
-    {"question": "Which?", "choices": ["red", "blue", "1"], "answer": 1},
+    {"question": "Which?", "choices": ["red", "blue", "1"], "answer": 2},
     {"question": "Which?", "choices": '["red", "blue", "1"]', "answer": "A"},
     {"file_name": "pictures/200.png", "text": "bright"},
     {"images": ["pictures/50.png", "pictures/200.png"], "question": "<image>, then <image>?",
@@ -254,6 +254,13 @@ def test_a_file_gives_the_conversation_ids_and_mask_derived_by_hand(
         assert tokens.ids.tolist() == ids, i
         assert tokens.supervised.tolist() == mask, i
         assert len(tokens.tiles) == len(colors)
+
+
+def test_an_integer_is_the_number_of_a_choice_whatever_choices_say():
+    """ScienceQA counts so; a text is first of all what a choice says."""
+    row = {"question": "How many?", "choices": ["1", "2", "3", "4"]}
+    for answer, letter in ((2, "C"), (0, "A"), ("2", "B"), ("0", "A"), ("D", "D")):
+        assert conversation(row | {"answer": answer}).turns[-1].text == letter, answer
 
 
 def test_columns_in_a_csv_are_the_same_conversation(tiny_processor, folder):
