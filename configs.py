@@ -6,12 +6,14 @@ Class defaults are the `tiny` preset, which trains on two CPU cores in minutes.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 # Some are only passed on: the rest of the house takes all of these from here.
 from configs_base import (  # noqa: F401
     FORMAT_VERSION,
+    HUB_NAME,
     RENAMED,
     Checked,
     InputError,
@@ -248,6 +250,8 @@ class VLMConfig(ViTConfig, LMConfig, ProjectorConfig):
         need(min(ids) >= 0 and max(ids) < self.lm_vocab_size, self, "lm_vocab_size", fix)
         need(self.vit_n_channels == 3, self, "vit_n_channels", "must be 3 in a VLM")
         need(self.vit_n_classes == 0, self, "vit_n_classes", "must be 0 in a VLM")
+        fix = "must be another in a VLM, which takes all patches, so that it would never learn"
+        need(self.vit_pool != "map", self, "vit_pool", fix)
 
 
 RATINGS = ("min_relevance", "min_image_correspondence", "min_visual_dependency", "min_formatting")
@@ -258,7 +262,7 @@ class DataConfig(Checked):
     """What the model is trained on."""
 
     source: str = "world"
-    """world, a .jsonl .json .csv .parquet file, a folder, hf:owner/name[@split]; or a=0.7 b=0.3."""
+    """world, a .jsonl .json .csv .parquet file, a folder, hf:owner/name[:set][@split]; a=1 b=2."""
     stream: bool = False
     """Read rows in passing: no pass over all of them first, no length, nothing kept."""
     stream_block: int = 1000
@@ -379,7 +383,8 @@ class LoopConfig(Checked):
         names = "lr_muon weight_decay warmup grad_clip eval_every save_every"
         for name in names.split():
             need(getattr(self, name) >= 0, self, name, "must not be negative")
-        need(not self.push or self.push.count("/") == 1, self, "push", "must be user/name")
+        is_name = re.fullmatch(rf"{HUB_NAME}/{HUB_NAME}", self.push)
+        need(not self.push or is_name, self, "push", "must be user/name")
 
 
 def require_freeze(cfg: object, parts: str) -> None:

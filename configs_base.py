@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 FORMAT_VERSION = 1
+HUB_NAME = r"\w[\w.-]*"  # of a user, of a repository
 # Old field name -> today's; a checkpoint written before a rename still loads.
 RENAMED: dict[str, str] = {}
 
@@ -221,7 +222,13 @@ def flags(cls: type, prefix: str = "--") -> dict[str, object]:
 
 
 def command(main, argv: list[str] | None = None) -> None:
-    """Run a script's `main(argv)`; a wrong input becomes one sentence on stderr and exit code 2."""
+    """Run a script's `main(argv)`; a wrong input becomes one sentence on stderr and exit code 2.
+
+    Names of files may hold any bytes, and so may what is typed: all pass in and out as they are.
+    """
+    for stream in (sys.stdin, sys.stdout):
+        with contextlib.suppress(AttributeError, io.UnsupportedOperation):  # read before
+            stream.reconfigure(errors="surrogateescape")
     try:
         main(sys.argv[1:] if argv is None else argv)
     except InputError as error:

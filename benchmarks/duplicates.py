@@ -21,6 +21,7 @@ from PIL import Image
 
 import classify
 import embed
+from configs import command
 from data.images import open_image
 from engine.embedding import open_index
 
@@ -67,11 +68,11 @@ def plant(files: list[Path], folder: Path, every: int = 4) -> dict[str, str]:
         image = open_image(file)
         # Some flags are one flag: Norway's is also that of Bouvet Island and of Svalbard.
         same = looks.setdefault(image.resize((32, 32)).tobytes(), name)
-        image.save(folder / f"{name}.png")
-        shows[str(folder / f"{name}.png")] = same
-        for kind, change in PLANTS.items() if number % every == 0 else ():
-            path = folder / f"{name}-{kind}.png"
-            change(image).save(path)
+        plants = PLANTS.items() if number % every == 0 else ()
+        for end, change in (("", lambda x: x), *((f"-{kind}", c) for kind, c in plants)):
+            path = folder / f"{name}{end}.png"
+            if not path.is_file():  # else the index of an earlier run would be of older files
+                change(image).save(path)
             shows[str(path)] = same
     return shows
 
@@ -103,13 +104,13 @@ def rates(cosine: np.ndarray, same: np.ndarray, threshold: float) -> tuple[float
     return hit / max(1, (cosine >= threshold).sum()), hit / max(1, same.sum())
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("shared", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--trunk", help="an encoder that is there already")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     sets = ("noto_emoji_72", "flags")
     files = [f for name in sets for f in sorted((args.shared / name / "images").glob("*.png"))]
@@ -138,4 +139,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -46,8 +46,9 @@ def answer_file(
 ) -> None:
     """Append an answer to `out` as soon as it is there; when all are, put them in order.
 
-    `run` names these weights and settings. Raises `InputError` before the first answer where a row
-    lacks something, after the last where pictures or choices were no good: the next run asks again.
+    `run` names these weights and settings. A row's number is added to the seed, so that a run that
+    goes on says what the whole one would. Raises `InputError` before the first answer if a row
+    lacks something, after the last if one could not be asked: the next run asks again.
     """
     rows = open_rows(str(questions))
     asked = [_asked(rows, k) for k in range(len(rows))]
@@ -55,8 +56,7 @@ def answer_file(
     left = [k for k in range(len(rows)) if k not in done]
     limited = [k for k in left if asked[k].choices or choices]
     free = [k for k in left if not (asked[k].choices or choices)]
-    failed: dict[int, InputError] = {}
-    order: list[int] = []  # of the prompts that could be made
+    failed, order = {}, []  # why rows have no answer; the rows whose prompts could be made
     with tqdm(total=len(rows), initial=len(done), unit="row") as bar, _open(out) as file:
 
         def write(k: int, values: dict) -> None:
@@ -72,12 +72,12 @@ def answer_file(
                 except InputError as error:
                     failed[k] = error
                     bar.update()
-                    continue
-                order.append(k)
-                yield tokens
+                else:
+                    order.append(k)
+                    yield tokens
 
-        for i, reply in chat.replies(prompts(), sampling, stop, n_rows):
-            write(order[i], {"answer": reply.text} | (_details(chat, reply) if logprobs else {}))
+        for k, reply in chat.replies(prompts(), sampling, stop, n_rows, order.__getitem__):
+            write(k, {"answer": reply.text} | (_details(chat, reply) if logprobs else {}))
         for k in limited:
             offered = asked[k].choices or list(choices)
             try:

@@ -6,7 +6,7 @@ Not here: how a token is chosen (models/generation.py), several turns (conversat
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -152,10 +152,12 @@ class Chat:
         sampling: Sampling = Sampling(),
         stop: Sequence[str] = (),
         n_rows: int = 64,
+        number: Callable[[int], int] = int,
     ) -> Iterator[tuple[int, Reply]]:
-        """(number of the prompt, its answer) in the order in which they are done.
+        """(`number` of the prompt, its answer) in the order in which they are done.
 
-        Prompts are read as rows of the batch become free, so they may be made one by one.
+        Prompts are read as rows of the batch become free, so they may be made one by one. A
+        prompt's number is added to the seed.
         """
         tokenizer = self.processor.tokenizer
 
@@ -164,7 +166,8 @@ class Chat:
             return any(s in text for s in stop)
 
         encoded = (self._encoded(tokens) for tokens in prompts)
-        for index, tokens, logprobs in serve(self.model, encoded, sampling, n_rows, said_stop):
+        said = serve(self.model, encoded, sampling, n_rows, said_stop, number)
+        for index, tokens, logprobs in said:
             text = answer_text(self.processor, tokens, stop)
             yield index, Reply(text, tuple(tokens), tuple(logprobs))
 

@@ -7,6 +7,7 @@ A checkpoint folder `step-000600` is a model directory that every loader opens, 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import pickle
@@ -93,7 +94,7 @@ def seed_generators(seed: int, rank: int) -> None:
     random.seed(f"{seed}/{rank}")
     np.random.seed((seed * 1_000_003 + rank) % 2**32)
     if rank:
-        torch.manual_seed(seed * 1_000_003 + rank)
+        torch.manual_seed((seed * 1_000_003 + rank) % 2**64)
 
 
 def save(
@@ -195,9 +196,12 @@ def _flush(folder: Path) -> None:
 
 
 def read_state(folder: Path, mmap: bool = False) -> dict:
-    """All that a checkpoint holds beside its weights; raises `InputError` where it is torn."""
+    """All that a checkpoint holds beside its weights, on the CPU, wherever it was made.
+
+    Raises `InputError` where it is torn.
+    """
     try:
-        return torch.load(folder / STATE, weights_only=True, mmap=mmap)
+        return torch.load(folder / STATE, "cpu", weights_only=True, mmap=mmap)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0][:120]
         raise InputError(f"{folder / STATE}: not the whole state of a run ({reason}); delete that "
@@ -230,7 +234,7 @@ def load_state(folder: Path, cfg: RunConfig, world: int = 1, data: str = "") -> 
         if old != new and (part, name) not in MAY_CHANGE
     ]
     for what, now in (("world", world), ("data", data)):
-        if state.get(what, now) != now:
+        if (state.get(what) or now) != now:
             changed.append(f"{SAYS[what]}: {state[what]} then, {now} now")
     then, now = (max(1, c.data.workers) for c in (saved, cfg))
     if getattr(saved.data, "stream", False) and then != now:
@@ -306,6 +310,10 @@ def claim(run: Path):
             f"{run}: process {file.read().strip()} is training in it; choose another --train.out, "
             "or stop that one first."
         ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        return file  # a file system without locks
     file.truncate(0)
     file.write(f"{os.getpid()} on {platform.node()}\n")
     file.flush()

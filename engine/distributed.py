@@ -138,6 +138,12 @@ def setup(parallel: str = "ddp") -> Dist:
         torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     )
     if cuda:
+        n = torch.cuda.device_count()
+        if device.index >= n:
+            raise InputError(
+                f"process {device.index + 1} of this machine has no GPU, as it has {n}; start "
+                f"torchrun with --nproc-per-node {n}."
+            )
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()

@@ -87,8 +87,9 @@ def finish(device: torch.device) -> None:
 def flops(model: nn.Module, n_tokens: float, n_images: float) -> float:
     """Products and sums of a forward and a backward pass: 6 for each weight and token it meets.
 
-    A part without gradients costs 2. Attention's own products and what is computed again to save
-    memory are not counted, so the share of the peak that follows is a lower bound.
+    A part without gradients costs 2. Attention's own products, those of a language model's head,
+    which meets supervised tokens alone, and what is computed again to save memory are not counted,
+    so the share of the peak that follows is a lower bound.
     """
     cfg, total = model.cfg, 0.0
     patches = n_images * (cfg.vit_n_patches + cfg.vit_n_prefix)
@@ -96,7 +97,8 @@ def flops(model: nn.Module, n_tokens: float, n_images: float) -> float:
              "language": n_tokens, "trunk": patches, "head": n_images}  # fmt: skip
     for name, part in model.parts.items():
         for key, p in part.named_parameters():
-            if p.ndim >= 2 and "embedding" not in key.split(".")[0]:
+            apart = "embedding" in key.split(".")[0] or (name, key) == ("language", "head.weight")
+            if p.ndim >= 2 and not apart:
                 total += (6 if p.requires_grad else 2) * p.numel() * meets[name]
     return total
 

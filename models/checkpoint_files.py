@@ -56,7 +56,7 @@ def read_weights(directory: Path, single: str = WEIGHTS) -> dict[str, Tensor]:
     product of unaligned matrices otherwise, so that a resumed run would differ from a whole one.
     Raises `InputError`.
     """
-    if (directory / INDEX).is_file():
+    if (directory / INDEX).is_file() and not (directory / single).is_file():
         weight_map = read_json(directory / INDEX).get("weight_map")
         where = f"{directory / INDEX}: weight_map"
         require(isinstance(weight_map, dict), where, weight_map, "must be an object")
@@ -88,13 +88,14 @@ def _pickle(directory: Path) -> str:
 
 
 def write(directory: Path, tensors: dict[str, Tensor], config: dict) -> None:
-    """model.safetensors and config.json."""
+    """model.safetensors and config.json; an older model's index goes, as it names its shards."""
     directory.mkdir(parents=True, exist_ok=True)
     # Each its own memory: safetensors refuses tensors that share it.
     owners = {t.data_ptr(): name for name, t in tensors.items()}
     tensors = {n: t if owners[t.data_ptr()] == n else t.clone() for n, t in tensors.items()}
     save_tensors(tensors, directory / WEIGHTS)
     (directory / WEIGHTS).chmod(0o644)  # safetensors writes 0600
+    (directory / INDEX).unlink(missing_ok=True)
     write_json(directory / CONFIG, config)
 
 

@@ -228,7 +228,7 @@ class Prompt(NamedTuple):
 class Said(NamedTuple):
     """What the model said to a prompt: tokens up to and with the end of turn, if it came."""
 
-    index: int  # of the prompt
+    index: int  # the number of the prompt
     tokens: list[int]
     logprobs: list[float]  # of each token, under the model alone: no sampling option changes them
 
@@ -249,14 +249,16 @@ def serve(
     sampling: Sampling,
     n_rows: int = 64,
     stop: Callable[[list[int]], bool] = lambda tokens: False,
+    number: Callable[[int], int] = int,
 ) -> Iterator[Said]:
     """Answers in the order in which they are done, read from `prompts` as rows become free.
 
     A row that has finished takes the next prompt, so that short answers do not wait for long ones;
     an eighth of the rows must be free, as a prefill costs a step or more. `stop` ends an answer
-    early. Prompt i samples with seed + i, whatever the rows are.
+    early. The i-th prompt is called `number(i)` and samples with the seed + that, whatever the rows
+    are.
     """
-    waiting, hand = enumerate(prompts), []
+    waiting, hand = ((number(i), prompt) for i, prompt in enumerate(prompts)), []
     rows: list[_Row | None] = []
     cache, logits = None, None  # logits [rows, V]
     while True:

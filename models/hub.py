@@ -11,9 +11,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from configs import InputError
+from configs import HUB_NAME, InputError
 
-NAME = r"\w[\w.-]*"
 # Of a repository's files; never those of its folders, pickles, code.
 WANTED = ["*.json", "*.safetensors", "*.jinja"]
 
@@ -25,7 +24,7 @@ def find(source: str | Path, revision: str | None = None) -> Path:
     """
     if Path(source).is_dir():
         return Path(source)
-    if not re.fullmatch(rf"{NAME}(/{NAME})?", str(source)):
+    if not re.fullmatch(rf"{HUB_NAME}(/{HUB_NAME})?", str(source)):
         raise InputError(f"{source}: no such checkpoint directory.")
     from huggingface_hub import snapshot_download
 
@@ -49,7 +48,7 @@ def push(folder: str | Path, repo_id: str, private: bool = True) -> str:
     Returns its address. What an interrupted upload has brought there is not sent again.
     Raises `InputError`.
     """
-    if not re.fullmatch(rf"{NAME}/{NAME}", repo_id):
+    if not re.fullmatch(rf"{HUB_NAME}/{HUB_NAME}", repo_id):
         raise InputError(f"{repo_id!r}: is not the name of a repository, as in user/name.")
     require_login()
     from huggingface_hub import HfApi

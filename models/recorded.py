@@ -31,22 +31,24 @@ class StaticCache(KVCache):
         return (slots <= positions[:, :, None])[:, None]  # [B, 1, T, S]
 
 
-def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+def capture(run: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
     """(what starts all kernels of one call of `run` again, the tensor that they fill).
 
-    `run` takes its input from tensors that stay where they are. It is called twice before it is
-    recorded, aside, as kernels and libraries set themselves up in their first calls
+    `run` takes its input from tensors that stay where they are, on `device`. It is called twice
+    before it is recorded, aside, as kernels and libraries set themselves up in their first calls
     (torch's notes on CUDA graphs).
     """
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        filled = run()
+    with torch.cuda.device(device):  # streams are of the current device, not of what runs in them
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(2):
+                run()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        # Its own default would be a stream of the device that somebody recorded on first.
+        with torch.cuda.graph(graph, stream=aside):
+            filled = run()
     return graph.replay, filled
 
 
@@ -62,7 +64,7 @@ def recorded(
     call: what is recorded writes them to the cache.
     """
     static, tokens, positions = StaticCache(cache), tokens.clone(), positions.clone()
-    replay, logits = capture(lambda: step(tokens, positions, static))
+    replay, logits = capture(lambda: step(tokens, positions, static), tokens.device)
 
     def decode(next_tokens: Tensor, next_positions: Tensor) -> Tensor:
         tokens.copy_(next_tokens)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,15 @@ def test_what_the_machine_refuses_is_one_line(error, code, said, capsys):
         configs.command(main, [])
     assert caught.value.code == code
     assert capsys.readouterr().err.removeprefix("error: ") == f"{said}\n"
+
+
+def test_names_of_any_bytes_pass(monkeypatch):
+    """As of files in old archives."""
+    heard, said = (io.TextIOWrapper(io.BytesIO(x), "utf-8") for x in (b"caf\xe9\n", b""))
+    monkeypatch.setattr("sys.stdin", heard)
+    monkeypatch.setattr("sys.stdout", said)
+    configs.command(lambda _: print(sys.stdin.read(), end="", flush=True), [])
+    assert said.buffer.getvalue() == b"caf\xe9\n"
 
 
 def test_a_list_is_given_once():

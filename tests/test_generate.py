@@ -102,6 +102,11 @@ def test_a_question_that_cannot_be_asked(small_checkpoint, refused, flags, says)
     assert says in refused(generate.main, small_checkpoint, *flags)
 
 
+def test_what_is_typed_is_no_utf_8(small_checkpoint, refused, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), "utf-8"))
+    assert "surrogate" in refused(generate.main, small_checkpoint, "--prompt", "-")
+
+
 def test_a_checkpoint_that_cannot_be_opened(small_checkpoint, tmp_path, refused):
     line = refused(generate.main, tmp_path / "nowhere")
     assert "nowhere: no such checkpoint" in line

@@ -31,6 +31,20 @@ def test_answers_to_other_pictures_are_not_kept(
     assert "must be a file" in refused(generate.main, *flags, tmp_path / "pipe")
 
 
+def test_a_run_that_goes_on_samples_what_the_whole_one_would(small_checkpoint, tmp_path, capsys):
+    """Row by row: the same question in each, answered by chance."""
+    asked = tmp_path / "in.jsonl"
+    asked.write_text("\n".join([json.dumps({"question": "What?"})] * 6))
+    flags = [small_checkpoint, "--jsonl", asked, "--max-new-tokens", 12, "--temperature", 2,
+             "--seed", 5, "--batch-size", 2, "--out"]  # fmt: skip
+    ask(*flags, tmp_path / "whole.jsonl")
+    lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
+    assert len({json.loads(line)["answer"] for line in lines}) > 3
+    (tmp_path / "torn.jsonl").write_text("".join(lines[:3]))
+    ask(*flags, tmp_path / "torn.jsonl")
+    assert (tmp_path / "torn.jsonl").read_text() == "".join(lines)
+
+
 def test_columns_that_a_row_has_no_use_for(small_checkpoint, rows_file, tmp_path):
     """A table has both names in every row; half a surrogate is valid JSON."""
     asked, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"

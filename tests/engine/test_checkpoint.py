@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import resource
 from dataclasses import replace
@@ -72,6 +73,38 @@ def test_a_run_keeps_the_arithmetic_it_began_with(made):
     (found[0] / checkpoint.STATE).write_bytes(b"half")
     with pytest.raises(InputError, match="not the whole state of a run"):
         checkpoint.precision_of(found, "auto")
+
+
+def test_a_state_of_a_gpu_opens_where_there_is_none(made, monkeypatch):
+    cfg, save = made
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.serialization, "location_tag", lambda _: "cuda:0")
+        folder = save(5, extra=torch.ones(3))
+    with pytest.raises(RuntimeError, match="on a CUDA device"):
+        torch.load(folder / checkpoint.STATE, weights_only=True)
+    assert checkpoint.load_state(folder, cfg)["extra"].device.type == "cpu"
+    assert checkpoint.precision_of([folder], "auto") == "auto"
+
+
+def test_any_seed_that_is_allowed(made):
+    """Of every process, though torch takes 64 bits."""
+    for rank in range(3):
+        checkpoint.seed_generators(2**63 - 1, rank)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EIO])
+def test_a_file_system_without_locks(made, monkeypatch, code):
+    cfg, _ = made
+
+    def refuse(*_):
+        raise OSError(code, "refused")
+
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    if code == errno.EIO:
+        with pytest.raises(InputError, match="cannot be written"):
+            checkpoint.remember_config(cfg)
+    else:
+        checkpoint.remember_config(cfg).close()
 
 
 def test_what_a_crash_leaves_is_never_picked_up(made):

@@ -79,6 +79,14 @@ def test_what_the_user_told_glibc_counts(python, tmp_path):
     assert held[False] - held[True] > 100, held
 
 
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(InputError, match=r"process 2 .* has 1; start torchrun with --nproc-per-no"):
+        distributed.setup()
+
+
 def test_blocks_are_compiled_where_asked_and_by_default_on_a_gpu(monkeypatch):
     gpu = torch.device("cuda")
     monkeypatch.setattr(distributed, "lacks_compiler", lambda _: "")

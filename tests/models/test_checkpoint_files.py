@@ -35,7 +35,6 @@ IDEFICS3 = {
 OURS_ALONE = {
     "cls": dict(vit_cls_flag=True),
     "registers": dict(vit_n_registers=2, lm_tie_weights=False),
-    "map": dict(vit_pool="map"),
     "no bias": dict(vit_qkv_bias=False),
     "qwen2 and 3": dict(lm_qkv_bias=True, lm_qk_norm=True),
 }
@@ -317,6 +316,20 @@ def test_shards_load(sharded, samples, pad_rows):
     batch = pad_rows(model.cfg, samples, "right")
     again = VisionLanguageModel.from_pretrained(directory).eval()
     assert torch.equal(again(*batch)[0], model(*batch)[0])
+
+
+def test_what_is_saved_over_shards_is_what_loads(sharded, small_model, samples, pad_rows):
+    """In transformers too, which takes the single file where there are both."""
+    _, directory, _ = sharded
+    new = small_model(lm_n_blocks=2)
+    batch = pad_rows(new.cfg, samples, "right")
+    index = (directory / "model.safetensors.index.json").read_bytes()
+    for both in (False, True):
+        new.save_pretrained(directory)
+        if both:  # as of a Hub repository that had shards
+            (directory / "model.safetensors.index.json").write_bytes(index)
+        again = VisionLanguageModel.from_pretrained(directory).eval()
+        assert torch.equal(again(*batch)[0], new(*batch)[0])
 
 
 def test_a_missing_shard(sharded):

@@ -68,6 +68,7 @@ def test_a_pickle_in_the_index(target):
     (target / "evil.bin").write_bytes(pickle.dumps(Bomb(target.parent / "harm")))
     index = {"weight_map": {"lm_head.weight": "evil.bin"}}
     (target / "model.safetensors.index.json").write_text(json.dumps(index))
+    (target / "model.safetensors").unlink()
     refused(target, "'evil.bin' is not the name of a safetensors file beside it")
 
 

@@ -57,6 +57,12 @@ def test_a_product_is_that_of_the_rounded_matrix(shape, at_once, monkeypatch):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-3)
 
 
+def test_a_product_in_fp16_stays_finite():
+    """It is scaled after the sum, which of weights up to 127 passes fp16's 65,504."""
+    layer = Int8Linear(torch.ones(4, 576))
+    assert layer(torch.ones(9, 576).half()).tolist() == [[576.0] * 4] * 9
+
+
 def test_words_are_never_rounded():
     """They look like floats to a module that changes its dtype."""
     layer = Int8Linear(weights(7, 20))

@@ -18,7 +18,7 @@ def calls(monkeypatch):
     """Recording on a CPU: the same tensors are read and filled again; how often it was replayed."""
     found = []
 
-    def capture(run):
+    def capture(run, _device):
         for _ in range(2):
             run()
         filled = run()
@@ -58,7 +58,7 @@ def test_it_says_the_same(model, small_config, make_sample, pad_rows, sampling, 
 
 
 def test_a_cpu_records_nothing(model, make_sample, small_config, monkeypatch):
-    monkeypatch.setattr(recorded, "capture", lambda run: 1 / 0)
+    monkeypatch.setattr(recorded, "capture", lambda *_: 1 / 0)
     ids, images = make_sample(small_config(), 1, 5, 0)
     assert model.generate(ids[None], images, sampling=Sampling(4)).shape == (1, 4)
 
