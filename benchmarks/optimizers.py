@@ -2,7 +2,7 @@
 
 python benchmarks/optimizers.py [STEPS]            writes docs/optimizers.png and prints a table
 
-AdamW gets several rates, Muon the preset's one: whoever is slower was not held back by its rate.
+AdamW gets several rates, Muon the preset's one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RATES = ("lr_vision", "lr_projector", "lr_language")
-ADAMW_RATES = (0.001, 0.002, 0.004)
+ADAMW_RATES = (0.0005, 0.001, 0.002, 0.004)
 
 
 def variants() -> dict[str, list[str]]:

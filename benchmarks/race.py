@@ -186,7 +186,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--theirs", type=float, default=600, help="seconds of transformers")
     parser.add_argument("--every", type=float, default=30, help="seconds between evaluations")
     parser.add_argument("--questions", type=int, default=400, help="of an evaluation")
-    parser.add_argument("--rate", type=float, default=0.002, help="AdamW's for transformers")
+    parser.add_argument("--rate", type=float, default=0.001, help="AdamW's for transformers")
     parser.add_argument("--rows", type=int, default=64, help="conversations in their batch")
     asked = parser.parse_args(argv)
     line = where(command_line("benchmarks.race", list(argv)))

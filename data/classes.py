@@ -262,10 +262,9 @@ def from_rows(rows: Any, cfg: ClassesConfig, split: str, names: Sequence[str] = 
         kept = evenly([labels[k] for k in chosen.chosen.tolist()], cfg.limit, cfg.seed)
         chosen = replace(chosen, chosen=chosen.chosen[kept])
     of_rows = tuple(labels[k] for k in chosen.chosen.tolist())
-    print_of = chosen.fingerprint
-    return Classes(
-        chosen, of_rows, tuple(names) or found, chosen.notes, chosen.bad, fingerprint=print_of
-    )
+    names = tuple(names) or found
+    told = {name: getattr(chosen, name) for name in ("notes", "bad", "fingerprint")}
+    return Classes(chosen, of_rows, names, **told)
 
 
 def _world(cfg: ClassesConfig, split: str, names: Sequence[str]) -> Classes:

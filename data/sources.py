@@ -240,7 +240,8 @@ def _identity(picture: Any) -> str:
     if isinstance(picture, dict):
         picture = picture.get("bytes") or picture["path"]
     if isinstance(picture, Image.Image):
-        return f"{picture.size} {hashlib.blake2b(picture.tobytes(), digest_size=16).hexdigest()}"
+        content = f"{picture.mode} {picture.size} ".encode() + picture.tobytes()
+        return hashlib.blake2b(content, digest_size=16).hexdigest()
     return mark_of(picture).hex() if isinstance(picture, bytes) else picture
 
 

@@ -7,6 +7,7 @@ these functions alone: nothing else here needs it. Not here: what columns mean (
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,20 +18,21 @@ from configs import InputError
 
 PASSING = {".parquet": "parquet", ".jsonl": "text", ".csv": "csv"}  # what streams, and as what
 TAIL = 64  # bytes at the end of a picture that tell it from others: compressed data and checksums
-WHOLE = 1 << 14  # pictures of up to so many bytes are told apart by all of them
+WHOLE = 1 << 12  # pictures of up to so many bytes are told apart by all of them
 PLAIN = (b"BM", b"P5", b"P6", b"II", b"MM")  # how files begin that may end in many equal pixels
 
 
 class Mark(bytes):
-    """What is enough of a picture's bytes to tell it from others, and cheap to read."""
+    """What tells a picture's bytes from others."""
 
 
 def mark_of(content: bytes | memoryview) -> Mark:
-    """Its length and its end; the whole of a small one, or where nothing is compressed."""
+    """A hash of its length and its end, which alone are read; of all where that may not do."""
     if isinstance(content, Mark):
         return content
     is_whole = len(content) <= WHOLE or bytes(content[:2]) in PLAIN
-    return Mark(content if is_whole else b"%d " % len(content) + bytes(content[-TAIL:]))
+    seen = content if is_whole else b"%d " % len(content) + bytes(content[-TAIL:])
+    return Mark(hashlib.blake2b(seen, digest_size=16).digest())
 
 
 @dataclass(frozen=True)
@@ -178,9 +180,9 @@ def open_passing(source: str):
         if kind == "text":  # lines as bytes, for our own parser: the library's changes values
             options |= {"encoding": "latin-1"}
         if kind == "csv":  # else the library guesses that a column is numbers, from its beginning
-            mark = delimiter_of(files[0].open("rb").readline())
-            options |= {"features": _texts(files[0], mark), "keep_default_na": False,
-                        "encoding": "utf-8-sig", "sep": mark}  # fmt: skip
+            features, delimiter = _texts(files[0])
+            options |= {"features": features, "sep": delimiter, "keep_default_na": False,
+                        "encoding": "utf-8-sig"}  # fmt: skip
     opened = _with_datasets(source, lambda datasets: datasets.load_dataset(*words, **options))
     return opened if opened.features is None else opened.decode(False)
 
@@ -190,18 +192,20 @@ def delimiter_of(header: bytes) -> str:
     return max(",;\t", key=lambda mark: header.count(mark.encode()))
 
 
-def _texts(path: Path, mark: str):
-    """The columns of a CSV file, all of them text; raises `InputError`."""
+def _texts(path: Path) -> tuple[Any, str]:
+    """The columns of a CSV file, all of them text, and what parts them; raises `InputError`."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            names = next(csv.reader(file, delimiter=mark), [])
+            delimiter = delimiter_of(file.readline().encode())
+            file.seek(0)
+            names = next(csv.reader(file, delimiter=delimiter), [])
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: not CSV in UTF-8 ({error}).") from None
 
     def features(datasets):
         return datasets.Features({name: datasets.Value("string") for name in names})
 
-    return _with_datasets(str(path), features)
+    return _with_datasets(str(path), features), delimiter
 
 
 def open_saved(folder: Path, part: str) -> ArrowRows:
