@@ -206,6 +206,20 @@ def most_memory(argv: list[str]) -> float:
 
 
 @pytest.mark.slow
+def test_the_world_is_learned_as_far_as_it_was(tmp_path):
+    """35 % with each of two seeds; untrained 0, the demo without its pictures 15.
+
+    The band is what 400 questions and another rounding may do. Who learns faster moves it.
+    """
+    rates = [f"--train.lr-{part}=0.003" for part in ("vision", "projector", "language")]
+    words = (f"tiny --data.world-first=4000 --train.steps=400 --train.out={tmp_path}/run "
+             "--train.eval-every=0 --train.eval-samples=400 --train.save-every=0")  # fmt: skip
+    command(train.main, [*words.split(), *rates])
+    last = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 400 and 0.27 < last["val_accuracy"] < 0.43, last
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("preset", "width", "most"), [("222m", 512, 12), ("460m", 1400, 9)])
 def test_real_sizes_train_and_answer_within_memory(preset, width, most, shared, tmp_path):
     """Random weights, a step without accumulation; 460m sees the 17 tiles of a square picture.
