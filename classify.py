@@ -93,11 +93,9 @@ def train_main(argv: list[str]) -> None:
         source, viewer, loader_config(cfg.data), dist.rank, dist.world, run / "skipped.jsonl"
     )
     checkpoint.seed_generators(cfg.train.seed, dist.rank)
-    step, best = 0, Best()
+    step, best, data = 0, Best(), source.fingerprint
     if found:
-        step, best = checkpoint.restore(
-            found[-1], cfg, model, optimizer, loader, dist, source.fingerprint
-        )
+        step, best = checkpoint.restore(found[-1], cfg, model, optimizer, loader, dist, data)
         best = Best(*best)
     if dist.is_main:
         lock = checkpoint.remember_config(cfg)  # ours while this function runs
@@ -111,7 +109,6 @@ def train_main(argv: list[str]) -> None:
     def write(model: Classifier, folder: Path) -> None:
         model.save_pretrained(folder)
 
-    data = source.fingerprint
     reached = train(cfg, model, write, loader, optimizer, dist, region, asked, step, best, data)
     dist.close()
     if not dist.is_main:

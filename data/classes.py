@@ -39,8 +39,8 @@ class Classes:
     names: tuple[str, ...]  # the classes, in order
     notes: tuple[str, ...] = ()
     bad: tuple[str, ...] = ()
-    first: int = 0
     fingerprint: str = ""
+    first: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -137,8 +137,7 @@ class ArrayRows:
 
 
 def _open_folder(folder: Path) -> ClassFolder:
-    files = (f.relative_to(folder) for f in shown_files(folder))
-    names = [f for f in files if f.suffix.lower() in PICTURES]
+    names = [f for f in shown_files(folder) if f.suffix.lower() in PICTURES]
     if not names:
         raise InputError(f"{folder}: no pictures ({' '.join(PICTURES)}) in this folder.")
     if loose := next((name for name in names if len(name.parts) == 1), None):
@@ -263,8 +262,7 @@ def from_rows(rows: Any, cfg: ClassesConfig, split: str, names: Sequence[str] = 
         chosen = replace(chosen, chosen=chosen.chosen[kept])
     of_rows = tuple(labels[k] for k in chosen.chosen.tolist())
     names = tuple(names) or found
-    told = {name: getattr(chosen, name) for name in ("notes", "bad", "fingerprint")}
-    return Classes(chosen, of_rows, names, **told)
+    return Classes(chosen, of_rows, names, chosen.notes, chosen.bad, chosen.fingerprint)
 
 
 def _world(cfg: ClassesConfig, split: str, names: Sequence[str]) -> Classes:

@@ -19,7 +19,7 @@ import tyro
 from configs import RATINGS, DataConfig, InputError, command, parse, write_whole
 from data.readers import open_rows
 from data.sources import locate, meaning, most_bad_of
-from data.streams import Part, StreamSource
+from data.streams import Part, StreamSource, checked
 
 NOTE = "prepared.json"  # what was read so far, beside the files
 
@@ -122,9 +122,7 @@ def main(argv: list[str]) -> None:
         content = []
         for _, where, row, folder in found:
             try:
-                if isinstance(row, InputError):
-                    raise row
-                content += [new] if (new := kept(row, cfg, folder)) else []
+                content += [new] if (new := kept(checked(row), cfg, folder)) else []
             except InputError as error:
                 done["bad"].append(f"{where}: {error}")
         done["read"] = found[-1][0] + 1

@@ -215,9 +215,9 @@ class FolderRows:
 
 
 def shown_files(folder: Path) -> list[Path]:
-    """All files at any depth in order, but hidden ones and those of hidden folders."""
-    files = (f for f in sorted(folder.rglob("*")) if f.is_file())
-    return [f for f in files if not any(p[0] == "." for p in f.relative_to(folder).parts)]
+    """Relative paths of all files at any depth, in order; none that is hidden, or its folder."""
+    files = (f.relative_to(folder) for f in sorted(folder.rglob("*")) if f.is_file())
+    return [f for f in files if not any(part[0] == "." for part in f.parts)]
 
 
 def _open_folder(folder: Path, part: str):
@@ -230,12 +230,12 @@ def _open_folder(folder: Path, part: str):
     if part:
         raise InputError(f"{folder}: has no splits, so leave out @{part}.")
     files = shown_files(folder)
-    names = [f.relative_to(folder) for f in files if f.suffix.lower() in PICTURES]
+    names = [f for f in files if f.suffix.lower() in PICTURES]
     tables = [f for f in files if f.suffix == ".parquet"]
     if names and tables:
         raise InputError(
             f"{folder}: holds both pictures ({names[0]}) and Parquet files "
-            f"({tables[0].relative_to(folder)}); name the file or the folder that you mean."
+            f"({tables[0]}); name the file or the folder that you mean."
         )
     if names:
         sidecars = any((folder / name).with_suffix(".txt").is_file() for name in names)
@@ -243,7 +243,7 @@ def _open_folder(folder: Path, part: str):
         array = np.array([os.fsencode(name) for name in names])
         return FolderRows(folder, array, sidecars, by_folder)
     if tables:
-        return open_parquet(tables)
+        return open_parquet([folder / f for f in tables])
     raise InputError(
         f"{folder}: no pictures ({' '.join(PICTURES)}), no metadata.jsonl, no Parquet file and no "
         "saved data set in this folder."

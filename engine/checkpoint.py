@@ -234,7 +234,7 @@ def load_state(folder: Path, cfg: RunConfig, world: int = 1, data: str = "") -> 
         if old != new and (part, name) not in MAY_CHANGE
     ]
     for what, now in (("world", world), ("data", data)):
-        if (state.get(what) or now) != now:
+        if (state.get(what) or now) != now:  # earlier versions did not always say
             changed.append(f"{SAYS[what]}: {state[what]} then, {now} now")
     then, now = (max(1, c.data.workers) for c in (saved, cfg))
     if getattr(saved.data, "stream", False) and then != now:

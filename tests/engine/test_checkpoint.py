@@ -86,10 +86,13 @@ def test_a_state_of_a_gpu_opens_where_there_is_none(made, monkeypatch):
     assert checkpoint.precision_of([folder], "auto") == "auto"
 
 
-def test_any_seed_that_is_allowed(made):
-    """Of every process, though torch takes 64 bits."""
-    for rank in range(3):
+def test_any_seed_that_is_allowed():
+    """Of every process, though torch takes 64 bits; each draws its own."""
+    found = []
+    for rank in range(1, 4):
         checkpoint.seed_generators(2**63 - 1, rank)
+        found.append((random.random(), float(np.random.rand()), torch.rand(()).item()))
+    assert all(len(set(drawn)) == 3 for drawn in zip(*found))
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EIO])

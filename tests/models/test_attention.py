@@ -232,10 +232,12 @@ def test_a_lone_query_sees_every_slot():
     torch.testing.assert_close(seen, whole[:, :, 3:])
 
 
-def test_rotation_has_the_gradient_that_autograd_finds():
+def test_rotation_and_its_gradient_keep_the_layout():
+    """A projection's output is token-major; a copy of it would cost as much as the rotation."""
     x = torch.randn(2, 5, 3, 8).requires_grad_()  # [B, T, H, C]
     cos, sin = rope_tables(torch.rand(4), torch.arange(5).expand(2, 5), torch.float32)
     out = apply_rope(x, cos, sin)
+    assert out.stride() == x.stride()
     first, second = x.chunk(2, dim=-1)
     plain = x * cos + torch.cat((-second, first), dim=-1) * sin[..., 4:].repeat(1, 1, 1, 2)
     torch.testing.assert_close(out, plain)
