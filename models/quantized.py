@@ -55,7 +55,7 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # [R, K]
         if torch.compiler.is_compiling() and len(rows) <= FEW:
-            found = self._by_lanes(rows.float())
+            found = self._by_lanes(computed_once(rows.float()))
         else:
             # Before the scale a sum of fp16 would soon be infinite.
             rows = rows.float() if rows.dtype == torch.float16 else rows
@@ -72,6 +72,16 @@ class Int8Linear(nn.Module):
         for i, lane in enumerate(LANES):
             found = found + ((words & lane).float() * parts[:, i, None]).sum(-1) * 2.0 ** (-8 * i)
         return found
+
+
+def computed_once(x: Tensor) -> Tensor:
+    """x, which a compiler would else make again in every round of a loop that reads it.
+
+    What makes it may be a norm; and a loop over bf16 beside words of int8 is 10 times as slow.
+    """
+    from torch._inductor.inductor_prims import force_stride_order
+
+    return force_stride_order(x, x.stride())
 
 
 def quantize_int8(decoder: nn.Module) -> None:

@@ -213,11 +213,12 @@ def test_cache_slots_are_positions_for_unequal_rows():
     assert torch.equal(k[0], torch.cat((k0[1, :, :2], k1[1], k2[0]), dim=1))
 
 
-def test_a_lone_query_sees_every_slot():
+@pytest.mark.parametrize("n_kv", [4, 2, 1])
+def test_a_lone_query_sees_every_slot(n_kv):
     """Two rows of one length and a token more need no mask; causal would hide all but slot 0."""
-    cfg = LMConfig(lm_hidden_dim=16, lm_n_heads=2, lm_n_kv_heads=2, lm_n_blocks=1)
+    cfg = LMConfig(lm_hidden_dim=32, lm_n_heads=4, lm_n_kv_heads=n_kv, lm_n_blocks=1)
     cache = KVCache(cfg, 2, 8, torch.device("cpu"), torch.float32)
-    q, k, v = (torch.randn(2, 2, 5, 8) for _ in range(3))
+    q, k, v = (torch.randn(2, heads, 5, 8) for heads in (4, n_kv, n_kv))
     assert cache.visible(torch.arange(4).expand(2, 4)) is None
     cache.write(0, k[:, :, :4], v[:, :, :4], torch.arange(4).expand(2, 4))
     last = torch.full((2, 1), 4)
@@ -225,6 +226,10 @@ def test_a_lone_query_sees_every_slot():
     slots = cache.write(0, k[:, :, 4:], v[:, :, 4:], last)
     whole = attend(q, k, v, causal=True)
     torch.testing.assert_close(attend(q[:, :, 4:], *slots, causal=True), whole[:, :, 4:])
+    hides = torch.tensor([True, False, True, True, True])  # as where rows are of unequal length
+    seen = attend(q[:, :, 4:], *slots, causal=True, visible=hides.expand(2, 1, 1, 5))
+    few = (x[:, :, hides] for x in (k, v))
+    torch.testing.assert_close(seen, attend(q[:, :, 4:], *few, causal=True))
     two = torch.tensor([[3, 4], [3, 4]])  # two tokens more need one, each row at the same place
     assert cache.visible(two).tolist() == [[[[True] * 4 + [False], [True] * 5]]] * 2
     slots = cache.write(0, k[:, :, 3:], v[:, :, 3:], two)

@@ -159,8 +159,13 @@ def assert_said_the_same(plain: list, made: list) -> None:
 
 @pytest.mark.parametrize("rows", [1, 3, 8])
 def test_a_product_in_loops_is_the_product(rows):
+    """In bf16 it sums in fp32, and rounds once."""
     a, b = torch.randn(rows, 48), torch.randn(20, 48).t()
     torch.testing.assert_close(_product(a, b), a @ b)
+    a, b = a.bfloat16(), b.bfloat16()
+    wanted, found = a.float() @ b.float(), _product(a, b)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), wanted, rtol=2**-8, atol=1e-5)
 
 
 def test_products_of_many_rows_stay_as_they_are():
