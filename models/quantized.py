@@ -57,8 +57,9 @@ class Int8Linear(nn.Module):
         if torch.compiler.is_compiling() and len(rows) <= FEW:
             found = self._by_lanes(computed_once(rows.float()))
         else:
-            # Before the scale a sum of fp16 would soon be infinite.
-            rows = rows.float() if rows.dtype == torch.float16 else rows
+            # Before the scale a sum of fp16 would soon be infinite; a CPU's bf16 is slow with few.
+            is_few = rows.device.type == "cpu" and len(rows) <= FEW
+            rows = rows.float() if rows.dtype == torch.float16 or is_few else rows
             lanes = rows.unflatten(1, (4, -1)).transpose(1, 2).flatten(1)  # [R, K], as words are
             parts = self.words.view(torch.int8).split(max(1, AT_ONCE // lanes.shape[1]))
             found = torch.cat([F.linear(lanes, part.to(rows.dtype)) for part in parts], 1).float()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def test_both_sides_learn_and_are_asked_the_same(a_race, monkeypatch):
     asked = []
     plain = race.evaluate
     monkeypatch.setattr(race, "evaluate", lambda m, *a: asked.append(m) or plain(m, *a))
-    curves = {side: side_of(a_race, 2, 1) for side, side_of in race.SIDES.items()}
+    curves = {side: side_of(a_race, 2, 1, torch.float32) for side, side_of in race.SIDES.items()}
     for points in curves.values():
         assert [p.step for p in points] == [1, 2]
         assert 0 < points[0].seconds < points[1].seconds
@@ -68,14 +69,20 @@ def test_table_and_picture(tmp_path):
 
 
 def test_steps_fill_the_time(a_race, monkeypatch, capsys):
-    asked = []
+    """Ours takes what train.py would, theirs what is faster."""
+    asked = {"picoVLM": [], "transformers": []}
 
-    def side(race_, steps, every):
-        asked.append((steps, every, race_.questions))
+    def side_of(side, race_, steps, every, dtype):
+        asked[side].append((steps, every, race_.questions, dtype))
         steps_at = range(every, steps + 1, every)
-        return [race.Point(5 + 0.5 * n, n, 1, 0.5) for n in steps_at]  # 5 seconds to warm up
+        one = {torch.float32: 0.5, torch.bfloat16: 1}[dtype]
+        return [race.Point(5 + one * n, n, 1, 0.5) for n in steps_at]  # 5 seconds to warm up
 
-    monkeypatch.setattr(race, "SIDES", {"picoVLM": side, "transformers": side})
+    monkeypatch.setattr(race, "SIDES", {side: partial(side_of, side) for side in asked})
+    monkeypatch.setattr(race, "fast_dtype", lambda *_: torch.bfloat16)
     race.measure(a_race, {"picoVLM": 60, "transformers": 200}, 10)
-    assert asked == [(40, 20, 1), (120, 20, 9), (40, 20, 1), (400, 20, 9)]
-    assert "picoVLM: 500.0 ms a step, so 120 of them" in capsys.readouterr().out
+    slow, fast = torch.bfloat16, torch.float32
+    assert asked["picoVLM"] == [(40, 20, 1, slow), (60, 10, 9, slow)]
+    assert set(asked["transformers"][:2]) == {(40, 20, 1, slow), (40, 20, 1, fast)}
+    assert asked["transformers"][2:] == [(400, 20, 9, fast)]
+    assert "transformers: 500.0 ms a step in torch.float32, so 400" in capsys.readouterr().out
