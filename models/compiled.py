@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from models import attention
 from models.attention import KVCache
-from models.quantized import FEW, computed_once
 from models.recorded import StaticCache, recorded
+
+FEW = 8  # rows that meet a matrix in a loop; with more, products are faster
 
 
 def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
@@ -38,6 +39,16 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
 def _while_training(block: nn.Module, compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:
     plain = block.forward
     return lambda *args, **named: (compiled if block.training else plain)(*args, **named)
+
+
+def computed_once(x: Tensor) -> Tensor:
+    """x, which a compiler would else make again in every round of a loop that reads it.
+
+    What makes it may be a norm; and a loop over bf16 beside words of int8 is 10 times as slow.
+    """
+    from torch._inductor.inductor_prims import force_stride_order
+
+    return force_stride_order(x, x.stride())
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.compiled import FEW, computed_once
+
 LANES = (0xFF, 0xFF00, 0xFF0000, -0x1000000)  # the bytes of a word, the last with its sign
 UNSIGNED = 0x808080  # what is flipped of a word to add 128 to its other bytes
-FEW = 8  # rows: with more, weights made wide once are faster than reading them for each row
 AT_ONCE = 1 << 19  # weights made wide together: their 2 MiB stay in the cache until they are used
 
 
@@ -73,16 +74,6 @@ class Int8Linear(nn.Module):
         for i, lane in enumerate(LANES):
             found = found + ((words & lane).float() * parts[:, i, None]).sum(-1) * 2.0 ** (-8 * i)
         return found
-
-
-def computed_once(x: Tensor) -> Tensor:
-    """x, which a compiler would else make again in every round of a loop that reads it.
-
-    What makes it may be a norm; and a loop over bf16 beside words of int8 is 10 times as slow.
-    """
-    from torch._inductor.inductor_prims import force_stride_order
-
-    return force_stride_order(x, x.stride())
 
 
 def quantize_int8(decoder: nn.Module) -> None:
