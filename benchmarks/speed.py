@@ -263,7 +263,7 @@ def compiled_rows(case: Case, _peak: float, bandwidth: float) -> list[Row]:
     compile_decoding(small)
     return [timed_row(name, times, work, bandwidth, SAID - 1),
             Row("compiling that step", f"{readable(warm_up)} by the wall; {after}"),
-            timed_row("the same of 8 rows", eight, work, bandwidth, 8 * (SAID - 1)),
+            timed_row(f"the same of 8 rows, {case.kind}", eight, work, bandwidth, 8 * (SAID - 1)),
             int8_row(case, f"the same in int8 beside {case.kind}", small, bandwidth)]  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 Only weights are rounded, to 255 steps of a scale for each row; what they multiply stays as it is.
 Not here: compiling the step that makes a token (models/compiled.py), without which this saves
-memory but no time.
+memory, and little or no time.
 
 Letters: N outputs, K inputs, R rows of x.
 """

@@ -98,6 +98,8 @@ def test_a_compiled_step_says_the_same(case):
         pytest.skip(why)
     row, _, eight, small = speed.compiled_rows(case, 1.0, 1.0)
     assert row.ratio[0] > 0 and eight.ratio[0] > 0 and small.ratio[0] > 0
+    # Bars of one name would lie on each other.
+    assert all(case.kind in found.name for found in (row, eight, small))
 
 
 def test_the_peak_of_a_process(run, tmp_path, capsys, monkeypatch):
