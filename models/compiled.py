@@ -16,6 +16,7 @@ from models.attention import KVCache
 from models.recorded import StaticCache, recorded
 
 FEW = 8  # rows that meet a matrix in a loop; with more, products are faster
+PACKED = 4  # rows from which oneDNN's products in bf16 are, of matrices that it packs beforehand
 
 
 def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
@@ -71,16 +72,29 @@ def _by_rows(graph: torch.fx.GraphModule, inputs: list) -> Callable:
     return compile_fx(graph, inputs, config_patches=once, decompositions=table)
 
 
+def _takes_packed(decoder: nn.Module, n_rows: int) -> bool:
+    """Whether a step of `n_rows` is faster with a packed copy of all matrices: in bf16 alone.
+
+    Matrices in 8 bits would be made wide for it.
+    """
+    in_bf16 = {x.dtype for x in decoder.state_dict().values()} == {torch.bfloat16}
+    return in_bf16 and n_rows >= PACKED and torch.cpu._is_avx512_bf16_supported()
+
+
 def compile_decoding(model: nn.Module, backend: str | Callable | None = None) -> float:
     """From here on each token of an answer is one function of `model`; returns seconds.
 
     They pass in here, for one row; the first answer to another number of rows compiles again. A GPU
     records what was compiled. Rows that are refilled (generation.serve) stay as they are: with many
-    the products outweigh calling them, which is what this saves.
+    the products outweigh calling them, which is what this saves. Weights must not change any more,
+    as a step may have a copy of them.
     """
+    from torch._inductor import config
+
     on_cpu = model.device.type == "cpu"
     backend = backend or (_by_rows if on_cpu else "inductor")
     step = torch.compile(model.decode, fullgraph=True, backend=backend)
+    packed = torch.compile(model.decode, fullgraph=True)
 
     def decoder(cache: KVCache, tokens: Tensor, positions: Tensor) -> Callable[..., Tensor]:
         for x in (*cache.k, *cache.v):
@@ -90,7 +104,14 @@ def compile_decoding(model: nn.Module, backend: str | Callable | None = None) ->
         if not on_cpu:
             return recorded(step, cache, tokens, positions)
         static = StaticCache(cache)
-        return lambda tokens, positions: step(tokens, positions, static)
+        if not _takes_packed(model.decoder, len(tokens)):
+            return lambda tokens, positions: step(tokens, positions, static)
+
+        def packed_step(tokens: Tensor, positions: Tensor) -> Tensor:
+            with config.patch(freezing=True):  # matrices as constants; read when a call traces
+                return packed(tokens, positions, static)
+
+        return packed_step
 
     model.compiled_decoder, start = decoder, time.perf_counter()
     with torch.inference_mode():

@@ -5,18 +5,24 @@ What the compiler is given is run as it is, which takes none.
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.profiler import profile
 
 from configs import TrainConfig, ViTConfig
 from engine import adapters
+from engine.distributed import lacks_compiler
 from models import attention
 from models.attention import KVCache
 from models.classifier import Classifier
-from models.compiled import _product, compile_blocks, compile_decoding
+from models.compiled import _product, _takes_packed, compile_blocks, compile_decoding
 from models.generation import Sampling, steps
 from models.language_model import RMSNorm
+from models.quantized import quantize_int8
+from models.recorded import StaticCache
 from models.vision_language_model import VisionLanguageModel
 from models.vision_transformer import ViT
 
@@ -209,3 +215,48 @@ def test_who_listens_hears_every_compiled_step_too(decoding, make_sample):
     list(steps(model, ids[None], images, None, Sampling(4)))
     handle.remove()
     assert len(heard) == 4
+
+
+has_bf16 = torch.cpu._is_avx512_bf16_supported()
+
+
+def test_which_steps_take_packed_matrices(small_config, monkeypatch):
+    """Of some rows in bf16 where there is arithmetic for it; 8 bits would be made wide."""
+    decoder = VisionLanguageModel(small_config(**SMALL)).decoder
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert not _takes_packed(decoder, 8)
+    decoder.bfloat16()
+    assert [_takes_packed(decoder, n) for n in (1, 3, 4, 64)] == [False, False, True, True]
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert not _takes_packed(decoder, 8)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    quantize_int8(decoder)
+    assert not _takes_packed(decoder, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_bf16, reason="needs a processor with bf16 arithmetic")
+def test_packed_matrices_are_as_near_to_fp32_as_plain_ones(small_config):
+    """And are what is multiplied: oneDNN is called, for caches of every length and width."""
+    if why := lacks_compiler(torch.device("cpu")):
+        pytest.skip(why)
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    narrow = VisionLanguageModel(small_config(**SMALL)).eval().bfloat16()
+    wide = deepcopy(narrow).float()
+    compile_decoding(narrow)
+    for n_rows, n_slots in ((5, 20), (5, 33), (8, 20)):
+        tokens, positions = torch.arange(n_rows), torch.full((n_rows,), n_slots - 3)
+        cache = KVCache(narrow.cfg, n_rows, n_slots, torch.device("cpu"), torch.bfloat16)
+        for x in (*cache.k, *cache.v):
+            x.normal_()
+        in_fp32 = deepcopy(cache)
+        in_fp32.k, in_fp32.v = ([x.float() for x in kept] for kept in (cache.k, cache.v))
+        with torch.inference_mode(), profile() as seen:
+            made = narrow.compiled_decoder(cache, tokens, positions)(tokens, positions)
+            plain = narrow.decode(tokens, positions, StaticCache(cache))
+            right = wide.decode(tokens, positions, StaticCache(in_fp32))
+        assert "mkldnn::_linear_pointwise" in {event.key for event in seen.key_averages()}
+        off, as_plain = ((x.float() - right).norm() / right.norm() for x in (made, plain))
+        assert 0 < off < max(0.01, 1.5 * as_plain)
+    torch._dynamo.reset()
