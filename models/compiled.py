@@ -16,7 +16,8 @@ from models.attention import KVCache
 from models.recorded import StaticCache, recorded
 
 FEW = 8  # rows that meet a matrix in a loop; with more, products are faster
-PACKED = 4  # rows from which oneDNN's products in bf16 are, of matrices that it packs beforehand
+PACKED = 5  # rows from which oneDNN's products in bf16 are, of matrices that it packs beforehand
+WIDE = 384  # channels, too: the rows of a narrow model are over before oneDNN has begun
 
 
 def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
@@ -78,7 +79,8 @@ def _takes_packed(decoder: nn.Module, n_rows: int) -> bool:
     Matrices in 8 bits would be made wide for it.
     """
     in_bf16 = {x.dtype for x in decoder.state_dict().values()} == {torch.bfloat16}
-    return in_bf16 and n_rows >= PACKED and torch.cpu._is_avx512_bf16_supported()
+    is_large = n_rows >= PACKED and decoder.cfg.lm_hidden_dim >= WIDE
+    return in_bf16 and is_large and torch.cpu._is_avx512_bf16_supported()
 
 
 def compile_decoding(model: nn.Module, backend: str | Callable | None = None) -> float:

@@ -222,11 +222,13 @@ has_bf16 = torch.cpu._is_avx512_bf16_supported()
 
 def test_which_steps_take_packed_matrices(small_config, monkeypatch):
     """Of some rows in bf16 where there is arithmetic for it; 8 bits would be made wide."""
-    decoder = VisionLanguageModel(small_config(**SMALL)).decoder
+    decoder = VisionLanguageModel(small_config(**SMALL, lm_hidden_dim=384)).decoder
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     assert not _takes_packed(decoder, 8)
     decoder.bfloat16()
-    assert [_takes_packed(decoder, n) for n in (1, 3, 4, 64)] == [False, False, True, True]
+    assert [_takes_packed(decoder, n) for n in (1, 4, 5, 64)] == [False, False, True, True]
+    narrow = VisionLanguageModel(small_config(**SMALL)).decoder.bfloat16()
+    assert not _takes_packed(narrow, 8)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     assert not _takes_packed(decoder, 8)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
@@ -242,7 +244,7 @@ def test_packed_matrices_are_as_near_to_fp32_as_plain_ones(small_config):
         pytest.skip(why)
     torch._dynamo.reset()
     torch.manual_seed(0)
-    narrow = VisionLanguageModel(small_config(**SMALL)).eval().bfloat16()
+    narrow = VisionLanguageModel(small_config(**SMALL, lm_hidden_dim=384)).eval().bfloat16()
     wide = deepcopy(narrow).float()
     compile_decoding(narrow)
     for n_rows, n_slots in ((5, 20), (5, 33), (8, 20)):
