@@ -73,13 +73,13 @@ def _by_rows(graph: torch.fx.GraphModule, inputs: list) -> Callable:
     return compile_fx(graph, inputs, config_patches=once, decompositions=table)
 
 
-def _takes_packed(decoder: nn.Module, n_rows: int) -> bool:
+def _takes_packed(model: nn.Module, n_rows: int) -> bool:
     """Whether a step of `n_rows` is faster with a packed copy of all matrices: in bf16 alone.
 
     Matrices in 8 bits would be made wide for it.
     """
-    in_bf16 = {x.dtype for x in decoder.state_dict().values()} == {torch.bfloat16}
-    is_large = n_rows >= PACKED and decoder.cfg.lm_hidden_dim >= WIDE
+    in_bf16 = {x.dtype for x in model.decoder.state_dict().values()} == {torch.bfloat16}
+    is_large = n_rows >= PACKED and model.cfg.lm_hidden_dim >= WIDE
     return in_bf16 and is_large and torch.cpu._is_avx512_bf16_supported()
 
 
@@ -94,9 +94,10 @@ def compile_decoding(model: nn.Module, backend: str | Callable | None = None) ->
     from torch._inductor import config
 
     on_cpu = model.device.type == "cpu"
-    backend = backend or (_by_rows if on_cpu else "inductor")
-    step = torch.compile(model.decode, fullgraph=True, backend=backend)
-    packed = torch.compile(model.decode, fullgraph=True)
+    loops = backend or (_by_rows if on_cpu else "inductor")
+    step = torch.compile(model.decode, fullgraph=True, backend=loops)
+    packed = torch.compile(model.decode, fullgraph=True, backend=backend or "inductor")
+    packed = config.patch(freezing=True)(packed)  # matrices are constants of what a call traces
 
     def decoder(cache: KVCache, tokens: Tensor, positions: Tensor) -> Callable[..., Tensor]:
         for x in (*cache.k, *cache.v):
@@ -105,15 +106,8 @@ def compile_decoding(model: nn.Module, backend: str | Callable | None = None) ->
             torch._dynamo.mark_dynamic(x, 1)
         if not on_cpu:
             return recorded(step, cache, tokens, positions)
-        static = StaticCache(cache)
-        if not _takes_packed(model.decoder, len(tokens)):
-            return lambda tokens, positions: step(tokens, positions, static)
-
-        def packed_step(tokens: Tensor, positions: Tensor) -> Tensor:
-            with config.patch(freezing=True):  # matrices as constants; read when a call traces
-                return packed(tokens, positions, static)
-
-        return packed_step
+        static, own = StaticCache(cache), packed if _takes_packed(model, len(tokens)) else step
+        return lambda tokens, positions: own(tokens, positions, static)
 
     model.compiled_decoder, start = decoder, time.perf_counter()
     with torch.inference_mode():

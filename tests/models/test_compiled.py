@@ -10,6 +10,7 @@ from copy import deepcopy
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
 from torch.profiler import profile
 
 from configs import TrainConfig, ViTConfig
@@ -222,24 +223,42 @@ has_bf16 = torch.cpu._is_avx512_bf16_supported()
 
 def test_which_steps_take_packed_matrices(small_config, monkeypatch):
     """Of some rows in bf16 where there is arithmetic for it; 8 bits would be made wide."""
-    decoder = VisionLanguageModel(small_config(**SMALL, lm_hidden_dim=384)).decoder
+    model = VisionLanguageModel(small_config(**SMALL, lm_hidden_dim=384))
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    assert not _takes_packed(decoder, 8)
-    decoder.bfloat16()
-    assert [_takes_packed(decoder, n) for n in (1, 4, 5, 64)] == [False, False, True, True]
-    narrow = VisionLanguageModel(small_config(**SMALL)).decoder.bfloat16()
-    assert not _takes_packed(narrow, 8)
+    assert not _takes_packed(model, 8)
+    model.bfloat16()
+    assert [_takes_packed(model, n) for n in (1, 4, 5, 64)] == [False, False, True, True]
+    assert not _takes_packed(VisionLanguageModel(small_config(**SMALL)).bfloat16(), 8)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    assert not _takes_packed(decoder, 8)
+    assert not _takes_packed(model, 8)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    quantize_int8(decoder)
-    assert not _takes_packed(decoder, 8)
+    quantize_int8(model.decoder)
+    assert not _takes_packed(model, 8)
+
+
+def test_a_step_that_packs_is_traced_with_matrices_as_constants(small_config, monkeypatch):
+    """Where the step of one row took them as inputs; and the setting is that step's alone."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    model = VisionLanguageModel(small_config(**SMALL, lm_hidden_dim=384)).eval().bfloat16()
+    n_inputs = []
+    compile_decoding(model, lambda graph, given: n_inputs.append(len(given)) or graph.forward)
+    tokens, positions = torch.arange(6), torch.full((6,), 4)
+    cache = KVCache(model.cfg, 6, 9, torch.device("cpu"), torch.bfloat16)
+    with torch.inference_mode():
+        found = model.compiled_decoder(cache, tokens, positions)(tokens, positions)
+        wanted = model.decode(tokens, positions, StaticCache(cache))
+    torch.testing.assert_close(found, wanted)
+    n_weights = len(list(model.decoder.parameters()))
+    assert len(n_inputs) == 2 and n_inputs[0] > n_weights > n_inputs[1]
+    assert not inductor.freezing
+    torch._dynamo.reset()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not has_bf16, reason="needs a processor with bf16 arithmetic")
 def test_packed_matrices_are_as_near_to_fp32_as_plain_ones(small_config):
-    """And are what is multiplied: oneDNN is called, for caches of every length and width."""
+    """And are what is multiplied: oneDNN is called, for caches of every length, but not by few."""
     if why := lacks_compiler(torch.device("cpu")):
         pytest.skip(why)
     torch._dynamo.reset()
@@ -247,18 +266,20 @@ def test_packed_matrices_are_as_near_to_fp32_as_plain_ones(small_config):
     narrow = VisionLanguageModel(small_config(**SMALL, lm_hidden_dim=384)).eval().bfloat16()
     wide = deepcopy(narrow).float()
     compile_decoding(narrow)
-    for n_rows, n_slots in ((5, 20), (5, 33), (8, 20)):
+    for n_rows, n_slots in ((5, 20), (5, 33), (2, 20), (8, 20)):
         tokens, positions = torch.arange(n_rows), torch.full((n_rows,), n_slots - 3)
         cache = KVCache(narrow.cfg, n_rows, n_slots, torch.device("cpu"), torch.bfloat16)
         for x in (*cache.k, *cache.v):
             x.normal_()
         in_fp32 = deepcopy(cache)
         in_fp32.k, in_fp32.v = ([x.float() for x in kept] for kept in (cache.k, cache.v))
-        with torch.inference_mode(), profile() as seen:
-            made = narrow.compiled_decoder(cache, tokens, positions)(tokens, positions)
+        with torch.inference_mode():
+            with profile() as seen:
+                made = narrow.compiled_decoder(cache, tokens, positions)(tokens, positions)
             plain = narrow.decode(tokens, positions, StaticCache(cache))
             right = wide.decode(tokens, positions, StaticCache(in_fp32))
-        assert "mkldnn::_linear_pointwise" in {event.key for event in seen.key_averages()}
+        of_packed = "mkldnn::_linear_pointwise"
+        assert (of_packed in {event.key for event in seen.key_averages()}) == (n_rows >= 5)
         off, as_plain = ((x.float() - right).norm() / right.norm() for x in (made, plain))
         assert 0 < off < max(0.01, 1.5 * as_plain)
     torch._dynamo.reset()
