@@ -89,7 +89,8 @@ def test_a_static_cache_says_the_same(case, monkeypatch):
     row, paid, eight, small = speed.compiled_rows(case, 1.0, 1.0)
     assert row.ratio[0] > 0 and eight.ratio[0] > 0 and " by the wall; " in paid.ours
     assert small.ratio[0] > 0 and "," in row.share and "," not in small.share
-    assert [step.__self__ is case.ours for step in made] == [False, False]
+    models = {id(step.__self__) for step in made}  # one as it is, one in 8 bits
+    assert len(models) == 2 and id(case.ours) not in models
 
 
 @pytest.mark.slow
