@@ -353,7 +353,7 @@ class LoopConfig(Checked):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast where the hardware computes it faster, else fp32."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of each block. auto: on a GPU; a CPU earns half a minute back in 6 or more."""
+    """torch.compile of each block. auto: on a GPU; a CPU earns it back in minutes to hours."""
     seed: int = 0
     """Seed of initial weights and dropout."""
     log_every: int = 10

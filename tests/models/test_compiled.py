@@ -30,11 +30,18 @@ from models.vision_transformer import ViT
 SMALL = dict(vit_n_blocks=2, lm_n_blocks=2)
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    """Neither before a test nor after it."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture
 def compiled(monkeypatch):
     """Compile a model's blocks by what only counts the graphs it is given; the counter."""
     monkeypatch.setattr(attention, "_attend_segments", attention._attend_segments)
-    torch._dynamo.reset()
     counters.clear()
     graphs = []
 
@@ -46,8 +53,7 @@ def compiled(monkeypatch):
         compile_blocks(model, count)
         return graphs
 
-    yield compile_model
-    torch._dynamo.reset()
+    return compile_model
 
 
 def assert_same_step(plain, made, tensors: dict) -> None:
@@ -133,13 +139,11 @@ def test_a_compiled_norm_keeps_its_gradients_from_autocast():
             out = function(leaf)
         found.append(torch.autograd.grad(out, (leaf, norm.weight), cotangent))
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)  # rounded to bf16: 1e-3 off
-    torch._dynamo.reset()
 
 
 @pytest.fixture
 def decoding(small_config):
     """A model whose step is what the compiler is given, run as it is; the graphs it was given."""
-    torch._dynamo.reset()
     graphs = []
     cfg = small_config(**SMALL, lm_tie_weights=False, lm_n_kv_heads=2)
     torch.manual_seed(0)
@@ -147,8 +151,7 @@ def decoding(small_config):
     with torch.no_grad():  # it never stops
         model.decoder.head.weight[cfg.vlm_eos_token_id] = 0
     assert compile_decoding(model, lambda graph, _: graphs.append(graph) or graph.forward) > 0
-    yield model, graphs
-    torch._dynamo.reset()
+    return model, graphs
 
 
 def both_ways(model, *args) -> list[list]:
@@ -238,7 +241,6 @@ def test_which_steps_take_packed_matrices(small_config, monkeypatch):
 
 def test_a_step_that_packs_is_traced_with_matrices_as_constants(small_config, monkeypatch):
     """Where the step of one row took them as inputs; and the setting is that step's alone."""
-    torch._dynamo.reset()
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     model = VisionLanguageModel(small_config(**SMALL, lm_hidden_dim=384)).eval().bfloat16()
     n_inputs = []
@@ -252,7 +254,6 @@ def test_a_step_that_packs_is_traced_with_matrices_as_constants(small_config, mo
     n_weights = len(list(model.decoder.parameters()))
     assert len(n_inputs) == 2 and n_inputs[0] > n_weights > n_inputs[1]
     assert not inductor.freezing
-    torch._dynamo.reset()
 
 
 @pytest.mark.slow
@@ -261,7 +262,6 @@ def test_packed_matrices_are_as_near_to_fp32_as_plain_ones(small_config):
     """And are what is multiplied: oneDNN is called, for caches of every length, but not by few."""
     if why := lacks_compiler(torch.device("cpu")):
         pytest.skip(why)
-    torch._dynamo.reset()
     torch.manual_seed(0)
     narrow = VisionLanguageModel(small_config(**SMALL, lm_hidden_dim=384)).eval().bfloat16()
     wide = deepcopy(narrow).float()
@@ -282,4 +282,3 @@ def test_packed_matrices_are_as_near_to_fp32_as_plain_ones(small_config):
         assert (of_packed in {event.key for event in seen.key_averages()}) == (n_rows >= 5)
         off, as_plain = ((x.float() - right).norm() / right.norm() for x in (made, plain))
         assert 0 < off < max(0.01, 1.5 * as_plain)
-    torch._dynamo.reset()
