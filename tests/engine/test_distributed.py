@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,20 @@ def test_what_the_user_told_glibc_counts(python, tmp_path):
         held[bool(told)] = int(mib)
         assert line.endswith("as MALLOC_ says" if told else "kept for the next step"), done.stderr
     assert held[False] - held[True] > 100, held
+
+
+def test_the_last_tensor_is_back_before_a_process_ends(monkeypatch):
+    """A thread of gloo may have it a while longer than the sum takes."""
+    dropped = threading.Event()
+
+    def all_reduce(tensor):
+        in_hand = [tensor.view(1)]
+        threading.Timer(0.05, lambda: (dropped.set(), in_hand.clear())).start()
+
+    monkeypatch.setattr(distributed.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
+    distributed.Dist(rank=0, world=2, device=CPU).close()
+    assert dropped.is_set()
 
 
 def test_more_processes_than_gpus(monkeypatch):
