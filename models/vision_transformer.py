@@ -10,13 +10,16 @@ C head width.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from configs import ViTConfig
 from models.attention import attend, run_blocks
@@ -307,3 +310,22 @@ def init_weights(module: nn.Module, n_residual: int) -> None:
                 ("out_proj.weight", "o_proj.weight", "fc2.weight", "down_proj.weight")
             )
             nn.init.normal_(param, std=std / math.sqrt(n_residual) if writes else std)
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """`nn.init.normal_` leaves a tensor as it is."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def outlines() -> Iterator[None]:
+    """Models made within have names and shapes and no storage.
+
+    As on the meta device, on which a draw of no numbers makes torch import its compiler: a second
+    at every start.
+    """
+    with torch.device("meta"), _NothingDrawn():
+        yield

@@ -286,3 +286,14 @@ def test_the_lower_floors_need_little(tmp_path, name, absent):
     script = f"import sys, {name}; print(*[n for n in {absent} if n in sys.modules])"
     done = in_fresh_process(tmp_path, "-c", script)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr[-2000:]
+
+
+def test_a_model_is_read_without_the_compiler(tmp_path, small_checkpoint):
+    """torch imports it to fill tensors that have no storage: a second at every start."""
+    script = (
+        "import sys, torch\nfrom models.vision_language_model import VisionLanguageModel as V\n"
+        f"model = V.from_pretrained({str(small_checkpoint)!r})\n"
+        "model.generate(torch.ones(1, 5, dtype=torch.long))\nprint('torch._dynamo' in sys.modules)"
+    )
+    done = in_fresh_process(tmp_path, "-c", script)
+    assert (done.returncode, done.stdout.strip()) == (0, "False"), done.stderr
