@@ -16,10 +16,14 @@ from torch import Tensor, nn
 from benchmarks.timing import clock
 from configs import InputError, RunConfig, VLMConfig
 from data.packing import collate
-from data.sample import IGNORE, Tokens
+from data.sample import IGNORE, Batch, Tokens
 from models.vision_language_model import VisionLanguageModel
 
 WORDS = 32  # of a prompt
+# A preset that nothing is downloaded for: random weights, the world's tokenizer.
+ALONE = ("--model.vit-model-type=", "--model.lm-model-type=", "--model.lm-tokenizer=world",
+         "--model.vlm-pad-token-id=0", "--model.vlm-bos-token-id=1", "--model.vlm-eos-token-id=2",
+         "--model.vlm-image-token-id=3")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,16 @@ def padded(samples: Sequence[Tokens], cfg: VLMConfig) -> tuple[dict, dict]:
     theirs = {"input_ids": batch.input_ids, "attention_mask": mask, "pixel_values": pixels,
               "labels": labels}  # fmt: skip
     return batch.tensors(), theirs
+
+
+def as_theirs(batch: Batch, pad: int) -> dict:
+    """The arguments of transformers' model for a batch of one conversation a row."""
+    labels = torch.full_like(batch.targets, IGNORE)
+    labels[:, 1:] = batch.targets[:, :-1]  # it shifts them itself
+    pixels = batch.images.unflatten(0, (len(labels), -1))  # [B, N, 3, H, W]
+    mask = (batch.input_ids != pad).long()
+    return {"input_ids": batch.input_ids, "attention_mask": mask, "pixel_values": pixels,
+            "labels": labels, "use_cache": False}  # fmt: skip
 
 
 def agree(what: str, a: Tensor, b: Tensor, dtype: torch.dtype) -> None:

@@ -20,13 +20,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.peers import random_weights, their_model
+from benchmarks.peers import as_theirs, random_weights, their_model
 from benchmarks.timing import PAGE, clock, command_line, readable, where, write_block
 from configs import PRESETS, RunConfig, command
 from data import processor as processors
 from data.loader import Loader
 from data.processor import Processor
-from data.sample import IGNORE, Batch
 from data.sources import open_source
 from engine.distributed import autocast, fast_dtype, setup
 from engine.evaluation import evaluate
@@ -114,16 +113,6 @@ def theirs(race: Race, steps: int, every: int, dtype: torch.dtype) -> list[Point
         if due(step, every, steps):
             watch.evaluate(opened(model), step)
     return watch.points
-
-
-def as_theirs(batch: Batch, pad: int) -> dict:
-    """The arguments of transformers' model for a batch of one conversation a row."""
-    labels = torch.full_like(batch.targets, IGNORE)
-    labels[:, 1:] = batch.targets[:, :-1]  # it shifts them itself
-    pixels = batch.images.unflatten(0, (len(labels), -1))  # [B, N, 3, H, W]
-    mask = (batch.input_ids != pad).long()
-    return {"input_ids": batch.input_ids, "attention_mask": mask, "pixel_values": pixels,
-            "labels": labels, "use_cache": False}  # fmt: skip
 
 
 def opened(model: nn.Module) -> VisionLanguageModel:

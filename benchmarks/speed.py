@@ -11,13 +11,8 @@ Rows in bf16 are measured where it is faster than fp32 (engine.distributed.fast_
 from __future__ import annotations
 
 import argparse
-import resource
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.peers import (
+    ALONE,
     WORDS,
     Case,
     agree,
@@ -39,7 +35,6 @@ from benchmarks.peers import (
 )
 from benchmarks.timing import (
     PAGE,
-    ROOT,
     Row,
     Times,
     alternate,
@@ -54,6 +49,7 @@ from benchmarks.timing import (
     read_bandwidth,
     readable,
     table,
+    watch_run,
     where,
     write_block,
 )
@@ -293,41 +289,13 @@ def memory_of_steps(run: RunConfig, folder: Path, who: str) -> int:
 
 def start_rows(case: Case, _peak: float, _bandwidth: float) -> list[Row]:
     """Seconds from `python train.py` to its first step done, the world's data, random weights."""
-    cfg, argv = case.cfg, []
-    if cfg.lm_tokenizer != "world":
-        ids = {"lm-tokenizer": "world", "vit-model-type": "", "lm-model-type": "",
-               "vlm-pad-token-id": 0, "vlm-bos-token-id": 1, "vlm-eos-token-id": 2,
-               "vlm-image-token-id": 3}  # fmt: skip
-        argv = ["222m", *(f"--model.{k}={v}" for k, v in ids.items()), "--data.batch-size=1",
-                "--data.max-length=256", "--data.workers=0"]  # fmt: skip
-    begin, end, cpu = min(first_step(argv) for _ in range(2))
+    argv = []
+    if case.cfg.lm_tokenizer != "world":
+        argv = ["222m", *ALONE, "--data.batch-size=1", "--data.max-length=256", "--data.workers=0"]
+    seen = min((watch_run(argv) for _ in range(2)), key=lambda seen: seen.begins)
     name = "from `python train.py` to the first step, to its end"
-    return [Row(name, f"{readable(begin)}, {readable(end)}; {readable(cpu)} of CPU")]
-
-
-def first_step(argv: list[str]) -> tuple[float, float, float]:
-    """Seconds until it begins and until it ends, by the clock, and of all cores together."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    with tempfile.TemporaryDirectory() as folder:
-        log, said, begin = Path(folder) / "log.jsonl", Path(folder) / "said", 0.0
-        start = time.perf_counter()
-        line = [sys.executable, "train.py", *argv, f"--train.out={folder}", "--train.log-every=1"]
-        with open(said, "wb") as file:
-            run = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=file)
-        try:
-            while not (log.is_file() and log.stat().st_size):
-                if run.poll() is not None:
-                    raise InputError(f"train.py: {said.read_text().splitlines()[-1:]}")
-                if not begin and b"step/s" in said.read_bytes():  # the bar, before the first batch
-                    begin = time.perf_counter() - start
-                time.sleep(0.01)
-            wall = time.perf_counter() - start
-        finally:
-            with suppress(ProcessLookupError):
-                run.kill()
-            run.communicate()
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return begin, wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    times = f"{readable(seen.begins)}, {readable(seen.ends)}; {readable(seen.cpu)} of CPU"
+    return [Row(name, times)]
 
 
 # --- The table ----------------------------------------------------------------------------------

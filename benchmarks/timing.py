@@ -9,6 +9,7 @@ of its time is disturbed, and each table says how many were.
 from __future__ import annotations
 
 import datetime
+import json
 import math
 import os
 import platform
@@ -16,6 +17,7 @@ import re
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -222,6 +224,43 @@ def in_child(argv: list[str]) -> str:
     if done.returncode:
         raise InputError(f"python -m {' '.join(argv)}: {done.stderr.strip().splitlines()[-1:]}")
     return done.stdout.strip().splitlines()[-1]
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What was seen of a run of train.py, in seconds from its start."""
+
+    begins: float  # the first step
+    ends: float  # the last that was waited for
+    cpu: float  # of all cores together
+    log: list[dict]  # a line a step
+
+
+def watch_run(argv: Sequence[str], steps: int = 1) -> Watched:
+    """`python train.py *argv` until so many steps are done, and then no longer."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with tempfile.TemporaryDirectory() as folder:
+        log, said, begins = Path(folder) / "log.jsonl", Path(folder) / "said", 0.0
+        start = time.perf_counter()
+        line = [sys.executable, "train.py", *argv, f"--train.out={folder}", "--train.log-every=1"]
+        with open(said, "wb") as file:
+            run = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=file)
+        try:
+            while not log.is_file() or log.read_bytes().count(b"\n") < steps:
+                if run.poll() is not None:
+                    raise InputError(f"train.py: {said.read_text().splitlines()[-1:]}")
+                if not begins and b"step/s" in said.read_bytes():  # the bar, before the first batch
+                    begins = time.perf_counter() - start
+                time.sleep(0.01)
+            ends = time.perf_counter() - start
+            lines = [json.loads(line) for line in log.read_text().splitlines()]
+        finally:
+            with suppress(ProcessLookupError):
+                run.kill()
+            run.communicate()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Watched(begins, ends, cpu, lines)
 
 
 def readable(seconds: float) -> str:

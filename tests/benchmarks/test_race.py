@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import race
+from benchmarks.peers import as_theirs
 from configs import RunConfig
 from models.vision_language_model import VisionLanguageModel
 
@@ -41,7 +42,7 @@ def test_their_arguments_give_our_loss(a_race):
     theirs = race.their_model(a_race.folder, torch.float32)
     with torch.no_grad():
         loss = ours(**batch.tensors())[1]
-        found = theirs(**race.as_theirs(batch, a_race.run.model.vlm_pad_token_id)).loss
+        found = theirs(**as_theirs(batch, a_race.run.model.vlm_pad_token_id)).loss
         again = race.opened(theirs)(**batch.tensors())[1]
     torch.testing.assert_close(loss, found, rtol=1e-5, atol=0)
     torch.testing.assert_close(loss, again, rtol=1e-6, atol=0)

@@ -114,14 +114,15 @@ def test_the_peak_of_a_process(run, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_the_first_step():
-    begin, end, cpu = speed.first_step(["--data.batch-size=1", "--data.max-length=128"])
-    assert 1 < begin < end < 200 and 1 < cpu < 60
+    seen = timing.watch_run(["--data.batch-size=1", "--data.max-length=128"], steps=2)
+    assert 1 < seen.begins < seen.ends < 200 and 1 < seen.cpu < 60
+    assert [line["step"] for line in seen.log[:2]] == [1, 2]
 
 
 @pytest.mark.slow
 def test_a_wrong_start_says_why():
     with pytest.raises(InputError, match=r"train\.py: .*batch_size = 0"):
-        speed.first_step(["--data.batch-size=0"])
+        timing.watch_run(["--data.batch-size=0"])
 
 
 def test_picture(tmp_path):
