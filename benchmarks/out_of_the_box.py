@@ -5,7 +5,8 @@ python -m benchmarks.out_of_the_box                    writes its table into doc
 Ours is `python train.py 222m`, which packs, accumulates and chooses its optimizer. Theirs is the
 loop of transformers' users around SmolVLM: padded conversations, AdamW, bf16 by autocast where that
 is faster. Both see the world's conversations and start from random weights. A time is a
-conversation's, pictures, optimizer and all, after the first step, by the wall clock.
+conversation's, pictures, optimizer and all, after the first step, by the wall clock; the share is
+of the model's own arithmetic, padding left out.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -44,10 +46,14 @@ from models.vision_language_model import VisionLanguageModel
 CPU = torch.device("cpu")
 
 
-def ours(argv: Sequence[str], steps: int) -> float:
-    """Seconds of a conversation of `train.py`; each of the world's has one picture."""
+def ours(argv: Sequence[str], steps: int) -> tuple[float, float]:
+    """Seconds of a conversation of `train.py`, and its share of the peak of products.
+
+    Each of the world's conversations has one picture.
+    """
     later = watch_run(argv, steps).log[1:]
-    return sum(1 / line["images_per_s"] for line in later) / len(later)
+    each = [(1 / line["images_per_s"], line["mfu"]) for line in later]
+    return tuple(sum(values) / len(later) for values in zip(*each, strict=True))
 
 
 def theirs(run: RunConfig, folder: Path, rows: int, steps: int) -> float:
@@ -73,18 +79,21 @@ def theirs(run: RunConfig, folder: Path, rows: int, steps: int) -> float:
 def measure(argv: Sequence[str], turns: int, steps: int, rows: int) -> Row:
     """Both in turns."""
     run = parse_run(list(argv))
-    sides = {"ours": Times([], []), "theirs": Times([], [])}
+    sides, work = {"ours": Times([], []), "theirs": Times([], [])}, []
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         VisionLanguageModel(run.model).save_pretrained(folder)
         child = ["benchmarks.out_of_the_box", "--folder", folder, "--rows", str(rows)]
         for turn in range(turns):
-            sides["ours"].seconds.append(ours(argv, steps))
+            seconds, share = ours(argv, steps)
+            work.append(seconds * share)  # of a conversation, in seconds of the peak
+            sides["ours"].seconds.append(seconds)
             sides["theirs"].seconds.append(float(in_child([*child, "--", *argv])))
             print(turn, *(f"{side} {t.seconds[-1]:.3f} s" for side, t in sides.items()), flush=True)
     name = f"a conversation of training, {turns} turns"
-    medians = (readable(t.median) for t in sides.values())
-    return Row(name, *medians, ratios(*sides.values()))
+    medians = [t.median for t in sides.values()]
+    shares = ", ".join(f"{median(work) / m:.0%}" for m in medians)
+    return Row(name, *map(readable, medians), ratios(*sides.values()), shares)
 
 
 def main(argv: list[str]) -> None:

@@ -71,7 +71,7 @@ class Logger:
         if "loss" in values:
             self.bar.set_postfix_str(
                 f"loss {values['loss']:.3f}, {values['tokens_per_s']:,.0f} tok/s, "
-                f"{values['images_per_s']:.0f} img/s, data wait {values['data_wait']:.0%}"
+                f"{values['images_per_s']:,.1f} img/s, data wait {values['data_wait']:.0%}"
             )
 
     def evaluated(self, values: dict, step: int) -> None:

@@ -50,7 +50,7 @@ class Meter:
         most = matmul_peak(dist.device, self.dtype) * dist.world
         rates = {
             "tokens_per_s": round(tokens / seconds, 1),
-            "images_per_s": round(images / seconds, 1),
+            "images_per_s": round(images / seconds, 3),
             "mfu": round(flops(self.model, tokens, images) / seconds / most, 4),
             "data_wait": round(self.waited / seconds, 4),
         }

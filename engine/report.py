@@ -122,7 +122,7 @@ def facts(train: list[dict], val: list[dict]) -> list[tuple[str, str]]:
         ("minutes between first and last log line", f"{seconds / 60:.1f}"),
         ("training loss", f"{last['loss']:.3f}"),
         ("tokens/s, median", f"{speeds[len(speeds) // 2]:,.0f}"),
-        ("pictures/s, last", f"{last['images_per_s']:,.0f}"),
+        ("pictures/s, last", f"{last['images_per_s']:,.1f}"),
         ("waited for data", f"{sum(e['data_wait'] for e in train) / len(train):.0%}"),
         ("bad rows", str(last["bad_rows"])),
     ]

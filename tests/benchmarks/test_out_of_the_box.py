@@ -12,12 +12,13 @@ from models.vision_language_model import VisionLanguageModel
 
 
 def test_the_first_step_is_left_out(monkeypatch):
-    log = [{"images_per_s": rate} for rate in (1.0, 4.0, 2.0)]
+    log = [{"images_per_s": rate, "mfu": rate / 10} for rate in (1.0, 4.0, 2.0)]
     asked = []
     monkeypatch.setattr(
         out_of_the_box, "watch_run", lambda *args: asked.append(args) or Watched(0, 0, 0, log)
     )
-    assert out_of_the_box.ours(["tiny"], 3) == pytest.approx((0.25 + 0.5) / 2)
+    seconds, share = out_of_the_box.ours(["tiny"], 3)
+    assert (seconds, share) == (pytest.approx((0.25 + 0.5) / 2), pytest.approx(0.3))
     assert asked == [(["tiny"], 3)]
 
 
@@ -42,6 +43,16 @@ def test_their_loop_learns_what_is_timed(tmp_path, monkeypatch):
     first = VisionLanguageModel.from_pretrained(tmp_path).decoder.token_embedding.weight
     assert len(seen) == 4 and seen[-1] < seen[0]
     assert not torch.equal(kept[0].get_input_embeddings().weight, first)
+
+
+def test_shares_are_of_the_same_work(monkeypatch):
+    """Three turns: ours takes 1, 2, 3 s at a half of the peak, theirs twice as long."""
+    turns = iter((1.0, 2.0, 3.0))
+    monkeypatch.setattr(out_of_the_box, "ours", lambda *_: (next(turns), 0.5))
+    said = iter(("2.0", "4.0", "6.0"))
+    monkeypatch.setattr(out_of_the_box, "in_child", lambda _argv: next(said))
+    row = out_of_the_box.measure(["tiny"], turns=3, steps=2, rows=4)
+    assert row.cells[1:5] == ("2.00 s", "4.00 s", "2.00 (2.00 - 2.00)", "50%, 25%")
 
 
 @pytest.mark.slow
