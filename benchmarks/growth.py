@@ -33,6 +33,7 @@ from data.packing import collate
 from data.sample import Batch, Tokens
 from engine.distributed import keep_freed_memory
 from models.vision_language_model import VisionLanguageModel
+from models.vision_transformer import without_storage
 
 BASE = VLMConfig(lm_max_position_embeddings=8192)
 SAMPLE = 64  # tokens of a packed conversation
@@ -78,7 +79,7 @@ def by_size(x: int) -> tuple[VLMConfig, Batch, float]:
     """x is the decoder's width; its place on the axis is how many parameters that makes."""
     cfg = replace(BASE, lm_hidden_dim=x, lm_inter_dim=2 * x, lm_n_heads=x // 32,
                   lm_n_kv_heads=x // 32)  # fmt: skip
-    with torch.device("meta"):
+    with without_storage():
         decoder = VisionLanguageModel(cfg).decoder
     size = sum(p.numel() for p in decoder.blocks.parameters())
     return cfg, collate([[of_length(cfg, 256)]], cfg), size

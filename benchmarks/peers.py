@@ -1,6 +1,6 @@
 """A model of ours beside transformers' of the same weights, and the same inputs for both.
 
-Not here: what is timed of them (speed.py, growth.py, gpu.py), how it is timed (timing.py).
+Not here: what is timed of them (the other files), how it is timed (timing.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from data.sample import IGNORE, Batch, Tokens
 from models.vision_language_model import VisionLanguageModel
 
 WORDS = 32  # of a prompt
-# A preset that nothing is downloaded for: random weights, the world's tokenizer.
+# Behind a preset: nothing is downloaded, weights are random, the tokenizer is the world's.
 ALONE = ("--model.vit-model-type=", "--model.lm-model-type=", "--model.lm-tokenizer=world",
          "--model.vlm-pad-token-id=0", "--model.vlm-bos-token-id=1", "--model.vlm-eos-token-id=2",
          "--model.vlm-image-token-id=3")  # fmt: skip
@@ -108,6 +108,29 @@ def as_theirs(batch: Batch, pad: int) -> dict:
     mask = (batch.input_ids != pad).long()
     return {"input_ids": batch.input_ids, "attention_mask": mask, "pixel_values": pixels,
             "labels": labels, "use_cache": False}  # fmt: skip
+
+
+def their_trainee(folder: Path) -> nn.Module:
+    """Their model as it trains: in float32, its head tied as ours is, where they read a copy."""
+    model = their_model(folder, torch.float32).train()
+    model.lm_head.weight = model.get_input_embeddings().weight
+    return model
+
+
+def their_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    region: torch.autocast,
+    pad: int,
+) -> None:
+    """A step as their users write it."""
+    with region:
+        loss = model(**as_theirs(batch, pad)).loss
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def agree(what: str, a: Tensor, b: Tensor, dtype: torch.dtype) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.peers import as_theirs, random_weights, their_model
+from benchmarks.peers import random_weights, their_step, their_trainee
 from benchmarks.timing import PAGE, clock, command_line, readable, where, write_block
 from configs import PRESETS, RunConfig, command
 from data import processor as processors
@@ -95,21 +95,14 @@ def theirs(race: Race, steps: int, every: int, dtype: torch.dtype) -> list[Point
     from transformers import get_linear_schedule_with_warmup
 
     torch.manual_seed(race.run.train.seed)
-    model, region = their_model(race.folder, torch.float32), autocast(CPU, dtype)
-    model.lm_head.weight = model.get_input_embeddings().weight  # as ours; they read a copy
+    model, region = their_trainee(race.folder), autocast(CPU, dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=race.rate, fused=True)
     schedule = get_linear_schedule_with_warmup(optimizer, round(WARM_UP * steps), steps)
     watch = Watch(race)
     batches = iter(race.loader(packing=False, batch_size=race.rows))
-    model.train()
     for step in range(1, steps + 1):
-        with region:
-            loss = model(**as_theirs(next(batches), race.run.model.vlm_pad_token_id)).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        their_step(model, optimizer, next(batches), region, race.run.model.vlm_pad_token_id)
         schedule.step()
-        optimizer.zero_grad()
         if due(step, every, steps):
             watch.evaluate(opened(model), step)
     return watch.points

@@ -1,6 +1,6 @@
 """What every table of speed needs: turns, medians, this machine's peaks, and the page.
 
-What is compared runs in turns in one process, A B A B. With one thread (OMP_NUM_THREADS=1) a time
+What is compared runs in turns, A B A B, in one process but for whole runs. With one thread (OMP_NUM_THREADS=1) a time
 is that of the CPU, which others' work lengthens only through memory; else it is the wall clock's. A
 repetition in which the thread stood ready without a core (Linux says it) for more than a twentieth
 of its time is disturbed, and each table says how many were.
@@ -233,7 +233,7 @@ class Watched:
     begins: float  # the first step
     ends: float  # the last that was waited for
     cpu: float  # of all cores together
-    log: list[dict]  # a line a step
+    log: list[dict]  # lines of steps, and of evaluations
 
 
 def watch_run(argv: Sequence[str], steps: int = 1) -> Watched:

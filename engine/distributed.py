@@ -126,9 +126,9 @@ class Dist:
     def close(self) -> None:
         """When all have come so far: one that leaves early may end the others by its absence.
 
-        And when no thread of the group has the last tensor in hand: dropped while the interpreter
-        ends, it aborts the process. The group is no help, as torch's own defaults and caches keep
-        it alive.
+        And when no thread of the group has the last tensor in hand, for which 5 s must do: dropped
+        while the interpreter ends, it aborts the process. To destroy the group is no help, as
+        torch's own defaults and caches keep it alive.
         """
         if self.world > 1:
             last = torch.zeros(1)

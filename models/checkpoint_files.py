@@ -23,7 +23,7 @@ from models.pretrained import idefics3, nanovlm
 from models.pretrained.engine import SAME, Pair, to_ours, to_theirs
 from models.quantized import Int8Linear
 from models.vision_language_model import VisionLanguageModel
-from models.vision_transformer import outlines
+from models.vision_transformer import without_storage
 
 WEIGHTS, INDEX, CONFIG, OWN_KEY = (
     "model.safetensors",
@@ -131,7 +131,7 @@ def outline(cls: type, cfg, n_tensors: int, where: str) -> nn.Module:
     blocks = max(getattr(cfg, name, 0) for name in ("vit_n_blocks", "lm_n_blocks"))
     require(blocks <= n_tensors, f"{where}: blocks", blocks, f"the file has {n_tensors} tensors")
     try:
-        with outlines():
+        with without_storage():
             return cls(cfg)
     except (RuntimeError, TypeError) as error:  # sizes that no machine can count
         reason = str(error).splitlines()[0]
@@ -140,7 +140,7 @@ def outline(cls: type, cfg, n_tensors: int, where: str) -> nn.Module:
 
 def fill(cls: type, cfg, tensors: dict[str, Tensor]) -> nn.Module:
     """A model of these tensors; a tied head shares its storage with the embedding."""
-    with outlines():
+    with without_storage():
         model = cls(cfg)
     model.load_state_dict(tensors, assign=True)
     for part in model.modules():
@@ -190,7 +190,7 @@ def layout_of(cfg: VLMConfig) -> list[Pair]:
     """Our names and those on disk: Idefics3's where it has a place for everything."""
     model = None
     if idefics3.misfit(cfg):
-        with outlines():
+        with without_storage():
             model = VisionLanguageModel(cfg)
     return idefics3.pairs(cfg) if model is None else own_names(model)
 

@@ -20,7 +20,7 @@ from models.attention import KVCache, send
 from models.generation import Sampling, generate, stream
 from models.language_model import LanguageModel
 from models.modality_projector import ModalityProjector
-from models.vision_transformer import ViT, outlines
+from models.vision_transformer import ViT, without_storage
 
 # Patches the encoder sees together: with more a CPU needs memory, but is no faster. To start a
 # block costs a GPU's host as much for few as for many.
@@ -181,7 +181,7 @@ class VisionLanguageModel(nn.Module):
 
     def assembled(self, tensors: dict[str, Tensor]) -> VisionLanguageModel:
         """A plain model of this one's config around other tensors, which are not copied."""
-        with outlines():
+        with without_storage():
             model = type(self)(self.cfg)
         model.load_state_dict(tensors, assign=True)
         if self.cfg.lm_tie_weights:

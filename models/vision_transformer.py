@@ -321,7 +321,7 @@ class _NothingDrawn(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def outlines() -> Iterator[None]:
+def without_storage() -> Iterator[None]:
     """Models made within have names and shapes and no storage.
 
     As on the meta device, on which a draw of no numbers makes torch import its compiler: a second

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import race
-from benchmarks.peers import as_theirs
+from benchmarks.peers import as_theirs, their_model
 from configs import RunConfig
 from models.vision_language_model import VisionLanguageModel
 
@@ -39,7 +39,7 @@ def test_both_sides_learn_and_are_asked_the_same(a_race, monkeypatch):
 def test_their_arguments_give_our_loss(a_race):
     batch = next(iter(a_race.loader(packing=False, batch_size=3)))
     ours = VisionLanguageModel.from_pretrained(a_race.folder)
-    theirs = race.their_model(a_race.folder, torch.float32)
+    theirs = their_model(a_race.folder, torch.float32)
     with torch.no_grad():
         loss = ours(**batch.tensors())[1]
         found = theirs(**as_theirs(batch, a_race.run.model.vlm_pad_token_id)).loss
