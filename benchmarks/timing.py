@@ -1,9 +1,9 @@
 """What every table of speed needs: turns, medians, this machine's peaks, and the page.
 
-What is compared runs in turns, A B A B, in one process but for whole runs. With one thread (OMP_NUM_THREADS=1) a time
-is that of the CPU, which others' work lengthens only through memory; else it is the wall clock's. A
-repetition in which the thread stood ready without a core (Linux says it) for more than a twentieth
-of its time is disturbed, and each table says how many were.
+What is compared runs in turns, A B A B, in one process but for whole runs. With one thread
+(OMP_NUM_THREADS=1) a time is that of the CPU, which others' work lengthens only through memory;
+else it is the wall clock's. A repetition in which the thread stood ready without a core (Linux says
+it) for more than a twentieth of its time is disturbed, and each table says how many were.
 """
 
 from __future__ import annotations
