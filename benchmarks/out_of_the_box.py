@@ -22,7 +22,7 @@ from statistics import mean
 
 import torch
 
-from benchmarks.peers import ALONE, their_step, their_trainee
+from benchmarks.peers import ALONE, their_model, their_step
 from benchmarks.timing import (
     PAGE,
     Row,
@@ -55,7 +55,7 @@ def ours(argv: Sequence[str], steps: int) -> float:
 def theirs(run: RunConfig, folder: Path, rows: int, steps: int) -> float:
     """Seconds of a conversation of a plain loop; in a process of its own."""
     region = autocast(CPU, fast_dtype(CPU, "auto"))
-    model = their_trainee(folder)
+    model = their_model(folder, torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     data = replace(run.data, packing=False, batch_size=rows)
     loader = Loader(open_source(data, "train"), processors.build(run.model), data)

@@ -56,6 +56,9 @@ def their_model(folder: Path, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoModelForImageTextToText
 
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
+    embedding = model.get_input_embeddings()
+    if torch.equal(model.lm_head.weight, embedding.weight):  # they read a tied head as a copy
+        model.lm_head.weight = embedding.weight
     model.generation_config.eos_token_id = None  # greedy tokens are counted, not read
     return model
 
@@ -85,19 +88,11 @@ def synthetic(cfg: VLMConfig, lengths: Sequence[int], seed: int = 0) -> list[Tok
 
 def padded(samples: Sequence[Tokens], cfg: VLMConfig) -> tuple[dict, dict]:
     """One conversation a row: (our arguments, theirs)."""
-    batch = collate([[s] for s in samples], cfg)
-    labels = torch.full_like(batch.targets, IGNORE)
-    labels[:, 1:] = batch.targets[:, :-1]
-    mask = torch.zeros_like(batch.input_ids)
-    for row, sample in enumerate(samples):
-        mask[row, : len(sample)] = 1
     n_tiles = {len(s.tiles) for s in samples}
     if len(n_tiles) > 1:
         raise InputError(f"conversations have {sorted(n_tiles)} tiles; take those of one number.")
-    pixels = batch.images.unflatten(0, (len(samples), -1))  # [B, N, 3, H, W]
-    theirs = {"input_ids": batch.input_ids, "attention_mask": mask, "pixel_values": pixels,
-              "labels": labels}  # fmt: skip
-    return batch.tensors(), theirs
+    batch = collate([[s] for s in samples], cfg)
+    return batch.tensors(), as_theirs(batch, cfg.vlm_pad_token_id)
 
 
 def as_theirs(batch: Batch, pad: int) -> dict:
@@ -107,14 +102,7 @@ def as_theirs(batch: Batch, pad: int) -> dict:
     pixels = batch.images.unflatten(0, (len(labels), -1))  # [B, N, 3, H, W]
     mask = (batch.input_ids != pad).long()
     return {"input_ids": batch.input_ids, "attention_mask": mask, "pixel_values": pixels,
-            "labels": labels, "use_cache": False}  # fmt: skip
-
-
-def their_trainee(folder: Path) -> nn.Module:
-    """Their model as it trains: in float32, its head tied as ours is, where they read a copy."""
-    model = their_model(folder, torch.float32).train()
-    model.lm_head.weight = model.get_input_embeddings().weight
-    return model
+            "labels": labels}  # fmt: skip
 
 
 def their_step(
@@ -126,7 +114,7 @@ def their_step(
 ) -> None:
     """A step as their users write it."""
     with region:
-        loss = model(**as_theirs(batch, pad)).loss
+        loss = model(**as_theirs(batch, pad), use_cache=False).loss
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()

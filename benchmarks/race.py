@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.peers import random_weights, their_step, their_trainee
+from benchmarks.peers import random_weights, their_model, their_step
 from benchmarks.timing import PAGE, clock, command_line, readable, where, write_block
 from configs import PRESETS, RunConfig, command
 from data import processor as processors
@@ -95,7 +95,7 @@ def theirs(race: Race, steps: int, every: int, dtype: torch.dtype) -> list[Point
     from transformers import get_linear_schedule_with_warmup
 
     torch.manual_seed(race.run.train.seed)
-    model, region = their_trainee(race.folder), autocast(CPU, dtype)
+    model, region = their_model(race.folder, torch.float32).train(), autocast(CPU, dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=race.rate, fused=True)
     schedule = get_linear_schedule_with_warmup(optimizer, round(WARM_UP * steps), steps)
     watch = Watch(race)
