@@ -28,7 +28,7 @@ from models.attention import (
     run_blocks,
     send,
 )
-from models.vision_transformer import init_weights
+from models.vision_transformer import init_weights, narrowed
 
 # Logits that the loss sees together, 128 MiB on a CPU. Each such part is added to the gradient of
 # the whole head, which takes a GPU longer than a small part's products.
@@ -102,9 +102,10 @@ class LanguageModelGroupedQueryAttention(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context, block: int) -> Tensor:
         (B, T), H, K, C = ctx.positions.shape, self.n_heads, self.n_kv_heads, self.head_width
-        q = self.q_norm(self.q_proj(x).view(B, T, H, C))  # [B, T, H, C]
-        k = self.k_norm(self.k_proj(x).view(B, T, K, C))  # [B, T, K, C]
-        v = self.v_proj(x).view(B, T, K, C)  # [B, T, K, C]
+        for_q, for_k, for_v = narrowed(x, 3)
+        q = self.q_norm(self.q_proj(for_q).view(B, T, H, C))  # [B, T, H, C]
+        k = self.k_norm(self.k_proj(for_k).view(B, T, K, C))  # [B, T, K, C]
+        v = self.v_proj(for_v).view(B, T, K, C)  # [B, T, K, C]
         if not self.nope_every or (block + 1) % self.nope_every:
             # Before heads and tokens change places, or a compiler would rotate and then copy.
             q, k = apply_rope(q, *ctx.rope), apply_rope(k, *ctx.rope)
@@ -149,7 +150,8 @@ class LanguageModelMLP(nn.Module):
         self.down_proj = nn.Linear(cfg.lm_inter_dim, cfg.lm_hidden_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)  # [B * T, I]
+        for_gate, for_up = narrowed(x, 2)
+        gate, up = self.gate_proj(for_gate), self.up_proj(for_up)  # [B * T, I]
         inner = _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate) * up
         return self.down_proj(inner)
 

@@ -81,8 +81,9 @@ class VisionLanguageModel(nn.Module):
         when all placeholders together are not N x Q: scattering anyway would silently corrupt.
         Nobody waits for a GPU to find that out where `input_ids` are on the CPU.
         """
+        image_tokens = self.embed_images(images)  # [N, Q, D]
+        # Behind the images, so that backwards the table's gradient, as large as it, is gone before.
         x = self.decoder.token_embedding(send(input_ids, self.device))  # [B, T, D]
-        image_tokens = self.embed_images(images).to(x.dtype)  # [N, Q, D]
         is_image = input_ids == self.cfg.vlm_image_token_id  # [B, T]
         per_row, per_tile = is_image.sum(1), self.cfg.tokens_per_tile
         if (per_row % per_tile).any():
@@ -97,7 +98,8 @@ class VisionLanguageModel(nn.Module):
                 f"but {len(image_tokens)} tiles were given"
             )
         slots = send(is_image.flatten().nonzero()[:, 0], self.device)  # [N * Q]
-        flat = x.flatten(0, 1).index_copy(0, slots, image_tokens.flatten(0, 1))  # [B * T, D]
+        found = image_tokens.flatten(0, 1).to(x.dtype)  # [N * Q, D]
+        flat = x.flatten(0, 1).index_copy(0, slots, found)  # [B * T, D]
         return flat.view_as(x)
 
     def forward(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from configs import ViTConfig
-from models.attention import attend, run_blocks
+from models.attention import attend, computes_in, run_blocks
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -85,6 +85,30 @@ class ViTPatchEmbeddings(nn.Module):
         return x
 
 
+class _Narrowed(torch.autograd.Function):
+    """Each reader's gradient is added in the dtype of x, as if each had narrowed it for itself."""
+
+    @staticmethod
+    def forward(ctx, x, n, dtype):
+        ctx.dtype, narrow = x.dtype, x.to(dtype)
+        return tuple(narrow.detach() for _ in range(n))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        total = grads[-1].to(ctx.dtype)
+        for grad in grads[-2::-1]:  # the order in which autograd would add them
+            total.add_(grad)
+        return total, None, None
+
+
+def narrowed(x: Tensor, n: int) -> tuple[Tensor, ...]:
+    """x for `n` layers to multiply: in the dtype of autocast once, which makes each a copy."""
+    dtype = computes_in(x)
+    if dtype == x.dtype or not torch.is_grad_enabled():
+        return (x.to(dtype),) * n
+    return _Narrowed.apply(x, n, dtype)
+
+
 class ViTMultiHeadAttention(nn.Module):
     """Every token sees every token of its tile."""
 
@@ -100,10 +124,10 @@ class ViTMultiHeadAttention(nn.Module):
 
     def forward(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
         """`queries` [N, Q, D] look at x [N, T, D]; by default x looks at itself."""
-        queries = x if queries is None else queries
+        inputs = narrowed(x, 3) if queries is None else (queries, *narrowed(x, 2))
         q, k, v = (
             proj(y).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # [N, H, T, C]
-            for proj, y in ((self.q_proj, queries), (self.k_proj, x), (self.v_proj, x))
+            for proj, y in zip((self.q_proj, self.k_proj, self.v_proj), inputs)
         )
         out = attend(q, k, v, causal=False, dropout=self.dropout if self.training else 0.0)
         return self.out_proj(out.transpose(1, 2).flatten(2))  # [N, T, D]

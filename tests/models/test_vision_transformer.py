@@ -12,7 +12,7 @@ import models.vision_transformer as vision_transformer
 from configs import ViTConfig
 from models.pretrained import siglip
 from models.pretrained.engine import expand, to_ours
-from models.vision_transformer import ViT, ViTPatchEmbeddings
+from models.vision_transformer import ViT, ViTMultiHeadAttention, ViTPatchEmbeddings
 
 SIZES = dict(
     vit_img_size=16,
@@ -249,3 +249,27 @@ def test_patch_embedding_gradient_reaches_every_position():
     F.mse_loss(patches(images()), torch.zeros(3, 18, 32)).backward()
     for name, p in patches.named_parameters():
         assert (p.grad.flatten(1) if p.ndim > 1 else p.grad).abs().sum(-1).min() > 0, name
+
+
+def inputs_kept_and_gradients(attention: ViTMultiHeadAttention, x: torch.Tensor) -> tuple:
+    """(How many narrow copies of its layers' inputs autograd keeps, output, gradients.)"""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = attention(x * 1)  # of a leaf autocast would share a copy by itself
+    narrow = (t for t in kept if t.dtype == torch.bfloat16 and t.shape[-1] == x.shape[-1])
+    inputs = {t.untyped_storage().data_ptr() for t in narrow if t.numel() == x.numel()}
+    grads = torch.autograd.grad(out.float().square().sum(), (x, *attention.parameters()))
+    return len(inputs), out, grads
+
+
+def test_layers_share_a_narrow_copy_and_gradients_add_as_without(monkeypatch):
+    """Where each layer narrows its input itself, as autocast does, the same bits come out."""
+    torch.manual_seed(0)
+    attention = ViTMultiHeadAttention(ViTConfig(**SIZES))
+    x = torch.randn(2, 9, 32, requires_grad=True)
+    few, ours, mine = inputs_kept_and_gradients(attention, x)
+    monkeypatch.setattr(vision_transformer, "narrowed", lambda x, n: (x,) * n)
+    many, theirs, others = inputs_kept_and_gradients(attention, x)
+    assert few == many - 2
+    assert torch.equal(ours, theirs) and all(map(torch.equal, mine, others))
