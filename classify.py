@@ -26,22 +26,24 @@ from typing import Annotated
 import torch
 import tyro
 
-from configs import InputError, command, parse, write_whole
-from configs_classify import ClassesConfig, ClassifyConfig, parse_classify, run_command
-from data.classes import Classes, balance, open_classes
-from data.readers import PICTURES
-from data.views import Viewer, ViewLoader, loader_config, open_picture
-from engine import checkpoint, classification
-from engine.classification import Result, draw_confusion, open_classifier, table
-from engine.distributed import autocast, compiles, fast_dtype, setup
-from engine.loop import Best, train
-from engine.optim import build_optimizer
-from engine.vit_card import CONFUSION, RESULT, prepare
-from engine.vit_sheet import draw_rollout
-from models import hub
-from models.backbones import open_vit
+from cli import command, parse, parse_classify, run_command
+from config_tools import InputError, write_whole
+from configs_classify import ClassesConfig, ClassifyConfig
+from data.classification.dataset import Classes, balance, open_classes
+from data.classification.loader import Viewer, ViewLoader, loader_config, open_picture
+from data.sources.folders import PICTURES
+from engine.publishing.classifier_card import CONFUSION, RESULT, prepare
+from engine.training import checkpoint
+from engine.training.distributed import autocast, compiles, fast_dtype, setup
+from engine.training.loop import Best, train
+from engine.training.optim import build_optimizer
+from engine.vit import classification
+from engine.vit.classification import Result, draw_confusion, open_classifier, table
+from engine.vit.figures import draw_rollout
 from models.classifier import Classifier
-from models.compiled import compile_blocks
+from models.inference.compile import compile_blocks
+from models.pretrained import hub
+from models.pretrained.load import open_vit
 from models.vision_transformer import ViT
 
 # --- train --------------------------------------------------------------------------------------

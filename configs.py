@@ -10,29 +10,14 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-# Some are only passed on: the rest of the house takes all of these from here.
-from configs_base import (  # noqa: F401
-    FORMAT_VERSION,
+from config_tools import (
     HUB_NAME,
-    RENAMED,
     Checked,
-    InputError,
-    by_step,
-    command,
-    flags,
-    from_dict,
-    json_line,
     need,
-    parse,
-    parse_known,
-    parse_preset,
-    read_json,
     require,
     require_positive,
     require_rate,
     require_seed,
-    to_dict,
-    write_whole,
 )
 
 
@@ -464,8 +449,6 @@ class RunConfig(Checked):
         require(length <= most, "data.max_length", length, fix)
 
 
-# --- Presets ------------------------------------------------------------------------------------
-
 # fmt: off
 SIGLIP_B = dict(vit_hidden_dim=768, vit_inter_dim=3072, vit_n_heads=12, vit_n_blocks=12,
                 vit_patch_size=16)
@@ -476,7 +459,6 @@ SMOLLM2 = dict(lm_re_base=100000.0, lm_max_position_embeddings=8192, lm_rms_eps=
 FINE_TUNE = dict(optimizer="adamw", lr_vision=5e-5, lr_projector=0.005, lr_language=5e-5,
                  warmup=1000, schedule="cosine", beta2=0.95, weight_decay=0.05, steps=40000,
                  accumulate=8, eval_every=500, save_every=500)
-
 
 
 def two_stages(name: str, whole: RunConfig) -> dict[str, RunConfig]:
@@ -535,26 +517,7 @@ PRESETS: dict[str, RunConfig] = {
         data=DataConfig(batch_size=1, max_length=4096, workers=2),
         train=TrainConfig(out="runs/qwen3", **FINE_TUNE)),
 }
+
+
 for _name in ("222m", "460m"):
     PRESETS |= two_stages(_name, PRESETS[_name])
-# fmt: on
-
-
-# --- Command line -------------------------------------------------------------------------------
-
-
-def parse_run(argv: list[str]) -> RunConfig:
-    """`[preset | run.json] [--field value ...]` -> RunConfig.
-
-    Raises `InputError`.
-    """
-    return parse_preset(RunConfig, PRESETS, together(argv, "--data.source"))
-
-
-def together(argv: list[str], flag: str) -> list[str]:
-    """All words behind a flag as one value: `--data.source a=0.7 b=0.3`."""
-    if flag not in argv:
-        return argv
-    first = argv.index(flag) + 1
-    last = next((i for i in range(first, len(argv)) if argv[i].startswith("--")), len(argv))
-    return [*argv[:first], *[" ".join(argv[first:last])][: last - first], *argv[last:]]

@@ -1,27 +1,16 @@
 """The blueprint of a classifier's run: the ViT of configs.py, pictures of one class each, training.
 
-Not here: fields every run has (configs.py), what augmentation does (data/augment.py).
+Not here: fields every run has (configs.py), what augmentation does (data/classification/transforms.py).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from configs import (
-    Checked,
-    InputError,
-    LoopConfig,
-    ViTConfig,
-    need,
-    parse_preset,
-    require_freeze,
-    require_positive,
-    require_rate,
-    require_seed,
-)
+from config_tools import Checked, need, require_positive, require_rate, require_seed
+from configs import LoopConfig, ViTConfig, require_freeze
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +101,6 @@ class ClassifyConfig(Checked):
         need(self.model.vit_n_channels in (1, 3), self.model, "vit_n_channels", fix)
 
 
-# --- Presets ------------------------------------------------------------------------------------
-
 # fmt: off
 # Dosovitskiy et al. 2020, table 1; Ti and S by Touvron et al. 2020.
 SIZES = {"ti": (192, 3, 12), "s": (384, 6, 12), "b": (768, 12, 12), "l": (1024, 16, 24)}
@@ -149,22 +136,3 @@ PRESETS: dict[str, ClassifyConfig] = {
     f"{size}{patch}": paper_run(f"{size}{patch}", paper_vit(*shape, patch))
     for size, shape in SIZES.items() for patch in PATCHES
 }
-# fmt: on
-
-
-# --- Command line -------------------------------------------------------------------------------
-
-
-def run_command(words: str, commands: dict[str, Callable], argv: list[str]) -> None:
-    """The first of `argv` names one of `commands`, which gets the rest; without any, `words`."""
-    if not argv or argv[0] in ("-h", "--help"):
-        print(words.strip())
-        return
-    if argv[0] not in commands:
-        raise InputError(f"{argv[0]!r}: must be one of {', '.join(commands)}.")
-    commands[argv[0]](argv[1:])
-
-
-def parse_classify(argv: list[str]) -> ClassifyConfig:
-    """`[preset | run.json] [--field value ...]` -> ClassifyConfig; raises `InputError`."""
-    return parse_preset(ClassifyConfig, PRESETS, argv)

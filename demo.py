@@ -23,12 +23,19 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from configs import InputError, command, parse
-from data import world
+from cli import command, parse
+from config_tools import InputError
 from data.images import FORMATS, open_image
-from engine.chat import Chat, alternatives
-from engine.look import Look, look, over_picture, paint, split_pictures
-from models.generation import Sampling
+from data.world import drawing, scenes
+from engine.inference.attention_overlay import (
+    AttentionOverlay,
+    attention_overlay,
+    over_picture,
+    paint,
+    split_pictures,
+)
+from engine.inference.chat import Chat, alternatives
+from models.inference.sampling import Sampling
 
 MOST_PICTURES, MOST_BYTES, MOST_PIXELS = 8, 20 * 2**20, 40_000_000
 MOST_CHARACTERS, MOST_BODY = 2000, 4 * 2**20  # of a question; of a request that is no upload
@@ -73,7 +80,7 @@ class Seen:
     grids: tuple[tuple[slice, tuple[int, int]], ...] = ()
     words: tuple[str, ...] = ()
     likely: tuple[dict[str, float], ...] = ()
-    look: Look | None = None
+    overlay: AttentionOverlay | None = None
 
 
 def open_pictures(paths: Sequence[str]) -> list[Image.Image]:
@@ -141,7 +148,7 @@ def answer(
         tuple(split_pictures(chat, pictures)),
         tuple(name(word, token) for token in said),
         tuple(likely),
-        look(chat, tokens, said) if pictures else None,
+        attention_overlay(chat, tokens, said) if pictures else None,
     )
     note = f"{len(tokens)} tokens in, {n_image} of them from pictures; {len(said)} out."
     yield {"note": note, "seen": seen}
@@ -167,13 +174,13 @@ def token_view(seen: Seen, number: int) -> tuple[list[Image.Image], str, dict[st
         return [], "", {}
     t = min(int(number), len(seen.words)) - 1
     line = f"Token {t + 1} of {len(seen.words)}: “{seen.words[t]}”"
-    if seen.look is None:
+    if seen.overlay is None:
         return [], line, seen.likely[t]
     painted = [
-        paint(picture, over_picture(seen.look.maps[t, tiles], *cut))
+        paint(picture, over_picture(seen.overlay.maps[t, tiles], *cut))
         for picture, (tiles, cut) in zip(seen.pictures, seen.grids)
     ]
-    line += f"; {seen.look.on_pictures[t]:.0%} of the attention was on the pictures"
+    line += f"; {seen.overlay.on_pictures[t]:.0%} of the attention was on the pictures"
     return painted, line, seen.likely[t]
 
 
@@ -182,7 +189,7 @@ def example_files(folder: Path, own: Path | None) -> list[str]:
     paths = []
     for index in (0, 1, 4):
         paths.append(folder / f"world_{index}.png")
-        world.draw(world.make_scene(0, "test", index)).save(paths[-1])
+        drawing.draw(scenes.make_scene(0, "test", index)).save(paths[-1])
     with contextlib.suppress(ImportError, OSError):  # matplotlib brings a public-domain portrait
         from matplotlib import get_data_path
 

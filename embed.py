@@ -18,11 +18,11 @@ from typing import Annotated, Literal
 
 import tyro
 
-from configs import InputError, command, parse, write_whole
-from configs_classify import run_command
-from data.readers import PICTURES
-from engine.distributed import setup
-from engine.embedding import (
+from cli import command, parse, run_command
+from config_tools import InputError, write_whole
+from data.sources.folders import PICTURES
+from engine.training.distributed import setup
+from engine.vit.embedding import (
     ENGINES,
     SKIPPED,
     alike,
@@ -33,7 +33,7 @@ from engine.embedding import (
     open_index,
     require_same,
 )
-from engine.vit_sheet import draw_files
+from engine.vit.figures import draw_files
 
 SHOWN = 30  # pairs on a sheet
 

@@ -17,12 +17,13 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from configs import InputError, command, parse
+from cli import command, parse
+from config_tools import InputError
 from data.processor import Processor
-from engine.chat import open_checkpoint
-from engine.publish import prepare
-from models import hub
-from models.checkpoint_files import misfit, save_nanovlm
+from engine.inference.chat import open_checkpoint
+from engine.publishing.model_card import prepare
+from models.pretrained import hub
+from models.pretrained.save import save_nanovlm, unsupported_reason
 from models.vision_language_model import VisionLanguageModel
 
 DTYPES = {"same": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -90,7 +91,7 @@ def export(args: Arguments, folder: Path) -> None:
         save_nanovlm(model, folder, tokenizer=str(args.out))
         processor.save(folder)
     else:
-        reason, grid = misfit(model.cfg), model.cfg.vit_grid
+        reason, grid = unsupported_reason(model.cfg), model.cfg.vit_grid
         if reason:
             print(f"for this code alone: Idefics3 has no place for {reason}")
         elif grid not in SAFE_GRIDS:

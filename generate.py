@@ -21,16 +21,17 @@ from typing import Annotated, Literal
 
 import tyro
 
-from configs import InputError, command, json_line, parse
-from engine.batch import answer_file
-from engine.chat import Chat, Piece, alternatives
-from engine.checkpoint import resolve
-from engine.conversation import Conversation
-from engine.distributed import lacks_compiler
-from engine.predictions import fingerprint
-from models.compiled import compile_decoding
-from models.generation import Sampling
-from models.quantized import quantize_int8
+from cli import command, parse
+from config_tools import InputError, json_line
+from engine.evaluation.predictions import fingerprint
+from engine.inference.batch import answer_file
+from engine.inference.chat import Chat, Piece, alternatives
+from engine.inference.conversation import Conversation
+from engine.training.checkpoint import resolve
+from engine.training.distributed import lacks_compiler
+from models.inference.compile import compile_decoding
+from models.inference.int8 import quantize_int8
+from models.inference.sampling import Sampling
 
 # Options of `Sampling`, by the same names.
 SAMPLED = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")

@@ -19,14 +19,30 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from configs import DataConfig, InputError, command, parse, write_whole
-from engine.chat import Chat
-from engine.checkpoint import resolve
-from engine.distributed import Dist, setup
-from engine.evaluation import VIEWS, Task, answer_views, choose_views, graded, report
-from engine.predictions import asked, fingerprint, keep, read_found, read_scores, write_all
-from engine.scoring import paired_difference
-from engine.sheet import draw_sheet
+from cli import command, parse
+from config_tools import InputError, write_whole
+from configs import DataConfig
+from engine.evaluation.answer_sheet import draw_answer_sheet
+from engine.evaluation.evaluate import (
+    VIEWS,
+    Task,
+    answer_views,
+    choose_views,
+    graded,
+    report,
+)
+from engine.evaluation.metrics import paired_difference
+from engine.evaluation.predictions import (
+    asked,
+    fingerprint,
+    keep,
+    read_found,
+    read_scores,
+    write_all,
+)
+from engine.inference.chat import Chat
+from engine.training.checkpoint import resolve
+from engine.training.distributed import Dist, setup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +157,7 @@ def show(args: Arguments, result: dict, views: dict, run: str) -> None:
     if args.predictions is not None:
         write_all(args.predictions, run, views)
     if args.sheet is not None:
-        draw_sheet(views["answer"], args.sheet)
+        draw_answer_sheet(views["answer"], args.sheet)
 
 
 def table(result: dict) -> str:

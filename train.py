@@ -13,15 +13,20 @@ from pathlib import Path
 
 import torch
 
-from configs import InputError, RunConfig, command, parse_run
+from cli import command, parse_run
+from config_tools import InputError
+from configs import RunConfig
 from data import processor as processors
+from data.batches.stream_loader import open_loader
 from data.preview import check_before_training
 from data.processor import Processor
-from data.sources import open_source
-from data.stream_loader import open_loader
-from engine import adapters, checkpoint
-from engine.chat import open_checkpoint
-from engine.distributed import (
+from data.sources.open import open_source
+from engine.evaluation.answer_sheet import draw_answer_sheet
+from engine.evaluation.evaluate import evaluate
+from engine.inference.chat import open_checkpoint
+from engine.publishing.model_card import publish
+from engine.training import adapters, checkpoint
+from engine.training.distributed import (
     Dist,
     autocast,
     compiles,
@@ -30,16 +35,13 @@ from engine.distributed import (
     settings,
     setup,
 )
-from engine.dry_run import dry_run
-from engine.evaluation import evaluate
-from engine.logger import answers_path
-from engine.loop import Best, train
-from engine.optim import build_optimizer
-from engine.publish import publish
-from engine.sheet import draw_sheet
-from models.checkpoint_files import misfit
-from models.compiled import compile_blocks
-from models.hub import require_login
+from engine.training.dry_run import dry_run
+from engine.training.logger import answers_path
+from engine.training.loop import Best, train
+from engine.training.optim import build_optimizer
+from models.inference.compile import compile_blocks
+from models.pretrained.hub import require_login
+from models.pretrained.save import unsupported_reason
 from models.vision_language_model import VisionLanguageModel
 
 
@@ -133,7 +135,7 @@ def examine(cfg: RunConfig, model, processor, dist: Dist, region, step: int) -> 
 def show_answers(answered, path: Path) -> None:
     """Draw them; what cannot be written is no reason to stop training."""
     try:
-        draw_sheet(answered, path)
+        draw_answer_sheet(answered, path)
     except OSError as error:
         print(f"{path}: cannot be drawn ({error.strerror}); training goes on.")
 
@@ -162,7 +164,7 @@ def describe(cfg: RunConfig, model: VisionLanguageModel, source, step: int) -> N
     named = [name for name in (cfg.model.vit_model_type, cfg.model.lm_model_type) if name]
     if named and step == 0 and not cfg.train.init_from:
         print(f"weights: from {' and '.join(named)}, the rest random")
-    if reason := misfit(cfg.model):
+    if reason := unsupported_reason(cfg.model):
         print(f"checkpoints: for this code alone, as Idefics3 has no place for {reason}")
     for note in source.notes:
         print(note)

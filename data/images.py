@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from configs import InputError, VLMConfig
+from config_tools import InputError
+from configs import VLMConfig
 
 MAX_PIXELS = 89_478_485  # Pillow's own warning threshold: a quarter GiB of RGB
 # What data sets hold. Pillow opens more, some by other programs, some in seconds when broken.

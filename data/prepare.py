@@ -16,10 +16,13 @@ from typing import Annotated
 
 import tyro
 
-from configs import RATINGS, DataConfig, InputError, command, parse, write_whole
-from data.readers import open_rows
-from data.sources import locate, meaning, most_bad_of
-from data.streams import Part, StreamSource, checked
+from cli import command, parse
+from config_tools import InputError, write_whole
+from configs import RATINGS, DataConfig
+from data.sources.fetch import resolve_image
+from data.sources.rows import open_rows
+from data.sources.split import max_bad_rows_in_stream, meaning
+from data.sources.streaming import Part, StreamSource, checked
 
 NOTE = "prepared.json"  # what was read so far, beside the files
 
@@ -75,7 +78,7 @@ def kept(row: dict, cfg: DataConfig, folder: Path) -> dict | None:
         return None
     pictures = []
     for picture in found.conversation.pictures:
-        content = locate(picture, folder)
+        content = resolve_image(picture, folder)
         if isinstance(content, str):
             try:
                 content = Path(content).read_bytes()
@@ -126,7 +129,7 @@ def main(argv: list[str]) -> None:
             except InputError as error:
                 done["bad"].append(f"{where}: {error}")
         done["read"] = found[-1][0] + 1
-        if len(done["bad"]) > most_bad_of(done["read"]):
+        if len(done["bad"]) > max_bad_rows_in_stream(done["read"]):
             n_bad, first = len(done["bad"]), done["bad"][0]
             raise InputError(f"{n_bad} of {done['read']} rows are bad, the first: {first}")
         if content:

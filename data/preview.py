@@ -21,11 +21,13 @@ import numpy as np
 import tyro
 from PIL import Image, ImageDraw, ImageFont
 
-from configs import DataConfig, InputError, by_step, command, flags, parse_known, parse_run
+from cli import command, flags, parse_known, parse_run
+from config_tools import InputError, by_step
+from configs import DataConfig
 from data import processor as processors
 from data.processor import Processor
-from data.sample import Tokens
-from data.sources import open_source
+from data.sources.open import open_source
+from data.types import Tokens
 
 GREEN, PLAIN = "\033[1;32m", "\033[0m"
 BAR = 40  # columns of the longest bar

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from configs import InputError, VLMConfig, from_dict, read_json
+from config_tools import InputError, from_dict, read_json
+from configs import VLMConfig
 from data import images, text
-from data.sample import Sample, Tokens, Turn
+from data.types import Sample, Tokens, Turn
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,16 @@ from pathlib import Path
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from configs import InputError, VLMConfig
-from data.sample import Turn
+from config_tools import InputError
+from configs import VLMConfig
+from data.types import Turn
 
 START, END_OF_TURN, PAD = "<|im_start|>", "<end_of_utterance>", "<|im_end|>"
 NEXT = "\n"  # between an answer and what follows
 IMAGE, FAKE, GLOBAL = "<image>", "<fake_token_around_image>", "<global-img>"
 ROWS_COLS = [f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7)]
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
-MERGES = Path(__file__).with_name("world_merges.txt")  # a test makes them anew
+MERGES = Path(__file__).with_name("world") / "merges.txt"  # a test makes them anew
 WORLD_SPECIAL = [PAD, START, END_OF_TURN, IMAGE, FAKE, GLOBAL, *ROWS_COLS]
 # GPT-2's words with single digits; before them the speakers, whose names are then one token each.
 WORDS = (

@@ -65,6 +65,6 @@ class Classifier(nn.Module):
 
         `classify.py export --push` also writes a model card. Raises `InputError`.
         """
-        from models import hub
+        from models.pretrained import hub
 
         return hub.push_saved(self.save_pretrained, repo_id, private)

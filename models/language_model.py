@@ -2,7 +2,7 @@
 
 Llama-type: RMSNorm, RoPE, grouped-query attention, SwiGLU.
 Embeddings in, hidden states out; the head meets only the positions somebody asks for.
-Not here: sampling (models/generation.py), images (models/vision_language_model.py).
+Not here: sampling (models/inference/generate.py), images (models/vision_language_model.py).
 
 Letters: B batch, T tokens, D width, H heads, K key-value heads, C head width, V vocabulary.
 """
@@ -17,18 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs import LMConfig
-from models.attention import (
-    KVCache,
-    apply_rope,
-    attend,
-    computes_in,
-    plan_for,
-    rope_frequencies,
-    rope_tables,
-    run_blocks,
-    send,
-)
-from models.vision_transformer import init_weights, narrowed
+from models.inference.kv_cache import KVCache
+from models.ops.attention import attention
+from models.ops.init import init_weights
+from models.ops.memory import autocast_dtype, cast_once, run_blocks, to_device_async
+from models.ops.packed import plan_packing
+from models.ops.rope import apply_rope, rope_frequencies, rope_tables
 
 # Logits that the loss sees together, 128 MiB on a CPU. Each such part is added to the gradient of
 # the whole head, which takes a GPU longer than a small part's products.
@@ -102,7 +96,7 @@ class LanguageModelGroupedQueryAttention(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context, block: int) -> Tensor:
         (B, T), H, K, C = ctx.positions.shape, self.n_heads, self.n_kv_heads, self.head_width
-        for_q, for_k, for_v = narrowed(x, 3)
+        for_q, for_k, for_v = cast_once(x, 3)
         q = self.q_norm(self.q_proj(for_q).view(B, T, H, C))  # [B, T, H, C]
         k = self.k_norm(self.k_proj(for_k).view(B, T, K, C))  # [B, T, K, C]
         v = self.v_proj(for_v).view(B, T, K, C)  # [B, T, K, C]
@@ -112,7 +106,7 @@ class LanguageModelGroupedQueryAttention(nn.Module):
         q, k, v = (y.to(v.dtype).transpose(1, 2) for y in (q, k, v))  # [B, H, T, C], [B, K, T, C]
         if ctx.cache is not None:
             k, v = ctx.cache.write(block, k, v, ctx.positions)  # [B, K, S, C]
-        out = attend(
+        out = attention(
             q,
             k,
             v,
@@ -150,7 +144,7 @@ class LanguageModelMLP(nn.Module):
         self.down_proj = nn.Linear(cfg.lm_inter_dim, cfg.lm_hidden_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        for_gate, for_up = narrowed(x, 2)
+        for_gate, for_up = cast_once(x, 2)
         gate, up = self.gate_proj(for_gate), self.up_proj(for_up)  # [B * T, I]
         inner = _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate) * up
         return self.down_proj(inner)
@@ -183,7 +177,7 @@ class Context:
     ):
         """For hidden states `like` [B, T, D]."""
         self.positions, self.cache = positions, cache
-        self.plan = None if segments is None else plan_for(cfg, segments, like)
+        self.plan = None if segments is None else plan_packing(cfg, segments, like)
         self.visible = None if cache is None else cache.visible(positions)  # [B, 1, T, S]
         if cache is None:
             freq = rope_frequencies(cfg, like.device)
@@ -203,7 +197,7 @@ class _HeadLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, is_learning):
         of_hidden, of_weight = (is_learning and needed for needed in ctx.needs_input_grad[:2])
         at_once = AT_ONCE.get(hidden.device.type, AT_ONCE["cpu"])
-        dtype, most = computes_in(hidden), max(1, at_once // len(weight))
+        dtype, most = autocast_dtype(hidden), max(1, at_once // len(weight))
         narrow = weight.to(dtype)
         total, to_hidden, to_weight = 0, [], None
         for part, aims in zip(hidden.to(dtype).split(most), targets[:, None].split(most)):
@@ -281,22 +275,22 @@ class LanguageModel(nn.Module):
         The sizes are the source's, the vocabulary at least `cfg.lm_vocab_size`; `lm.cfg` says what
         they are. Raises `InputError`.
         """
-        from models import backbones
+        from models.pretrained import load
 
-        return backbones.load_lm(cfg)
+        return load.load_lm(cfg)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write a directory that transformers opens as the same kind of decoder."""
-        from models import backbones
+        from models.pretrained import save
 
-        backbones.save_lm(self, directory)
+        save.save_lm(self, directory)
 
     def push_to_hub(self, repo_id: str, private: bool = True) -> str:
         """Upload what `save_pretrained` writes to user/name; returns its address.
 
         Raises `InputError`.
         """
-        from models import hub
+        from models.pretrained import hub
 
         return hub.push_saved(self.save_pretrained, repo_id, private)
 
@@ -312,7 +306,7 @@ class LanguageModel(nn.Module):
         handed on, not kept. A GPU waits for nothing where `targets` are on the CPU.
         """
         kept = (targets.flatten() != -100).nonzero()[:, 0]
-        targets = send(targets.flatten()[kept], hidden.device)
-        hidden = hidden.flatten(0, 1).index_select(0, send(kept, hidden.device))
+        targets = to_device_async(targets.flatten()[kept], hidden.device)
+        hidden = hidden.flatten(0, 1).index_select(0, to_device_async(kept, hidden.device))
         total = _HeadLoss.apply(hidden, self.head.weight, targets, torch.is_grad_enabled())
         return total / max(1, len(kept)) if reduction == "mean" else total

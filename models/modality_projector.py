@@ -17,7 +17,7 @@ def pixel_shuffle(x: Tensor, factor: int) -> Tensor:
 
     Channels come in the order (row, column, channel) within the square, as in transformers'
     Idefics3Connector. Raises ValueError unless the patches form a square grid that the factor
-    divides. """
+    divides."""
     N, P, D = x.shape
     grid = math.isqrt(P)
     if grid * grid != P or grid % factor:

@@ -1,6 +1,6 @@
 """The whole model: encode images, project them, put them at the text's `<image>`, run the decoder.
 
-Not here: files and the Hub (models/checkpoint_files.py), tokenizer and pixels (data/processor.py).
+Not here: files and the Hub (models/pretrained/load.py), tokenizer and pixels (data/processor.py).
 
 Letters: B batch, T tokens, N tiles, Q image tokens per tile, D width of the language model,
 V vocabulary.
@@ -16,11 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from configs import VLMConfig
-from models.attention import KVCache, send
-from models.generation import Sampling, generate, stream
+from models.inference.generate import generate, stream
+from models.inference.kv_cache import KVCache
+from models.inference.sampling import Sampling
 from models.language_model import LanguageModel
 from models.modality_projector import ModalityProjector
-from models.vision_transformer import ViT, without_storage
+from models.ops.init import on_meta_device
+from models.ops.memory import to_device_async
+from models.vision_transformer import ViT
 
 # Patches the encoder sees together: with more a CPU needs memory, but is no faster. To start a
 # block costs a GPU's host as much for few as for many.
@@ -43,7 +46,7 @@ class VisionLanguageModel(nn.Module):
         self.vision_encoder = ViT(cfg) if vision is None else vision
         self.MP = ModalityProjector(cfg)
         self.decoder = LanguageModel(cfg) if decoder is None else decoder
-        self.compiled_decoder = None  # models/compiled.py's compile_decoding sets it
+        self.compiled_decoder = None  # models/inference/compile.py's compile_decoding sets it
 
     @property
     def device(self) -> torch.device:
@@ -83,7 +86,7 @@ class VisionLanguageModel(nn.Module):
         """
         image_tokens = self.embed_images(images)  # [N, Q, D]
         # Behind the images, so that backwards the table's gradient, as large as it, is gone before.
-        x = self.decoder.token_embedding(send(input_ids, self.device))  # [B, T, D]
+        x = self.decoder.token_embedding(to_device_async(input_ids, self.device))  # [B, T, D]
         is_image = input_ids == self.cfg.vlm_image_token_id  # [B, T]
         per_row, per_tile = is_image.sum(1), self.cfg.tokens_per_tile
         if (per_row % per_tile).any():
@@ -97,7 +100,7 @@ class VisionLanguageModel(nn.Module):
                 f"rows have {(per_row // per_tile).tolist()} tiles' worth of placeholders, "
                 f"but {len(image_tokens)} tiles were given"
             )
-        slots = send(is_image.flatten().nonzero()[:, 0], self.device)  # [N * Q]
+        slots = to_device_async(is_image.flatten().nonzero()[:, 0], self.device)  # [N * Q]
         found = image_tokens.flatten(0, 1).to(x.dtype)  # [N * Q, D]
         flat = x.flatten(0, 1).index_copy(0, slots, found)  # [B * T, D]
         return flat.view_as(x)
@@ -167,7 +170,7 @@ class VisionLanguageModel(nn.Module):
     ) -> Tensor:
         """New tokens [B, at most max_new_tokens]; rows that stopped early end in pad.
 
-        See models/generation.py.
+        See models/inference/generate.py.
         """
         return generate(self, input_ids, images, attention_mask, sampling)
 
@@ -183,7 +186,7 @@ class VisionLanguageModel(nn.Module):
 
     def assembled(self, tensors: dict[str, Tensor]) -> VisionLanguageModel:
         """A plain model of this one's config around other tensors, which are not copied."""
-        with without_storage():
+        with on_meta_device():
             model = type(self)(self.cfg)
         model.load_state_dict(tensors, assign=True)
         if self.cfg.lm_tie_weights:
@@ -198,9 +201,9 @@ class VisionLanguageModel(nn.Module):
 
         Ours, published Idefics3 and SmolVLM, nanoVLM's; a Hub id is taken from the cache offline.
         """
-        from models import checkpoint_files
+        from models.pretrained import load
 
-        return checkpoint_files.load_vlm(source, revision)
+        return load.load_vlm(source, revision)
 
     @classmethod
     def from_backbones(cls, cfg: VLMConfig) -> VisionLanguageModel:
@@ -215,9 +218,9 @@ class VisionLanguageModel(nn.Module):
 
     def save_pretrained(self, directory: str | Path, processor=None) -> None:
         """Write an Idefics3 directory: weights, config.json and, given a processor, its files."""
-        from models import checkpoint_files
+        from models.pretrained import save
 
-        checkpoint_files.save_vlm(self, directory)
+        save.save_vlm(self, directory)
         if processor is not None:
             processor.save(directory)
 
@@ -227,7 +230,7 @@ class VisionLanguageModel(nn.Module):
         A repository made by this is private unless told otherwise. `export.py --push` also writes a
         model card. Raises `InputError`.
         """
-        from models import hub
+        from models.pretrained import hub
 
         save = partial(self.save_pretrained, processor=processor)
         return hub.push_saved(save, repo_id, private)

@@ -10,19 +10,17 @@ C head width.
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from configs import ViTConfig
-from models.attention import attend, computes_in, run_blocks
+from models.ops.attention import attention
+from models.ops.init import init_weights, parameter_table
+from models.ops.memory import cast_once, run_blocks
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -85,30 +83,6 @@ class ViTPatchEmbeddings(nn.Module):
         return x
 
 
-class _Narrowed(torch.autograd.Function):
-    """Each reader's gradient is added in the dtype of x, as if each had narrowed it for itself."""
-
-    @staticmethod
-    def forward(ctx, x, n, dtype):
-        ctx.dtype, narrow = x.dtype, x.to(dtype)
-        return tuple(narrow.detach() for _ in range(n))
-
-    @staticmethod
-    def backward(ctx, *grads):
-        total = grads[-1].to(ctx.dtype)
-        for grad in grads[-2::-1]:  # the order in which autograd would add them
-            total.add_(grad)
-        return total, None, None
-
-
-def narrowed(x: Tensor, n: int) -> tuple[Tensor, ...]:
-    """x for `n` layers to multiply: in the dtype of autocast once, which makes each a copy."""
-    dtype = computes_in(x)
-    if dtype == x.dtype or not torch.is_grad_enabled():
-        return (x.to(dtype),) * n
-    return _Narrowed.apply(x, n, dtype)
-
-
 class ViTMultiHeadAttention(nn.Module):
     """Every token sees every token of its tile."""
 
@@ -124,12 +98,12 @@ class ViTMultiHeadAttention(nn.Module):
 
     def forward(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
         """`queries` [N, Q, D] look at x [N, T, D]; by default x looks at itself."""
-        inputs = narrowed(x, 3) if queries is None else (queries, *narrowed(x, 2))
+        inputs = cast_once(x, 3) if queries is None else (queries, *cast_once(x, 2))
         q, k, v = (
             proj(y).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # [N, H, T, C]
             for proj, y in zip((self.q_proj, self.k_proj, self.v_proj), inputs)
         )
-        out = attend(q, k, v, causal=False, dropout=self.dropout if self.training else 0.0)
+        out = attention(q, k, v, causal=False, dropout=self.dropout if self.training else 0.0)
         return self.out_proj(out.transpose(1, 2).flatten(2))  # [N, T, D]
 
 
@@ -217,7 +191,7 @@ class ViTMLPHead(nn.Module):
         return self.out(torch.tanh(self.hidden(x)))
 
 
-def new_head(cfg: ViTConfig) -> nn.Module:
+def build_head(cfg: ViTConfig) -> nn.Module:
     """Pooled features [N, D] -> logits [N, vit_n_classes]; without classes, nothing is done."""
     if not cfg.vit_n_classes:
         return nn.Identity()
@@ -239,7 +213,7 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(ViTBlock(cfg, rate) for rate in rates)
         self.layer_norm = nn.LayerNorm(cfg.vit_hidden_dim, eps)
         self.map_pool = ViTMapPool(cfg) if cfg.vit_pooling == "map" else None
-        self.head = new_head(cfg)
+        self.head = build_head(cfg)
         init_weights(self, n_residual=2 * n)
 
     def forward_features(self, images: Tensor) -> Tensor:
@@ -281,75 +255,21 @@ class ViT(nn.Module):
 
         The other sizes are the source's; `vit.cfg` says what they are. Raises `InputError`.
         """
-        from models import backbones
+        from models.pretrained import load
 
-        return backbones.load_vit(cfg)
+        return load.load_vit(cfg)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write a directory that transformers opens as the same kind of encoder."""
-        from models import backbones
+        from models.pretrained import save
 
-        backbones.save_vit(self, directory)
+        save.save_vit(self, directory)
 
     def push_to_hub(self, repo_id: str, private: bool = True) -> str:
         """Upload what `save_pretrained` writes to user/name; returns its address.
 
         Raises `InputError`.
         """
-        from models import hub
+        from models.pretrained import hub
 
         return hub.push_saved(self.save_pretrained, repo_id, private)
-
-
-def parameter_table(parts: dict[str, nn.Module], what: dict[str, str]) -> str:
-    """A line for each part that has parameters, and their sum."""
-    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
-    rows = [(name, n, what.get(name, "")) for name, n in counts.items() if n]
-    rows.append(("all", sum(counts.values()), ""))
-    width = max(len(name) for name, *_ in rows)
-    return "\n".join(f"{name:<{width}}  {n:>13,}  {words}".rstrip() for name, n, words in rows)
-
-
-def init_weights(module: nn.Module, n_residual: int) -> None:
-    """Fill every parameter with its first values.
-
-    Matrices N(0, 1/fan_in), those that write to the residual stream smaller by sqrt(n_residual)
-    (Radford et al. 2019), token embeddings N(0, 1/width), which keeps tied logits near N(0, 1) and
-    words from drowning in what attention adds; positions N(0, 0.3), about as large as the patches
-    they are added to, or "where" is learned long after "what"; CLS, registers and probe
-    N(0, 0.02); norms and layer scales one, biases zero.
-    """
-    for name, param in module.named_parameters():
-        if "norm" in name or ".ln" in name:
-            nn.init.constant_(param, 1.0 if name.endswith("weight") else 0.0)
-        elif name.endswith("bias"):
-            nn.init.zeros_(param)
-        elif name.endswith(".scale"):
-            nn.init.ones_(param)
-        elif not name.endswith("weight"):
-            nn.init.normal_(param, std=0.3 if "position" in name else 0.02)
-        else:
-            std = math.prod(param.shape[1:]) ** -0.5  # of an embedding, too: [V, D]
-            writes = name.endswith(
-                ("out_proj.weight", "o_proj.weight", "fc2.weight", "down_proj.weight")
-            )
-            nn.init.normal_(param, std=std / math.sqrt(n_residual) if writes else std)
-
-
-class _NothingDrawn(TorchFunctionMode):
-    """`nn.init.normal_` leaves a tensor as it is."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def without_storage() -> Iterator[None]:
-    """Models made within have names and shapes and no storage.
-
-    As on the meta device, on which a draw of no numbers makes torch import its compiler: a second
-    at every start.
-    """
-    with torch.device("meta"), _NothingDrawn():
-        yield

@@ -1,7 +1,7 @@
 """ChartQA: numbers and labels read off charts, within 5 % (Masry et al. 2022)."""
 
-from engine.evaluation import Task, row_items
-from engine.scoring import each, relaxed
+from engine.evaluation.evaluate import Task, row_items
+from engine.evaluation.metrics import each, relaxed
 
 PROMPT = "{}\nAnswer the question with a single word."
 

@@ -1,7 +1,7 @@
 """COCO captions: a sentence about a photograph, against five people's (Chen et al. 2015)."""
 
-from engine.evaluation import Task, row_items
-from engine.scoring import cider
+from engine.evaluation.evaluate import Task, row_items
+from engine.evaluation.metrics import cider
 
 PROMPT = "Provide a one-sentence caption for the provided image."
 

@@ -1,7 +1,7 @@
 """DocVQA: questions about scanned pages, scored by edit distance (Mathew et al. 2021)."""
 
-from engine.evaluation import Task, row_items
-from engine.scoring import anls, each
+from engine.evaluation.evaluate import Task, row_items
+from engine.evaluation.metrics import anls, each
 
 PROMPT = "{}\nAnswer the question using a single word or phrase."
 

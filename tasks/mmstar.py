@@ -1,7 +1,7 @@
 """MMStar: 1,500 multiple-choice questions that cannot be answered blind (Chen et al. 2024)."""
 
-from engine.evaluation import Task, row_items
-from engine.scoring import each, letter
+from engine.evaluation.evaluate import Task, row_items
+from engine.evaluation.metrics import each, letter
 
 PROMPT = "{}\nAnswer with the option's letter from the given choices directly."
 

@@ -1,7 +1,7 @@
 """POPE: is there such a thing in the picture? Half the answers are yes (Li et al. 2023)."""
 
-from engine.evaluation import Task, row_items
-from engine.scoring import each, first_word, yes_no_figures
+from engine.evaluation.evaluate import Task, row_items
+from engine.evaluation.metrics import each, first_word, yes_no_figures
 
 PROMPT = "{}\nAnswer the question using a single word or phrase."
 

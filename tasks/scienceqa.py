@@ -2,10 +2,10 @@
 
 import string
 
-from engine.evaluation import Task, row_items
-from engine.scoring import each, letter
+from engine.evaluation.evaluate import Task, row_items
+from engine.evaluation.metrics import each, letter
 
-PROMPT = "{context}{question}\n{options}\nAnswer with the option's letter from the given choices directly."  # noqa: E501
+PROMPT = "{context}{question}\n{options}\nAnswer with the option's letter from the given choices directly."
 
 
 def read(row: dict) -> tuple:

@@ -1,7 +1,7 @@
 """TextVQA: what is written in photographs, by ten people's answers (Singh et al. 2019)."""
 
-from engine.evaluation import Task, row_items
-from engine.scoring import each, vqa_accuracy
+from engine.evaluation.evaluate import Task, row_items
+from engine.evaluation.metrics import each, vqa_accuracy
 
 PROMPT = "{}\nAnswer the question using a single word or phrase."
 

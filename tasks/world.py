@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from data.world import COLORS, POSITIONS, SHAPES
-from engine.evaluation import Task, items
+from data.world.scenes import COLORS, POSITIONS, SHAPES
+from engine.evaluation.evaluate import Task, items
 
 YES_NO = ("yes", "no")
 ROWS, COLUMNS = ("above", "below", ""), ("left", "right", "")

@@ -21,7 +21,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from configs import DataConfig, RunConfig, TrainConfig, VLMConfig, command, to_dict
+from cli import command
+from config_tools import to_dict
+from configs import DataConfig, RunConfig, TrainConfig, VLMConfig
 from data import processor as processors
 from models.vision_language_model import VisionLanguageModel
 

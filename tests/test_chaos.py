@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from configs import read_json
+from config_tools import read_json
 
 STEPS = 6
 STREAM = {"stream": True, "stream_block": 7}
@@ -29,12 +29,12 @@ KINDS = {  # name -> data, processes
 }
 # Where a process may be when it dies: function -> call of it.
 MOMENTS = {
-    "step": ("engine.loop.clip", 3),
+    "step": ("engine.training.loop.clip", 3),
     "packing": ("data.loader.collate", 4),
     "evaluation": ("train.evaluate", 1),
     "weights": ("models.checkpoint_files.save_file", 2),
-    "state": ("engine.checkpoint._flush", 2),
-    "rename": ("engine.checkpoint._point", 2),
+    "state": ("engine.training.checkpoint._flush", 2),
+    "rename": ("engine.training.checkpoint._point", 2),
 }
 
 

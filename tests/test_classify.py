@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 
 import classify
 import train
-from benchmarks import duplicates, prepare
-from configs import command, read_json
-from engine import loop
-from engine.classification import open_classifier
-from models.backbones import open_vit
+from benchmarks.quality import duplicates, prepare
+from cli import command
+from config_tools import read_json
+from engine.training import loop
+from engine.vit.classification import open_classifier
+from models.pretrained.load import open_vit
 
 TINY = ("--model.vit-img-size 16 --model.vit-patch-size 4 --model.vit-hidden-dim 32 "
         "--model.vit-inter-dim 48 --model.vit-n-heads 2 --model.vit-n-blocks 2 "
@@ -168,6 +169,7 @@ def test_a_whole_models_eyes_are_probed_at_their_own_size(pictures, small_model,
 
 def test_the_circle_through_the_commands(trained, pictures, run_file, tmp_path):
     """A classifier's trunk trains as a VLM's eyes; those are looked through, and probed again."""
+
     def see(name: str) -> torch.Tensor:
         x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
@@ -208,7 +210,7 @@ def test_answers_as_csv_with_corrupt_files_left_out(trained, pictures, tmp_path,
 def test_export_has_a_card_from_the_runs_record(trained, tmp_path, capsys):
     go("export", trained, "--out", tmp_path / "colours")
     card = (tmp_path / "colours" / "README.md").read_text()
-    assert "ViTForImageClassification" in card and "pipeline_tag: \"image-classification\"" in card
+    assert "ViTForImageClassification" in card and 'pipeline_tag: "image-classification"' in card
     assert "40 of 40, 8 pictures each" in card and "100.00% of 30 pictures" in card
     assert (tmp_path / "colours" / "confusion.png").is_file()
     assert open_classifier(str(tmp_path / "colours")).labels == ("blue", "green", "red")

@@ -14,21 +14,20 @@ from dataclasses import replace
 
 import pytest
 
+import cli
+import config_tools
 import configs
+from cli import parse_run
+from config_tools import InputError, from_dict, read_json, to_dict
 from configs import (
     PRESETS,
     DataConfig,
-    InputError,
     LMConfig,
     ProjectorConfig,
     RunConfig,
     TrainConfig,
     ViTConfig,
     VLMConfig,
-    from_dict,
-    parse_run,
-    read_json,
-    to_dict,
 )
 
 VIT, LM, MP, VLM, DATA, TRAIN = (
@@ -95,8 +94,13 @@ BROKEN = [
     ((TRAIN,), dict(push="user/"), "push", "'user/'", "must be user/name"),
     ((TRAIN,), dict(push="user/my model"), "push", "'user/my model'", "must be user/name"),
     ((TRAIN,), dict(optimizer="sgd"), "optimizer", "'sgd'", "adamw, muon, adamw8bit"),
-    ((TrainConfig,), dict(activation_checkpointing=("projector",)), "activation_checkpointing",
-     "('projector',)", "may name vision, language"),
+    (
+        (TrainConfig,),
+        dict(activation_checkpointing=("projector",)),
+        "activation_checkpointing",
+        "('projector',)",
+        "may name vision, language",
+    ),
     ((TRAIN,), dict(freeze=("eyes",)), "freeze", "('eyes',)", "vision, projector, language"),
     (
         (TRAIN,),
@@ -204,7 +208,7 @@ def test_round_trip_through_json(preset):
     text = json.dumps(to_dict(run))
     again = from_dict(RunConfig, json.loads(text))
     assert again == run and json.dumps(to_dict(again)) == text
-    assert json.loads(text)["format_version"] == configs.FORMAT_VERSION
+    assert json.loads(text)["format_version"] == config_tools.FORMAT_VERSION
     model = from_dict(VLMConfig, json.loads(json.dumps(to_dict(run.model))))
     assert model == run.model and isinstance(model.vit_image_mean, tuple)
 
@@ -276,9 +280,9 @@ def test_a_wrong_type_is_named(values, name, wanted):
 
 
 def test_a_renamed_field_still_loads(monkeypatch):
-    monkeypatch.setitem(configs.RENAMED, "lm_old_name", "lm_n_blocks")
+    monkeypatch.setitem(config_tools.RENAMED, "lm_old_name", "lm_n_blocks")
     assert from_dict(VLMConfig, {"lm_old_name": 7}).lm_n_blocks == 7
-    for old, new in configs.RENAMED.items():
+    for old, new in config_tools.RENAMED.items():
         assert old == "lm_old_name" or any(
             new in {f.name for f in dataclasses.fields(c)} for c in (VLMConfig, DATA, TRAIN)
         )
@@ -346,7 +350,7 @@ def test_a_mistyped_preset_names_the_nearest():
 )
 def test_a_bad_flag_exits_with_2_and_says_which(flags, said, capsys):
     with pytest.raises(SystemExit) as caught:
-        configs.command(parse_run, ["tiny", *flags.split()])
+        cli.command(parse_run, ["tiny", *flags.split()])
     assert caught.value.code == 2
     output = capsys.readouterr()
     assert said in " ".join((output.out + output.err).replace("│", " ").split())
@@ -390,8 +394,8 @@ def test_a_wrong_input_is_one_line_and_exit_code_2(capsys):
         raise InputError(f"bad {argv[0]}.")
 
     with pytest.raises(SystemExit) as caught:
-        configs.command(main, ["thing"])
+        cli.command(main, ["thing"])
     assert caught.value.code == 2
     assert capsys.readouterr().err == "error: bad thing.\n"
     with pytest.raises(ZeroDivisionError):  # our own mistakes keep their traceback
-        configs.command(lambda argv: 1 / 0, [])
+        cli.command(lambda argv: 1 / 0, [])

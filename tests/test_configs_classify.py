@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 import configs_classify
-from configs import InputError, LoopConfig, ViTConfig, from_dict, read_json, to_dict
-from configs_classify import PRESETS, ClassesConfig, ClassifyConfig, FitConfig, parse_classify
+from cli import parse_classify
+from config_tools import InputError, from_dict, read_json, to_dict
+from configs import LoopConfig, ViTConfig
+from configs_classify import PRESETS, ClassesConfig, ClassifyConfig, FitConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -62,7 +64,7 @@ def test_labels_with_spaces_survive_flags_and_json(tmp_path):
 
 
 def test_help_shows_every_field_with_its_docstring():
-    script = "import configs_classify as c; c.parse_classify(['small', '--help'])"
+    script = "import cli as c; c.parse_classify(['small', '--help'])"
     command = [sys.executable, "-c", script]
     out = subprocess.run(command, capture_output=True, text=True, cwd=ROOT,
                          env={"COLUMNS": "400", "NO_COLOR": "1", "PATH": "/usr/bin"})  # fmt: skip

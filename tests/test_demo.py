@@ -18,9 +18,10 @@ import pytest
 from PIL import Image
 
 import demo
-from configs import InputError, command
-from engine.chat import Chat
-from models.generation import Sampling
+from cli import command
+from config_tools import InputError
+from engine.inference.chat import Chat
+from models.inference.sampling import Sampling
 from models.vision_language_model import VisionLanguageModel
 
 ROOT = Path(__file__).parent.parent
@@ -54,7 +55,7 @@ def test_it_answers_as_the_model_does(chat, pictures):
     assert state["answer"] == chat("What is it?", [pictures["noise"]], Sampling(6))
     assert [tile.size for tile in state["tiles"]] == [(240, 240)], "16 pixels, 15 times"
     seen = state["seen"]
-    assert len(seen.words) == len(seen.likely) == len(seen.look.maps) == 6
+    assert len(seen.words) == len(seen.likely) == len(seen.overlay.maps) == 6
     for number in (1, 6):
         (painted,), line, likely = demo.token_view(seen, number)
         assert painted.width == 480 and f"Token {number} of 6" in line and "%" in line
@@ -67,14 +68,12 @@ def test_it_answers_as_the_model_does(chat, pictures):
     assert demo.token_view(demo.Seen(), 1) == ([], "", {})
 
 
-def test_a_picture_cut_into_tiles_is_painted_whole(
-    pictures, lively, minute_config, tiny_processor
-):
+def test_a_picture_cut_into_tiles_is_painted_whole(pictures, lively, minute_config, tiny_processor):
     """As SmolVLM's are: a grid of tiles and a view of the whole."""
     cfg = minute_config(max_img_size=32, lm_max_position_embeddings=256)
     chat = Chat(lively(VisionLanguageModel(cfg)), replace(tiny_processor, cfg=cfg))
     state = shown(chat, [pictures["noise"]] * 2, "What?")
-    assert len(state["tiles"]) == 2 * (2 * 2 + 1) == state["seen"].look.maps.shape[1]
+    assert len(state["tiles"]) == 2 * (2 * 2 + 1) == state["seen"].overlay.maps.shape[1]
     assert [p.size for p in demo.token_view(state["seen"], 1)[0]] == [(480, 320)] * 2
 
 

@@ -14,10 +14,12 @@ import torch
 from PIL import Image
 
 import embed
-from configs import ViTConfig, command, read_json
-from engine import embedding
-from engine.embedding import alike, nearest, open_index
-from models.backbones import open_vit
+from cli import command
+from config_tools import read_json
+from configs import ViTConfig
+from engine.vit import embedding
+from engine.vit.embedding import alike, nearest, open_index
+from models.pretrained.load import open_vit
 from models.vision_transformer import ViT
 
 SIZES = dict(vit_img_size=32, vit_patch_size=8, vit_hidden_dim=48, vit_inter_dim=64, vit_n_heads=4,
@@ -147,17 +149,22 @@ def test_a_mended_picture_is_added_and_a_changed_one_refused(encoder, pictures, 
     assert "13 pictures" in go(capsys, *argv)
     Image.new("RGB", (40, 40), "teal").save(pictures / "broken.png")
     assert "14 pictures" in go(capsys, *argv)
-    assert not (tmp_path / "i" / "skipped.jsonl").exists() and str(odd) in open_index(
-        tmp_path / "i"
-    ).files
+    assert (
+        not (tmp_path / "i" / "skipped.jsonl").exists()
+        and str(odd) in open_index(tmp_path / "i").files
+    )
     Image.new("RGB", (41, 40), "pink").save(odd)
     assert "was changed since it was read; build the index anew" in refused(capsys, *argv)
 
 
-@pytest.mark.parametrize(("name", "content", "says"), [
-    ("index.jsonl", "[1]\n", "not the lines of an index"),
-    ("index.jsonl", "{}\n", "not the lines of an index"),
-    ("about.json", "{}", "does not say which encoder")])
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("index.jsonl", "[1]\n", "not the lines of an index"),
+        ("index.jsonl", "{}\n", "not the lines of an index"),
+        ("about.json", "{}", "does not say which encoder"),
+    ],
+)
 def test_a_damaged_index_is_told(encoder, pictures, tmp_path, capsys, name, content, says):
     go(capsys, "build", pictures, "--model", encoder, "--out", tmp_path / "i")
     (tmp_path / "i" / name).write_text(content)

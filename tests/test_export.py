@@ -12,9 +12,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import export
-from configs import LMConfig, command
-from engine.chat import Chat
-from models.generation import Sampling
+from cli import command
+from configs import LMConfig
+from engine.inference.chat import Chat
+from models.inference.sampling import Sampling
 from models.language_model import LanguageModel
 from models.vision_language_model import VisionLanguageModel
 
@@ -85,7 +86,9 @@ def test_nanovlm_and_back(small_checkpoint, tmp_path):
 
 
 def test_what_would_be_uploaded(small_checkpoint, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("models.hub.push", lambda *a, **k: pytest.fail("a dry run sends nothing"))
+    monkeypatch.setattr(
+        "models.pretrained.hub.push", lambda *a, **k: pytest.fail("a dry run sends nothing")
+    )
     run(small_checkpoint, "--push", "user/name", "--push-dry-run", tmp_path / "up")
     names = {p.name for p in small_checkpoint.iterdir()} | {"README.md"}
     assert {p.name for p in (tmp_path / "up").iterdir()} == names

@@ -19,11 +19,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import generate
-from configs import DataConfig, command
-from data.sources import open_source
-from engine.chat import Chat
-from engine.distributed import lacks_compiler
-from models.generation import Sampling
+from cli import command
+from configs import DataConfig
+from data.sources.open import open_source
+from engine.inference.chat import Chat
+from engine.training.distributed import lacks_compiler
+from models.inference.sampling import Sampling
 from models.vision_language_model import VisionLanguageModel
 
 ROOT = Path(__file__).parent.parent

@@ -12,11 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine.distributed import autocast, lacks_compiler
-from models.attention import attend, bound_segments
-from models.compiled import compile_blocks, compile_decoding
-from models.generation import Sampling, steps
-from models.quantized import quantize_int8
+from engine.training.distributed import autocast, lacks_compiler
+from models.inference.compile import compile_blocks, compile_decoding
+from models.inference.generate import steps
+from models.inference.int8 import quantize_int8
+from models.inference.sampling import Sampling
+from models.ops.attention import attention
+from models.ops.packed import bound_segments
 
 GPU = torch.device("cuda")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -39,7 +41,7 @@ def test_the_kernel_keeps_segments_apart(n_kv, width):
     exact = [torch.randn(2, h, 100, width, generator=g).bfloat16().float() for h in (6, n_kv, n_kv)]
     ours = [x.to(GPU, torch.bfloat16).requires_grad_() for x in exact]
     exact = [x.requires_grad_() for x in exact]
-    out = attend(*ours, causal=True, plan=bound_segments(segments, GPU))
+    out = attention(*ours, causal=True, plan=bound_segments(segments, GPU))
     wanted = F.scaled_dot_product_attention(*exact, attn_mask=mask, enable_gqa=True)
     cotangent = torch.randn(wanted.shape, generator=g)
     out.backward(cotangent.to(out))

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 import score
-from configs import command, read_json
-from engine.chat import Chat
+from cli import command
+from config_tools import read_json
+from engine.inference.chat import Chat
 from tasks.world import CHOICES
 
 

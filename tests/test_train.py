@@ -16,12 +16,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train
-from configs import PRESETS, command, parse_run, read_json
+from cli import command, parse_run
+from config_tools import read_json
+from configs import PRESETS
 from data import processor as processors
-from engine.chat import Chat
-from models import attention
-from models.generation import Sampling
+from engine.inference.chat import Chat
+from models.inference.sampling import Sampling
 from models.language_model import LanguageModelBlock
+from models.ops import memory
 from models.vision_language_model import VisionLanguageModel
 
 ROOT = Path(train.__file__).parent
@@ -177,14 +179,14 @@ def test_backbones_that_cannot_be_had(run_file, refused, tmp_path):
 def test_a_run_keeps_less_where_it_is_told_to(run_file, monkeypatch):
     """A part named runs its blocks twice, and may be another one after a resume."""
     runs = {"vision_encoder": 0, "decoder": 0}
-    really = attention.checkpoint
+    really = memory.checkpoint
 
     def counted(block, x, **how):
         inside = getattr(block, "func", block)  # a decoder's block comes with its context
         runs["decoder" if isinstance(inside, LanguageModelBlock) else "vision_encoder"] += 1
         return really(block, x, **how)
 
-    monkeypatch.setattr(attention, "checkpoint", counted)
+    monkeypatch.setattr(memory, "checkpoint", counted)
     config = str(run_file(steps=2, save_every=1))
     train.main([config, "--train.activation-checkpointing", "language"])
     assert runs == {"vision_encoder": 0, "decoder": 2 * 2}

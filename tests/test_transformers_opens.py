@@ -23,8 +23,8 @@ from PIL import Image
 from configs import PRESETS
 from data import processor as processors
 from data.images import normalise
-from engine.chat import Chat
-from models.generation import Sampling
+from engine.inference.chat import Chat
+from models.inference.sampling import Sampling
 from models.vision_language_model import VisionLanguageModel
 
 ROOT = Path(__file__).parent.parent

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
-import engine.checkpoint
-import engine.logger
+import engine.training.checkpoint
+import engine.training.logger
 import train
-from configs import InputError, command, read_json
+from cli import command
+from config_tools import InputError, read_json
 from data import prepare
-from engine import checkpoint
-from engine.checkpoint import claim
+from engine.training import checkpoint
+from engine.training.checkpoint import claim
 
 
 def folder(config: Path) -> Path:
@@ -76,7 +77,7 @@ def test_a_full_disk_stops_the_log_not_the_run(run_file, monkeypatch, capsys):
             raise OSError(errno.ENOSPC, "No space left on device")
         return dumps(value, *args, **options)
 
-    monkeypatch.setattr(engine.logger.json, "dumps", full)
+    monkeypatch.setattr(engine.training.logger.json, "dumps", full)
     train.main([str(config)])
     said = "".join(capsys.readouterr())
     assert said.count("log.jsonl: cannot be written (No space left on device)") == 1
@@ -85,7 +86,7 @@ def test_a_full_disk_stops_the_log_not_the_run(run_file, monkeypatch, capsys):
 
 def test_a_full_disk_at_a_checkpoint_keeps_the_one_before(run_file, monkeypatch, capsys):
     config = run_file("run", steps=4, save_every=2)
-    flush, left = engine.checkpoint._flush, [2]
+    flush, left = engine.training.checkpoint._flush, [2]
 
     def full(path):
         left[0] -= 1
@@ -93,7 +94,7 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_one_before(run_file, monkeypatch,
             raise OSError(errno.ENOSPC, "No space left on device")
         flush(path)
 
-    monkeypatch.setattr(engine.checkpoint, "_flush", full)
+    monkeypatch.setattr(engine.training.checkpoint, "_flush", full)
     with pytest.raises(SystemExit):
         command(train.main, [str(config)])
     err = capsys.readouterr().err
@@ -107,7 +108,7 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_one_before(run_file, monkeypatch,
 def test_what_is_deleted_under_a_run_is_written_again(run_file, monkeypatch, what):
     """A checkpoint, or the whole folder; the command that continues works afterwards."""
     config = run_file("run", steps=6, save_every=2, keep=1)
-    run, point, left = folder(config), engine.checkpoint._point, [1]
+    run, point, left = folder(config), engine.training.checkpoint._point, [1]
 
     def delete(link, target):
         point(link, target)
@@ -115,7 +116,7 @@ def test_what_is_deleted_under_a_run_is_written_again(run_file, monkeypatch, wha
         if left[0] == 0:
             shutil.rmtree(run if what == "run" else run / "step-000002")
 
-    monkeypatch.setattr(engine.checkpoint, "_point", delete)
+    monkeypatch.setattr(engine.training.checkpoint, "_point", delete)
     train.main([str(config)])
     assert [p.name for p in checkpoint.folders(run)] == ["step-000006"]
     lines = (run / "log.jsonl").read_text().splitlines()
@@ -174,7 +175,8 @@ def test_prepared_rows_are_the_rows(run_file, rows_file, tmp_path, monkeypatch, 
     monkeypatch.setattr(prepare, "write", really)
     prepare.main([str(rows_file), str(out), "--rows", "10"])
     assert "24 rows read, 24 kept in 3 files" in capsys.readouterr().out
-    from data.sources import DataConfig, open_source
+    from configs import DataConfig
+    from data.sources.open import open_source
 
     wanted = open_source(DataConfig(source=str(rows_file), val_fraction=0.0), "train")
     for stream in (False, True):

@@ -8,7 +8,7 @@ from PIL import Image
 
 from configs import VLMConfig
 from data import processor as processors
-from data.sample import Batch
+from data.types import Batch
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 from transformers import Idefics3ImageProcessorPil
 
-from configs import InputError, VLMConfig
+from config_tools import InputError
+from configs import VLMConfig
 from data.images import fit_longest, grid, normalise, open_image, tile
 
 ROOT = Path(__file__).parent.parent.parent
@@ -269,7 +270,7 @@ def test_each_corrupt_file_opens_or_is_refused_in_one_sentence(shared):
 GUARDED = """
 import resource, sys, time
 from data.images import open_image
-from configs import InputError
+from config_tools import InputError
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))
 for file in sys.argv[1:]:

@@ -13,7 +13,9 @@ import pytest
 from PIL import Image
 
 import train
-from configs import DataConfig, InputError, VLMConfig, command
+from cli import command
+from config_tools import InputError
+from configs import DataConfig, VLMConfig
 from data import preview
 from data import processor as processors
 from data.preview import (  # fmt: skip
@@ -29,7 +31,7 @@ from data.preview import (  # fmt: skip
     spread,
     tile_places,
 )
-from data.sources import open_source
+from data.sources.open import open_source
 
 ROOT = Path(__file__).parent.parent.parent
 TILED = VLMConfig(vit_img_size=16, vit_patch_size=4, max_img_size=64)

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from configs import InputError
+from config_tools import InputError
 from data import processor as processors
 from data.images import tile
-from data.sample import Sample, Turn
+from data.types import Sample, Turn
 from models.vision_language_model import VisionLanguageModel
 
 SQUARE = Image.new("RGB", (4, 4))

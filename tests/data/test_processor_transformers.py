@@ -15,7 +15,7 @@ from configs import PRESETS, VLMConfig
 from data import processor as processors
 from data import text
 from data.images import normalise
-from data.sample import Turn
+from data.types import Turn
 from models.vision_language_model import VisionLanguageModel
 
 SIZES = [(5, 9), (120, 30), (70, 100), (1, 300), (300, 1), (16, 16), (64, 64), (64, 16), (48, 64)]

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from configs import PRESETS, InputError, VLMConfig
-from data import text, world
-from data.sample import Turn
+from config_tools import InputError
+from configs import PRESETS, VLMConfig
+from data import text
+from data.types import Turn
+from data.world import questions
 
 U, A, S = "user", "assistant", "system"
 CONVERSATIONS = [
@@ -233,14 +235,14 @@ def test_the_tiny_tokenizer(ours):
     said = "Any bytes: \x00\x7f ü 漢 \N{PILE OF POO} 123"
     assert tokenizer.decode(tokenizer.encode(said).ids) == said
     assert len(tokenizer.encode("2024").ids) == 4  # digits stand alone
-    same = text.train_tokenizer(world.corpus(), cfg.lm_vocab_size)
+    same = text.train_tokenizer(questions.corpus(), cfg.lm_vocab_size)
     merges = "".join(f"{a} {b}\n" for a, b in json.loads(same.to_str())["model"]["merges"])
     assert text.MERGES.read_text(encoding="utf-8") == merges, "write these: the world has changed"
     assert same.to_str() == tokenizer.to_str()
 
 
 def test_a_smaller_tokenizer_keeps_the_first_merges():
-    trained, kept = text.train_tokenizer(world.corpus(), 400), text.world_tokenizer(400)
+    trained, kept = text.train_tokenizer(questions.corpus(), 400), text.world_tokenizer(400)
     assert kept.get_vocab_size() == 400 and kept.to_str() == trained.to_str()
 
 
@@ -258,7 +260,7 @@ def test_ids_that_are_not_the_configs_are_refused(shared):
         text.add_special_tokens(load(), replace(cfg, vlm_eos_token_id=60))
     small = VLMConfig(lm_vocab_size=320)
     with pytest.raises(InputError, match="lm_vocab_size = 320: the tokenizer has 350 tokens"):
-        text.add_special_tokens(text.train_tokenizer(world.corpus(200), 350), small)
+        text.add_special_tokens(text.train_tokenizer(questions.corpus(200), 350), small)
 
 
 def test_files_that_are_no_tokenizer(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from configs import DataConfig
-from data.sources import open_source
+from data.sources.open import open_source
 
 SCRIPT = Path(__file__).parent.parent.parent / "docs" / "easy_vqa.py"
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from configs import DataConfig, read_json
-from data.sources import open_source
+from config_tools import read_json
+from configs import DataConfig
+from data.sources.open import open_source
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = (ROOT / "docs" / "own-data.md").read_text(encoding="utf-8")

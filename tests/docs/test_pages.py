@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from configs import command
+from cli import command
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = ("how_it_works.md", "add_a_backbone.md", "scoring.md", "faq.md", "answering.md",
@@ -29,13 +29,13 @@ LONG = ("recipes.md", "scaling.md", "vit.md")  # their commands train: minutes i
 # What keeps a command from taking minutes; everything else is run as written.
 SHORT = {
     "score.py": "--n 20",
-    "-m benchmarks.answering": "20",
+    "-m benchmarks.quality.answering": "20",
     "train.py": "--train.steps 2 --train.eval-samples 10 --data.max-length 256 --data.batch-size 1 "
     "--data.workers 0",
     "classify.py": "--train.steps 2 --train.eval-every 0 --data.batch-size 4",
-    "-m benchmarks.digits": "--steps 2 --folds 1",
+    "-m benchmarks.quality.digits": "--steps 2 --folds 1",
 }
-TOO_LARGE = ("python -m benchmarks.answering int8 222m",)  # minutes, two gigabytes
+TOO_LARGE = ("python -m benchmarks.quality.answering int8 222m",)  # minutes, two gigabytes
 NEEDS = {" coco_captions ": "pycocoevalcap"}
 SCRIPTS = "|".join(path.stem for path in [*ROOT.glob("*.py"), *ROOT.glob("docs/*.py")])
 OURS = re.compile(rf"(python (-m (data|engine|benchmarks)\.|(docs/)?({SCRIPTS})\.py)|torchrun )")
@@ -82,7 +82,7 @@ def test_commands_run_in_order(name, place, monkeypatch, capsys):
             left.append(line)
             continue
         what = re.match(r"python (-m \S+|\w+\.py)", line)[1]
-        argv = shlex.split(f"{line[len('python ') + len(what):]} {SHORT.get(what, '')}")
+        argv = shlex.split(f"{line[len('python ') + len(what) :]} {SHORT.get(what, '')}")
         if what == "-m pytest":  # these tests run by themselves
             assert all((ROOT / a).exists() for a in argv if a.startswith("tests/")), line
             continue

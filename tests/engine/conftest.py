@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-import engine.loop
+import engine.training.loop
 
 
 @pytest.fixture
@@ -13,7 +13,7 @@ def stop_after(monkeypatch):
     """Sends this process a SIGTERM in the middle of its n-th step from now."""
 
     def arm(n: int) -> None:
-        left, clip = [n], engine.loop.clip
+        left, clip = [n], engine.training.loop.clip
 
         def counted(*args):
             left[0] -= 1
@@ -21,6 +21,6 @@ def stop_after(monkeypatch):
                 os.kill(os.getpid(), signal.SIGTERM)
             return clip(*args)
 
-        monkeypatch.setattr(engine.loop, "clip", counted)
+        monkeypatch.setattr(engine.training.loop, "clip", counted)
 
     return arm

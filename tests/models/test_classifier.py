@@ -6,10 +6,12 @@ import pytest
 import torch
 import transformers as hf
 
-from configs import InputError, ViTConfig
+from config_tools import InputError
+from configs import ViTConfig
 from configs_classify import PATCHES, PRESETS, SIZES
-from models.backbones import open_vit, reader_of
 from models.classifier import Classifier
+from models.pretrained.load import open_vit
+from models.pretrained.save import reader_of
 from models.vision_language_model import VisionLanguageModel
 from models.vision_transformer import ViT
 

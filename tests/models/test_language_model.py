@@ -12,8 +12,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 import models.language_model as language_model
 from configs import LMConfig
 from models.language_model import LanguageModel, LanguageModelMLP, RMSNorm
-from models.pretrained import llama
-from models.pretrained.engine import expand, prefixed, to_ours
+from models.pretrained.layouts import llama
+from models.pretrained.mapping import expand, prefixed, to_ours
 
 SIZES = dict(
     lm_hidden_dim=48,

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from transformers import SiglipVisionConfig, SiglipVisionModel, ViTModel
 from transformers import ViTConfig as TheirViTConfig
 
-import models.vision_transformer as vision_transformer
 from configs import ViTConfig
-from models.pretrained import siglip
-from models.pretrained.engine import expand, to_ours
+from models import vision_transformer
+from models.ops import init
+from models.pretrained.layouts import siglip
+from models.pretrained.mapping import expand, to_ours
 from models.vision_transformer import ViT, ViTMultiHeadAttention, ViTPatchEmbeddings
 
 SIZES = dict(
@@ -187,7 +188,7 @@ VARIANTS = [
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_every_parameter_is_initialised(variant, monkeypatch):
     """NaN in every fresh parameter, so that neither a miss nor PyTorch's own default can hide."""
-    original = vision_transformer.init_weights
+    original = init.init_weights
 
     def fill_with_nan_first(module, n_residual):
         for p in module.parameters():
@@ -269,7 +270,7 @@ def test_layers_share_a_narrow_copy_and_gradients_add_as_without(monkeypatch):
     attention = ViTMultiHeadAttention(ViTConfig(**SIZES))
     x = torch.randn(2, 9, 32, requires_grad=True)
     few, ours, mine = inputs_kept_and_gradients(attention, x)
-    monkeypatch.setattr(vision_transformer, "narrowed", lambda x, n: (x,) * n)
+    monkeypatch.setattr(vision_transformer, "cast_once", lambda x, n: (x,) * n)
     many, theirs, others = inputs_kept_and_gradients(attention, x)
     assert few == many - 2
     assert torch.equal(ours, theirs) and all(map(torch.equal, mine, others))

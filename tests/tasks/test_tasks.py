@@ -10,9 +10,10 @@ import pytest
 from datasets import Dataset, Features, Image, Sequence, Value
 from PIL import Image as Pictures
 
-from configs import DataConfig, InputError
-from data import world
-from engine.evaluation import graded
+from config_tools import InputError
+from configs import DataConfig
+from data.world import questions
+from engine.evaluation.evaluate import graded
 from tasks.world import CHOICES
 
 TEXT, NUMBER = Value("string"), Value("int64")
@@ -153,7 +154,7 @@ def test_rows_of_something_else_are_refused(name, rows_file):
 
 def test_every_choice_of_the_world_is_an_answer_and_the_other_way_round():
     task = importlib.import_module("tasks.world").TASK
-    found = task.items(DataConfig(), "test", 30 * len(world.SKILLS))
+    found = task.items(DataConfig(), "test", 30 * len(questions.SKILLS))
     for item in found:
         if item.choices:
             assert item.expected in item.choices, item
@@ -167,7 +168,7 @@ def test_every_choice_of_the_world_is_an_answer_and_the_other_way_round():
 def test_real_photographs_go_through_the_caption_metric(shared, tmp_path):
     """51 photographs with five captions each: people agree with each other more than at random."""
     pytest.importorskip("pycocoevalcap", reason="no pycocoevalcap: captions are not scored")
-    from configs import read_json
+    from config_tools import read_json
 
     folder = shared / "datasets" / "coco_captions_cc_by"
     rows = [

@@ -1,0 +1,217 @@
+"""What a cache, refilled rows, given choices and 8-bit weights are worth, measured on this machine.
+
+python -m benchmarks.quality.answering conversation runs/demo
+python -m benchmarks.quality.answering batch runs/demo
+python -m benchmarks.quality.answering choices runs/demo
+python -m benchmarks.quality.answering int8 222m
+python -m benchmarks.quality.answering int8 runs/demo
+
+Everything compared runs in one process, in turns, on one thread, and is timed in that thread's own
+seconds: on a shared machine the clock also counts what others do.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from cli import command
+from config_tools import InputError
+from configs import PRESETS, DataConfig
+from data.batches.packing import collate_prompts
+from data.types import Turn
+from engine.evaluation.evaluate import answer_items, items, mean
+from engine.evaluation.metrics import bootstrap_interval, paired_difference
+from engine.inference.chat import Chat
+from engine.inference.conversation import Conversation
+from engine.training.distributed import bf16_is_faster, keep_freed_memory
+from models.inference.int8 import quantize_int8
+from models.inference.sampling import Sampling
+from models.vision_language_model import VisionLanguageModel
+from tasks.world import TASK
+
+TURNS = ("What is at the center?", "How many things are there?", "Describe the picture.",
+         "Is there a red cross?", "What number is there?")  # fmt: skip
+
+
+def timed(call: Callable) -> tuple[float, object]:
+    start = time.process_time()
+    found = call()
+    return time.process_time() - start, found
+
+
+# --- A conversation -------------------------------------------------------------------------------
+
+
+def conversation(chat: Chat, n: int = 20) -> None:
+    """Milliseconds to the first token of a later turn, with the cache and without, by pictures.
+
+    The fastest of n, as a shared cache only adds.
+    """
+    pictures = [item.sample.images[0] for item in items(DataConfig(), "test", 160)]
+    calls, encode = [], chat.model.vision_encoder.patches
+    chat.model.vision_encoder.patches = lambda x: calls.append(len(x)) or encode(x)
+    talk, same, sampling = Conversation(chat), True, Sampling(max_new_tokens=24)
+    for i, question in enumerate(TURNS):
+        shown = pictures[:1] if i == 0 else []
+        turns = [*talk.turns, Turn("user", "<image>" * len(shown) + question)]
+        calls_before = len(calls)
+        prompt = chat.processor.encode_prompt(turns, [*talk.pictures, *shown])
+        alone = chat.answers([prompt], sampling)[0]
+        del calls[calls_before:]
+        same &= alone == "".join(p.text for p in talk.ask(question, shown, sampling))
+    print(f"5 turns: {sum(calls)} tiles encoded; the same answers as without a cache: {same}")
+    print("milliseconds to the first token")
+    print(f"{'pictures':>8} {'first turn':>11} {'later turn':>11} {'without':>9}")
+    found = {n_pictures: ([], [], []) for n_pictures in (1, 2, 4, 8)}
+    for _ in range(n):
+        for n_pictures, (first, later, without) in found.items():
+            talk = Conversation(chat)
+            shown = pictures[:n_pictures]
+            first.append(timed(lambda: next(iter(talk.ask(TURNS[0], shown))))[0])  # noqa: B023
+            later.append(timed(lambda: next(iter(talk.ask(TURNS[1]))))[0])  # noqa: B023
+            turns = talk.turns[:-1]
+            tokens = lambda: chat.processor.encode_prompt(turns, shown)  # noqa: B023, E731
+            without.append(timed(lambda: next(iter(chat.watch(tokens()))))[0])  # noqa: B023
+    for n_pictures, seconds in found.items():
+        cells = (f"{1000 * min(x):.1f}" for x in seconds)
+        print("{:>8} {:>11} {:>11} {:>9}".format(n_pictures, *cells))
+
+
+# --- Many questions -------------------------------------------------------------------------------
+
+
+def in_fixed_batches(chat: Chat, prompts, sampling: Sampling, n_rows: int) -> list[str]:
+    """The plain way: so many prompts together, all rows run until the last has stopped."""
+    eos, texts = chat.processor.cfg.vlm_eos_token_id, []
+    for i in range(0, len(prompts), n_rows):
+        ids, mask, pixels = collate_prompts(prompts[i : i + n_rows], chat.processor.cfg)
+        for row in chat.model.generate(ids, pixels, mask, sampling).tolist():
+            texts.append(chat.processor.decode(row[: row.index(eos)] if eos in row else row))
+    return texts
+
+
+def batch(chat: Chat, n: int = 500, n_rows: int = 32, rounds: int = 1) -> None:
+    """Questions of all skills in random order: short answers and captions mixed."""
+    asked = [i.sample for i in items(DataConfig(), "test", n)]
+    random.Random(0).shuffle(asked)
+    prompts = [chat.processor.encode_prompt(s.turns[:-1], s.images) for s in asked]
+    sampling, times = Sampling(max_new_tokens=96), {"fixed": [], "refilled": []}
+    for _ in range(rounds):
+        seconds, fixed = timed(lambda: in_fixed_batches(chat, prompts, sampling, n_rows))
+        times["fixed"].append(seconds)
+        seconds, refilled = timed(lambda: chat.answers(prompts, sampling, n_rows))
+        times["refilled"].append(seconds)
+    lengths = [len(chat.processor.encode_answer(text)) for text in fixed]
+    for name, seconds in times.items():
+        print(f"{name:9} {len(prompts) / min(seconds):7.1f} questions/s")
+    print(f"ratio {min(times['fixed']) / min(times['refilled']):.2f} on {len(prompts)} questions, "
+          f"{n_rows} rows, answers of {min(lengths)} to {max(lengths)} tokens; "
+          f"{sum(a == b for a, b in zip(fixed, refilled))} answers equal")  # fmt: skip
+
+
+# --- Choices --------------------------------------------------------------------------------------
+
+
+def choices(chat: Chat, n: int = 3000) -> None:
+    """Yes/no and colour questions: free greedy answers, and the likeliest of the choices."""
+    skills = ("exist", "compare", "color")
+    asked = [i for i in TASK.items(DataConfig(), "test", n) if i.skill in skills]
+    free = answer_items(chat, asked)
+    prompts = [chat.processor.encode_prompt(i.sample.turns[:-1], i.sample.images) for i in asked]
+    chosen = []
+    for item, tokens in zip(asked, prompts):
+        shares = chat.choose(tokens, item.choices)
+        chosen.append(float(item.choices[shares.index(max(shares))] == item.expected))
+    for skill in skills:
+        which = [k for k, i in enumerate(asked) if i.skill == skill]
+        a, b = mean([free[k] for k in which]), sum(chosen[k] for k in which) / len(which)
+        print(f"{skill:8} free {a:.1%}, by choice {b:.1%}, n {len(which)}")
+    found = paired_difference(chosen, [f.score for f in free])
+    low, high = found["interval"]
+    print(f"difference {found['difference']:+.2%} ({low:+.2%} to {high:+.2%}), "
+          f"p = {found['p']:.3f}")  # fmt: skip
+
+
+# --- 8 bits ---------------------------------------------------------------------------------------
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Bytes of all weights, quantised ones as they are stored."""
+    tensors = [*model.parameters(), *model.buffers()]  # shared ones once
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def speed(model: VisionLanguageModel, n_new: int) -> float:
+    """Tokens per second of one row after a prompt with a picture, greedily."""
+    cfg = model.cfg
+    ids = torch.full((1, cfg.tokens_per_tile + 20), cfg.vlm_image_token_id)
+    ids[0, cfg.tokens_per_tile :] = torch.arange(100, 120)
+    pixels = torch.zeros(1, 3, cfg.vit_img_size, cfg.vit_img_size)
+    said = iter(model.stream(ids, pixels, None, Sampling(max_new_tokens=n_new + 1)))
+    next(said)
+    seconds, n = timed(lambda: sum(1 for _ in said))
+    return n / seconds
+
+
+def int8_speed(preset: str, n_new: int = 24, rounds: int = 2) -> None:
+    """Decoding at a preset's shape, weights at random: fp32, bf16, and 8 bits over each.
+
+    A processor without bf16 arithmetic hangs for minutes in it, so there bf16 is left out.
+    """
+    cfg = replace(PRESETS[preset].model, vit_model_type="", lm_model_type="")
+    made, found, names = {}, {}, ["fp32", "int8 over fp32"]
+    if bf16_is_faster(torch.device("cpu")):
+        names += ["bf16", "int8 over bf16"]
+    for name in names:
+        torch.manual_seed(0)
+        model = VisionLanguageModel(cfg).eval()
+        model = model.bfloat16() if "bf16" in name else model
+        if "int8" in name:
+            quantize_int8(model.decoder)
+        made[name], found[name] = model, []
+    for _ in range(rounds):
+        for name, model in made.items():
+            found[name].append(speed(model, n_new))
+    print(f"{'weights':15} {'tokens/s':>9} {'MiB':>7}")
+    for name, model in made.items():
+        print(f"{name:15} {max(found[name]):9.2f} {weight_bytes(model) / 2**20:7.0f}")
+
+
+def int8_accuracy(checkpoint: str, n: int = 400) -> None:
+    """The same questions before and after."""
+    chat = Chat.load(checkpoint)
+    asked = items(DataConfig(), "test", n)
+    before = [a.score for a in answer_items(chat, asked)]
+    size = weight_bytes(chat.model)
+    quantize_int8(chat.model.decoder)
+    after = [a.score for a in answer_items(chat, asked)]
+    low, high = bootstrap_interval(before)
+    found = paired_difference(after, before)
+    print(f"fp32 {sum(before) / len(before):.1%} ({low:.1%} to {high:.1%}), "
+          f"int8 {sum(after) / len(after):.1%}, difference {found['difference']:+.2%} "
+          f"(p = {found['p']:.3f}), n {len(before)}, weights {size / 2**20:.1f} to "
+          f"{weight_bytes(chat.model) / 2**20:.1f} MiB")  # fmt: skip
+
+
+MEASURES = {"conversation": conversation, "batch": batch, "choices": choices}
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) < 2 or argv[0] not in (*MEASURES, "int8"):
+        raise InputError(f"say what and of which: {', '.join(MEASURES)} or int8, a checkpoint.")
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    what, which, numbers = argv[0], argv[1], [int(n) for n in argv[2:3]]
+    if what == "int8":
+        (int8_speed if which in PRESETS else int8_accuracy)(which, *numbers)
+    else:
+        MEASURES[what](Chat.load(which), *numbers)
+
+
+if __name__ == "__main__":
+    command(main)

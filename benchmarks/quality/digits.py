@@ -1,0 +1,212 @@
+"""scikit-learn's 1,797 scanned digits in 5-fold cross-validation: ours beside transformers' ViT.
+
+python -m benchmarks.quality.digits                                    ours and theirs, every fold
+python -m benchmarks.quality.digits --folds 0                          only the time of a step
+python -m benchmarks.quality.digits --models ours "theirs, our first weights"
+All have the same shape, views, order, optimizer, rates and steps; theirs comes with its own first
+weights and with ours. Nothing is chosen on a fold's test digits: they are looked at once, at the
+end. Times are of the processor, so that other work on the machine counts less. Needs scikit-learn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from configs import ViTConfig
+from configs_classify import ClassesConfig, FitConfig
+from data.classification.dataset import Classes, from_rows
+from data.classification.loader import Viewer, ViewLoader, evaluation_batches, loader_config
+from data.sources.idx import ArrayRows
+from engine.evaluation.metrics import bootstrap_interval
+from engine.training.optim import build_optimizer, lr_factor
+from models.classifier import Classifier
+from models.vision_transformer import ViT
+
+DATA = ClassesConfig(source="digits", batch_size=64, crop=0.6, stretch=1.2, randaugment=0,
+                     mixup=0.2, val_fraction=0.0)  # fmt: skip
+MODEL = ViTConfig(
+    vit_img_size=16, vit_patch_size=4, vit_n_channels=1, vit_hidden_dim=96, vit_inter_dim=192,
+    vit_n_heads=4, vit_n_blocks=4, vit_hidden_act="gelu", vit_cls_flag=True, vit_n_classes=10,
+    vit_labels=tuple("0123456789"),
+)  # fmt: skip
+TRAIN = FitConfig(steps=600, warmup=100, optimizer="adamw", lr_trunk=0.002, lr_head=0.002,
+                  weight_decay=0.05, beta2=0.99, schedule="cosine")  # fmt: skip
+
+
+def digits() -> tuple[np.ndarray, np.ndarray]:
+    """Pictures [1797, 8, 8] uint8 and their digits [1797]."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    return (found.images * 255 / 16).round().astype(np.uint8), found.target
+
+
+def folds(target: np.ndarray, n: int = 5, seed: int = 0):
+    """(training rows, test rows) of each fold, every digit as often in each."""
+    from sklearn.model_selection import StratifiedKFold
+
+    return StratifiedKFold(n, shuffle=True, random_state=seed).split(target, target)
+
+
+def source_of(pixels: np.ndarray, target: np.ndarray, data: ClassesConfig) -> Classes:
+    rows = ArrayRows(pixels, [str(t) for t in target], data.source)
+    return from_rows(rows, data, "train", MODEL.vit_labels)
+
+
+def loader_of(source: Classes, model: ViTConfig, data: ClassesConfig) -> ViewLoader:
+    numbers = {name: i for i, name in enumerate(source.names)}
+    return ViewLoader(source, Viewer(model, data, numbers), loader_config(data))
+
+
+class Theirs(nn.Module):
+    """A transformers image classifier behind the arguments of ours."""
+
+    def __init__(self, model: nn.Module, cfg: ViTConfig, head: str):
+        super().__init__()
+        self.model, self.cfg, self.labels, self.head = model, cfg, cfg.vit_labels, head
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        children = dict(self.model.named_children())
+        head = children.pop(self.head)
+        return {"trunk": nn.ModuleDict(children), "head": head}
+
+    def forward(self, images, targets=None, reduction="mean"):
+        logits = self.model(pixel_values=images).logits
+        loss = None
+        if targets is not None:
+            loss = nn.functional.cross_entropy(logits, targets, reduction=reduction)
+        return logits, loss
+
+
+def their_vit(cfg: ViTConfig) -> Theirs:
+    """transformers' ViTForImageClassification of our shape, with its own first weights."""
+    import transformers
+
+    config = transformers.ViTConfig(
+        image_size=cfg.vit_img_size, patch_size=cfg.vit_patch_size,
+        num_channels=cfg.vit_n_channels, hidden_size=cfg.vit_hidden_dim,
+        intermediate_size=cfg.vit_inter_dim, num_hidden_layers=cfg.vit_n_blocks,
+        num_attention_heads=cfg.vit_n_heads, hidden_act="gelu", num_labels=cfg.vit_n_classes,
+        layer_norm_eps=cfg.vit_ln_eps,
+    )  # fmt: skip
+    return Theirs(transformers.ViTForImageClassification(config), cfg, "classifier")
+
+
+def their_vit_from_ours(cfg: ViTConfig) -> Theirs:
+    """The same class with the first weights that ours would have."""
+    import transformers
+
+    with tempfile.TemporaryDirectory() as folder:
+        ViT(cfg).save_pretrained(folder)
+        opened = transformers.ViTForImageClassification.from_pretrained(folder)
+    return Theirs(opened, cfg, "classifier")
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "ours": lambda: Classifier(ViT(MODEL)),
+    "theirs": lambda: their_vit(MODEL),
+    "theirs, our first weights": lambda: their_vit_from_ours(MODEL),
+}
+
+
+def fit(model: nn.Module, loader: ViewLoader, cfg: FitConfig) -> None:
+    """Train as told, with the optimizer, rates and views of classify.py."""
+    optimizer, batches = build_optimizer(model.parts, cfg), iter(loader)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    model.train()
+    for step in range(cfg.steps):
+        batch = next(batches)
+        optimizer.set_lr(lr_factor(cfg, step))
+        _, loss = model(**batch.tensors())
+        loss.backward()
+        nn.utils.clip_grad_norm_(params, cfg.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def seconds_per_step(models: dict[str, nn.Module], steps: int = 60) -> dict[str, np.ndarray]:
+    """Seconds of whole steps, without the data's; the models take turns, step by step."""
+    optimizers = {name: build_optimizer(model.parts, TRAIN) for name, model in models.items()}
+    shape = (DATA.batch_size, MODEL.vit_n_channels, MODEL.vit_img_size, MODEL.vit_img_size)
+    images, targets = torch.randn(shape), torch.randint(10, (DATA.batch_size,))
+    seconds = {name: [] for name in models}
+    for _ in range(5 + steps):
+        for name, model in models.items():
+            start = time.process_time()
+            model.train()(images, targets)[1].backward()
+            optimizers[name].step()
+            optimizers[name].zero_grad()
+            seconds[name].append(time.process_time() - start)
+    return {name: np.array(found[5:]) for name, found in seconds.items()}
+
+
+@torch.inference_mode()
+def right(model: nn.Module, source: Classes) -> np.ndarray:
+    """Whether each row is classified rightly, [n] bool."""
+    model.eval()
+    found = [
+        (model(batch.images)[0].argmax(-1) == batch.targets).numpy()
+        for batch, _ in evaluation_batches(source, model.cfg, model.labels)
+    ]
+    return np.concatenate(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["ours", "theirs"])
+    parser.add_argument("--steps", type=int, default=TRAIN.steps)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    cfg = replace(TRAIN, steps=args.steps)
+    makers = {name: MODELS[name] for name in args.models}
+    pixels, target = digits()
+    marks = {name: [] for name in makers}
+    seconds = seconds_per_step({name: make() for name, make in makers.items()})
+    for name, found in seconds.items():
+        low, mid, high = 1000 * np.percentile(found, (25, 50, 75))
+        spread = f"quartiles {low:.1f} and {high:.1f}"
+        print(f"{name}: {mid:.1f} ms a step ({spread})", flush=True)
+    for fold, (train_rows, test_rows) in enumerate(folds(target)):
+        if fold == args.folds:
+            break
+        source = source_of(pixels[train_rows], target[train_rows], DATA)
+        test = source_of(pixels[test_rows], target[test_rows], DATA)
+        for name, make in makers.items():
+            torch.manual_seed(fold)
+            model, start = make(), time.process_time()
+            fit(model, loader_of(source, MODEL, DATA), cfg)
+            spent = time.process_time() - start
+            marks[name].append(right(model, test))
+            n = sum(p.numel() for p in model.parameters())
+            right_share = f"{marks[name][-1].mean():.2%} right"
+            print(f"fold {fold} {name}: {right_share}, {spent:.0f} s, {n:,} parameters", flush=True)
+    report = {}
+    for name in makers if args.folds else ():
+        every = np.concatenate(marks[name])
+        low, high = bootstrap_interval(every.tolist())
+        report[name] = {"accuracy": every.mean(), "low": low, "high": high, "n": len(every),
+                        "ms_per_step": 1000 * float(np.median(seconds[name]))}  # fmt: skip
+        interval = f"(95 % interval {low:.2%} to {high:.2%})"
+        print(f"{name}: {every.mean():.2%} of {len(every):,} {interval}")
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

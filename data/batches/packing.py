@@ -1,0 +1,111 @@
+"""Which samples share a row, and how rows become a Batch.
+
+Pure: lengths and arrays in, groups and tensors out.
+Not here: where samples come from (loader.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from configs import VLMConfig
+from data.images import normalise
+from data.types import IGNORE, Batch, Tokens
+
+
+def fill_rows(
+    lengths: Sequence[int],
+    n_rows: int,
+    capacity: int,
+    tiles: Sequence[int] = (),
+    most_tiles: int = 0,
+) -> list[list[int]]:
+    """Choose from waiting samples those that fill `n_rows` rows of `capacity` tokens best.
+
+    Each row starts with the oldest sample left, so none waits for ever; the others are the subset
+    that leaves the least room (subset sum, its reachable totals kept as bits of one integer).
+    With `most_tiles`, no row has more of `tiles` than that: while the best has, the sample of it
+    with most tiles is set aside and the row is filled again. So rows have about as many each.
+    Returns indices into `lengths`, one list per row.
+    """
+    left, rows = list(range(len(lengths))), []
+    while left and len(rows) < n_rows:
+        first, *others = left
+        row = [first, *best_fill(lengths, others, capacity - lengths[first])]
+        while most_tiles and sum(tiles[i] for i in row) > most_tiles and len(row) > 1:
+            others.remove(max(row[1:], key=lambda i: tiles[i]))
+            row = [first, *best_fill(lengths, others, capacity - lengths[first])]
+        rows.append(sorted(row))
+        left = [i for i in left if i not in row]
+    return rows
+
+
+def best_fill(lengths: Sequence[int], others: Sequence[int], room: int) -> list[int]:
+    """The subset of `others` that leaves the least of `room`; totals are bits of one integer."""
+    reach = [1]  # bit t of reach[k]: the first k others can make a total of t
+    for i in others:
+        reach.append((reach[-1] | reach[-1] << lengths[i]) & ((1 << room + 1) - 1))
+    total, row = reach[-1].bit_length() - 1, []
+    for k in reversed(range(len(others))):
+        if not reach[k] >> total & 1:
+            row.append(others[k])
+            total -= lengths[others[k]]
+    return row
+
+
+def collate(rows: Sequence[Sequence[Tokens]], cfg: VLMConfig) -> Batch:
+    """Rows of samples -> a Batch, padded at the end to the longest row.
+
+    Raises ValueError naming the sample whose placeholders are not its tiles x tokens_per_tile.
+    """
+    width = max(sum(map(len, row)) for row in rows)
+    shape = (len(rows), width)
+    ids = np.full(shape, cfg.vlm_pad_token_id, dtype=np.int64)
+    targets = np.full(shape, IGNORE, dtype=np.int64)
+    positions, segments = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    for r, row in enumerate(rows):
+        start = 0
+        for s, sample in enumerate(row):
+            n = len(sample)
+            placeholders = int((sample.ids == cfg.vlm_image_token_id).sum())
+            if placeholders != len(sample.tiles) * cfg.tokens_per_tile:
+                raise ValueError(
+                    f"{sample.row}: {placeholders} image placeholders for "
+                    f"{len(sample.tiles)} tiles of {cfg.tokens_per_tile} tokens"
+                )
+            ids[r, start : start + n] = sample.ids
+            targets[r, start : start + n - 1] = np.where(
+                sample.supervised[1:], sample.ids[1:], IGNORE
+            )
+            positions[r, start : start + n] = np.arange(n)
+            segments[r, start : start + n] = s + 1
+            start += n
+        positions[r, start:] = np.arange(width - start)
+    packed = any(len(row) > 1 for row in rows)
+    tiles = np.concatenate([sample.tiles for row in rows for sample in row])
+    return Batch(
+        input_ids=torch.from_numpy(ids),
+        targets=torch.from_numpy(targets),
+        positions=torch.from_numpy(positions),
+        segments=torch.from_numpy(segments) if packed else None,
+        images=normalise(tiles, cfg),
+        n_targets=int((targets != IGNORE).sum()),
+        n_samples=sum(map(len, rows)),
+        n_tokens=int((segments > 0).sum()),
+    )
+
+
+def collate_prompts(
+    prompts: Sequence[Tokens], cfg: VLMConfig
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Prompts -> input_ids, attention_mask [B, T], padded at the end, and images [N, 3, H, W]."""
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), cfg.vlm_pad_token_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = torch.from_numpy(prompt.ids)
+        mask[row, : len(prompt)] = 1
+    return ids, mask, normalise(np.concatenate([p.tiles for p in prompts]), cfg)

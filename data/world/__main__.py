@@ -1,0 +1,16 @@
+"""`python -m data.world scene.png 7` draws one scene of the built-in test split."""
+
+import sys
+
+from data.world.drawing import draw
+from data.world.scenes import make_scene
+
+
+def main(argv: list[str]) -> None:
+    path, index = argv[0], int(argv[1]) if len(argv) > 1 else 0
+    draw(make_scene(0, "test", index)).save(path)
+    print(f"scene {index} of the test split: {path}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,74 @@
+"""Scenes of the built-in data set -> images of 48 x 48 pixels."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+
+import numpy as np
+from PIL import Image
+
+from data.world.scenes import BACKGROUNDS, COLORS, SHAPES, SIZES, Scene
+
+CELL, SIDE, SUPERSAMPLE = 16, 48, 4  # of a cell and a picture in pixels; samples along a pixel
+SLOPE = np.linspace(-1, 1, SIDE, dtype=np.float32)  # from edge to edge of a picture
+# Three by five pixels a digit, row after row.
+DIGITS = (
+    "111101101101111",
+    "010110010010111",
+    "111001111100111",
+    "111001111001111",
+    "101101111001001",
+    "111100111001111",
+    "111100111101111",
+    "111001001001001",
+    "111101111101111",
+    "111101111001111",
+)
+
+
+def draw(scene: Scene) -> Image.Image:
+    """RGB, 48 x 48. The background is drawn first, so it does not depend on what stands on it."""
+    rng = random.Random(scene.noise)
+    picture = _background(BACKGROUNDS[scene.background], rng)
+    for thing in scene.things:
+        tint = [channel + rng.randint(-12, 12) for channel in COLORS[thing.color]]
+        _blend(picture, thing.cell, _coverage(thing.shape, thing.size, thing.dx, thing.dy), tint)
+    if scene.number is not None:
+        ink = 0 if sum(BACKGROUNDS[scene.background]) > 3 * 128 else 255
+        _blend(picture, scene.number_cell, _digits(scene.number, rng), [ink] * 3)
+    return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+
+
+def _background(color: tuple[int, int, int], rng: random.Random) -> np.ndarray:
+    gradient = rng.uniform(-6, 6) * SLOPE[:, None] + rng.uniform(-6, 6) * SLOPE  # [48, 48]
+    grain = (np.frombuffer(rng.randbytes(SIDE * SIDE), np.uint8) % 7 - 3.0).reshape(SIDE, SIDE)
+    return np.array(color, np.float32) + (gradient + grain)[..., None]  # [48, 48, 3]
+
+
+@cache  # places are quarters of a pixel, so there are 1,090
+def _coverage(shape: str, size: str, dx: float, dy: float) -> np.ndarray:
+    """How much of each pixel of the cell a thing covers. [16, 16] in 0..1"""
+    radius, _ = SIZES[size]
+    at = (np.arange(CELL * SUPERSAMPLE, dtype=np.float32) + 0.5) / SUPERSAMPLE - CELL / 2
+    inside = SHAPES[shape]((at - dx) / radius, (at[:, None] - dy) / radius)  # [64, 64]
+    return inside.reshape(CELL, SUPERSAMPLE, CELL, SUPERSAMPLE).mean((1, 3))
+
+
+def _digits(number: str, rng: random.Random) -> np.ndarray:
+    """Two digits at twice the font's size, at most a pixel off the middle. [16, 16], 0 or 1"""
+    return _ink(number, 3 + rng.randint(-1, 1), 1 + rng.randint(-1, 1))
+
+
+@cache
+def _ink(number: str, top: int, left: int) -> np.ndarray:
+    rows = [np.array(list(DIGITS[int(digit)]), np.float32).reshape(5, 3) for digit in number]
+    ink = np.hstack([rows[0], np.zeros((5, 1), np.float32), rows[1]])
+    ink = ink.repeat(2, 0).repeat(2, 1)  # [10, 14]
+    return np.pad(ink, ((top, 6 - top), (left, 2 - left)))
+
+
+def _blend(picture: np.ndarray, cell: int, alpha: np.ndarray, color: list[int]) -> None:
+    row, column = cell // 3 * CELL, cell % 3 * CELL
+    block = picture[row : row + CELL, column : column + CELL]  # a view, [16, 16, 3]
+    block += alpha[..., None] * (np.array(color, np.float32) - block)

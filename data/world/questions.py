@@ -1,0 +1,261 @@
+"""Questions, captions and conversations about the scenes of the built-in data set."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, combinations, count, permutations, product, takewhile
+
+from data.types import Sample, Turn
+from data.world.drawing import draw
+from data.world.scenes import (
+    COLORS,
+    HELD_NUMBERS,
+    HELD_PAIRS,
+    PLURAL,
+    POSITIONS,
+    SHAPES,
+    Scene,
+    Thing,
+    _held_counts,
+    make_scene,
+    theme_of,
+)
+
+# How often training asks for each skill: comparing two things takes longest to learn.
+WEIGHTS = {
+    "color": 2,
+    "shape": 1,
+    "count": 2,
+    "where": 4,
+    "what": 2,
+    "exist": 2,
+    "relation": 4,
+    "compare": 3,
+    "read": 2,
+    "sum": 3,
+}
+SKILLS = (*(skill for skill in WEIGHTS if skill != "sum"), "caption")  # what is tested
+
+
+@dataclass(frozen=True)
+class Question:
+    skill: str
+    text: str
+    answer: str
+    unseen: bool  # about something held out of training
+
+
+def _lookup(ways: dict[str, str], answer: str, scene: Scene) -> Iterator[tuple[str, str, bool]]:
+    """About each thing that no other shares its color, shape, kind or cell with."""
+    for of, text in ways.items():
+        for t in _single(scene, of):
+            yield text.format(t, POSITIONS[t.cell]), answer.format(t, POSITIONS[t.cell]), t.held
+
+
+def _count(scene: Scene) -> Iterator[tuple[str, str, bool]]:
+    """None at all is an answer in half of the scenes only: there is always more that is absent."""
+    shapes, colors = (Counter(getattr(t, of) for t in scene.things) for of in ("shape", "color"))
+    held = {shape for _, shape in _held_counts(scene.things)}
+    yield "How many things are there?", str(len(scene.things)), False
+    for color in COLORS:
+        if colors[color] or scene.noise % 2:
+            yield f"How many {color} things are there?", str(colors[color]), False
+    for a in SHAPES:
+        if shapes[a] or scene.noise % 2:
+            yield f"How many {PLURAL[a]} are there?", str(shapes[a]), a in held
+    for a, b in permutations(shapes, 2):
+        text = f"How many {PLURAL[a]} and {PLURAL[b]} are there?"
+        yield text, str(shapes[a] + shapes[b]), a in held or b in held
+
+
+def _sum(scene: Scene) -> Iterator[tuple[str, str, bool]]:
+    """For training: every number comes near every shape, which alone is learned to be never 3."""
+    rng = random.Random(scene.noise)
+    for of, names in (("shape", PLURAL), ("color", {c: f"{c} things" for c in COLORS})):
+        times = Counter(getattr(t, of) for t in scene.things)
+        for few in chain(combinations(names, 2), combinations(names, 3)):
+            *rest, last = rng.sample([names[x] for x in few], len(few))
+            if total := sum(times[x] for x in few):
+                yield f"How many {', '.join(rest)} and {last} are there?", str(total), False
+
+
+def _exist(scene: Scene) -> Iterator[tuple[str, str, bool]]:
+    """Hard negatives: color and shape are there, but not on one thing; else one of the two."""
+    here = {(t.color, t.shape) for t in scene.things}
+    colors, shapes = ({kind[i] for kind in here} for i in (0, 1))
+    for unseen in (False, True):
+        kinds = [kind for kind in product(COLORS, SHAPES) if (kind in HELD_PAIRS) == unseen]
+        near = {
+            kind: (kind[0] in colors) + (kind[1] in shapes) for kind in kinds if kind not in here
+        }
+        negatives = {kind for kind in near if near[kind] == max(near.values())}
+        for color, shape in here.intersection(kinds) | negatives:
+            article = "an" if color == "orange" else "a"
+            answer = "yes" if (color, shape) in here else "no"
+            yield f"Is there {article} {color} {shape}?", answer, unseen
+
+
+def _relation(scene: Scene) -> Iterator[tuple[str, str, bool]]:
+    """Which way from one thing to another: eight answers, where yes or no would be won by guess."""
+    for a, b in permutations(_single(scene, "kind"), 2):
+        (row_a, column_a), (row_b, column_b) = divmod(a.cell, 3), divmod(b.cell, 3)
+        words = [("above", "below")[row_a > row_b]] * (row_a != row_b)
+        words += [("left", "right")[column_a > column_b]] * (column_a != column_b)
+        yield (f"Seen from the {b.kind}, where is the {a.kind}?", " ".join(words), a.held or b.held)
+
+
+def _compare(scene: Scene) -> Iterator[tuple[str, str, bool]]:
+    """Shapes that are there; absent ones only if all are equally many, so that yes is possible."""
+    times = Counter(t.shape for t in scene.things)
+    held = {shape for _, shape in _held_counts(scene.things)}
+    for a, b in permutations(times if len(set(times.values())) > 1 else SHAPES, 2):
+        if times[a] or times[b]:
+            answer = "yes" if times[a] > times[b] else "no"
+            yield f"Are there more {PLURAL[a]} than {PLURAL[b]}?", answer, a in held or b in held
+
+
+def _read(scene: Scene) -> Iterator[tuple[str, str, bool]]:
+    if scene.number is not None:
+        yield "What number is there?", scene.number, scene.number in HELD_NUMBERS
+
+
+def _describe(text: str, order: Callable, scene: Scene) -> Iterator[tuple[str, str, bool]]:
+    """All there is, each with its place: one caption teaches what and where."""
+    parts = [(t.cell, f"a {t.size} {t.kind}") for t in scene.things]
+    if scene.number is not None:
+        parts.append((scene.number_cell, f"the number {scene.number}"))
+    *rest, last = [f"{what} at the {POSITIONS[cell]}" for cell, what in order(parts)]
+    unseen = (
+        bool(_held_counts(scene.things))
+        or any(t.held for t in scene.things)
+        or scene.number in HELD_NUMBERS
+    )
+    yield text, f"{', '.join(rest)} and {last}", unseen
+
+
+def _shuffled(parts: list) -> list:
+    """For training: in reading order the next place is guessed, not looked up."""
+    return random.Random(str(parts)).sample(parts, len(parts))
+
+
+def _single(scene: Scene, of: str) -> list[Thing]:
+    """The things whose color, shape, kind or cell no other thing has."""
+    times = Counter(getattr(t, of) for t in scene.things)
+    return [t for t in scene.things if times[getattr(t, of)] == 1]
+
+
+ASK = {
+    "color": partial(_lookup, {"shape": "What color is the {0.shape}?"}, "{0.color}"),
+    "shape": partial(_lookup, {"color": "What shape is the {0.color} thing?"}, "{0.shape}"),
+    "where": partial(
+        _lookup,
+        {
+            "kind": "Where is the {0.kind}?",
+            "shape": "Where is the {0.shape}?",
+            "color": "Where is the {0.color} thing?",
+        },
+        "{1}",
+    ),
+    "what": partial(_lookup, {"cell": "What is at the {1}?"}, "a {0.size} {0.kind}"),
+    "count": _count,
+    "sum": _sum,
+    "exist": _exist,
+    "relation": _relation,
+    "compare": _compare,
+    "read": _read,
+    "caption": partial(_describe, "Describe the picture.", sorted),
+    "list": partial(_describe, "List the things.", _shuffled),
+}
+
+
+def ask(
+    scene: Scene, skill: str, rng: random.Random, heldout: bool, given: Counter[str] | None = None
+) -> Question | None:
+    """A question about something held out of training, or nothing so; None where there is none.
+
+    The answer is drawn first, of those `given` least often so far, then a question that has it:
+    otherwise the common answers ("no", "0") would win without a look at the picture.
+    """
+    given = given or Counter()
+    pool = sorted((answer, text) for text, answer, unseen in ASK[skill](scene) if unseen == heldout)
+    if not pool:
+        return None
+    wanted = min(dict(pool), key=lambda answer: (given[answer], rng.random()))
+    text = rng.choice([text for answer, text in pool if answer == wanted])
+    return Question(skill, text, wanted, heldout)
+
+
+def _conversation(
+    seed: int, split: str, index: int, n_questions: int, described: float, fewest: int = 2
+) -> tuple[Scene, tuple[Turn, ...]]:
+    """A scene and its caption alone, or distinct questions, fewer than asked if it has no more.
+
+    Never both: a caption before a question would answer it, and teach to read instead of to see.
+    """
+    scene = make_scene(seed, split, index, fewest)
+    rng = random.Random(f"{seed}/{split}/{index}/ask")
+    asked: dict[str, Question] = {}
+    skills = (rng.choices(list(WEIGHTS), WEIGHTS.values())[0] for _ in range(50 * n_questions))
+    if rng.random() < described:
+        skills, n_questions = chain([rng.choice(("caption", "list"))], skills), 1
+    for skill in skills:
+        if question := ask(scene, skill, rng, heldout=False):
+            asked.setdefault(question.text, question)
+        if len(asked) == n_questions:
+            break
+    turns = [
+        turn for q in asked.values() for turn in (Turn("user", q.text), Turn("assistant", q.answer))
+    ]
+    return scene, (Turn("user", f"<image>{turns[0].text}"), *turns[1:])
+
+
+def train_sample(
+    seed: int, split: str, index: int, n_questions: int, described: float, fewest: int = 2
+) -> Sample:
+    """One conversation: its caption for a share `described` of the scenes, else questions.
+
+    Never about anything held out.
+    """
+    scene, turns = _conversation(seed, split, index, n_questions, described, fewest)
+    return Sample(turns, (draw(scene),), row=f"world {split} {index}")
+
+
+def questions(seed: int, split: str, n_per_skill: int) -> Iterator[tuple[Sample, Question]]:
+    """For scoring: `n_per_skill` single questions of each skill, each on its own scene.
+
+    Answers are balanced. Of `test` half are unseen, the others on scenes with nothing held out.
+    """
+    n_unseen = n_per_skill // 2 if split == "test" else 0
+    missing = {
+        (skill, unseen): n_unseen if unseen else n_per_skill - n_unseen
+        for skill in SKILLS
+        for unseen in (False, True)
+    }
+    given: dict[tuple[str, bool], Counter[str]] = {key: Counter() for key in missing}
+    for index in takewhile(lambda _: any(missing.values()), count()):
+        scene, unseen = make_scene(seed, split, index), theme_of(split, index) is not None
+        rng = random.Random(f"{seed}/{split}/{index}/score")
+        skills = [s for s in SKILLS if missing[s, unseen]]
+        for skill in sorted(skills, key=lambda s: -missing[s, unseen]):
+            if question := ask(scene, skill, rng, unseen, given[skill, unseen]):
+                missing[skill, unseen] -= 1
+                given[skill, unseen][question.answer] += 1
+                turns = Turn("user", f"<image>{question.text}"), Turn("assistant", question.answer)
+                yield Sample(turns, (draw(scene),), row=f"world {split} {index}"), question
+                break
+
+
+def corpus(n: int = 2000) -> Iterator[str]:
+    """The text of n training conversations with their speakers, for training a tokenizer.
+
+    The first question stands alone once more: behind a picture it has no space in front.
+    """
+    for index in range(n):
+        _, turns = _conversation(0, "train", index, 8, 0.25)
+        yield turns[0].text.removeprefix("<image>")
+        said = [f"{role.capitalize()}: {text.removeprefix('<image>')}" for role, text in turns]
+        yield "\n".join(said) + "\n\n"

@@ -1,0 +1,67 @@
+"""A picture of pictures: questions, answers, ticks and crosses, for people to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from data.images import open_image
+from engine.evaluation.evaluate import Answered, by_skill
+
+COLUMNS, SIDE, TEXT_HEIGHT, GAP = 5, 240, 84, 14
+# Drawn, as the built-in font has neither; points relative to the start of the line.
+TICK = (((1, 9), (5, 14), (12, 4)),)
+CROSS = (((2, 5), (11, 14)), ((11, 5), (2, 14)))
+GREEN, RED, INK = (20, 140, 60), (200, 30, 30), (30, 30, 30)
+
+
+def draw_answer_sheet(answered: Sequence[Answered], path: Path, per_skill: int = 2) -> None:
+    """Write the first `per_skill` answers of each skill (ten of a single one) as a grid.
+
+    None is left out for being wrong.
+    """
+    groups = by_skill(answered)
+    per_skill = per_skill if len(groups) > 1 else 2 * COLUMNS
+    chosen = [group[i] for i in range(per_skill) for group in groups.values() if i < len(group)]
+    n_rows = -(-len(chosen) // COLUMNS)
+    sheet = Image.new(
+        "RGB", (COLUMNS * (SIDE + GAP) + GAP, n_rows * (SIDE + TEXT_HEIGHT + GAP) + GAP), "white"
+    )
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    for i, a in enumerate(chosen):
+        x, y = GAP + i % COLUMNS * (SIDE + GAP), GAP + i // COLUMNS * (SIDE + TEXT_HEIGHT + GAP)
+        if a.item.sample.images:
+            sheet.paste(_fit(open_image(a.item.sample.images[0])), (x, y))
+        question = a.item.question.replace("<image>", "")
+        line = _write(pen, font, x, y + SIDE + 4, question, INK)
+        color = GREEN if a.score else RED
+        for stroke in TICK if a.score else CROSS:
+            pen.line([(x + dx, line + dy) for dx, dy in stroke], fill=color, width=2)
+        line = _write(pen, font, x + 16, line, a.answer or "(nothing)", color)
+        if not a.score:
+            _write(pen, font, x, line, f"expected: {a.item.expected}", INK)
+    sheet.save(path)
+
+
+def _fit(image: Image.Image) -> Image.Image:
+    """Enlarge or shrink into the square, small drawings without blur."""
+    scale = SIDE / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
+
+
+def _write(pen: ImageDraw.ImageDraw, font, x: int, y: int, text: str, color) -> int:
+    """Write at most two lines, no wider than a picture; returns where the next line goes."""
+    lines = [""]
+    for word in text.split():
+        if pen.textlength(f"{lines[-1]} {word}".strip(), font) > SIDE - 16 and lines[-1]:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    for i, line in enumerate(lines[:2]):
+        pen.text(
+            (x, y), line + (" ..." if i == 1 and len(lines) > 2 else ""), fill=color, font=font
+        )
+        y += 18
+    return y

@@ -1,0 +1,228 @@
+"""What the Hub gets of a run: the checkpoint, the curve, the config, and a model card about them.
+
+Every figure of the card is read from the run's own files. Not here: talking to the Hub
+(models/pretrained/hub.py), other layouts (export.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+from config_tools import InputError, from_dict, read_json, to_dict
+from configs import RunConfig, VLMConfig
+from engine.inference.chat import open_checkpoint
+from engine.training.checkpoint import STATE, read_state, resolve
+from engine.training.logger import read_log
+from models.pretrained import hub
+from models.pretrained.save import unsupported_reason
+from models.vision_language_model import VisionLanguageModel
+
+CONFIG_NAME, CURVE, SCORE = "train_config.json", "loss.png", "score.json"
+# Licences of the backbones in the presets and of those most used, by the start of their names.
+LICENCES = {
+    "google/siglip": "apache-2.0",
+    "HuggingFaceTB/SmolLM": "apache-2.0",
+    "Qwen/Qwen3-": "apache-2.0",
+    "facebook/dinov2": "apache-2.0",
+    "google/vit": "apache-2.0",
+    "openai/clip": "mit",
+}
+
+
+def publish(source: str | Path, repo_id: str, private: bool = True) -> str:
+    """Upload a checkpoint, or a run's newest one, with its card; returns the address.
+
+    Raises `InputError`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(source, Path(folder), repo_id)
+        return hub.push(folder, repo_id, private)
+
+
+def prepare(source: str | Path, folder: Path, repo_id: str, dtype: torch.dtype | None = None):
+    """Write into `folder` everything that would be uploaded; `dtype`: another than the file's."""
+    model, processor = open_checkpoint(source)
+    model.to(dtype).save_pretrained(folder, processor)
+    checkpoint = resolve(source)
+    run = checkpoint.parent if (checkpoint / STATE).is_file() else checkpoint
+    if (run / CURVE).is_file():
+        shutil.copy(run / CURVE, folder / CURVE)
+    record = read_record(checkpoint)
+    if record:
+        config = json.dumps(to_dict(record["config"]), indent=2) + "\n"
+        (folder / CONFIG_NAME).write_text(config, encoding="utf-8")
+    score = read_json(run / SCORE) if (run / SCORE).is_file() else {}
+    needed = {"accuracy", "interval", "n"}
+    if score and not all(needed <= set(s) for s in (score, *score.get("skills", {}).values())):
+        raise InputError(f"{run / SCORE}: not what score.py --json writes; move it away.")
+    (folder / "README.md").write_text(card(model, record, score, folder, repo_id), encoding="utf-8")
+
+
+def read_record(checkpoint: Path, cls: type = RunConfig) -> dict:
+    """What a training checkpoint knows of its run; empty for one without."""
+    if not (checkpoint / STATE).is_file():
+        return {}
+    state = read_state(checkpoint, mmap=True)
+    provenance = state["provenance"]
+    config = from_dict(cls, provenance["config"], str(checkpoint / STATE))
+    log = checkpoint.parent / "log.jsonl"
+    return provenance | {
+        "config": config,
+        "step": state["step"],
+        "events": read_log(checkpoint.parent) if log.is_file() else [],
+        "data": fingerprint(config.data.source, config.data.seed),
+    }
+
+
+def fingerprint(source: str, seed: int) -> str:
+    """What tells one data set from another: the world's seed, the hash of a file's rows."""
+    if source == "world":
+        return f"the built-in world, seed {seed}"
+    path = Path(source)
+    if path.is_dir():
+        return f"{path.name}, a folder"
+    if not path.is_file():
+        return f"{path.name} (not at hand when this card was written)"
+    return f"{path.name}, SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
+
+
+def hours(events: list[dict]) -> float:
+    """Time spent training: the clock of the log starts anew with every resume."""
+    total = last = 0.0
+    for event in events:
+        if event["seconds"] < last:
+            total += last
+        last = event["seconds"]
+    return (total + last) / 3600
+
+
+def licence(cfg: VLMConfig) -> str:
+    """That of the backbones where it is one and known, `other` where not; ours from scratch."""
+    named = [name for name in (cfg.vit_model_type, cfg.lm_model_type) if name]
+    found = {
+        next((lic for start, lic in LICENCES.items() if name.startswith(start)), "other")
+        for name in named
+    }
+    return {0: "mit", 1: next(iter(found), "mit")}.get(len(found), "other")
+
+
+def card(model: VisionLanguageModel, record: dict, score: dict, folder: Path, repo_id: str) -> str:
+    """README.md of the repository, with the Hub's metadata at its head."""
+    cfg, reason = model.cfg, unsupported_reason(model.cfg)
+    named = [name for name in (cfg.vit_model_type, cfg.lm_model_type) if name]
+    head = {
+        "library_name": "picovlm" if reason else "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "license": licence(cfg),
+        # A directory on this machine would mean nothing there.
+        "base_model": [name for name in named if not Path(name).exists()],
+        "tags": ["picovlm", "vision-language-model"],
+    }
+    yaml = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items() if value)
+    parts = ["---\n" + yaml + "\n---", f"# {repo_id.split('/')[-1]}", architecture(model, reason)]
+    parts += [training(record)] if record else []
+    parts += [f"![training loss and validation accuracy]({CURVE})"] * (folder / CURVE).is_file()
+    parts += [scores(score)] if score else []
+    return "\n\n".join(parts + [usage(repo_id, reason)]) + "\n"
+
+
+def architecture(model: VisionLanguageModel, reason: str) -> str:
+    cfg, total = model.cfg, sum(p.numel() for p in model.parameters())
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.parts.items()}
+    start = {"vision": cfg.vit_model_type, "language": cfg.lm_model_type}
+    layout = (
+        f"For picoVLM alone: Idefics3 has no place for {reason}."
+        if reason
+        else "An Idefics3 checkpoint: transformers, vLLM, llama.cpp and MLX need no further code."
+    )
+    what = {
+        "vision": f"ViT, {cfg.vit_n_blocks} blocks of {cfg.vit_hidden_dim}, tiles of "
+        f"{cfg.vit_img_size} pixels, patches of {cfg.vit_patch_size}",
+        "projector": f"pixel shuffle by {cfg.mp_pixel_shuffle_factor}, {cfg.tokens_per_tile} "
+        "tokens a tile",
+        "language": f"{cfg.lm_n_blocks} blocks of {cfg.lm_hidden_dim}, {cfg.lm_n_heads} heads "
+        f"({cfg.lm_n_kv_heads} for keys), vocabulary of {cfg.lm_vocab_size:,}",
+    }
+    rows = [
+        f"| {part} | {counts[part] / 1e6:.2f} M | {words} | {start.get(part) or 'scratch'} |"
+        for part, words in what.items()
+    ]
+    return "\n".join(
+        [
+            f"A vision-language model of {total / 1e6:.1f} M parameters, trained with picoVLM. "
+            + layout,
+            "",
+            "| part | parameters | what | started from |",
+            "|---|---|---|---|",
+            *rows,
+        ]
+    )
+
+
+def training(record: dict) -> str:
+    """Data, time, hardware, and the command."""
+    cfg: RunConfig = record["config"]
+    losses = [event["loss"] for event in record["events"] if "loss" in event]
+    rows = {
+        "data": record["data"],
+        "steps": f"{record['step']:,} of {cfg.train.steps:,}",
+        "time": f"{hours(record['events']):.2f} hours",
+        "hardware": record.get("hardware", "not recorded"),
+        "last loss": f"{losses[-1]:.4f}" if losses else "not recorded",
+        "code": f"commit {record['git']}, torch {record['torch']}",
+    }
+    return section(rows, "train.py")
+
+
+def section(rows: dict[str, str], script: str) -> str:
+    """The card's part about training: `rows` as a table, and the command that does it again."""
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return (
+        f"## Training\n\n| | |\n|---|---|\n{table}\n\nAgain, from the commit above and with "
+        f"[{CONFIG_NAME}]({CONFIG_NAME}):\n\n```bash\npython {script} {CONFIG_NAME}\n```"
+    )
+
+
+def scores(score: dict) -> str:
+    """The figures of score.py with their 95 % intervals; blind: with every picture blanked."""
+
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1%}"
+
+    rows = [
+        f"| {name} | {percent(s['accuracy'])} | {s['interval'][0]:.1%} - {s['interval'][1]:.1%} "
+        f"| {percent(s.get('blind'))} | {s['n']} |"
+        for name, s in (score.get("skills", {}) | {"all": score}).items()
+    ]
+    head = "| skill | accuracy | 95 % interval | blind | questions |\n|---|---|---|---|---|\n"
+    return "## Scores\n\n" + head + "\n".join(rows)
+
+
+def usage(repo_id: str, reason: str) -> str:
+    """A snippet for transformers, where it can open it, and one for us."""
+    theirs = f"""```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+processor = AutoProcessor.from_pretrained("{repo_id}")
+model = AutoModelForImageTextToText.from_pretrained("{repo_id}")
+content = [{{"type": "image", "url": "picture.png"}}, {{"type": "text", "text": "What is this?"}}]
+inputs = processor.apply_chat_template(
+    [{{"role": "user", "content": content}}],
+    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+)
+new = model.generate(**inputs, max_new_tokens=96)[:, inputs["input_ids"].shape[1]:]
+print(processor.batch_decode(new, skip_special_tokens=True)[0])
+```"""
+    ours = f"""```python
+from engine.inference.chat import Chat
+
+print(Chat.load("{repo_id}")("What is this?", ["picture.png"]))
+```"""
+    parts = ["## Use"] + ([] if reason else [theirs]) + ["In a checkout of picoVLM:", ours]
+    return "\n\n".join(parts)

@@ -1,0 +1,160 @@
+"""Many prompts through few rows: a finished row takes the next prompt at once.
+
+Letters: B batch, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.inference.generate import Prompt, max_answer_tokens
+from models.inference.kv_cache import KVCache
+from models.inference.sampling import Sampling, new_generator, sample, seen_tokens
+
+MAX_SLOTS = 1 << 14  # rows x slots of the cache that many prompts share, unless one needs more
+SLOT_MULTIPLE = 64  # a cache grows to a multiple of so many slots
+
+
+class Completion(NamedTuple):
+    """What the model said to a prompt: tokens up to and with the end of turn, if it came."""
+
+    index: int  # the number of the prompt
+    tokens: list[int]
+    logprobs: list[float]  # of each token, under the model alone: no sampling option changes them
+
+
+@dataclass
+class _Row:
+    said: Completion
+    n_new: int  # most tokens it may say
+    position: int  # of the next token
+    generator: torch.Generator
+    seen: Tensor | None  # [1, V]
+
+
+@torch.inference_mode()
+def generate_continuous(
+    model,
+    prompts: Iterable[Prompt],
+    sampling: Sampling,
+    n_rows: int = 64,
+    stop: Callable[[list[int]], bool] = lambda tokens: False,
+    number: Callable[[int], int] = int,
+) -> Iterator[Completion]:
+    """Answers in the order in which they are done, read from `prompts` as rows become free.
+
+    A row that has finished takes the next prompt, so that short answers do not wait for long ones;
+    an eighth of the rows must be free, as a prefill costs a step or more. `stop` ends an answer
+    early. The i-th prompt is called `number(i)` and samples with the seed + that, whatever the rows
+    are.
+    """
+    waiting, hand = ((number(i), prompt) for i, prompt in enumerate(prompts)), []
+    rows: list[_Row | None] = []
+    cache, logits = None, None  # logits [rows, V]
+    while True:
+        n_busy = sum(row is not None for row in rows)
+        if n_busy <= len(rows) - max(1, len(rows) // 8) or not rows:
+            hand += _take(waiting, n_rows - n_busy - len(hand))
+            room = _allocate(model, cache, rows, logits, hand, sampling, n_rows)
+            cache, rows, logits, n_new = room
+            if n_new:
+                _admit(model, cache, rows, logits, hand[:n_new], sampling)
+            hand = hand[n_new:]
+        live = [r for r, row in enumerate(rows) if row is not None]
+        if not live:
+            return
+        tokens = _sample_rows(logits, rows, live, sampling)  # [rows]
+        logprobs = logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        for r, token, logprob in zip(live, tokens[live].tolist(), logprobs[live].tolist()):
+            row = rows[r]
+            row.said.tokens.append(token)
+            row.said.logprobs.append(logprob)
+            if (
+                token == model.cfg.vlm_eos_token_id
+                or len(row.said.tokens) == row.n_new
+                or stop(row.said.tokens)
+            ):
+                yield row.said
+                rows[r] = None
+            elif row.seen is not None:
+                row.seen[0, token] = True
+        if any(row is not None for row in rows):
+            positions = [0 if row is None else row.position for row in rows]
+            logits = model.decode(tokens, torch.tensor(positions, device=tokens.device), cache)
+            for row in filter(None, rows):
+                row.position += 1
+
+
+def _take(waiting: Iterator, n: int) -> list:
+    return [item for _, item in zip(range(n), waiting)]
+
+
+def _allocate(model, cache, rows, logits, hand, sampling: Sampling, n_rows: int):
+    """(cache, rows, logits, how many of `hand` get a row): larger where the next ones need it.
+
+    Rows times slots stay below MOST_SLOTS: while prompts are long there are fewer rows.
+    """
+    cfg, kept = model.cfg, [r for r, row in enumerate(rows) if row is not None]
+    slots, n_new = 0 if cache is None else cache.n_slots, 0
+    for _, prompt in hand:
+        n_tokens = len(prompt.ids)
+        need = max(slots, n_tokens + max_answer_tokens(cfg, n_tokens, sampling.max_new_tokens))
+        fits = max(1, min(n_rows, MAX_SLOTS // need))
+        if len(kept) + n_new >= fits:
+            break
+        slots, n_new = (
+            need if need == slots else -(-need // SLOT_MULTIPLE) * SLOT_MULTIPLE,
+            n_new + 1,
+        )
+    wanted = max(1, len(kept) + n_new)
+    if cache is not None and slots == cache.n_slots and wanted <= len(rows) < 2 * wanted:
+        return cache, rows, logits, n_new
+    fresh = KVCache(cfg, wanted, slots, model.device, model.decoder.norm.weight.dtype)
+    spread = torch.zeros(wanted, cfg.lm_vocab_size, device=model.device)
+    if kept:
+        cache.keep_rows(torch.tensor(kept, device=model.device))
+        fresh.put(torch.arange(len(kept), device=model.device), cache)
+        spread[: len(kept)] = logits[kept]
+    moved = [rows[r] for r in kept] + [None] * (wanted - len(kept))
+    return fresh, moved, spread, n_new
+
+
+def _admit(model, cache: KVCache, rows: list, logits: Tensor, new, sampling: Sampling) -> None:
+    """Prefill prompts together and put them into free rows of the cache, of `rows` and `logits`."""
+    cfg, device = model.cfg, model.device
+    lengths = torch.tensor([len(p.ids) for _, p in new], device=device)  # [B]
+    ids = torch.full((len(new), int(lengths.max())), cfg.vlm_pad_token_id, device=device)
+    for b, (_, prompt) in enumerate(new):
+        ids[b, : len(prompt.ids)] = prompt.ids
+    images = torch.cat([prompt.images for _, prompt in new]).to(device)
+    part = KVCache(cfg, *ids.shape, device, cache.k[0].dtype)
+    first = model.prefill(ids, images, lengths, part)  # [B, V]
+    free = [r for r, row in enumerate(rows) if row is None][: len(new)]
+    at = torch.tensor(free, device=device)
+    cache.put(at, part)
+    logits[at] = first.to(logits.dtype)
+    for b, (r, (index, prompt)) in enumerate(zip(free, new)):
+        n_tokens, seed = len(prompt.ids), sampling.seed
+        rows[r] = _Row(
+            Completion(index, [], []),
+            max_answer_tokens(cfg, n_tokens, sampling.max_new_tokens),
+            n_tokens,
+            new_generator(device, None if seed is None else seed + index),
+            seen_tokens(ids[b : b + 1], lengths[b : b + 1], cfg.lm_vocab_size)
+            if sampling.repetition_penalty != 1
+            else None,
+        )
+
+
+def _sample_rows(logits: Tensor, rows: list, live: list[int], sampling: Sampling) -> Tensor:
+    """The next token of every row, [rows]; one by one where each draws or remembers by itself."""
+    tokens = logits.argmax(-1)
+    if sampling.temperature > 0 or sampling.repetition_penalty != 1:
+        for r in live:
+            tokens[r] = sample(logits[r : r + 1], rows[r].seen, sampling, rows[r].generator)[0]
+    return tokens

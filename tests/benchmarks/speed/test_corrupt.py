@@ -1,0 +1,43 @@
+"""The cost of corrupt files is that of runs that met them, listed them, came to their end."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.speed import corrupt
+from config_tools import InputError
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    (tmp_path / "corrupt").mkdir()
+    for name in ("a.png", "b.jpg"):
+        (tmp_path / "corrupt" / name).write_bytes(b"no picture")
+    return tmp_path / "corrupt"
+
+
+@pytest.mark.slow
+def test_a_turn_is_an_epoch_with_and_without(run_file, folder, rows_file, monkeypatch, capsys):
+    monkeypatch.setattr(corrupt, "EVERY", 12)
+    monkeypatch.setattr(corrupt, "TURNS", 1)
+    (folder / "good.png").write_bytes((rows_file.parent / "0.png").read_bytes())
+    corrupt.main([str(folder), str(run_file(data={"batch_size": 4}))])
+    out = capsys.readouterr().out
+    assert re.search(r"a good row takes .* ms, a corrupt file .* ms \(most .* ms, 2 files\)", out)
+    assert re.search(r"^\d+ steps over 24 rows, 2 of them corrupt: .* without, .* with; in 1 turns",
+                     out, re.M)  # fmt: skip
+
+
+def test_a_run_that_did_not_list_them_is_no_measurement(folder, rows_file, tmp_path, run_file):
+    rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
+    rows = [row | {"image": str(rows_file.parent / row["image"])} for row in rows]
+    assert corrupt.with_corrupt(rows, corrupt.refused(folder), 0, tmp_path / "b.jsonl") == 0
+    cfg = corrupt.parse_run([str(run_file(steps=1))])
+    with pytest.raises(InputError, match="1 rows are corrupt, 0 were listed"):
+        corrupt.run(cfg, tmp_path / "b.jsonl", "bad", 1)
+    with pytest.raises(InputError, match="holds no corrupt pictures"):
+        corrupt.refused(tmp_path / "nowhere")

@@ -1,0 +1,75 @@
+"""The GPU's script, on a CPU with a model so small that its figures mean nothing."""
+
+from __future__ import annotations
+
+import re
+import types
+
+import pytest
+import torch
+
+from benchmarks.speed import gpu, timing
+from config_tools import InputError
+from configs import PRESETS, RunConfig
+from models.vision_language_model import VisionLanguageModel
+
+
+@pytest.fixture
+def small(monkeypatch, minute_config) -> RunConfig:
+    monkeypatch.setattr(timing, "PRODUCT", 32)
+    monkeypatch.setattr(timing, "READ", 1 << 12)
+    monkeypatch.setattr(gpu, "SAID", 4)
+    monkeypatch.setattr(gpu, "ROW", 300)
+    monkeypatch.setattr(gpu, "fast_dtype", lambda *_: torch.float32)
+    monkeypatch.setattr(gpu, "alternate", lambda calls, _: timing.alternate(calls, 0, least=1))
+    run = RunConfig(model=minute_config(lm_vocab_size=128))
+    monkeypatch.setitem(PRESETS, "tiny", run)
+    return run
+
+
+@pytest.mark.slow
+def test_both_sides_of_a_preset(small, capsys, monkeypatch, tmp_path):
+    (tmp_path / "page.md").write_text("<!-- gpu tiny -->\nold\n<!-- /gpu tiny -->\n")
+    monkeypatch.setattr(gpu, "PAGE", tmp_path / "page.md")
+    gpu.main(["tiny", "--most", "2", "--off-the-record", "--compiled", "--kernels", "3"])
+    out = capsys.readouterr().out
+    assert "old" in (tmp_path / "page.md").read_text()
+    sides = re.findall(r"\| (picoVLM|transformers) \| [12] \| [\d.]+% \| .* GiB \| .* h \|", out)
+    assert sides == ["picoVLM", "transformers"]
+    decoded = re.findall(r"\| (\d) (?:\| [\d,]+ tok/s ){4}\| \d+% \|", out)
+    assert decoded == ["1", "2"]
+    (busy,) = re.findall(r"works (\d+)% of a step", out)
+    slowest = [float(ms) for ms in re.findall(r"\| \S+ \| \d+ \| ([\d.]+) \|", out)]
+    assert 50 < int(busy) <= 100 and len(slowest) == 3 and slowest == sorted(slowest)[::-1]
+    gpu.main(["tiny", "--most", "1"])
+    page = (tmp_path / "page.md").read_text()
+    assert (
+        "old" not in page
+        and "| transformers |" in page
+        and "python -m benchmarks.speed.gpu" in page
+    )
+
+
+def test_sides_that_compute_something_else_are_not_timed(small, monkeypatch, tmp_path):
+    theirs = gpu.their_model
+
+    def other(folder, dtype):
+        model = theirs(folder, dtype)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(1.1)
+        return model
+
+    monkeypatch.setattr(gpu, "their_model", other)
+    VisionLanguageModel(small.model).save_pretrained(tmp_path)
+    asked = types.SimpleNamespace(least=1, most=1, kernels=0, compiled=False)
+    with pytest.raises(InputError, match=r"loss: differs by .*nothing was timed"):
+        gpu.training_rows(small, str(tmp_path), torch.device("cpu"), asked, 1.0)
+
+
+def test_memory_that_ends_keeps_the_best(small):
+    def make(run, model, device, n_rows):
+        if n_rows > 2:
+            raise torch.OutOfMemoryError
+        return (lambda: None), 100**n_rows, 10
+
+    assert gpu.best_batch(make, small, None, torch.device("cpu"), 1, 8)["rows"] == 2

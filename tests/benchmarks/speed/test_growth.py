@@ -1,0 +1,82 @@
+"""Packed attention costs the sum of the samples' squares; what grows is counted, and its slope."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.speed import growth
+from benchmarks.speed.growth import (
+    AXES,
+    Axis,
+    Point,
+    by_packed,
+    exponent,
+    measure,
+    of_length,
+    step_of,
+)
+from benchmarks.speed.timing import count
+from config_tools import InputError
+from data.batches.packing import collate
+from models.vision_language_model import VisionLanguageModel
+
+
+@pytest.fixture
+def attention(minute_config):
+    """`attention([[3, 5], [8]])` -> FLOPs of attention in a step on rows of such conversations."""
+    cfg = minute_config()
+    model = VisionLanguageModel(cfg)
+    blind = VisionLanguageModel(cfg)
+
+    def of(rows: list[list[int]]) -> int:
+        samples = [[of_length(cfg, n) for n in row] for row in rows]
+        everything = count(step_of(model, collate(samples, cfg)))[1]
+        images = collate(samples, cfg).images
+        eyes = count(lambda: blind.embed_images(images).sum().backward())[1]
+        return everything - eyes  # the decoder's alone
+
+    return of
+
+
+def test_packed_attention_costs_the_sum_of_squares(attention):
+    cost = attention([[16]]) / 16**2
+    assert cost > 0
+    for row in ([16] * 8, [32] * 4, [64, 64], [64, 16, 16], [128]):
+        assert attention([row]) == cost * sum(n * n for n in row), row
+    # Lengths within a factor of two share a call, which pads them: less than twice the squares.
+    uneven = [64, 50, 40, 32, 20, 16]
+    squares = sum(n * n for n in uneven)
+    assert cost * squares <= attention([uneven]) < 2 * cost * squares < cost * sum(uneven) ** 2
+    assert attention([[16] * 4, [16] * 4]) == attention([[16] * 8])
+
+
+def test_slopes(monkeypatch, minute_config):
+    squares = [Point(x, 3.0 * x * x, x, 7) for x in (1, 2, 4, 8)]
+    assert exponent(squares, "seconds") == pytest.approx(2)
+    assert exponent(squares, "kept") == pytest.approx(1)
+    assert exponent(squares, "attention") == pytest.approx(0)
+    monkeypatch.setattr(growth, "BASE", minute_config())
+    monkeypatch.setattr(growth, "SAMPLE", 16)
+    points = measure(Axis(by_packed, [4, 8, 16]), 60)
+    assert [p.x for p in points] == [4, 8, 16]
+    assert exponent(points, "kept") == pytest.approx(1, abs=0.1)
+    assert exponent(points, "attention") == pytest.approx(1, abs=0.01)
+    assert len(measure(Axis(by_packed, [2, 4, 8]), 0)) == 1
+    assert "| exponent |" in growth.table({"a": points})
+
+
+@pytest.mark.parametrize("name", AXES)
+def test_the_first_point_of_every_axis(name):
+    axis = AXES[name]
+    cfg, batch, x = axis.make(axis.values[0])
+    assert x > 0 and batch.n_targets > 0 and len(batch.images) > 0
+    assert int((batch.input_ids == cfg.vlm_image_token_id).sum()) == (
+        len(batch.images) * cfg.tokens_per_tile
+    )
+
+
+def test_without_a_page_nothing_is_written(monkeypatch, tmp_path):
+    monkeypatch.setattr(growth, "AXES", {})
+    monkeypatch.setattr(growth, "PAGE", tmp_path / "page.md")
+    with pytest.raises(InputError, match="has no place"):
+        growth.main([])

@@ -1,0 +1,46 @@
+"""Out of the box: what is timed of either side, and that both can be timed at all."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks.speed import out_of_the_box
+from benchmarks.speed.timing import Watched
+from cli import parse_run
+from models.vision_language_model import VisionLanguageModel
+
+
+def test_the_first_step_and_evaluations_are_left_out(monkeypatch):
+    log = [{"loss": 7.0, "images_per_s": rate} for rate in (1.0, 4.0, 2.0)]
+    log.insert(2, {"val_loss": 6.5})
+    asked = []
+    monkeypatch.setattr(
+        out_of_the_box, "watch_run", lambda *args: asked.append(args) or Watched(0, 0, 0, log)
+    )
+    assert out_of_the_box.ours(["tiny"], 3) == (0.25 + 0.5) / 2
+    assert asked == [(["tiny"], 3)]
+
+
+def test_their_loop_trains_while_it_is_timed(tmp_path, monkeypatch):
+    run = parse_run(["tiny", "--data.workers=0"])
+    torch.manual_seed(0)
+    VisionLanguageModel(run.model).save_pretrained(tmp_path)
+    model = out_of_the_box.their_model(tmp_path, torch.float32)
+    monkeypatch.setattr(out_of_the_box, "their_model", lambda *_: model)
+    monkeypatch.setattr(out_of_the_box, "fast_dtype", lambda *_: torch.float32)
+    ends = iter((1.0, 2.0, 5.0, 7.0))
+    clock = SimpleNamespace(perf_counter=lambda: next(ends))
+    monkeypatch.setattr(out_of_the_box, "time", clock)
+    assert out_of_the_box.theirs(run, tmp_path, rows=2, steps=4) == (7 - 1) / 3 / 2
+    first = VisionLanguageModel.from_pretrained(tmp_path).decoder.token_embedding.weight
+    last = model.get_input_embeddings().weight
+    assert last is model.lm_head.weight and not torch.equal(last, first)
+
+
+@pytest.mark.slow
+def test_both_sides_beside_each_other():
+    row = out_of_the_box.measure("tiny", turns=1, rows=4)
+    assert 0 < row.ratio[0] < 100 and row.ours.endswith("ms")

@@ -1,0 +1,203 @@
+"""Parquet, saved data sets and the Hub's cache: the same rows, pictures as bytes, never decoded."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from config_tools import InputError
+from configs import DataConfig
+from data.images import open_image
+from data.sources import fetch
+from data.sources.fetch import _identity, mark_of
+from data.sources.open import open_source
+from data.sources.rows import open_rows
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    datasets.disable_progress_bars()
+
+
+def noise(seed: int) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (12, 10 + seed, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def cauldron(n: int) -> Dataset:
+    """As the Cauldron and FineVision are published: lists of pictures and of texts."""
+    texts = List({"user": Value("string"), "assistant": Value("string"), "source": Value("string")})
+    rows = {
+        "images": [[noise(i), noise(i + 1)] if i % 3 else [] for i in range(n)],
+        "texts": [[{"user": f"q{i}", "assistant": f"a{i}", "source": "s"}] for i in range(n)],
+    }
+    return Dataset.from_dict(rows, Features({"images": List(ImageFeature()), "texts": texts}))
+
+
+def check_cauldron(source, n: int) -> None:
+    assert len(source) == n and source.bad == ()
+    for i in range(n):
+        sample = source[i]
+        places = "<image><image>" if i % 3 else ""
+        assert sample.turns == (("user", f"{places}q{i}"), ("assistant", f"a{i}"))
+        assert sample.row.endswith(f"row {i + 1}")
+        for image, seed in zip(sample.images, (i, i + 1)):
+            assert isinstance(image, bytes)
+            assert open_image(image).tobytes() == noise(seed).tobytes()
+        assert len(sample.images) == (2 if i % 3 else 0)
+
+
+def test_parquet_saved_and_split(tmp_path):
+    data = cauldron(7)
+    data.to_parquet(tmp_path / "a.parquet")
+    data.save_to_disk(tmp_path / "saved")
+    DatasetDict({"train": data, "test": data.select(range(2))}).save_to_disk(tmp_path / "parts")
+    (tmp_path / "shards").mkdir()
+    for k in range(2):
+        part = data.select(range(4 * k, min(7, 4 * k + 4)))
+        part.to_parquet(tmp_path / "shards" / f"{k}.parquet")
+    names = ("a.parquet", "saved", "parts", "parts@train", "shards")
+    for name, n in (*((name, 7) for name in names), ("parts@test", 2)):
+        check_cauldron(open_source(DataConfig(source=str(tmp_path / name)), "test"), n)
+
+
+def test_classes_are_named(tmp_path):
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=["cat", "dog"])})
+    data = Dataset.from_dict({"image": [noise(0), noise(1)], "label": [1, 0]}, features)
+    data.save_to_disk(tmp_path / "pets")
+    source = open_source(DataConfig(source=str(tmp_path / "pets")), "test")
+    assert [source[i].turns[1].text for i in range(2)] == ["dog", "cat"]
+    assert source.notes[0].endswith("2 rows of image + label; 0 of them for validation")
+
+
+def test_the_scan_reads_no_whole_picture(tmp_path, monkeypatch):
+    """Of each picture what tells it from others, which decides the split alike."""
+    monkeypatch.setattr(fetch, "WHOLE", 100)
+    cauldron(5).save_to_disk(tmp_path / "saved")
+    reader = pickle.loads(pickle.dumps(open_rows(str(tmp_path / "saved"))))
+    for k, light in enumerate(reader.scan()):
+        whole = reader[k]
+        assert light["texts"] == whole["texts"]
+        for a, b in zip(light["images"], whole["images"], strict=True):
+            assert a["bytes"] == mark_of(b["bytes"]) and len(a["bytes"]) == 16
+
+
+def test_pictures_that_end_alike_are_told_apart():
+    """A white margin, a format without compression: the same last bytes, of other pictures."""
+    one, two = (Image.new("L", (150, 150)) for _ in range(2))
+    one.putpixel((9, 9), 255)
+    for kind in ("bmp", "ppm", "tiff"):
+        files = [io.BytesIO() for _ in range(2)]
+        for image, file in zip((one, two), files, strict=True):
+            image.save(file, kind)
+        a, b = (file.getvalue() for file in files)
+        assert a[-64:] == b[-64:] and len(a) == len(b) and mark_of(a) != mark_of(b), kind
+    assert mark_of(b"\xff" * 20_000) != mark_of(b"\xff" * 20_001)
+    assert mark_of(mark_of(b"\xff" * 20_000)) == mark_of(b"\xff" * 20_000)
+    assert _identity(one) != _identity(two) and _identity(one) == _identity(one.copy())
+
+
+def test_values_that_datasets_keeps_as_json(tmp_path):
+    """As its reader of JSONL stores a column that holds texts and lists."""
+    mixed = [[{"role": "user", "content": [{"type": "text", "text": "q"}]},
+              {"role": "assistant", "content": "cat"}],
+             [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x"}]]  # fmt: skip
+    Dataset.from_dict({"messages": mixed}, on_mixed_types="use_json").save_to_disk(tmp_path / "a")
+    source = open_source(DataConfig(source=str(tmp_path / "a")), "test")
+    assert source.bad == () and [source[i].turns for i in range(2)] == [
+        (("user", "q"), ("assistant", "cat")), (("user", "q"), ("assistant", "x"))
+    ]  # fmt: skip
+
+
+def test_pictures_in_both_splits_are_reported(tmp_path):
+    rows = [{"image": {"bytes": png(i % 5), "path": None}, "caption": f"c{i}"} for i in range(40)]
+    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    source = open_source(DataConfig(source=str(tmp_path / "saved"), val_fraction=0.3), "val")
+    assert f"{len(source)} validation rows show a picture" in source.notes[1] and len(source) > 3
+
+
+def png(seed: int) -> bytes:
+    file = io.BytesIO()
+    noise(seed).save(file, "png")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("parts@val", r"parts: no split 'val'; add @ and one of train, test"),
+        ("twins", r"twins: no split named train; add @ and one of left, right"),
+        ("saved@x", r"saved: has no splits; leave out @x"),
+        ("bad.parquet", r"bad\.parquet: cannot be opened as a data set \(Parquet magic bytes"),
+        ("empty.parquet", r"empty\.parquet: no rows"),
+        ("none.parquet", r"none\.parquet: no such file"),
+        ("other.parquet", r"4 rows are bad, the first: .*row 1: needs a text in 'question'.*img"),
+    ],
+)
+def test_what_cannot_be_opened_is_said_in_one_sentence(tmp_path, name, says):
+    data = cauldron(3)
+    data.save_to_disk(tmp_path / "saved")
+    DatasetDict({"train": data, "test": data}).save_to_disk(tmp_path / "parts")
+    DatasetDict({"left": data, "right": data}).save_to_disk(tmp_path / "twins")
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1" + 99 * b"x")
+    (tmp_path / "empty.parquet").touch()
+    Dataset.from_dict({"img": ["a.png"] * 4 * 6, "cap": ["c"] * 4 * 6}).to_parquet(
+        tmp_path / "other.parquet"
+    )
+    with pytest.raises(InputError, match=says) as caught:
+        open_source(DataConfig(source=str(tmp_path / name)), "train")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_name_on_the_hub_is_asked_of_the_library(monkeypatch):
+    """`hf:` alone reaches for the network; here it is offline, and says so."""
+    asked = []
+
+    def load(repository, configuration):
+        asked.append((repository, configuration))
+        return DatasetDict({"train": cauldron(3), "validation": cauldron(2)})
+
+    with pytest.raises(InputError, match=r"nobody/nothing: cannot be opened as a data set \(Could"):
+        open_source(DataConfig(source="hf:nobody/nothing"), "train")
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    check_cauldron(open_source(DataConfig(source="hf:owner/name:ai2d"), "test"), 3)
+    check_cauldron(open_source(DataConfig(source="hf:owner/name@validation"), "test"), 2)
+    assert asked == [("owner/name", "ai2d"), ("owner/name", None)]
+
+
+ALONE = """
+import sys
+sys.modules["datasets"] = sys.modules["pyarrow"] = sys.modules["pandas"] = None
+import train
+train.main(sys.argv[1:])
+from configs import DataConfig
+from config_tools import InputError
+from data.sources.open import open_source
+try:
+    open_source(DataConfig(source="a.parquet"), "train")
+except InputError as error:
+    print(error)
+"""
+
+
+def test_rows_of_text_train_without_the_library(tmp_path, run_file):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, str(run_file(steps=1))], cwd=tmp_path, text=True,
+        capture_output=True, env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "a.parquet: needs the package `datasets`: pip install datasets." in done.stdout

@@ -1,0 +1,89 @@
+"""200,000 rows: training starts in seconds, and an epoch of them fills no memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import DataConfig
+from data.batches.loader import Loader
+from data.sources.open import open_source
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """200,000 LLaVA rows, every fourth with a picture."""
+    folder, rng = tmp_path_factory.mktemp("many"), np.random.default_rng(0)
+    for i in range(20):
+        pixels = rng.integers(0, 256, (16 + i, 20, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    with open(folder / "many.jsonl", "w") as file:
+        for i in range(200_000):
+            mark, image = ("<image>\n", {"image": f"{i % 20}.png"}) if i % 4 == 0 else ("", {})
+            turns = [
+                {"from": "human", "value": f"{mark}What is number {i} of this list of things?"},
+                {"from": "gpt", "value": f"It is {i}, one more than {i - 1}."},
+            ]
+            file.write(json.dumps({"id": str(i), "conversations": turns} | image) + "\n")
+    return folder / "many.jsonl"
+
+
+@pytest.mark.slow
+def test_200_000_rows_start_training_in_seconds(many, tmp_path):
+    """From the command to its last word before the first step.
+
+    Processor time: what others do on the machine is not this command's.
+    """
+    argv = ["tiny", "--data.source", str(many), "--train.out", str(tmp_path), "--train.steps", "9"]
+    process = subprocess.Popen(
+        [sys.executable, "-u", str(ROOT / "train.py"), *argv], stdout=subprocess.PIPE, text=True,
+        stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    start = time.monotonic()
+    try:
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if line.startswith("looked at 16 rows"):
+                break
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+    finally:
+        process.kill()
+        process.wait()
+    seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    print(f"ready after {time.monotonic() - start:.1f} s, {seconds:.1f} s of them computing")
+    assert "200,000 rows of conversations[from, value] (LLaVA)" in "".join(said)
+    assert seconds < 15
+
+
+def anonymous_mib() -> float:
+    """This process's own memory, without mapped files."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) / 1024
+
+
+@pytest.mark.slow
+def test_200_000_rows_do_not_fill_memory_over_an_epoch(many, tiny_processor, minute_config):
+    """Measured after a tenth of the epoch, when every buffer has its size, and at its end."""
+    cfg = DataConfig(source=str(many), val_fraction=0.0, batch_size=16, max_length=256)
+    processor = replace(tiny_processor, cfg=minute_config())
+    early = None
+    for batch in Loader(open_source(cfg, "train"), processor, cfg):
+        if early is None and batch.state["position"] > 20_000:
+            early = anonymous_mib()
+        if batch.state["epoch"] > 0:
+            break
+    late = anonymous_mib()
+    print(f"{early:.0f} MiB after a tenth of the epoch, {late:.0f} MiB at its end")
+    assert late - early < 16

@@ -1,0 +1,392 @@
+"""Rows of a file become exactly the Samples a person means, and what is wrong with one is said."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from config_tools import InputError
+from configs import DataConfig
+from data.sources.fetch import _download
+from data.sources.open import open_source
+from data.types import Sample, Turn
+from data.world import questions
+
+
+def write(path: Path, rows: list) -> Path:
+    """Rows that are bytes or str are written as they are, others as JSON."""
+    lines = [
+        r if isinstance(r, bytes) else (r if isinstance(r, str) else json.dumps(r)).encode()
+        for r in rows
+    ]
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return path
+
+
+def qa(i: int) -> dict:
+    return {"image": f"pictures/{i}.png", "question": f"question {i}?", "answer": f"answer {i}"}
+
+
+def open_all(path: Path, split: str = "test", **changes):
+    return open_source(DataConfig(source=str(path), **changes), split)
+
+
+# --- Good rows ----------------------------------------------------------------------------------
+
+
+def test_both_kinds_of_row_become_exact_samples(tmp_path):
+    path = write(
+        tmp_path / "a.jsonl",
+        [
+            {"image": "pictures/1.png", "question": "What is it?", "answer": "a cat", "id": 7},
+            {"image": "2.jpg", "caption": "a dog \N{DOG}, déjà vu"},
+            "",
+            {"question": "2+2?", "answer": "4"},
+            {"image": None, "question": "3+3?", "answer": "6"},
+            {"image": "/abs/5.png", "question": "Say.", "caption": "a hen"},
+        ],
+    )
+    source = open_all(path)
+    assert source.bad == () and len(source) == 5
+
+    def sample(question, answer, pictures, number):
+        turns = (Turn("user", question), Turn("assistant", answer))
+        return Sample(turns, pictures, f"{path} row {number}")
+
+    at = tmp_path
+    assert [source[i] for i in range(5)] == [
+        sample("<image>What is it?", "a cat", (str(at / "pictures/1.png"),), 1),
+        sample("<image>Describe the picture.", "a dog \N{DOG}, déjà vu", (str(at / "2.jpg"),), 2),
+        sample("2+2?", "4", (), 4),
+        sample("3+3?", "6", (), 5),
+        sample("<image>Say.", "a hen", ("/abs/5.png",), 6),
+    ]
+    assert source[3] == source[3]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("last", [True, False])
+def test_line_ends_and_a_missing_last_one(tmp_path, end, last):
+    text = end.join(json.dumps(qa(i)) for i in range(3)) + (end if last else "")
+    (tmp_path / "a.jsonl").write_bytes(text.encode())
+    source = open_all(tmp_path / "a.jsonl")
+    assert [source[i].turns[1].text for i in range(3)] == ["answer 0", "answer 1", "answer 2"]
+
+
+def test_a_byte_order_mark_costs_no_row(tmp_path):
+    """Windows editors put one in front."""
+    path = write(tmp_path / "a.jsonl", [b"\xef\xbb\xbf" + json.dumps(qa(0)).encode(), qa(1)])
+    source = open_all(path)
+    assert source.bad == () and source[0].turns[1].text == "answer 0"
+
+
+# --- Bad rows -----------------------------------------------------------------------------------
+
+BAD = [
+    ("{", "not JSON"),
+    ("[1, 2]", "must be an object"),
+    ("3", "must be an object"),
+    ("null", "must be an object"),
+    ({"image": "a.png"}, "'question'"),
+    ({"image": "a.png", "question": "q"}, "'answer'"),
+    ({"image": "a.png", "question": "", "answer": "a"}, "'question'"),
+    ({"image": "a.png", "question": "q", "answer": "  "}, "'answer'"),
+    ({"image": "a.png", "question": "q", "answer": 4}, "'answer'"),
+    ({"image": "a.png", "question": ["q"], "answer": "a"}, "'question'"),
+    ({"image": "a.png", "caption": None}, "'question'"),
+    ({"image": 3, "question": "q", "answer": "a"}, "must be a path"),
+    ({"image": ["a.png", 3], "caption": "c"}, "must be a path"),
+    ({"image": "a.png", "images": ["b.png"], "caption": "c"}, "both 'image' and 'images'"),
+    ({"caption": "of nothing"}, "'question'"),
+    (b'{"question": "\xff\xfe", "answer": "a"}', "not JSON"),
+    (b"[" * 100_000, "not JSON"),
+    (b'{"question": "q", "answer": "a", "id": ' + b"1" * 5000 + b"}", "not JSON"),
+]
+
+
+@pytest.mark.parametrize("row, reason", BAD, ids=[str(i) for i in range(len(BAD))])
+def test_a_bad_row_is_left_out_and_named(tmp_path, row, reason):
+    path = write(tmp_path / "a.jsonl", [qa(0), qa(1), row, qa(3)])
+    source = open_all(path)
+    assert len(source) == 3 and source[2].turns[1].text == "answer 3"
+    [message] = source.bad
+    assert message.startswith(f"{path} row 3: ") and reason in message and "\n" not in message
+
+
+@pytest.mark.parametrize("n_rows, n_allowed", [(20, 5), (1000, 10)])
+def test_five_bad_rows_or_one_percent_are_tolerated(tmp_path, n_rows, n_allowed):
+    rows = [qa(i) for i in range(n_rows)]
+    for i in range(n_allowed):
+        rows[2 * i] = "broken"
+    source = open_all(write(tmp_path / "a.jsonl", rows))
+    assert len(source) == n_rows - n_allowed
+    named = [message.split(": ")[0] for message in source.bad]
+    assert named == [f"{tmp_path / 'a.jsonl'} row {2 * i + 1}" for i in range(n_allowed)]
+    rows[n_rows - 1] = "broken"
+    with pytest.raises(InputError, match=f"{n_allowed + 1} of {n_rows} rows are bad.* row 1: not"):
+        open_all(write(tmp_path / "a.jsonl", rows))
+
+
+def test_bad_rows_are_named_in_every_split(tmp_path):
+    path = write(tmp_path / "a.jsonl", [qa(i) for i in range(30)] + ["broken"])
+    for split in ("train", "val", "test"):
+        [message] = open_all(path, split, val_fraction=0.3).bad
+        assert "row 31" in message
+
+
+# --- Bad files ----------------------------------------------------------------------------------
+
+
+def test_files_that_are_not_there_or_empty(tmp_path):
+    with pytest.raises(InputError, match=r"none\.jsonl: no such file"):
+        open_all(tmp_path / "none.jsonl")
+    (tmp_path / "dir.jsonl").mkdir()
+    with pytest.raises(InputError, match=r"dir\.jsonl: no such file"):
+        open_all(tmp_path / "dir.jsonl")
+    for content in (b"", b"\n\n  \n"):
+        (tmp_path / "empty.jsonl").write_bytes(content)
+        with pytest.raises(InputError, match=r"empty\.jsonl: no rows"):
+            open_all(tmp_path / "empty.jsonl", "train")
+
+
+def test_unknown_names_and_extensions(tmp_path):
+    (tmp_path / "a.xlsx").write_text("image,caption\n")
+    for name in (str(tmp_path / "a.xlsx"), "wrld", str(tmp_path / "none"), "owner/name"):
+        with pytest.raises(InputError, match=r"data\.source = .*must be `world`, a folder that ex"):
+            open_source(DataConfig(source=name), "train")
+
+
+@pytest.mark.parametrize("n_rows", [2, 50])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_a_wrong_encoding_is_said(tmp_path, encoding, n_rows):
+    text = "\n".join(json.dumps(qa(i)) for i in range(n_rows))
+    (tmp_path / "a.jsonl").write_bytes(text.encode(encoding))
+    with pytest.raises(InputError, match=r"a\.jsonl: not UTF-8 \(UTF-16"):
+        open_all(tmp_path / "a.jsonl", "train")
+
+
+def test_latin_1_rows_are_named_where_they_differ(tmp_path):
+    rows = [b'{"question": "caf\xe9?", "answer": "a"}', qa(1)]
+    source = open_all(write(tmp_path / "a.jsonl", rows))
+    assert len(source) == 1 and "row 1: not JSON ('utf-8' codec" in source.bad[0]
+
+
+# --- Splits -------------------------------------------------------------------------------------
+
+
+def answers(source) -> list[str]:
+    return [source[i].turns[1].text for i in range(len(source))]
+
+
+def test_train_and_val_share_nothing_and_miss_nothing(tmp_path):
+    path = write(tmp_path / "a.jsonl", [qa(i) for i in range(600)])
+    train, val, test = (open_all(path, s, val_fraction=0.2) for s in ("train", "val", "test"))
+    assert not set(answers(train)) & set(answers(val))
+    assert sorted(answers(train) + answers(val)) == sorted(answers(test))
+    assert answers(test) == [f"answer {i}" for i in range(600)]
+    assert 80 <= len(val) <= 160  # 120 +- 4 standard deviations
+    assert answers(val) == answers(open_all(path, "val", val_fraction=0.2))
+    assert len(open_all(path, "val", val_fraction=0.0)) == 0
+
+
+def test_no_edit_elsewhere_moves_a_row_across(tmp_path):
+    rows = [qa(i) for i in range(200)]
+    path = write(tmp_path / "a.jsonl", rows)
+    before = answers(open_all(path, "val", val_fraction=0.3))
+    edited = [qa(1000 + i) for i in range(50)] + rows
+    random.Random(0).shuffle(edited)
+    (tmp_path / "sub").mkdir()
+    after = answers(open_all(write(tmp_path / "sub/b.jsonl", edited), "val", val_fraction=0.3))
+    kept = {answer for answer in after if int(answer.split()[1]) < 1000}
+    assert kept == set(before)
+    windows = b"\r\n".join(json.dumps(row).encode() for row in rows)
+    path.write_bytes(windows)
+    assert answers(open_all(path, "val", val_fraction=0.3)) == before
+
+
+def test_twins_stay_on_one_side(tmp_path):
+    path = write(tmp_path / "a.jsonl", [qa(i // 4) for i in range(200)])
+    train, val = (set(answers(open_all(path, s, val_fraction=0.3))) for s in ("train", "val"))
+    assert not train & val and train and val
+
+
+def test_copies_stay_together_and_are_counted(tmp_path):
+    """Equal in what is said and shown, whatever else the row holds or how it is spelled."""
+    rows = [{**qa(i % 100), "id": i} for i in range(200)]
+    path = write(tmp_path / "a.jsonl", rows)
+    train, val = (open_all(path, s, val_fraction=0.3) for s in ("train", "val"))
+    assert not set(answers(train)) & set(answers(val)) and len(train) + len(val) == 200
+    assert "100 rows are copies of others; copies stay on one side" in train.notes
+    assert train.notes == val.notes
+    (tmp_path / "pictures.json").write_text(json.dumps([dict(reversed(r.items())) for r in rows]))
+    again = open_all(tmp_path / "pictures.json", "val", val_fraction=0.3)
+    assert answers(again) == answers(val)
+
+
+def test_pictures_on_both_sides_are_counted(tmp_path):
+    rows = [{**qa(i), "image": f"{i % 50}.png"} for i in range(100)]
+    path = write(tmp_path / "a.jsonl", rows)
+    train, val = (open_all(path, s, val_fraction=0.3) for s in ("train", "val"))
+    shown = {train[i].images for i in range(len(train))}
+    n = sum(val[i].images in shown for i in range(len(val)))
+    assert 0 < n < len(val)
+    assert f"{n} validation rows show a picture that training rows show too" in val.notes
+    alone = open_all(write(tmp_path / "b.jsonl", [qa(i) for i in range(100)]), "val")
+    assert len(alone.notes) == 1
+
+
+def test_a_split_that_leaves_nothing_to_train_is_refused(tmp_path):
+    path = write(tmp_path / "a.jsonl", [qa(0)])
+    with pytest.raises(InputError, match="all 1 rows are for validation; lower val_fraction"):
+        open_all(path, "train", val_fraction=0.999999)
+
+
+def test_what_was_found_is_said_aloud(tmp_path):
+    rows = [qa(0), qa(1), {"image": "a.png", "caption": "c"}, {"question": "q", "answer": "a"}, "{"]
+    path = write(tmp_path / "a.jsonl", rows)
+    first, second = open_all(path, val_fraction=0.0).notes
+    assert first == (
+        f"{path}: 2 rows of image + question + answer; 1 rows of image + caption; 1 rows of "
+        "question + answer; 0 of them for validation"
+    )
+    assert second.startswith(f"left out: {path} row 5: not JSON")
+
+
+def test_a_file_is_indexed_once_until_it_changes(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", [qa(i) for i in range(9)])
+    before = open_all(path)
+    monkeypatch.setattr("data.sources.open.open_rows", None)
+    assert open_all(path, "val", val_fraction=0.5).rows is before.rows
+    monkeypatch.undo()
+    write(path, [qa(i) for i in range(8)])
+    assert len(open_all(path)) == 8
+
+
+# --- Wrong input --------------------------------------------------------------------------------
+
+CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+
+
+def test_mixed_schemas_are_refused(tmp_path):
+    path = write(tmp_path / "a.jsonl", [qa(0), qa(1), CHAT])
+    says = r"mixed schemas, .*row 1 has image \+ question \+ answer and .*row 3 has messages\["
+    with pytest.raises(InputError, match=says):
+        open_all(path)
+
+
+def test_images_that_do_not_match_their_placeholders_are_named(tmp_path):
+    rows = [qa(0)] * 3 + [{**qa(1), "question": "<image> or <image>?"}]
+    [message] = open_all(write(tmp_path / "a.jsonl", rows)).bad
+    assert message == f"{tmp_path / 'a.jsonl'} row 4: 2 <image> placeholders for 1 images."
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_a_missing_column_is_named_with_those_there(tmp_path, suffix):
+    lines = {"csv": "image,cap\n" + "a.png,x\n" * 9, "jsonl": '{"image": "a", "cap": "x"}\n' * 9}
+    (tmp_path / f"a.{suffix}").write_text(lines[suffix])
+    says = r"9 of 9 rows are bad, the first: .* row \d: needs a text in 'question'.*has image, cap"
+    with pytest.raises(InputError, match=says):
+        open_all(tmp_path / f"a.{suffix}")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "parquet"])
+def test_an_empty_file_of_any_kind_is_refused(tmp_path, suffix):
+    (tmp_path / f"a.{suffix}").touch()
+    with pytest.raises(InputError, match=rf"a\.{suffix}: no rows"):
+        open_all(tmp_path / f"a.{suffix}")
+
+
+def test_a_header_alone_is_no_rows(tmp_path):
+    (tmp_path / "a.csv").write_text("image,caption\n")
+    with pytest.raises(InputError, match=r"a\.csv: no rows"):
+        open_all(tmp_path / "a.csv", "train")
+
+
+def test_web_addresses_are_left_alone_unless_allowed(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", [qa(0), {**qa(1), "image": "https://a.example/1.png"}])
+
+    def never(*_, **__):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr("urllib.request.urlopen", never)
+    source = open_all(path)
+    assert len(source) == 1
+    assert "https://a.example/1.png is a web address; download it" in source.bad[0]
+    asked = []
+
+    def answer(address, timeout):
+        asked.append(address)
+        return io.BytesIO(b"bytes of a picture")
+
+    monkeypatch.setattr("urllib.request.urlopen", answer)
+    source = open_all(path, fetch_images=True)
+    assert asked == [] and len(source) == 2  # opening asks for nothing either
+    assert source[1].images == (b"bytes of a picture",) and asked == ["https://a.example/1.png"]
+    monkeypatch.setattr("data.sources.fetch.LARGEST_DOWNLOAD", 5)
+    with pytest.raises(InputError, match=r"row 2: https://a\.example/1\.png: more than"):
+        source[1]
+    monkeypatch.undo()
+    with pytest.raises(InputError, match=r"127\.0\.0\.1:9/x: cannot be fetched"):
+        _download("http://127.0.0.1:9/x")
+
+
+@pytest.mark.parametrize("trouble", [TimeoutError("timed out"), 503])
+def test_a_server_that_is_late_is_asked_again(monkeypatch, trouble):
+    import urllib.error
+    import urllib.request
+
+    from data.sources import fetch
+
+    waits, left = [], [2]
+    busy = urllib.error.HTTPError("http://x", trouble, "busy", {}, None) \
+        if isinstance(trouble, int) else urllib.error.URLError(trouble)  # fmt: skip
+
+    def answer(_address, timeout):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise busy
+        return io.BytesIO(b"a picture")
+
+    monkeypatch.setattr(urllib.request, "urlopen", answer)
+    monkeypatch.setattr(fetch.time, "sleep", waits.append)
+    assert _download("http://x/a.png") == b"a picture" and waits == [1, 4]
+    left[0] = 9
+    with pytest.raises(InputError, match=r"x/a\.png: cannot be fetched"):
+        _download("http://x/a.png")
+    assert waits == [1, 4, 1, 4] and left[0] == 6
+
+
+@pytest.mark.parametrize("spelled", ["data:image/png;base64,!!!", "data:nothing"])
+def test_broken_base64_is_refused_when_it_is_opened(tmp_path, spelled, tiny_processor):
+    source = open_all(write(tmp_path / "a.jsonl", [{**qa(0), "image": spelled}]))
+    with pytest.raises(InputError, match="row 1"):
+        tiny_processor.encode(source[0], 200, 9)
+
+
+def test_a_path_is_not_taken_for_base64(tmp_path):
+    long = "Qk" + "a" * 90
+    for path in (long + ".png", "a/" + "b" * 100, "/9j/" + "x" * 20):
+        source = open_all(write(tmp_path / "a.jsonl", [{**qa(0), "image": path}]))
+        assert source[0].images == (str(tmp_path / path),)
+
+
+# --- The world ----------------------------------------------------------------------------------
+
+
+def test_the_world_is_drawn_when_asked_for():
+    source = open_source(DataConfig(seed=3, world_questions=2), "val")
+    assert len(source) == 2000
+    a, b = source[5], questions.train_sample(3, "val", 5, 2, 0.25)
+    assert a.turns == b.turns and len(a.turns) == 4
+    assert a.images[0].tobytes() == b.images[0].tobytes()
+    assert a.turns != open_source(DataConfig(seed=4, world_questions=2), "val")[5].turns
+    assert a.turns != open_source(DataConfig(seed=3, world_questions=2), "train")[5].turns
+    fewer = DataConfig(seed=3, world_questions=2, world_shapes=1)  # of training alone
+    assert open_source(fewer, "val")[5].turns == a.turns
+    ours, usual = (open_source(replace(fewer, world_shapes=n), "train") for n in (1, 2))
+    assert any(ours[i].turns != usual[i].turns for i in range(20))

@@ -1,0 +1,114 @@
+"""What was answered is kept, belongs to one checkpoint and one question, and is not lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from PIL import Image
+
+from config_tools import InputError
+from data.types import Sample, Turn
+from engine.evaluation.answer_sheet import draw_answer_sheet
+from engine.evaluation.evaluate import Answered, Item
+from engine.evaluation.predictions import (
+    asked,
+    fingerprint,
+    keep,
+    parts,
+    read_found,
+    read_scores,
+    write_all,
+)
+
+FOUND = [(i, {"answer": f"a{i}", "blind": "b"}) for i in range(5)]
+
+
+def answered(i: int, score: float = 1.0) -> Answered:
+    turns = (Turn("user", f"What is {i}?"), Turn("assistant", "red"))
+    return Answered(Item(Sample(turns, row=f"row {i}"), "color"), f"a{i}", score)
+
+
+def test_what_is_asked_is_told_by_words_and_pictures():
+    def item(text="What?", picture=None, **fields) -> Item:
+        images = () if picture is None else (picture,)
+        return Item(Sample((Turn("user", text), Turn("assistant", "a")), images), "all", **fields)
+
+    red, blue = (Image.new("RGB", (30, 30), color) for color in ("red", "blue"))
+    corner = red.copy()
+    corner.putpixel((0, 0), (0, 0, 0))
+    others = [[item()], [item("Who?")], [item(picture="a.png")], [item(picture="b.png")],
+              [item(picture=red)], [item(picture=blue)], [item(picture=corner)],
+              [item(picture=b"1" * 99)], [item(picture=b"2" + b"1" * 98)], [item()] * 2,
+              [item(references=("b",))], [item(choices=("a", "b"))], [item("\ud83d")]]  # fmt: skip
+    assert len({asked(questions) for questions in others}) == len(others)
+    assert asked([item(picture=red)]) == asked([item(picture=red.copy())])
+
+
+def test_an_answer_that_nothing_was_asked_for(tmp_path):
+    """Plain text to learn: a conversation of one turn."""
+    one = Answered(Item(Sample((Turn("assistant", "A cat."),), row="row 1"), "all"), "a", 0.0)
+    write_all(tmp_path / "p.jsonl", "one", {"answer": [one]})
+    assert read_scores(tmp_path / "p.jsonl", [one.item]) == [0.0]
+    draw_answer_sheet([one], tmp_path / "sheet.png")
+    assert Image.open(tmp_path / "sheet.png").width > 100
+
+
+def test_what_was_kept_is_found(tmp_path):
+    path = tmp_path / "p.jsonl"
+    assert read_found(path, "one") == {} == read_found(None, "one")
+    assert list(keep(None, 0, "one", iter(FOUND))) == FOUND
+    done = keep(path, 0, "one", iter(FOUND))
+    assert [next(done) for _ in range(3)] == FOUND[:3]
+    done.close()  # interrupted; another process was at work, too
+    list(keep(path, 1, "one", iter(FOUND[4:])))
+    assert read_found(path, "one") == dict([*FOUND[:3], FOUND[4]]) and not path.exists()
+    with open(f"{path}.part1", "a") as file:
+        file.write('{"run": "one", "num')
+    assert len(read_found(path, "one")) == 4, "a torn line does not count"
+    with pytest.raises(InputError, match="of another checkpoint or other settings"):
+        read_found(path, "two")
+    path.write_text("a letter")
+    with pytest.raises(InputError, match="of another checkpoint or other settings"):
+        read_found(path, "one")
+
+
+def test_the_file_in_the_end(tmp_path):
+    path = tmp_path / "p.jsonl"
+    list(keep(path, 0, "one", iter(FOUND)))
+    views = {"answer": [answered(i, i / 4) for i in range(5)],
+             "blind": [answered(i) for i in range(5)]}  # fmt: skip
+    write_all(path, "one", views)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [r["number"] for r in rows] == list(range(5)) and parts(path) == []
+    assert rows[2]["question"] == "What is 2?" and rows[2]["views"] == {"answer": "a2",
+                                                                       "blind": "a2"}  # fmt: skip
+    assert rows[3]["score"] == 0.75 and rows[3]["expected"] == "red"
+    assert len(read_found(path, "one")) == 5, "a finished file answers everything"
+    assert read_scores(path, [a.item for a in views["answer"]]) == [0, 0.25, 0.5, 0.75, 1]
+
+
+def test_other_questions_are_not_compared(tmp_path):
+    path = tmp_path / "p.jsonl"
+    write_all(path, "one", {"answer": [answered(i) for i in range(5)]})
+    for others in ([answered(i).item for i in range(4)], [answered(i + 1).item for i in range(5)]):
+        with pytest.raises(InputError, match="answers 5 other questions"):
+            read_scores(path, others)
+    with pytest.raises(InputError, match=r"no such file; it is what score\.py --predictions"):
+        read_scores(tmp_path / "no", [])
+    path.write_text('{"number": 0}\n')
+    with pytest.raises(InputError, match="not a finished file"):
+        read_scores(path, [])
+
+
+def test_a_fingerprint_is_of_weights_and_settings(small_checkpoint, tmp_path):
+    shutil.copytree(small_checkpoint, tmp_path / "copy")
+    one = fingerprint(small_checkpoint, ("world", 3))
+    assert len(one) == 12 and one == fingerprint(tmp_path / "copy", ("world", 3))
+    assert one != fingerprint(small_checkpoint, ("world", 4))
+    weights = tmp_path / "copy" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    assert one != fingerprint(tmp_path / "copy", ("world", 3))

@@ -1,0 +1,107 @@
+"""The model card: every figure is the run's own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import yaml
+from PIL import Image
+
+import train
+from cli import command
+from config_tools import InputError, read_json
+from configs import VLMConfig
+from engine.publishing import model_card
+
+
+@pytest.fixture
+def finished(run_file, tmp_path, capsys):
+    """A run of four steps, resumed once, with a score and a curve."""
+    config = run_file(save_every=2)
+    command(train.main, [str(config), "--train.steps", "4"])
+    run = tmp_path / "run"
+    skills = {"what": {"accuracy": 0.5, "interval": [0.4, 0.6], "blind": None, "n": 10}}
+    score = {"accuracy": 0.75, "interval": [0.7, 0.8], "blind": 0.25, "n": 20, "skills": skills}
+    (run / "score.json").write_text(json.dumps(score))
+    if not (run / "loss.png").exists():  # matplotlib is optional
+        Image.new("RGB", (4, 4)).save(run / "loss.png")
+    return run
+
+
+def test_figures_of_somebody_else_and_a_torn_state(finished, tmp_path):
+    (finished / "score.json").write_text('{"accuracy": 0.5}')
+    with pytest.raises(InputError, match=r"score\.json: not what score\.py --json writes"):
+        model_card.prepare(finished, tmp_path / "up", "user/name")
+    (finished / "step-000004" / "state.pt").write_bytes(b"half")
+    with pytest.raises(InputError, match=r"state\.pt: not the whole state of a run"):
+        model_card.prepare(finished, tmp_path / "up", "user/name")
+
+
+def test_the_card_of_a_run(finished, tmp_path):
+    model_card.prepare(finished, tmp_path / "up", "user/name")
+    card = (tmp_path / "up" / "README.md").read_text()
+    _, head, body = card.split("---\n", 2)
+    head = yaml.safe_load(head)
+    assert head == {
+        "library_name": "transformers", "pipeline_tag": "image-text-to-text", "license": "mit",
+        "tags": ["picovlm", "vision-language-model"],
+    }  # fmt: skip
+    events = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
+    last = [e["loss"] for e in events if "loss" in e][-1]
+    record = model_card.read_record(finished / "step-000004")
+    for words in (
+        "# name", "| steps | 4 of 4 |", f"| last loss | {last:.4f} |", f"commit {record['git']}",
+        f"| hardware | {record['hardware']} |", f"| data | {record['data']} |",
+        "| what | 50.0% | 40.0% - 60.0% | - | 10 |", "| all | 75.0% | 70.0% - 80.0% | 25.0% | 20 |",
+        "python train.py train_config.json", "![training loss and validation accuracy](loss.png)",
+        'AutoModelForImageTextToText.from_pretrained("user/name")', 'Chat.load("user/name")',
+        "| language | ", "| scratch |",
+    ):  # fmt: skip
+        assert words in body, words
+    config = read_json(tmp_path / "up" / "train_config.json")
+    assert config == read_json(finished / "config.json")
+    assert {"model.safetensors", "tokenizer.json", "loss.png"} <= {
+        p.name for p in (tmp_path / "up").iterdir()
+    } and not (tmp_path / "up" / "state.pt").exists()
+
+
+def test_a_checkpoint_without_a_run(small_checkpoint, tmp_path):
+    """No figures, no claims."""
+    model_card.prepare(small_checkpoint, tmp_path / "up", "user/name")
+    card = (tmp_path / "up" / "README.md").read_text()
+    assert "## Training" not in card and "## Scores" not in card and "loss.png" not in card
+    assert not (tmp_path / "up" / "train_config.json").exists()
+
+
+def test_the_fingerprint_changes_with_the_rows(rows_file, tmp_path):
+    copy = tmp_path / "rows.jsonl"
+    shutil.copy(rows_file, copy)
+    before = model_card.fingerprint(str(copy), 0)
+    assert before == model_card.fingerprint(str(rows_file), 1)
+    copy.write_text(copy.read_text() + "\n")
+    assert model_card.fingerprint(str(copy), 0) != before
+    assert model_card.fingerprint("world", 3) == "the built-in world, seed 3"
+    assert "not at hand" in model_card.fingerprint(str(tmp_path / "gone.jsonl"), 0)
+
+
+def test_hours_of_a_resumed_run():
+    """The log's clock starts anew: 100 s, then 50 s, of which the log tells by going back."""
+    events = [{"seconds": s} for s in (10, 60, 100, 5, 50)]
+    assert model_card.hours(events) == pytest.approx(150 / 3600)
+    assert model_card.hours([]) == 0
+
+
+@pytest.mark.parametrize(
+    ("vision", "language", "licence"),
+    [
+        ("", "", "mit"),
+        ("google/siglip2-base-patch16-512", "HuggingFaceTB/SmolLM2-135M", "apache-2.0"),
+        ("openai/clip-vit-base-patch16", "HuggingFaceTB/SmolLM2-135M", "other"),
+        ("", "somebody/model", "other"),
+        ("openai/clip-vit-base-patch16", "", "mit"),
+    ],
+)
+def test_the_licence_is_that_of_the_backbones(vision, language, licence):
+    assert model_card.licence(VLMConfig(vit_model_type=vision, lm_model_type=language)) == licence

@@ -1,0 +1,205 @@
+"""A checkpoint is whole or absent: whatever interrupts it, the one before stays."""
+
+from __future__ import annotations
+
+import errno
+import random
+import resource
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from config_tools import InputError, read_json
+from configs import RunConfig, TrainConfig
+from engine.training import checkpoint
+from engine.training.distributed import Dist
+from engine.training.optim import build_optimizer
+from models.pretrained.load import newest
+from models.vision_language_model import VisionLanguageModel
+
+
+@pytest.fixture
+def made(tmp_path, minute_config, tiny_processor):
+    """(cfg, save(step)) of a run in a folder of its own."""
+    cfg = RunConfig(model=minute_config(), train=TrainConfig(out=str(tmp_path / "run"), keep=2))
+    model, processor = VisionLanguageModel(cfg.model), replace(tiny_processor, cfg=cfg.model)
+
+    alone = Dist(0, 1, torch.device("cpu"))
+    optimizer = build_optimizer(model.parts, cfg.train)
+
+    def write(model, folder):
+        model.save_pretrained(folder, processor)
+
+    def save(step: int, **state) -> Path:
+        checkpoint.save(cfg, step, model, write, optimizer, alone, state)
+        return Path(cfg.train.out) / f"step-{step:06d}"
+
+    return cfg, save
+
+
+def names(cfg: RunConfig) -> list[str]:
+    """What is in a run's folder beside its config.json."""
+    return sorted(p.name for p in Path(cfg.train.out).iterdir() if p.name != "config.json")
+
+
+def test_the_newest_are_kept_and_found(made):
+    cfg, save = made
+    for step in (5, 10, 100000, 1000000):
+        save(step)
+    assert names(cfg) == ["step-100000", "step-1000000"]
+    assert checkpoint.resolve(cfg.train.out).name == "step-1000000"
+
+
+def test_the_millionth_step_is_newer_than_those_before(made):
+    cfg, save = made
+    for step in (999000, 999500, 1000000, 1000500):
+        save(step)
+    assert names(cfg) == ["step-1000000", "step-1000500"]
+    assert checkpoint.resolve(cfg.train.out).name == newest(Path(cfg.train.out)).name
+    assert checkpoint.resolve(cfg.train.out).name == "step-1000500"
+
+
+def test_a_run_keeps_the_arithmetic_it_began_with(made):
+    """Auto is measured: at another moment it might come out otherwise."""
+    _, save = made
+    assert checkpoint.precision_of([], "auto") == "auto", "nothing began yet"
+    for step, precision in ((5, "fp32"), (6, "bf16")):
+        found = [save(step, precision=precision)]
+        assert checkpoint.precision_of(found, "auto") == precision
+        assert checkpoint.precision_of(found, "fp32") == "fp32", "what was asked for"
+    assert checkpoint.precision_of([save(7)], "auto") == "auto", "of an earlier version"
+    (found[0] / checkpoint.STATE).write_bytes(b"half")
+    with pytest.raises(InputError, match="not the whole state of a run"):
+        checkpoint.precision_of(found, "auto")
+
+
+def test_a_state_of_a_gpu_opens_where_there_is_none(made, monkeypatch):
+    cfg, save = made
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.serialization, "location_tag", lambda _: "cuda:0")
+        folder = save(5, extra=torch.ones(3))
+    with pytest.raises(RuntimeError, match="on a CUDA device"):
+        torch.load(folder / checkpoint.STATE, weights_only=True)
+    assert checkpoint.load_state(folder, cfg)["extra"].device.type == "cpu"
+    assert checkpoint.precision_of([folder], "auto") == "auto"
+
+
+def test_any_seed_that_is_allowed():
+    """Of every process, though torch takes 64 bits; each draws its own."""
+    found = []
+    for rank in range(1, 4):
+        checkpoint.seed_generators(2**63 - 1, rank)
+        found.append((random.random(), float(np.random.rand()), torch.rand(()).item()))
+    assert all(len(set(drawn)) == 3 for drawn in zip(*found))
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EIO])
+def test_a_file_system_without_locks(made, monkeypatch, code):
+    cfg, _ = made
+
+    def refuse(*_):
+        raise OSError(code, "refused")
+
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    if code == errno.EIO:
+        with pytest.raises(InputError, match="cannot be written"):
+            checkpoint.remember_config(cfg)
+    else:
+        checkpoint.remember_config(cfg).close()
+
+
+def test_what_a_crash_leaves_is_never_picked_up(made):
+    cfg, save = made
+    save(5)
+    run = Path(cfg.train.out)
+    for torn in (".saving-000009-123", "step-000009"):
+        (run / torn).mkdir()
+        (run / torn / "model.safetensors").write_bytes(b"half")
+    assert [p.name for p in checkpoint.folders(run)] == ["step-000005"]
+    assert checkpoint.resolve(run).name == "step-000005"
+    save(9)  # and the torn folder of the same step is replaced
+    assert checkpoint.load_state(checkpoint.resolve(run), cfg)["step"] == 9
+
+
+def break_save(monkeypatch, how: str) -> None:
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    if how == "weights":
+        monkeypatch.setattr("models.pretrained.safetensors_io.save_file", full)
+    elif how == "state":
+        monkeypatch.setattr(torch, "save", full)
+    else:
+        monkeypatch.setattr(Path, "rename", full)
+
+
+@pytest.mark.parametrize("how", ["weights", "state", "rename"])
+def test_a_full_disk_leaves_the_one_before_whole(made, monkeypatch, how):
+    cfg, save = made
+    save(5)
+    with monkeypatch.context() as patched:
+        break_save(patched, how)
+        with pytest.raises(InputError, match=r"step-000010.*No space left on device"):
+            save(10)
+    assert names(cfg) == ["step-000005"]
+    assert checkpoint.load_state(checkpoint.resolve(cfg.train.out), cfg)["step"] == 5
+
+
+@pytest.mark.parametrize("limit", [30_000, 300_000], ids=["weights", "state"])
+def test_a_real_refusal_to_write_is_an_input_error(made, limit):
+    """The libraries' own errors, which are not all OSError: files may not grow past the limit."""
+    cfg, save = made
+    save(5)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(InputError, match="could not be written"):
+            save(10, extra=torch.zeros(500_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert names(cfg) == ["step-000005"]
+
+
+def test_generators_continue_where_they_were():
+    def draws():
+        return torch.rand(3).tolist(), random.random(), np.random.rand(2).tolist()
+
+    random.gauss(0, 1), np.random.randn()  # leave a cached second normal in each
+    state = checkpoint.rng_state()
+    first = draws(), random.gauss(0, 1), float(np.random.randn())
+    draws()
+    checkpoint.set_rng_state(state)
+    assert (draws(), random.gauss(0, 1), float(np.random.randn())) == first
+
+
+def test_state_names_what_changed(made):
+    cfg, save = made
+    folder = save(5)
+    other = replace(cfg, train=replace(cfg.train, beta2=0.5, log_every=3, keep=9))
+    with pytest.raises(InputError, match=r"train.beta2: 0.98 then, 0.5 now\)"):
+        checkpoint.load_state(folder, other)
+    assert checkpoint.load_state(folder, cfg)["provenance"]["torch"] == torch.__version__
+
+
+def test_a_run_folder_is_not_overwritten(made):
+    cfg, save = made
+    save(5)
+    with pytest.raises(InputError, match=r"--train\.resume auto"):
+        checkpoint.remember_config(cfg)
+    resumed = replace(cfg, train=replace(cfg.train, resume="auto"))
+    checkpoint.remember_config(resumed)
+    assert read_json(Path(cfg.train.out) / "config.json")["train"]["resume"] == "auto"
+
+
+@pytest.mark.parametrize("kind", ["absent", "empty", "file"])
+def test_what_is_no_checkpoint_is_named(tmp_path, kind):
+    path = tmp_path / kind
+    if kind == "empty":
+        path.mkdir()
+    elif kind == "file":
+        path.write_text("x")
+    with pytest.raises(InputError, match=str(path)):
+        checkpoint.resolve(path)

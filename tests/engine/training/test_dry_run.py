@@ -1,0 +1,59 @@
+"""A dry run takes a step that no batch exceeds, says what a run will take, and leaves nothing."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import torch
+
+from configs import DataConfig
+from data.batches.stream_loader import open_loader
+from data.sources.open import open_source
+from engine.training.dry_run import first_sample, worst_batch
+from train import main
+
+
+def test_nothing_the_loader_makes_is_larger(tiny_processor):
+    packed = DataConfig(batch_size=2, max_length=128, world_questions=2)
+    plain = replace(packed, packing=False, max_tiles=3)
+    for cfg in (packed, plain, replace(packed, tiles_per_batch=128)):
+        worst = worst_batch(tiny_processor, cfg)
+        loader = iter(open_loader(open_source(cfg, "train"), tiny_processor, cfg))
+        for _ in range(8):
+            batch = next(loader)
+            assert batch.input_ids.numel() <= worst.input_ids.numel() == 2 * 128
+            assert len(batch.images) <= len(worst.images)
+        assert worst.n_targets > 0
+        placeholders = (worst.input_ids == tiny_processor.cfg.vlm_image_token_id).sum()
+        assert placeholders == 9 * len(worst.images)
+
+
+def test_the_first_sample_is_one_conversation(tiny_processor):
+    for packing in (True, False):
+        cfg = DataConfig(batch_size=2, max_length=256, packing=packing)
+        batch = next(iter(open_loader(open_source(cfg, "train"), tiny_processor, cfg)))
+        tokens = first_sample(batch)
+        assert int((tokens.ids == tiny_processor.cfg.vlm_bos_token_id).sum()) == 1
+        said = tiny_processor.tokenizer.decode(tokens.ids.tolist(), skip_special_tokens=False)
+        assert said.endswith(("<end_of_utterance>", "<end_of_utterance>\n"))
+        learned = tokens.ids[tokens.supervised]
+        assert 0 < len(learned) < len(tokens.ids)
+        assert tiny_processor.cfg.vlm_image_token_id not in learned
+
+
+def test_a_dry_run_says_all_and_writes_nothing(run_file, tmp_path, capsys):
+    config = run_file("run", data={"packing": True}, steps=600, freeze=("vision",), accumulate=2)
+    torch.manual_seed(99)
+    before, state = set(tmp_path.iterdir()), torch.get_rng_state()
+    main([str(config), "--train.dry-run"])
+    out = capsys.readouterr().out
+    assert set(tmp_path.iterdir()) == before and not torch.equal(torch.get_rng_state(), state)
+    found = re.search(r"vision +([\d,]+) +0\nprojector +([\d,]+) +\2\nlanguage +([\d,]+) +\3", out)
+    assert found, out
+    assert re.search(r"largest batch: 1 rows of 256 tokens, \d+ tiles: [\d.]+ s a step, "
+                     r"[\d.]+ GiB at most", out)  # fmt: skip
+    assert re.search(r"first batch: \d+ samples, \d+ tokens, \d+ tiles, [\d.]+% full: [\d.]+ s a "
+                     r"step, [\d,]+ tokens/s", out)  # fmt: skip
+    assert re.search(r"600 steps of 2 batches, about [\d,]+ samples: \d+ (min|h) .*at most", out)
+    assert re.search(r"User:.*What is \d+\?.*\[\[ red.*<end_of_utterance>\]\]", out, re.S)

@@ -1,0 +1,163 @@
+"""nanoVLM's checkpoints: its names and its un-normalised pixels, in and out again.
+
+Its code is not at hand in a test. The files here are made from our tensors by other means than the
+table: renamed word by word, with q, k and v stacked by a loop.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from config_tools import InputError
+from models.pretrained import save
+from models.vision_language_model import VisionLanguageModel
+
+BASE = 101
+TILES = {f"r{r}c{c}": f"<row_{r}_col_{c}>" for r in range(1, 9) for c in range(1, 9)}
+TODAY = {
+    "lm_base_vocab_size": BASE,
+    "extra_token_amount": 66,
+    "mp_image_token_length": 4,
+    "max_img_size": 64,
+    "vlm_extra_tokens": {"image_token": "<|image|>", "global_image_token": "<|global|>"} | TILES,
+}
+FIRST_RELEASE = {"lm_eos_token_id": 0, "lm_max_length": 79}
+COMMON = (
+    "vit_hidden_dim vit_inter_dim vit_patch_size vit_img_size vit_n_heads vit_dropout vit_n_blocks "
+    "vit_ln_eps vit_cls_flag vit_model_type lm_hidden_dim lm_inter_dim lm_rms_eps lm_re_base "
+    "lm_max_position_embeddings lm_n_heads lm_n_kv_heads lm_dropout lm_n_blocks lm_tie_weights "
+    "lm_model_type lm_tokenizer mp_pixel_shuffle_factor"
+)
+
+
+def nano_tensors(model: VisionLanguageModel, vocab: int) -> dict[str, torch.Tensor]:
+    """Its names, with a vocabulary of its own; a tied pair is stored once, as the head."""
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    for i in range(model.cfg.vit_n_blocks):
+        for kind in ("weight", "bias"):
+            name = f"vision_encoder.blocks.{i}.attn."
+            rows = []
+            for p in "qkv":
+                rows += list(state.pop(f"{name}{p}_proj.{kind}"))
+            state[f"{name}qkv_proj.{kind}"] = torch.stack(rows)
+    for i in range(model.cfg.lm_n_blocks):
+        name = f"decoder.blocks.{i}.attn."
+        state[f"{name}out_proj.weight"] = state.pop(f"{name}o_proj.weight")
+    position = "vision_encoder.patch_embedding.position_embedding"
+    state[position] = state[position].unsqueeze(0)
+    state["decoder.rotary_embd.inv_freq"] = torch.ones(6)
+    for name in ("decoder.token_embedding.weight", "decoder.head.weight"):
+        state[name] = state[name][:vocab].clone()
+    if model.cfg.lm_tie_weights:
+        del state["decoder.token_embedding.weight"]
+    return state
+
+
+@pytest.fixture
+def write(small_model, tmp_path):
+    def write(kind: dict, vocab: int, **fields):
+        """(a model of the same weights for pixels in [0, 1], directory)."""
+        model = small_model(lm_vocab_size=vocab, **fields)
+        config = {name: getattr(model.cfg, name) for name in COMMON.split()} | kind
+        config |= {"lm_vocab_size": vocab, "lm_re_base": 10000, "lm_attn_scaling": 1.0}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        save_file(nano_tensors(model, vocab), tmp_path / "model.safetensors")
+        return model, tmp_path
+
+    return write
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("kind", "vocab"), [(TODAY, BASE + 66), (FIRST_RELEASE, BASE)])
+@torch.no_grad()
+def test_normalised_pixels_give_the_logits_of_raw_ones(kind, vocab, tied, write, make_sample):
+    theirs, folder = write(kind, vocab, lm_tie_weights=tied)
+    ours = VisionLanguageModel.from_pretrained(folder)
+    ids, _ = make_sample(theirs.cfg, 2, 20, seed=0)
+    ids = ids.clamp(max=BASE - 1)
+    raw = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    wanted, _ = theirs(ids[None], raw)
+    is_image = ids == theirs.cfg.vlm_image_token_id
+    mine = ids.masked_fill(is_image, ours.cfg.vlm_image_token_id)
+    logits, _ = ours(mine[None], (raw - 0.5) / 0.5)
+    torch.testing.assert_close(logits[..., :BASE], wanted[..., :BASE], rtol=0, atol=1e-5)
+    assert (ours(mine[None], raw)[0][..., :BASE] - wanted[..., :BASE]).abs().max() > 0.1
+    assert ours.cfg.lm_vocab_size == BASE + 128 and ours.cfg.lm_tie_weights == tied
+    assert ours.cfg.max_img_size == (64 if kind is TODAY else 16)
+
+
+@torch.no_grad()
+def test_tokens_that_mean_the_same_keep_their_row(write):
+    theirs, folder = write(TODAY, BASE + 66, lm_tie_weights=False)
+    ours = VisionLanguageModel.from_pretrained(folder)
+    for before, after in (
+        (theirs.decoder.token_embedding.weight, ours.decoder.token_embedding.weight),
+        (theirs.decoder.head.weight, ours.decoder.head.weight),
+    ):
+        assert torch.equal(after[:BASE], before[:BASE])
+        assert torch.equal(after[BASE], before[BASE + 1])  # the global view
+        assert torch.equal(after[BASE + 1 + 6 * 2 + 3], before[BASE + 2 + 8 * 2 + 3])  # row 3 col 4
+        assert torch.equal(after[BASE + 38], before[BASE])  # <image>
+        assert torch.equal(after[BASE + 127], before[2])  # the end of turn was <|im_end|>
+        torch.testing.assert_close(after[BASE + 37], before[:BASE].mean(0))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@torch.no_grad()
+def test_out_again(tied, small_model, tmp_path):
+    model = small_model(lm_tie_weights=tied)
+    save.save_nanovlm(model, tmp_path)
+    wanted = nano_tensors(model, BASE)
+    conv = "vision_encoder.patch_embedding.conv."
+    found = load_file(tmp_path / "model.safetensors")
+    assert found.keys() == wanted.keys()
+    same = found.keys() - {conv + "weight", conv + "bias", "decoder.rotary_embd.inv_freq"}
+    assert all(torch.equal(found[name], wanted[name]) for name in same)
+    raw = torch.rand(2, 3, 16, 16)
+    ours = model.vision_encoder.patch_embedding.conv((raw - 0.5) / 0.5)
+    theirs = torch.conv2d(raw, found[conv + "weight"], found[conv + "bias"], stride=4)
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+    freq = found["decoder.rotary_embd.inv_freq"]
+    torch.testing.assert_close(freq, 10000.0 ** (-torch.arange(0, 12, 2) / 12))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert set(COMMON.split()) <= set(config) and config["mp_image_token_length"] == 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        (dict(vit_cls_flag=True), "a CLS token"),
+        (dict(lm_qk_norm=True), "a norm of queries and keys"),
+        (dict(vit_hidden_act="gelu"), "another activation"),
+        (dict(lm_head_dim=20), "a head width of its own"),
+        (dict(vit_image_mean=(0.5, 0.4, 0.5)), "another normalisation"),
+    ],
+)
+def test_what_it_has_no_place_for(fields, says, small_model, tmp_path):
+    with pytest.raises(InputError, match=says):
+        save.save_nanovlm(small_model(**fields), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_does_not_fit(write):
+    _, folder = write(TODAY, BASE + 66)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["decoder.extra"] = torch.zeros(2)
+    del tensors["decoder.blocks.1.norm2.weight"]
+    qkv = "vision_encoder.blocks.0.attn.qkv_proj.weight"
+    tensors[qkv] = tensors[qkv][:-1].clone()
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(InputError) as error:
+        VisionLanguageModel.from_pretrained(folder)
+    for words in ("left over: decoder.extra", "missing: decoder.blocks.1.norm2.weight",
+                  f"misshapen: {qkv} is [95, 32], the config says [96, 32]"):  # fmt: skip
+        assert words in str(error.value)
+    config = json.loads((folder / "config.json").read_text())
+    del config["lm_hidden_dim"], config["vit_n_heads"]
+    (folder / "config.json").write_text(json.dumps(config | {"lm_hidden_dim": 48}))
+    with pytest.raises(InputError, match=r"\['vit_n_heads'\]: are missing"):
+        VisionLanguageModel.from_pretrained(folder)
