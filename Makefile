@@ -15,7 +15,7 @@ RUN = runs/demo
 # Train the built-in default, score it, show its answers. A finished or interrupted demo continues.
 demo: .venv/installed
 	$(PY) train.py tiny --train.out $(RUN) --train.resume auto
-	$(PY) score.py $(RUN) --data.source world --split test --json $(RUN)/score.json --sheet $(RUN)/answers.png
+	$(PY) score.py $(RUN) --data.source world --split test --json $(RUN)/score.json --answer-sheet $(RUN)/answers.png
 	$(PY) -m data.world $(RUN)/question.png
 	@echo
 	@echo "Look at $(RUN)/answers.png, then ask it yourself:"

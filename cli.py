@@ -1,4 +1,4 @@
-"""The command line: flags from dataclasses by tyro, presets, and errors as one sentence."""
+"""The command line: flags from dataclasses by tyro, presets, and errors in one line."""
 
 from __future__ import annotations
 
@@ -10,38 +10,55 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable
-from typing import get_origin, get_type_hints
+from collections.abc import Callable, Container
+from typing import Any, get_origin, get_type_hints
 
 import configs_classify
-from config_tools import (
-    InputError,
-    from_dict,
-    read_json,
-)
+from config_tools import RENAMED, InputError, from_dict, read_json
 from configs import PRESETS, RunConfig
+
+# Old flag or subcommand -> its names today; a script knows at most one of them.
+RENAMED_FLAGS: dict[str, tuple[str, ...]] = {
+    "--sheet": ("--answer-sheet", "--contact-sheet"),
+    "look": ("rollout",),
+} | {
+    f"--{part}.{old}".replace("_", "-"): (f"--{part}.{new}".replace("_", "-"),)
+    for part in ("data", "train")
+    for old, new in RENAMED.items()
+}
+
+
+def current_name(word: str, known: Container[str]) -> str:
+    """The name today of a renamed flag or subcommand, if `known` has it; else empty."""
+    return next((new for new in RENAMED_FLAGS.get(word, ()) if new in known), "")
 
 
 def parse_known(cls: type, argv: list[str], **options) -> tuple:
-    """(a dataclass, the words that are no flags of it), by tyro; raises `InputError`."""
+    """Parse flags with tyro; return (dataclass, arguments that are not its flags).
+
+    Raises `InputError` for a wrong value, a renamed flag, or a list that is given twice.
+    """
     import tyro
 
-    said = Counter(word.partition("=")[0].replace("_", "-") for word in argv if word[:2] == "--")
-    for flag, hint in flags(cls).items():
-        if said[flag] > 1 and get_origin(hint) is tuple:  # of which tyro would keep the last
-            raise InputError(f"{flag}: given {said[flag]} times; put all its values behind one.")
-    box = io.StringIO()
+    known = flags(cls)
+    counts = Counter(word.partition("=")[0].replace("_", "-") for word in argv if word[:2] == "--")
+    for flag, n in counts.items():
+        if flag not in known and (new := current_name(flag, known)):
+            raise InputError(f"{flag} is now {new}; use the new name.")
+        if n > 1 and get_origin(known.get(flag)) is tuple:  # tyro would keep only the last
+            raise InputError(f"{flag}: given {n} times; put all its values behind one.")
+    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(box):
+        with contextlib.redirect_stderr(stderr):
             return tyro.cli(cls, args=[*argv], return_unknown_args=True, **options)
     except SystemExit as stop:
         if stop.code != 2:  # --help
             raise
-        raise InputError(unboxed(box.getvalue())) from None
+        raise InputError(message_of(stderr.getvalue())) from None
 
 
 def parse(cls: type, argv: list[str], **options):
-    """Flags -> a dataclass; raises `InputError`, of an unknown flag with the nearest."""
+    """Parse flags into a dataclass; raises `InputError`, for an unknown flag with the nearest."""
     value, unknown = parse_known(cls, argv, **options)
     if unknown:
         near = difflib.get_close_matches(unknown[0].replace("_", "-"), flags(cls), n=1)
@@ -51,7 +68,7 @@ def parse(cls: type, argv: list[str], **options):
 
 
 def parse_preset(cls: type, presets: dict, argv: list[str]):
-    """`[preset | run.json] [--field value ...]` -> a dataclass, by default of the first preset.
+    """Parse `[preset | run.json] [--field value ...]`; the first preset is the default.
 
     Raises `InputError`.
     """
@@ -70,14 +87,33 @@ def parse_preset(cls: type, presets: dict, argv: list[str]):
     return parse(cls, argv, default=default, description=description)
 
 
-def unboxed(box: str) -> str:
-    """What tyro says in a frame, between its title and its first rule, as a sentence."""
-    _title, said, *_ = *re.split("^.*[─-]{3}.*$", box, flags=re.M), ""
-    return f"{' '.join(re.sub('[│|]', ' ', said).split()).rstrip('.')}; --help lists all flags."
+def parse_run(argv: list[str]) -> RunConfig:
+    """Parse the arguments of train.py; raises `InputError`."""
+    return parse_preset(RunConfig, PRESETS, join_values(argv, "--data.source"))
+
+
+def parse_classify(argv: list[str]) -> configs_classify.ClassifyConfig:
+    """Parse the arguments of classify.py train; raises `InputError`."""
+    return parse_preset(configs_classify.ClassifyConfig, configs_classify.PRESETS, argv)
+
+
+def join_values(argv: list[str], flag: str) -> list[str]:
+    """Join all words behind a flag into one value: `--data.source a=0.7 b=0.3`."""
+    if flag not in argv:
+        return argv
+    first = argv.index(flag) + 1
+    last = next((i for i in range(first, len(argv)) if argv[i].startswith("--")), len(argv))
+    return [*argv[:first], *[" ".join(argv[first:last])][: last - first], *argv[last:]]
+
+
+def message_of(box: str) -> str:
+    """The text inside the frame that tyro draws around an error, as a sentence."""
+    _title, text, *_ = *re.split("^.*[─-]{3}.*$", box, flags=re.M), ""
+    return f"{' '.join(re.sub('[│|]', ' ', text).split()).rstrip('.')}; --help lists all flags."
 
 
 def flags(cls: type, prefix: str = "--") -> dict[str, object]:
-    """Every flag of a dataclass and its type, those of nested ones after a dot."""
+    """All flags of a dataclass and their types; those of nested dataclasses follow a dot."""
     found = {}
     for name, hint in get_type_hints(cls).items():
         flag = prefix + name.replace("_", "-")
@@ -85,13 +121,31 @@ def flags(cls: type, prefix: str = "--") -> dict[str, object]:
     return found
 
 
-def command(main, argv: list[str] | None = None) -> None:
-    """Run a script's `main(argv)`; a wrong input becomes one sentence on stderr and exit code 2.
+def run_command(usage: str, commands: dict[str, Callable], argv: list[str]) -> None:
+    """Call the subcommand that `argv[0]` names with the other arguments; without one, print usage.
 
-    Names of files may hold any bytes, and so may what is typed: all pass in and out as they are.
+    Raises `InputError` for an unknown or renamed subcommand.
     """
-    for stream in (sys.stdin, sys.stdout):
-        with contextlib.suppress(AttributeError, io.UnsupportedOperation):  # read before
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage.strip())
+        return
+    if new := current_name(argv[0], commands):
+        raise InputError(f"{argv[0]} is now {new}; use the new name.")
+    if argv[0] not in commands:
+        raise InputError(f"{argv[0]!r}: must be one of {', '.join(commands)}.")
+    commands[argv[0]](argv[1:])
+
+
+def command(main, argv: list[str] | None = None) -> None:
+    """Run a script's `main(argv)`; an `InputError` is printed on stderr, with exit code 2.
+
+    File names may hold any bytes: stdin and stdout pass them on unchanged (surrogateescape).
+    """
+    streams: tuple[Any, Any] = sys.stdin, sys.stdout
+    for stream in streams:
+        with contextlib.suppress(
+            AttributeError, io.UnsupportedOperation
+        ):  # replaced, or already read
             stream.reconfigure(errors="surrogateescape")
     try:
         main(sys.argv[1:] if argv is None else argv)
@@ -101,42 +155,10 @@ def command(main, argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our stdout left, as `| head` does
+    except BrokenPipeError:  # the reader of stdout has closed it, like `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except OSError as error:  # a full disk, a folder that may not be written
+    except OSError as error:  # full disk, missing permission
         place = f"{error.filename}: " if error.filename else ""
         print(f"error: {place}{error.strerror or error}.", file=sys.stderr)
         sys.exit(2)
-
-
-def parse_run(argv: list[str]) -> RunConfig:
-    """`[preset | run.json] [--field value ...]` -> RunConfig.
-
-    Raises `InputError`.
-    """
-    return parse_preset(RunConfig, PRESETS, together(argv, "--data.source"))
-
-
-def together(argv: list[str], flag: str) -> list[str]:
-    """All words behind a flag as one value: `--data.source a=0.7 b=0.3`."""
-    if flag not in argv:
-        return argv
-    first = argv.index(flag) + 1
-    last = next((i for i in range(first, len(argv)) if argv[i].startswith("--")), len(argv))
-    return [*argv[:first], *[" ".join(argv[first:last])][: last - first], *argv[last:]]
-
-
-def run_command(words: str, commands: dict[str, Callable], argv: list[str]) -> None:
-    """The first of `argv` names one of `commands`, which gets the rest; without any, `words`."""
-    if not argv or argv[0] in ("-h", "--help"):
-        print(words.strip())
-        return
-    if argv[0] not in commands:
-        raise InputError(f"{argv[0]!r}: must be one of {', '.join(commands)}.")
-    commands[argv[0]](argv[1:])
-
-
-def parse_classify(argv: list[str]) -> configs_classify.ClassifyConfig:
-    """`[preset | run.json] [--field value ...]` -> ClassifyConfig; raises `InputError`."""
-    return parse_preset(configs_classify.ClassifyConfig, configs_classify.PRESETS, argv)

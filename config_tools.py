@@ -1,4 +1,4 @@
-"""What every config is made of: checks that name the field and the fix, and JSON.
+"""Validation and JSON of config dataclasses, and small helpers for files.
 
 Not here: any field (configs.py, configs_classify.py), flags (cli.py).
 """
@@ -8,71 +8,93 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 FORMAT_VERSION = 1
-HUB_NAME = r"\w[\w.-]*"  # of a user, of a repository
-# Old field name -> today's; a checkpoint written before a rename still loads.
-RENAMED: dict[str, str] = {}
+HUB_NAME = r"\w[\w.-]*"  # name of a user or repository on the Hub
+# Old field name -> today's, so that configs written before a rename still load.
+RENAMED: dict[str, str] = {
+    "world_first": "world_captions_first",
+    "world_described": "world_caption_fraction",
+    "world_shapes": "world_min_shapes",
+    "answers_every": "answer_sheet_every",
+    "crop": "crop_min_scale",
+    "stretch": "crop_max_ratio",
+    "flip": "horizontal_flip",
+    "magnitude": "randaugment_magnitude",
+    "erase": "random_erasing",
+}
+# Deleted field -> the only value that still loads: what the code does now.
+REMOVED: dict[str, object] = {"muon_momentum": 0.95}
 
 
 class InputError(Exception):
-    """Something the user gave is wrong. The message is one sentence: the thing and the fix."""
+    """A wrong input. The message says what is wrong and how to fix it."""
 
 
-class Checked:
-    """Runs `validate()` of *every* base: plain inheritance would run only the first one's."""
+class Validated:
+    """Checks choices and finite numbers, then runs the `validate()` of the class and its bases.
 
-    def __post_init__(self):
+    Inheritance alone would run only the `validate()` of the first base.
+    """
+
+    def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
-            allowed = get_args(hint)
-            is_choice = getattr(hint, "__origin__", None) is Literal
-            if is_choice and getattr(self, name) not in allowed:
-                require(False, name, getattr(self, name), f"must be one of {', '.join(allowed)}")
+            value = getattr(self, name)
+            if get_origin(hint) is Literal:
+                allowed = get_args(hint)
+                require(value in allowed, name, value, f"must be one of {', '.join(allowed)}")
+            numbers = value if isinstance(value, tuple) else (value,)
+            is_finite = all(math.isfinite(x) for x in numbers if isinstance(x, float))
+            require(is_finite, name, value, "must be finite, not nan or inf")
         for base in type(self).__mro__:
             if "validate" in vars(base):
                 base.validate(self)
 
 
-def require(condition: bool, name: str, value: object, fix: str) -> None:
+def require(condition: object, name: str, value: object, fix: str) -> None:
     """Raise `InputError` naming field, value and fix unless `condition` holds."""
     if not condition:
         raise InputError(f"{name} = {value!r}: {fix}.")
 
 
-def need(condition: bool, config: object, name: str, fix: str) -> None:
-    """`require`, of a field: its value is read by name."""
+def check(condition: object, config: Any, name: str, fix: str) -> None:
+    """`require` for a field of a config, whose value it reads by name."""
     require(condition, name, getattr(config, name), fix)
 
 
-def require_positive(config: object, names: str) -> None:
+def require_positive(config: Any, names: str) -> None:
+    """Raise `InputError` unless every field in `names` (separated by spaces) is above 0."""
     for name in names.split():
-        need(getattr(config, name) > 0, config, name, "must be greater than 0")
+        check(getattr(config, name) > 0, config, name, "must be greater than 0")
 
 
-def require_rate(config: object, names: str) -> None:
+def require_rate(config: Any, names: str) -> None:
+    """Raise `InputError` unless every field in `names` is in [0, 1)."""
     for name in names.split():
         value = getattr(config, name)
         require(0 <= value < 1, name, value, "must be at least 0 and below 1")
 
 
-def require_seed(config: object) -> None:
-    need(0 <= config.seed < 2**63, config, "seed", "must be from 0 to 2**63 - 1")
+def require_seed(config: Any) -> None:
+    """Raise `InputError` unless `seed` fits a torch generator."""
+    check(0 <= config.seed < 2**63, config, "seed", "must be from 0 to 2**63 - 1")
 
 
-def to_dict(config: object) -> dict:
-    """A config as plain JSON values, with `format_version`."""
+def to_dict(config: Any) -> dict:
+    """A config as JSON values, with `format_version`."""
     return {"format_version": FORMAT_VERSION} | dataclasses.asdict(config)
 
 
 def from_dict(cls: type, values: dict, where: str = "config"):
-    """The inverse of `to_dict`.
+    """Build a config from what `to_dict` returned; renamed fields are migrated.
 
-    Raises `InputError` on an unknown key (with the nearest name) or a wrong type.
+    Raises `InputError` for an unknown field (naming the nearest) or a wrong type.
     """
-    require(isinstance(values, dict), where, values, "must be an object of fields")
-    values = {RENAMED.get(key, key): value for key, value in values.items()}
+    require(isinstance(values, dict), where, values, "must be a JSON object")
+    values = _migrate(cls, values, where)
     version = values.pop("format_version", FORMAT_VERSION)
     require(isinstance(version, int), f"{where}: format_version", version, "must be int")
     require(
@@ -95,6 +117,20 @@ def from_dict(cls: type, values: dict, where: str = "config"):
     return cls(**values)
 
 
+def _migrate(cls: type, values: dict, where: str) -> dict:
+    """Give fields of earlier versions their current names, and drop deleted ones."""
+    fields = {f.name for f in dataclasses.fields(cls)}
+    migrated = {}
+    for key, value in values.items():
+        if key in REMOVED and key not in fields:
+            fix = f"no longer a setting; it is always {REMOVED[key]}, so remove it"
+            require(value == REMOVED[key], f"{where}: {key}", value, fix)
+            continue
+        new = RENAMED.get(key, key)
+        migrated[new if new in fields else key] = value
+    return migrated
+
+
 def _typed(value: object, hint: type, name: str) -> object:
     if isinstance(value, list):
         value = tuple(value)
@@ -102,8 +138,8 @@ def _typed(value: object, hint: type, name: str) -> object:
         item, *rest = get_args(hint)
         fits = isinstance(value, tuple) and (rest == [...] or len(value) == 1 + len(rest))
         fits = fits and all(isinstance(v, (int, float) if item is float else str) for v in value)
-        what = "three numbers" if rest[1:] else "names"
-        require(fits, name, value, f"must be a list of {what}")
+        kind = "three numbers" if rest[1:] else "names"
+        require(fits, name, value, f"must be a list of {kind}")
     kinds = {int: int, float: (int, float), bool: bool, str: str, int | None: (int, type(None))}
     wrong = (wanted := kinds.get(hint)) and (
         not isinstance(value, wanted) or (hint is not bool and isinstance(value, bool))
@@ -125,22 +161,22 @@ def read_json(path: str | Path) -> dict:
     return value
 
 
-def by_step(checkpoint: Path) -> tuple[int, str]:
-    """To order a run's `step-...` folders: from the millionth step on they have a digit more."""
+def checkpoint_order(checkpoint: Path) -> tuple[int, str]:
+    """Sort key of a run's `step-...` folders, whose numbers may differ in length."""
     return len(checkpoint.name), checkpoint.name
 
 
-def write_whole(path: str | Path, text: str) -> None:
-    """A text file, all of it or, where the disk refuses, what was there before."""
-    beside = Path(f"{path}.writing")
+def write_atomic(path: str | Path, text: str) -> None:
+    """Write a text file completely, or leave the old one if writing fails."""
+    temporary = Path(f"{path}.writing")
     try:
-        beside.write_text(text, encoding="utf-8", errors="surrogateescape")
-        beside.replace(path)
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+        temporary.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def json_line(row: dict) -> str:
-    """A line of JSON for UTF-8, in which half a surrogate has no place: it stays an escape."""
+    """A row as a line of JSON in UTF-8; lone surrogates, which UTF-8 cannot hold, stay escaped."""
     text = json.dumps(row, ensure_ascii=False) + "\n"
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

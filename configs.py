@@ -1,19 +1,20 @@
-"""The blueprint: every number that shapes a model, its data and its training.
+"""Configs of vision-language models, their data and training; and the presets.
 
-Not here: how a number is used (see the room that reads it), anything computed from a checkpoint.
-Class defaults are the `tiny` preset, which trains on two CPU cores in minutes.
+The defaults are the preset `tiny`, which trains on two CPU cores in minutes. A field's docstring is
+its `--help` text. Not here: classifiers (configs_classify.py), flags (cli.py), JSON and validation
+helpers (config_tools.py).
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from config_tools import (
     HUB_NAME,
-    Checked,
-    need,
+    Validated,
+    check,
     require,
     require_positive,
     require_rate,
@@ -22,55 +23,55 @@ from config_tools import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ViTConfig(Checked):
+class ViTConfig(Validated):
     """The vision encoder."""
 
     vit_img_size: int = 48
-    """Height and width of one tile in pixels."""
+    """Height and width of a tile, in pixels."""
     vit_patch_size: int = 8
-    """Height and width of one patch in pixels."""
+    """Height and width of a patch, in pixels."""
     vit_n_channels: int = 3
     """Colour channels of the input."""
     vit_hidden_dim: int = 128
-    """Width of the encoder."""
+    """Embedding dimension."""
     vit_inter_dim: int = 256
-    """Width of the hidden layer of its MLP."""
+    """Hidden dimension of the MLP."""
     vit_n_heads: int = 4
-    """Attention heads."""
+    """Number of attention heads."""
     vit_n_blocks: int = 3
-    """Transformer blocks."""
+    """Number of transformer blocks."""
     vit_hidden_act: Literal["gelu_tanh", "gelu", "quick_gelu", "relu", "swiglu"] = "gelu_tanh"
-    """Activation of the MLP: SigLIP gelu_tanh, ViT gelu, DINOv2 gelu or swiglu, CLIP quick_gelu."""
+    """MLP activation: SigLIP gelu_tanh, ViT gelu, DINOv2 gelu or swiglu, CLIP quick_gelu."""
     vit_ln_eps: float = 1e-6
-    """Epsilon of the layer norms."""
+    """Epsilon of LayerNorm."""
     vit_qkv_bias: bool = True
     """Bias on the query, key and value projections."""
     vit_dropout: float = 0.0
-    """Dropout in attention and on both residual branches."""
+    """Dropout probability in attention and on both residual branches."""
     vit_drop_path: float = 0.0
-    """Stochastic depth: share of samples that skip the last block's branches, 0 for the first."""
+    """Stochastic depth: drop probability of the last block; grows linearly from 0 in the first."""
     vit_cls_flag: bool = False
     """Prepend a learned CLS token."""
     vit_n_registers: int = 0
-    """Learned register tokens after CLS (Darcet et al. 2023); they carry no position."""
+    """Number of register tokens after CLS (Darcet et al. 2023), without position embeddings."""
     vit_pre_norm: bool = False
-    """A norm before the first block instead of a bias of the patch convolution (CLIP)."""
+    """LayerNorm before the first block, and no bias in the patch convolution (CLIP)."""
     vit_layer_scale: bool = False
-    """A learned factor per channel on both residual branches (DINOv2)."""
+    """Learned scale per channel on both residual branches (DINOv2)."""
     vit_n_classes: int = 0
-    """Outputs of a classifier on the pooled features; 0: no classifier."""
+    """Number of classes of the classifier head; 0: no head."""
     vit_labels: tuple[str, ...] = ()
-    """Names of the classes."""
+    """Class names."""
     vit_head: Literal["linear", "mlp"] = "linear"
-    """The classifier; mlp has a hidden layer with tanh, as the ViT paper pretrains."""
+    """Classifier head; mlp: with a hidden tanh layer, as in the ViT paper's pretraining."""
     vit_pool: Literal["auto", "none", "cls", "mean", "map"] = "auto"
-    """What ViT(images) pools. auto: cls with a CLS token, else mean to classify, else none."""
+    """Pooling of ViT(images). auto: cls with a CLS token, else mean with a head, else none."""
     vit_image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    """Pixel mean subtracted per channel, after scaling to [0, 1]."""
+    """Mean per channel, subtracted from pixels in [0, 1]."""
     vit_image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    """Pixel standard deviation divided by per channel."""
+    """Standard deviation per channel, by which pixels are divided."""
     vit_model_type: str = ""
-    """Hub id or directory of pretrained weights; empty: from scratch."""
+    """Hub id or directory of pretrained weights; empty: random initialization."""
 
     @property
     def vit_grid(self) -> int:
@@ -85,6 +86,7 @@ class ViTConfig(Checked):
 
     @property
     def vit_n_patches(self) -> int:
+        """Patches of a tile."""
         return self.vit_grid**2
 
     @property
@@ -100,73 +102,73 @@ class ViTConfig(Checked):
         )
         require_rate(self, "vit_dropout vit_drop_path")
         fix = f"must be a multiple of vit_patch_size = {self.vit_patch_size}"
-        need(self.vit_img_size % self.vit_patch_size == 0, self, "vit_img_size", fix)
+        check(self.vit_img_size % self.vit_patch_size == 0, self, "vit_img_size", fix)
         fix = f"must be a multiple of vit_n_heads = {self.vit_n_heads}"
-        need(self.vit_hidden_dim % self.vit_n_heads == 0, self, "vit_hidden_dim", fix)
-        need(self.vit_n_registers >= 0, self, "vit_n_registers", "must not be negative")
-        need(self.vit_n_classes >= 0, self, "vit_n_classes", "must not be negative")
+        check(self.vit_hidden_dim % self.vit_n_heads == 0, self, "vit_hidden_dim", fix)
+        check(self.vit_n_registers >= 0, self, "vit_n_registers", "must not be negative")
+        check(self.vit_n_classes >= 0, self, "vit_n_classes", "must not be negative")
         fix = "needs a CLS token, so set vit_cls_flag = True or pool by mean or map"
-        need(self.vit_pool != "cls" or self.vit_cls_flag, self, "vit_pool", fix)
+        check(self.vit_pool != "cls" or self.vit_cls_flag, self, "vit_pool", fix)
         fix = "a classifier needs mean, cls or map"
-        need(self.vit_pool != "none" or not self.vit_n_classes, self, "vit_pool", fix)
+        check(self.vit_pool != "none" or not self.vit_n_classes, self, "vit_pool", fix)
         n, labels = self.vit_n_classes, self.vit_labels
         fix = f"must be {n} different names, as vit_n_classes says, or none; set both"
         require(not labels or len(set(labels)) == len(labels) == n, "vit_labels", labels, fix)
-        need(min(self.vit_image_std) > 0, self, "vit_image_std", "must be positive")
+        check(min(self.vit_image_std) > 0, self, "vit_image_std", "must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LMConfig(Checked):
+class LMConfig(Validated):
     """The decoder language model."""
 
     lm_hidden_dim: int = 128
-    """Width of the decoder."""
+    """Embedding dimension."""
     lm_inter_dim: int = 256
-    """Width of the hidden layer of the gated MLP."""
+    """Hidden dimension of the gated MLP."""
     lm_n_heads: int = 4
-    """Query heads."""
+    """Number of query heads."""
     lm_n_kv_heads: int = 4
-    """Key and value heads; fewer than lm_n_heads is grouped-query attention."""
+    """Number of key and value heads; fewer than lm_n_heads: grouped-query attention."""
     lm_head_dim: int | None = None
-    """Width of one head; none means lm_hidden_dim / lm_n_heads."""
+    """Dimension of a head; none: lm_hidden_dim / lm_n_heads."""
     lm_n_blocks: int = 4
-    """Transformer blocks."""
+    """Number of transformer blocks."""
     lm_vocab_size: int = 640
-    """Rows of the token embedding; at least the tokenizer's size."""
+    """Rows of the token embedding; at least the size of the tokenizer."""
     lm_max_position_embeddings: int = 2048
-    """Longest sequence."""
+    """Maximum sequence length in tokens."""
     lm_rms_eps: float = 1e-5
-    """Epsilon of the RMS norms."""
+    """Epsilon of RMSNorm."""
     lm_re_base: float = 10000.0
     """Base (theta) of the rotary embedding."""
     lm_rope_type: Literal["default", "linear", "llama3"] = "default"
-    """How the rotary frequencies are stretched for long contexts."""
+    """Scaling of the rotary frequencies for long contexts."""
     lm_rope_factor: float = 1.0
-    """Stretch factor of linear and llama3 rope."""
+    """Scaling factor of linear and llama3 RoPE."""
     lm_rope_low_freq_factor: float = 1.0
-    """llama3 rope: wavelengths longer than original length / this are stretched fully."""
+    """llama3 RoPE: wavelengths above original length / this are scaled fully."""
     lm_rope_high_freq_factor: float = 4.0
-    """llama3 rope: wavelengths shorter than original length / this are left alone."""
+    """llama3 RoPE: wavelengths below original length / this are not scaled."""
     lm_rope_original_max_positions: int = 8192
-    """llama3 rope: context length before stretching."""
+    """llama3 RoPE: context length before scaling, in tokens."""
     lm_nope_every: int = 0
-    """Every so many-th block attends without positions (SmolLM3: 4); 0: none does."""
+    """Every n-th block has no rotary embedding (NoPE; SmolLM3: 4); 0: all blocks have it."""
     lm_qkv_bias: bool = False
     """Bias on the query, key and value projections (Qwen2)."""
     lm_qk_norm: bool = False
-    """RMS norm of queries and keys per head (Qwen3)."""
+    """RMSNorm on queries and keys, per head (Qwen3)."""
     lm_tie_weights: bool = True
-    """Share the token embedding with the output head."""
+    """Share the weights of token embedding and output head."""
     lm_dropout: float = 0.0
-    """Dropout in attention and on both residual branches."""
+    """Dropout probability in attention and on both residual branches."""
     lm_model_type: str = ""
-    """Hub id or directory of pretrained weights; empty: from scratch."""
+    """Hub id or directory of pretrained weights; empty: random initialization."""
     lm_tokenizer: str = "world"
-    """Hub id or directory; world: a byte-level BPE of the built-in data and a little English."""
+    """Hub id or directory; world: a built-in byte-level BPE for the synthetic data."""
 
     @property
     def lm_head_width(self) -> int:
-        """Width of one attention head."""
+        """Dimension of an attention head."""
         return self.lm_head_dim or self.lm_hidden_dim // self.lm_n_heads
 
     def validate(self):
@@ -177,23 +179,23 @@ class LMConfig(Checked):
         )
         require_rate(self, "lm_dropout")
         positive = self.lm_head_dim is None or self.lm_head_dim > 0
-        need(positive, self, "lm_head_dim", "must be greater than 0, or left out")
+        check(positive, self, "lm_head_dim", "must be greater than 0, or left out")
         fix = f"must divide lm_n_heads = {self.lm_n_heads}"
-        need(self.lm_n_heads % self.lm_n_kv_heads == 0, self, "lm_n_kv_heads", fix)
+        check(self.lm_n_heads % self.lm_n_kv_heads == 0, self, "lm_n_kv_heads", fix)
         whole = self.lm_head_dim is not None or self.lm_hidden_dim % self.lm_n_heads == 0
         fix = f"must be a multiple of lm_n_heads = {self.lm_n_heads}, or set lm_head_dim"
-        need(whole, self, "lm_hidden_dim", fix)
-        need(self.lm_nope_every >= 0, self, "lm_nope_every", "must not be negative")
+        check(whole, self, "lm_hidden_dim", fix)
+        check(self.lm_nope_every >= 0, self, "lm_nope_every", "must not be negative")
         even = self.lm_head_width % 2 == 0
         require(even, "lm_head_dim", self.lm_head_width, "must be even, for the rotary embedding")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProjectorConfig(Checked):
-    """From patches to tokens."""
+class ProjectorConfig(Validated):
+    """The projector from patches to image tokens."""
 
     mp_pixel_shuffle_factor: int = 2
-    """Patches per side folded into one image token."""
+    """Patches per side merged into one image token."""
 
     def validate(self):
         require_positive(self, "mp_pixel_shuffle_factor")
@@ -201,18 +203,18 @@ class ProjectorConfig(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class VLMConfig(ViTConfig, LMConfig, ProjectorConfig):
-    """A whole vision-language model. Fields are flat and carry nanoVLM's names."""
+    """A vision-language model; the field names are those of nanoVLM."""
 
     max_img_size: int = 48
-    """Longest image edge after resizing, in pixels; beyond vit_img_size, tiles are cut."""
+    """Longest image side after resizing, in pixels; above vit_img_size, images become tiles."""
     vlm_pad_token_id: int = 0
-    """Token that fills the end of rows; never a target."""
+    """Padding token; never supervised."""
     vlm_bos_token_id: int = 1
     """First token of every conversation."""
     vlm_eos_token_id: int = 2
-    """End of turn: supervised, and the only token that stops generation."""
+    """End-of-turn token: supervised, and the only one that stops generation."""
     vlm_image_token_id: int = 3
-    """Placeholder that the projected image tokens replace."""
+    """Placeholder token, replaced by projected image tokens."""
 
     @property
     def tokens_per_tile(self) -> int:
@@ -222,175 +224,178 @@ class VLMConfig(ViTConfig, LMConfig, ProjectorConfig):
     def validate(self):
         fits = self.vit_grid % self.mp_pixel_shuffle_factor == 0
         fix = f"must divide the {self.vit_grid} patches per side"
-        need(fits, self, "mp_pixel_shuffle_factor", fix)
+        check(fits, self, "mp_pixel_shuffle_factor", fix)
         fix = f"must be a multiple of vit_img_size = {self.vit_img_size}"
-        need(self.max_img_size % self.vit_img_size == 0, self, "max_img_size", fix)
-        most = 6 * self.vit_img_size
-        fix = f"must be at most 6 x vit_img_size = {most}, as Idefics3 names 6 x 6 tiles"
-        need(self.max_img_size <= most, self, "max_img_size", fix)
+        check(self.max_img_size % self.vit_img_size == 0, self, "max_img_size", fix)
+        limit = 6 * self.vit_img_size
+        fix = f"must be at most 6 x vit_img_size = {limit}: Idefics3 has names for 6 x 6 tiles"
+        check(self.max_img_size <= limit, self, "max_img_size", fix)
         names = [f"vlm_{kind}_token_id" for kind in ("pad", "bos", "eos", "image")]
         ids = [getattr(self, name) for name in names]
         require(len(set(ids)) == 4, ", ".join(names), ids, "must be four different tokens")
-        fix = f"must exceed every special token id, of which the largest is {max(ids)}"
-        need(min(ids) >= 0 and max(ids) < self.lm_vocab_size, self, "lm_vocab_size", fix)
-        need(self.vit_n_channels == 3, self, "vit_n_channels", "must be 3 in a VLM")
-        need(self.vit_n_classes == 0, self, "vit_n_classes", "must be 0 in a VLM")
-        fix = "must be another in a VLM, which takes all patches, so that it would never learn"
-        need(self.vit_pool != "map", self, "vit_pool", fix)
+        fix = f"must exceed every special token id; the largest is {max(ids)}"
+        check(min(ids) >= 0 and max(ids) < self.lm_vocab_size, self, "lm_vocab_size", fix)
+        check(self.vit_n_channels == 3, self, "vit_n_channels", "must be 3 in a VLM")
+        check(self.vit_n_classes == 0, self, "vit_n_classes", "must be 0 in a VLM")
+        fix = "must be another in a VLM: it uses all patches, so map pooling would never train"
+        check(self.vit_pool != "map", self, "vit_pool", fix)
 
 
 RATINGS = ("min_relevance", "min_image_correspondence", "min_visual_dependency", "min_formatting")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig(Checked):
-    """What the model is trained on."""
+class DataConfig(Validated):
+    """Training data of a vision-language model."""
 
     source: str = "world"
     """world, a .jsonl .json .csv .parquet file, a folder, hf:owner/name[:set][@split]; a=1 b=2."""
     stream: bool = False
-    """Read rows in passing: no pass over all of them first, no length, nothing kept."""
+    """Stream rows: no indexing pass, unknown length, nothing cached."""
     stream_block: int = 1000
-    """Rows of a stream that are held and shuffled together."""
+    """Size of a stream's shuffle buffer, in rows."""
     min_relevance: int = 1
-    """Least `relevance_ratings` of a question and answer, 1 to 5, where FineVision rates them."""
+    """Minimum `relevance_ratings` (1 to 5) of a turn, in datasets rated like FineVision."""
     min_image_correspondence: int = 1
-    """Least `image_correspondence_ratings`."""
+    """Minimum `image_correspondence_ratings` (1 to 5)."""
     min_visual_dependency: int = 1
-    """Least `visual_dependency_ratings`."""
+    """Minimum `visual_dependency_ratings` (1 to 5)."""
     min_formatting: int = 1
-    """Least `formatting_ratings`."""
+    """Minimum `formatting_ratings` (1 to 5)."""
     fetch_images: bool = False
-    """Download pictures that rows name by web address; otherwise such rows are refused."""
+    """Download images given as URLs; otherwise such rows are errors."""
     seed: int = 0
-    """Seed of the world's scenes and of the order of the rows."""
+    """Seed of the built-in scenes and of the row order."""
     batch_size: int = 2
     """Rows per batch and process."""
     max_length: int = 1024
-    """Longest row in tokens; with packing, the length that several conversations fill together."""
+    """Maximum row length in tokens; with packing, the length that several conversations share."""
     packing: bool = True
-    """Put several conversations in one row; they never see each other."""
+    """Pack several conversations into a row; attention never crosses between them."""
     max_tiles: int = 64
-    """Most tiles of one conversation; more is refused, never cut."""
+    """Maximum tiles of a conversation; more is an error, nothing is truncated."""
     tiles_per_batch: int = 0
-    """Most tiles of a packed batch, shared by its rows; 0: as many as its tokens allow."""
+    """Maximum tiles of a packed batch; 0: as many as fit its tokens."""
     val_fraction: float = 0.02
-    """Share of a file's rows kept for validation, chosen by a hash of the row."""
+    """Fraction of rows held out for validation, chosen by a hash of the row."""
     world_questions: int = 4
-    """Questions about a built-in scene in one training conversation."""
-    world_described: float = 0.2
-    """Share of built-in scenes that are described, not asked about."""
-    world_first: int = 14000
-    """Training scenes that come first and are all described: seeing before answering."""
-    world_shapes: int = 2
-    """Fewest shapes a training scene is drawn from, of 4; with 1, four of a kind are less rare."""
+    """Built-in data: questions per training conversation."""
+    world_caption_fraction: float = 0.2
+    """Built-in data: fraction of scenes with a caption instead of questions."""
+    world_captions_first: int = 14000
+    """Built-in data: the first n training scenes all have captions instead of questions."""
+    world_min_shapes: int = 2
+    """Built-in data: minimum number of kinds of shape (of 4) that a training scene draws from."""
     workers: int = 0
-    """Processes that prepare samples; 0: the training process does."""
+    """Worker processes that prepare samples; 0: the training process prepares them."""
 
     def validate(self):
         require_positive(self, "batch_size max_length max_tiles world_questions stream_block")
-        need(1 <= self.world_shapes <= 4, self, "world_shapes", "must be from 1 to 4")
+        check(1 <= self.world_min_shapes <= 4, self, "world_min_shapes", "must be from 1 to 4")
         fix = f"must be 0, or at least batch_size x max_tiles = {self.batch_size * self.max_tiles}"
         enough = self.tiles_per_batch >= self.batch_size * self.max_tiles
-        need(not self.tiles_per_batch or enough, self, "tiles_per_batch", fix)
+        check(not self.tiles_per_batch or enough, self, "tiles_per_batch", fix)
         for name in RATINGS:
-            need(1 <= getattr(self, name) <= 5, self, name, "must be from 1 to 5")
+            check(1 <= getattr(self, name) <= 5, self, name, "must be from 1 to 5")
         require_rate(self, "val_fraction")
         require_seed(self)
-        require(self.world_first >= 0, "world_first", self.world_first, "must not be negative")
-        share = self.world_described
-        require(0 <= share <= 1, "world_described", share, "must be between 0 and 1")
+        require(
+            self.world_captions_first >= 0,
+            "world_captions_first",
+            self.world_captions_first,
+            "must not be negative",
+        )
+        share = self.world_caption_fraction
+        require(0 <= share <= 1, "world_caption_fraction", share, "must be between 0 and 1")
         require(self.workers >= 0, "workers", self.workers, "must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoopConfig(Checked):
-    """What every training run has, whatever the model."""
+class LoopConfig(Validated):
+    """Training settings that vision-language models and classifiers share."""
 
     out: str = "runs/tiny"
-    """Run folder: configuration, log, loss curve, checkpoints."""
+    """Run folder: config, log, loss curve, checkpoints."""
     steps: int = 1500
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     accumulate: int = 1
-    """Batches per optimizer step."""
+    """Gradient accumulation: batches per optimizer step and process."""
     optimizer: Literal["adamw", "muon", "adamw8bit"] = "muon"
-    """muon: Muon for the blocks' matrices, AdamW for the rest. adamw8bit needs torchao."""
+    """muon: Muon for matrices of the blocks, AdamW for the rest. adamw8bit needs torchao."""
     lr_muon: float = 0.012
-    """Peak learning rate of matrices trained by Muon."""
+    """Peak learning rate of Muon."""
     weight_decay: float = 0.05
-    """Decoupled weight decay; never on norms, biases, embeddings."""
+    """Decoupled weight decay, except on norms, biases and embeddings."""
     beta1: float = 0.9
-    """AdamW's first moment decay."""
+    """AdamW: decay of the first moment."""
     beta2: float = 0.98
-    """AdamW's second moment decay."""
-    muon_momentum: float = 0.95
-    """Muon's momentum."""
+    """AdamW: decay of the second moment."""
     warmup: int = 50
-    """Steps of linear warm-up."""
+    """Linear warmup, in steps."""
     schedule: Literal["cosine", "linear", "constant"] = "linear"
-    """Shape of the decay to zero after warm-up."""
+    """Learning rate decay to zero after warmup."""
     layer_decay: float = 1.0
-    """Learning rate of each block as a share of the next one's; the embeddings stand below all."""
+    """Layer-wise learning rate decay: factor from each block to the one below it."""
     ema: float = 0.0
-    """Decay of averaged weights, which are evaluated and saved in place of the last; 0: none."""
+    """Decay of the moving average of weights that is evaluated and saved; 0: no averaging."""
     grad_clip: float = 1.0
-    """Largest norm of the whole gradient; 0: none."""
+    """Maximum gradient norm; 0: no clipping."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 autocast where the hardware computes it faster, else fp32."""
+    """auto: bf16 autocast if it is faster on this hardware, else fp32."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of each block. auto: on a GPU; a CPU earns it back in minutes to hours."""
+    """torch.compile each transformer block. auto: only on a GPU."""
     seed: int = 0
-    """Seed of initial weights and dropout."""
+    """Seed of weight initialization and dropout."""
     log_every: int = 10
-    """Steps between log lines."""
+    """Log every n steps."""
     eval_every: int = 300
-    """Steps between evaluations; 0: only at the end."""
+    """Evaluate every n steps; 0: only at the end."""
     eval_samples: int = 200
     """Validation questions per evaluation."""
     save_every: int = 500
-    """Steps between checkpoints; 0: only at the end."""
+    """Save a checkpoint every n steps; 0: only at the end."""
     keep: int = 2
-    """Checkpoints kept, newest first; beside them the best evaluated one."""
+    """Number of newest checkpoints to keep; the best evaluated one is kept as well."""
     resume: Literal["no", "auto"] = "no"
-    """auto: continue from the newest checkpoint in the run folder, if there is one."""
+    """auto: resume from the newest checkpoint in the run folder, if there is one."""
     max_bad_steps: int = 3
-    """Non-finite steps skipped in a row before stopping."""
+    """Stop after n consecutive steps whose loss or gradient is NaN or Inf; fewer are skipped."""
     push: str = ""
-    """Hub repository, user/name, that gets the result at the end; private if made by this."""
+    """Hub repository (user/name) to push the result to; created private."""
     wandb: bool = False
-    """Also log to Weights & Biases (offline unless WANDB_MODE says otherwise)."""
+    """Log to Weights & Biases too; offline unless WANDB_MODE is set."""
 
     def validate(self):
         require_positive(self, "steps accumulate log_every eval_samples keep max_bad_steps")
-        require_rate(self, "beta1 beta2 muon_momentum ema")
+        require_rate(self, "beta1 beta2 ema")
         require_seed(self)
-        need(0 < self.layer_decay <= 1, self, "layer_decay", "must be above 0 and at most 1")
+        check(0 < self.layer_decay <= 1, self, "layer_decay", "must be above 0 and at most 1")
         names = "lr_muon weight_decay warmup grad_clip eval_every save_every"
         for name in names.split():
-            need(getattr(self, name) >= 0, self, name, "must not be negative")
+            check(getattr(self, name) >= 0, self, name, "must not be negative")
         is_name = re.fullmatch(rf"{HUB_NAME}/{HUB_NAME}", self.push)
-        need(not self.push or is_name, self, "push", "must be user/name")
+        check(not self.push or is_name, self, "push", "must be user/name")
 
 
-def require_freeze(cfg: object, parts: str) -> None:
-    """Every name of `cfg.freeze` is a part, and one is left to train."""
+def require_freeze(cfg: Any, parts: str) -> None:
+    """Raise `InputError` unless `cfg.freeze` names some of `parts`, but not all."""
     names = parts.split()
-    need(set(cfg.freeze) <= set(names), cfg, "freeze", f"may name {', '.join(names)}")
-    need(set(cfg.freeze) != set(names), cfg, "freeze", "leaves nothing to train")
+    check(set(cfg.freeze) <= set(names), cfg, "freeze", f"may name {', '.join(names)}")
+    check(set(cfg.freeze) != set(names), cfg, "freeze", "leaves nothing to train")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(LoopConfig):
-    """How a vision-language model is trained."""
+    """Training settings of a vision-language model."""
 
     steps: int = 2300
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     lr_muon: float = 0.008
-    """Peak learning rate of matrices trained by Muon."""
+    """Peak learning rate of Muon."""
     eval_every: int = 500
-    """Steps between evaluations; 0: only at the end."""
+    """Evaluate every n steps; 0: only at the end."""
     weight_decay: float = 0.2
-    """Decoupled weight decay; never on norms, biases, embeddings."""
+    """Decoupled weight decay, except on norms, biases and embeddings."""
     lr_vision: float = 0.0015
     """Peak learning rate of the vision encoder (AdamW)."""
     lr_projector: float = 0.0015
@@ -398,45 +403,45 @@ class TrainConfig(LoopConfig):
     lr_language: float = 0.0015
     """Peak learning rate of the language model (AdamW)."""
     freeze: tuple[Literal["vision", "projector", "language"], ...] = ()
-    """Parts that do not train."""
+    """Parts that are not trained."""
     init_from: str = ""
-    """Checkpoint whose weights and tokenizer start this run; the model fields are then its own."""
+    """Checkpoint to start from: its weights, tokenizer and model config."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """Of several processes each has the whole model (ddp), or a part of every block (fsdp)."""
+    """With several processes: replicate the model (ddp) or shard every block (fsdp)."""
     lora: tuple[Literal["vision", "projector", "language"], ...] = ()
-    """Parts that train low-rank adapters instead of their weights (needs peft)."""
+    """Parts that train LoRA adapters instead of their weights (needs peft)."""
     lora_r: int = 8
     """Rank of the adapters."""
     lora_alpha: float = 16.0
-    """Adapters count lora_alpha / lora_r."""
+    """Adapter outputs are scaled by lora_alpha / lora_r."""
     lora_targets: tuple[str, ...] = ()
-    """Linear layers that get one, by the end of their names: q_proj v_proj; none named: all."""
+    """Suffixes of the linear layers that get adapters, for example q_proj v_proj; empty: all."""
     activation_checkpointing: tuple[Literal["vision", "language"], ...] = ()
-    """Parts whose blocks run again in the backward pass, not kept; of others, memory decides."""
-    answers_every: int = 1
-    """Evaluations between pictures of sample answers, answers-STEP.png; 0: none."""
+    """Parts whose blocks are recomputed in backward; others are if the largest batch needs it."""
+    answer_sheet_every: int = 1
+    """Draw an answer sheet, answers-STEP.png, at every n-th evaluation; 0: never."""
     dry_run: bool = False
-    """Build everything, take one step with the largest batch, say what the run will take, stop."""
+    """Measure time and memory of the largest batch, print them and stop; writes nothing."""
 
     def validate(self):
         require_positive(self, "lora_r lora_alpha")
-        need(self.answers_every >= 0, self, "answers_every", "must not be negative")
+        check(self.answer_sheet_every >= 0, self, "answer_sheet_every", "must not be negative")
         blocks = set(self.activation_checkpointing) <= {"vision", "language"}
-        need(blocks, self, "activation_checkpointing", "may name vision, language")
+        check(blocks, self, "activation_checkpointing", "may name vision, language")
         names = ("vision", "projector", "language")
-        need(set(self.lora) <= set(names), self, "lora", f"may name {', '.join(names)}")
+        check(set(self.lora) <= set(names), self, "lora", f"may name {', '.join(names)}")
         plain = self.optimizer == "adamw" and not self.ema and not self.lora
-        fix = "parts of matrices go with adamw alone: no muon, ema or lora"
-        need(self.parallel == "ddp" or plain, self, "parallel", fix)
-        fix = "a frozen part trains no adapters, so name it once"
-        need(not set(self.lora) & set(self.freeze), self, "lora", fix)
+        fix = "fsdp supports optimizer = adamw only, without ema and lora"
+        check(self.parallel == "ddp" or plain, self, "parallel", fix)
+        fix = "names a part that is also in freeze; a frozen part trains no adapters"
+        check(not set(self.lora) & set(self.freeze), self, "lora", fix)
         for name in ("lr_vision", "lr_projector", "lr_language"):
-            need(getattr(self, name) >= 0, self, name, "must not be negative")
+            check(getattr(self, name) >= 0, self, name, "must not be negative")
         require_freeze(self, "vision projector language")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(Checked):
+class RunConfig(Validated):
     """A training run: model, data, training."""
 
     model: VLMConfig = field(default_factory=VLMConfig)
@@ -444,9 +449,9 @@ class RunConfig(Checked):
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def validate(self):
-        length, most = self.data.max_length, self.model.lm_max_position_embeddings
-        fix = f"must be at most lm_max_position_embeddings = {most}"
-        require(length <= most, "data.max_length", length, fix)
+        length, limit = self.data.max_length, self.model.lm_max_position_embeddings
+        fix = f"must be at most lm_max_position_embeddings = {limit}"
+        require(length <= limit, "data.max_length", length, fix)
 
 
 # fmt: off
@@ -456,30 +461,31 @@ SMOLVLM_TOKENS = dict(lm_vocab_size=49280, vlm_pad_token_id=2, vlm_bos_token_id=
                       vlm_eos_token_id=49279, vlm_image_token_id=49190)
 SMOLLM2 = dict(lm_re_base=100000.0, lm_max_position_embeddings=8192, lm_rms_eps=1e-5,
                lm_tie_weights=True, **SMOLVLM_TOKENS)
-FINE_TUNE = dict(optimizer="adamw", lr_vision=5e-5, lr_projector=0.005, lr_language=5e-5,
+FINE_TUNE: dict[str, Any] = dict(
+                 optimizer="adamw", lr_vision=5e-5, lr_projector=0.005, lr_language=5e-5,
                  warmup=1000, schedule="cosine", beta2=0.95, weight_decay=0.05, steps=40000,
                  accumulate=8, eval_every=500, save_every=500)
 
 
-def two_stages(name: str, whole: RunConfig) -> dict[str, RunConfig]:
-    """A run of other people's backbones in two: the projector alone, then everything."""
-    first = replace(whole.train, out=f"runs/{name}-1", freeze=("vision", "language"), steps=2000,
+def two_stages(name: str, run: RunConfig) -> dict[str, RunConfig]:
+    """Presets that train pretrained backbones in two stages: the projector, then everything."""
+    first = replace(run.train, out=f"runs/{name}-1", freeze=("vision", "language"), steps=2000,
                     warmup=100, lr_projector=0.001)
-    second = replace(whole.train, out=f"runs/{name}-2", init_from=f"runs/{name}-1", warmup=300,
+    second = replace(run.train, out=f"runs/{name}-2", init_from=f"runs/{name}-1", warmup=300,
                      lr_projector=2e-5, lr_vision=2e-6, lr_language=2e-5)
-    return {f"{name}-1": replace(whole, train=first), f"{name}-2": replace(whole, train=second)}
+    return {f"{name}-1": replace(run, train=first), f"{name}-2": replace(run, train=second)}
 
 
 PRESETS: dict[str, RunConfig] = {
     # 1.2 M parameters; the class defaults.
     "tiny": RunConfig(),
-    # The same model, trained long enough for the last skills (docs/recipes.md).
-    # Dropout, as without it more steps made the pairs that training never shows rarer answers.
+    # The same model, trained longer (docs/recipes.md). Without dropout, longer training made
+    # the model answer held-out combinations less often.
     "tiny-long": RunConfig(model=VLMConfig(lm_dropout=0.1),
-                           data=DataConfig(world_shapes=1),
+                           data=DataConfig(world_min_shapes=1),
                            train=TrainConfig(out="runs/tiny-long", steps=6000, weight_decay=0.3,
                                              eval_every=1000, save_every=1000)),
-    # As small, but with SmolLM2's tokenizer and tiles, as llama.cpp wants them (docs/deploy.md).
+    # As small, with SmolLM2's tokenizer and with tiles, as llama.cpp requires (docs/deploy.md).
     "portable": RunConfig(
         model=VLMConfig(**SMOLVLM_TOKENS, max_img_size=96,
                         lm_tokenizer="HuggingFaceTB/SmolLM2-135M"),
@@ -492,8 +498,8 @@ PRESETS: dict[str, RunConfig] = {
                         lm_tokenizer="HuggingFaceTB/SmolLM2-135M", lm_hidden_dim=576,
                         lm_inter_dim=1536, lm_n_heads=9, lm_n_kv_heads=3, lm_n_blocks=30),
         data=DataConfig(batch_size=2, workers=2), train=TrainConfig(out="runs/222m", **FINE_TUNE)),
-    # SigLIP2-B/16-512 + SmolLM2-360M, tiles and a global view. Kept for the backward pass, the
-    # blocks of 4,096 tokens that are 63 tiles would fill 66 GB; their inputs alone fill 3.
+    # SigLIP2-B/16-512 + SmolLM2-360M, tiles and a global view. Without activation checkpointing
+    # the activations of 4,096 tokens (63 tiles) take 66 GB, with it 3 GB.
     "460m": RunConfig(
         model=VLMConfig(**SIGLIP_B, **SMOLLM2, vit_img_size=512, max_img_size=2048,
                         mp_pixel_shuffle_factor=4, vit_model_type="google/siglip2-base-patch16-512",
@@ -503,8 +509,8 @@ PRESETS: dict[str, RunConfig] = {
         data=DataConfig(batch_size=1, max_length=4096, workers=2),
         train=TrainConfig(out="runs/460m", activation_checkpointing=("vision", "language"),
                           **FINE_TUNE)),
-    # SigLIP2-B/16-512 + Qwen3-0.6B, tiles and a global view. Qwen3's table has 151,936 rows, of
-    # which its tokenizer uses 151,669; the image tokens take the next ones.
+    # SigLIP2-B/16-512 + Qwen3-0.6B, tiles and a global view. Qwen3's embedding has 151,936 rows;
+    # its tokenizer uses 151,669, and the image tokens use the next ones.
     "qwen3": RunConfig(
         model=VLMConfig(**SIGLIP_B, vit_img_size=512, max_img_size=2048, mp_pixel_shuffle_factor=4,
                         vit_model_type="google/siglip2-base-patch16-512",

@@ -1,7 +1,7 @@
-"""The ViT alone: pictures as vectors, the nearest to a picture, near-duplicates and leaks.
+"""Image embeddings with the ViT: build an index, search it, find near-duplicates and leaks.
 
-python embed.py build my-pictures --model runs/classifier --out runs/index
-python embed.py search runs/index --image cat.png -k 5 --sheet found.png
+python embed.py build my-images --model runs/classifier --out runs/index
+python embed.py search runs/index --image cat.png -k 5 --contact-sheet found.png
 python embed.py duplicates runs/index --threshold 0.95
 python embed.py duplicates runs/train-index runs/test-index      leaks between two folders
 """
@@ -14,46 +14,46 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TextIO
 
 import tyro
 
 from cli import command, parse, run_command
-from config_tools import InputError, write_whole
-from data.sources.folders import PICTURES
+from config_tools import InputError, write_atomic
+from data.sources.folders import find_images
 from engine.training.distributed import setup
 from engine.vit.embedding import (
     ENGINES,
     SKIPPED,
-    alike,
     build,
     describe,
     embed,
     open_encoder,
     open_index,
     require_same,
+    similar_pairs,
 )
 from engine.vit.figures import draw_files
 
-SHOWN = 30  # pairs on a sheet
+MAX_PAIRS = 30  # on a contact sheet
 
 
 @dataclass(frozen=True, kw_only=True)
 class Build:
-    """Embed all pictures of a folder; run again, only what is new is added."""
+    """Embed all images of a folder; run it again to add new images."""
 
     folder: Annotated[Path, tyro.conf.Positional]
-    """Folder of pictures, at any depth."""
+    """Folder of images, at any depth."""
     model: str
-    """Encoder: a classifier, a VLM checkpoint, a run folder, one of transformers, a Hub id."""
+    """Encoder: a classifier, VLM or transformers checkpoint, a run folder, or a Hub id."""
     out: Path
-    """Folder of the index."""
+    """Folder of the index to write."""
     pool: Literal["auto", "cls", "mean", "map"] = "auto"
-    """How tokens become one vector. auto: CLS where there is one, else the mean of the patches."""
+    """Pooling of the tokens. auto: CLS if there is one, else the mean of the patches."""
     batch_size: int = 64
-    """Pictures embedded together."""
+    """Images per batch."""
     npz: bool = False
-    """Also write embeddings.npz: `embeddings` and `files`."""
+    """Also write embeddings.npz, with `embeddings` and `files`."""
 
 
 def build_main(argv: list[str]) -> None:
@@ -64,33 +64,32 @@ def build_main(argv: list[str]) -> None:
         raise InputError(f"batch_size = {args.batch_size}: must be at least 1.")
     if not args.folder.is_dir():
         raise InputError(f"{args.folder}: no such folder.")
-    inside = sorted(p for p in args.folder.rglob("*") if p.suffix.lower() in PICTURES)
-    if not inside:
-        raise InputError(f"{args.folder}: no pictures ({' '.join(PICTURES)}) in this folder.")
+    inside = [args.folder / name for name in find_images(args.folder)]
     vit = open_encoder(args.model, args.pool).to(setup().device)
     about = describe(vit, args.model)
     index = build(vit, [str(p) for p in inside], args.out, about, args.batch_size)
     if args.npz:
         np.savez(args.out / "embeddings.npz", embeddings=index.rows, files=np.array(index.files))
     n_skipped = len(set(map(str, inside)) - set(index.files))
-    left_out = f"; {n_skipped:,} left out, see {args.out / SKIPPED}" if n_skipped else ""
-    print(f"{len(index.files):,} pictures of {index.rows.shape[1]} numbers in {args.out}{left_out}")
+    skipped = f"; {n_skipped:,} skipped, see {args.out / SKIPPED}" if n_skipped else ""
+    n, width = index.rows.shape
+    print(f"{n:,} images with {width} dimensions in {args.out}{skipped}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """The pictures of an index that are most alike to others."""
+    """Find the images of an index that are most similar to given ones."""
 
     index: Annotated[Path, tyro.conf.Positional]
-    """Folder made by build."""
+    """Index folder, written by build."""
     image: tuple[str, ...]
-    """Pictures to find the like of."""
+    """Query images."""
     k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 5
-    """Pictures found for each."""
+    """Number of results per query."""
     engine: Literal["exact", "faiss"] = "exact"
-    """faiss: an approximate search for millions of pictures, by the package faiss-cpu."""
-    sheet: Path | None = None
-    """Picture to write: each query and what was found."""
+    """faiss: approximate search for millions of images; needs faiss-cpu."""
+    contact_sheet: Path | None = None
+    """Image to write: each query with its results."""
 
 
 def search_main(argv: list[str]) -> None:
@@ -100,34 +99,34 @@ def search_main(argv: list[str]) -> None:
     index = open_index(args.index)
     vit = open_encoder(index.about["model"], index.about["pool"]).to(setup().device)
     require_same(args.index, index.about, describe(vit, index.about["model"]))
-    queries, problems = embed(vit, args.image)
-    if wrong := next((problem for problem in problems if problem), None):
-        raise InputError(wrong.rstrip("."))
-    numbers, cosines = ENGINES[args.engine](queries, index.rows, args.k)
+    queries, errors = embed(vit, args.image)
+    if error := next((e for e in errors if e), ""):
+        raise InputError(error)
+    indices, cosines = ENGINES[args.engine](queries, index.rows, args.k)
     lines = []
-    for name, row, scores in zip(args.image, numbers.tolist(), cosines.tolist()):
+    for name, row, scores in zip(args.image, indices.tolist(), cosines.tolist()):
         found = [(index.files[i], score) for i, score in zip(row, scores)]
         print(name, *(f"  {score:.4f} {file}" for file, score in found), sep="\n")
         lines.append([(name, "query"), *((file, f"{s:.3f} {file}") for file, s in found)])
-    if args.sheet:
-        draw_files(lines, args.sheet)
-        print(f"wrote {args.sheet}")
+    if args.contact_sheet:
+        draw_files(lines, args.contact_sheet)
+        print(f"wrote {args.contact_sheet}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Duplicates:
-    """Pairs of pictures that are nearly the same, within an index or between two."""
+    """Find pairs of nearly identical images, within an index or between two."""
 
     index: Annotated[Path, tyro.conf.Positional]
-    """Folder made by build."""
+    """Index folder, written by build."""
     other: Annotated[Path | None, tyro.conf.Positional] = None
-    """Another, by the same encoder: then only pairs between both, as leaks from train to test."""
+    """A second index of the same encoder: find pairs between both, for example leaks."""
     threshold: float = 0.95
-    """Least cosine of a pair, at most 1."""
+    """Minimum cosine similarity of a pair, from -1 to 1."""
     out: Path | None = None
-    """CSV file for the pairs; else they are printed."""
-    sheet: Path | None = None
-    """Picture to write: the least alike pairs that were found."""
+    """CSV file for the pairs; without it they are printed."""
+    contact_sheet: Path | None = None
+    """Image to write: the found pairs with the lowest similarity."""
 
 
 def duplicates_main(argv: list[str]) -> None:
@@ -136,13 +135,14 @@ def duplicates_main(argv: list[str]) -> None:
         raise InputError(f"threshold = {args.threshold}: must be between -1 and 1.")
     one = open_index(args.index)
     other = open_index(args.other) if args.other else None
-    made = [{k: v for k, v in i.about.items() if k != "model"} for i in (one, other) if i]
-    if made[0] != made[-1]:
-        raise InputError(f"{args.index} and {args.other}: made by different encoders or pools.")
+    about = [{k: v for k, v in i.about.items() if k != "model"} for i in (one, other) if i]
+    if about[0] != about[-1]:
+        names = f"{args.index} and {args.other}"
+        raise InputError(f"{names}: built with different encoders or pooling.")
     files = other.files if other else one.files
     pairs = [
         (one.files[i], files[j], cosine)
-        for i, j, cosine in alike(one.rows, other.rows if other else None, args.threshold)
+        for i, j, cosine in similar_pairs(one.rows, other.rows if other else None, args.threshold)
     ]
     pairs.sort(key=lambda pair: -pair[2])
     if args.out is None:
@@ -151,16 +151,17 @@ def duplicates_main(argv: list[str]) -> None:
         try:
             file = io.StringIO()
             write_pairs(pairs, file)
-            write_whole(args.out, file.getvalue())
+            write_atomic(args.out, file.getvalue())
         except OSError as error:
             raise InputError(f"out = {args.out}: cannot be written ({error.strerror}).") from None
-    print(f"{len(pairs):,} pairs at least {args.threshold} alike", file=sys.stderr)
-    if args.sheet and pairs:
-        lines = [[(a, f"{cosine:.4f} {a}"), (b, b)] for a, b, cosine in pairs[-SHOWN:]]
-        draw_files(lines, args.sheet)
+    print(f"{len(pairs):,} pairs with a similarity of at least {args.threshold}", file=sys.stderr)
+    if args.contact_sheet and pairs:
+        lines = [[(a, f"{cosine:.4f} {a}"), (b, b)] for a, b, cosine in pairs[-MAX_PAIRS:]]
+        draw_files(lines, args.contact_sheet)
 
 
-def write_pairs(pairs: list[tuple[str, str, float]], file) -> None:
+def write_pairs(pairs: list[tuple[str, str, float]], file: TextIO) -> None:
+    """Write pairs as CSV."""
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["one", "other", "cosine"])
     writer.writerows([a, b, f"{cosine:.6f}"] for a, b, cosine in pairs)

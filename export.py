@@ -1,4 +1,4 @@
-"""Take a checkpoint elsewhere: another layout, another dtype, the Hub.
+"""Export a checkpoint: to another format or dtype, or to the Hub.
 
 python export.py runs/demo --out demo-idefics3 --dtype bf16
 python export.py runs/demo --to nanovlm --out demo-nanovlm
@@ -21,34 +21,34 @@ from cli import command, parse
 from config_tools import InputError
 from data.processor import Processor
 from engine.inference.chat import open_checkpoint
-from engine.publishing.model_card import prepare
+from engine.publishing.model_card import write_repository
 from models.pretrained import hub
 from models.pretrained.save import save_nanovlm, unsupported_reason
 from models.vision_language_model import VisionLanguageModel
 
 DTYPES = {"same": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# transformers versions that place patches wrongly in grids other than these (docs/deploy.md).
+# Patches per side for which every transformers version computes the right positions.
 SAFE_GRIDS = (16, 32)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Take a checkpoint elsewhere."""
+    """Export a checkpoint."""
 
     checkpoint: Annotated[str, tyro.conf.Positional]
-    """Checkpoint directory, run folder (its newest checkpoint is used), or Hub id."""
+    """Checkpoint, run folder (its newest checkpoint), or Hub id."""
     to: Literal["transformers", "nanovlm", "text-only"] = "transformers"
-    """transformers: an Idefics3 directory; text-only: the language model alone."""
+    """transformers: Idefics3 format; text-only: only the language model."""
     out: Path | None = None
     """New directory to write."""
     dtype: Literal["same", "fp32", "bf16", "fp16"] = "same"
-    """Number format of the weights."""
+    """Data type of the weights."""
     push: str = ""
-    """Upload the transformers layout with a model card to this Hub repository, user/name."""
+    """Upload in Idefics3 format, with a model card, to this Hub repository, user/name."""
     public: bool = False
-    """Make a repository that is created by this push public."""
+    """If the push creates the repository, make it public."""
     push_dry_run: Path | None = None
-    """Write what would be uploaded into this new directory instead."""
+    """Write what --push would upload into this new directory, and upload nothing."""
 
 
 def main(argv: list[str]) -> None:
@@ -57,32 +57,32 @@ def main(argv: list[str]) -> None:
     if (args.out is not None) + (args.push_dry_run is not None or bool(args.push)) != 1:
         raise InputError("export.py needs one of --out, --push and --push-dry-run.")
     if args.out is None and args.to != "transformers":
-        raise InputError(f"to = {args.to!r}: only the transformers layout is pushed; use --out.")
+        raise InputError(f"to = {args.to!r}: only --to transformers can be pushed; use --out.")
     if target is not None and target.exists():
-        raise InputError(f"{target}: exists already; name a new directory.")
+        raise InputError(f"{target} already exists; name a new directory.")
     with tempfile.TemporaryDirectory(dir=_parent(target)) as temporary:
-        folder = Path(temporary) / "whole"
+        folder = Path(temporary) / "model"
         folder.mkdir()
         if args.out is not None:
             export(args, folder)
         else:
             name = args.push or args.push_dry_run.name
-            prepare(args.checkpoint, folder, name, DTYPES[args.dtype])
+            write_repository(args.checkpoint, folder, name, DTYPES[args.dtype])
         if target is None:
             print(hub.push(folder, args.push, private=not args.public))
         else:
-            shutil.move(folder, target)  # only when all of it is there
+            shutil.move(folder, target)  # only once it is complete
             print(f"wrote {target}")
 
 
 def _parent(target: Path | None) -> Path | None:
     if target is not None and not target.absolute().parent.is_dir():
-        raise InputError(f"{target}: its folder does not exist.")
+        raise InputError(f"{target}: its parent folder does not exist; create it first.")
     return None if target is None else target.absolute().parent
 
 
 def export(args: Arguments, folder: Path) -> None:
-    """Write the layout that was asked for."""
+    """Write the checkpoint into `folder` in the format `args.to`."""
     model, processor = open_checkpoint(args.checkpoint)
     model = model.to(DTYPES[args.dtype])
     if args.to == "text-only":
@@ -93,17 +93,17 @@ def export(args: Arguments, folder: Path) -> None:
     else:
         reason, grid = unsupported_reason(model.cfg), model.cfg.vit_grid
         if reason:
-            print(f"for this code alone: Idefics3 has no place for {reason}")
+            print(f"only picoVLM loads this export: Idefics3 format does not support {reason}")
         elif grid not in SAFE_GRIDS:
             print(
-                f"{grid} x {grid} patches a tile: transformers 4.55 to 5.16 may place them wrongly "
-                "in bf16, and 4.55 to 4.57 do in fp32; see docs/deploy.md"
+                f"{grid} x {grid} patches per tile: transformers 4.55 to 5.16 may compute wrong "
+                "positions in bf16, and 4.55 to 4.57 do in fp32; see docs/deploy.md"
             )
         model.save_pretrained(folder, processor)
 
 
 def save_text(model: VisionLanguageModel, processor: Processor, folder: Path) -> None:
-    """The decoder and its tokenizer, as a ...ForCausalLM."""
+    """Write the decoder and its tokenizer as a ...ForCausalLM of transformers."""
     model.decoder.save_pretrained(folder)
     processor.save(folder)
     for name in ("preprocessor_config.json", "processor_config.json", "chat_template.json"):

@@ -1,8 +1,6 @@
-"""Pictures in, tiles out: anything opened upright as RGB, cut as Idefics3's PIL processor does.
+"""Open images as upright RGB, and split them into tiles exactly as Idefics3's PIL processor.
 
-Resizing and cutting match it exactly.
-
-Not here: where a picture comes from (sources.py), augmentation.
+Not here: where an image comes from (sources/), augmentation (classification/transforms.py).
 """
 
 from __future__ import annotations
@@ -20,28 +18,28 @@ from config_tools import InputError
 from configs import VLMConfig
 
 MAX_PIXELS = 89_478_485  # Pillow's own warning threshold: a quarter GiB of RGB
-# What data sets hold. Pillow opens more, some by other programs, some in seconds when broken.
+# Formats of datasets. Pillow opens more, some with external programs, some very slowly if broken.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")
-MAX_EDGE = 4096  # Idefics3 never resizes beyond
+MAX_EDGE = 4096  # Idefics3 never resizes to more
 
 
 def open_image(source: str | Path | bytes | Image.Image, name: str = "image") -> Image.Image:
     """A path, a file's bytes or a PIL image of any mode -> upright RGB.
 
-    Transparency is laid over white; of an animation, the first frame is taken.
-    Raises `InputError` naming the file, or `name` where there is none, and what is wrong with it.
+    Transparency is blended with white; an animation is its first frame.
+    Raises `InputError` naming the file, or `name` if there is none, and the problem.
     """
     name = source if isinstance(source, (str, Path)) else name
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what matters is checked or raises
+            warnings.simplefilter("ignore")  # serious problems raise
             file = io.BytesIO(source) if isinstance(source, bytes) else source
             image = source if isinstance(source, Image.Image) else Image.open(file, "r", FORMATS)
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise InputError(
                     f"{name}: {width} x {height} pixels are more than {MAX_PIXELS:,}; "
-                    "resize the picture first."
+                    "resize the image first."
                 )
             return _to_rgb(ImageOps.exif_transpose(image))
     except InputError:
@@ -51,11 +49,11 @@ def open_image(source: str | Path | bytes | Image.Image, name: str = "image") ->
     except Image.DecompressionBombError:
         raise InputError(f"{name}: more than {MAX_PIXELS:,} pixels; resize it first.") from None
     except UnidentifiedImageError:
-        raise InputError(f"{name}: not a readable picture ({', '.join(FORMATS)}).") from None
+        raise InputError(f"{name}: not a readable image ({', '.join(FORMATS)}).") from None
     except Exception as error:  # Pillow's plug-ins raise nearly every type on broken files
         reason = str(error) or type(error).__name__
         raise InputError(
-            f"{name}: not a readable picture ({reason.split(chr(10))[0][:120]})."
+            f"{name}: not a readable image ({reason.split(chr(10))[0][:120]})."
         ) from None
 
 
@@ -72,10 +70,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_8bit(image: Image.Image) -> Image.Image:
-    """Wide greyscale -> 8 bit, where `convert` would clip at 255.
+    """Greyscale of more bits -> 8 bits; `convert` would clip at 255.
 
-    16-bit files keep their scale; float and 32-bit ones have none, so their own range is used
-    unless it is 0..255 already.
+    16-bit values are divided by 257. Float and 32-bit values have no fixed scale: unless they lie
+    in 0..255, their own range is mapped to it.
     """
     values = np.asarray(image).astype(np.float64)
     values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
@@ -92,7 +90,7 @@ def _to_8bit(image: Image.Image) -> Image.Image:
 
 
 def fit_longest(width: int, height: int, longest: int) -> tuple[int, int]:
-    """The size with longer edge `longest`; the other by aspect, rounded down, then up to even."""
+    """The size with longer edge `longest`; the shorter is rounded down, then up to even."""
     longer, shorter = max(width, height), min(width, height)
     aspect = width / height
     other = int(longest / aspect) if width >= height else int(longest * aspect)
@@ -109,7 +107,7 @@ def fit_longest(width: int, height: int, longest: int) -> tuple[int, int]:
 
 
 def fit_tiles(width: int, height: int, tile: int) -> tuple[int, int]:
-    """Both edges rounded up to multiples of `tile`; the shorter follows the longer's scale."""
+    """Both edges rounded up to multiples of `tile`, the longer one first, the shorter to scale."""
     aspect = width / height
     if width >= height:
         width = math.ceil(width / tile) * tile
@@ -120,15 +118,15 @@ def fit_tiles(width: int, height: int, tile: int) -> tuple[int, int]:
     return width, height
 
 
-def grid(width: int, height: int, cfg: VLMConfig) -> tuple[int, int]:
-    """Rows and columns of tiles a picture is cut into; (0, 0) when one tile is all there is."""
+def tile_grid(width: int, height: int, cfg: VLMConfig) -> tuple[int, int]:
+    """Rows and columns of tiles of an image; (0, 0) if it is a single tile."""
     width, height = fit_tiles(*fit_longest(width, height, cfg.max_img_size), cfg.vit_img_size)
     rows, cols = height // cfg.vit_img_size, width // cfg.vit_img_size
     return (0, 0) if rows * cols == 1 else (rows, cols)
 
 
 def tile(image: Image.Image, cfg: VLMConfig) -> tuple[np.ndarray, tuple[int, int]]:
-    """RGB picture -> tiles [N, size, size, 3] uint8 and their grid (rows, cols).
+    """RGB image -> tiles [N, size, size, 3] uint8 and their grid (rows, cols).
 
     Tiles run row by row, the global view last.
     Mirrors transformers' Idefics3ImageProcessorPil with image splitting on.
@@ -136,7 +134,7 @@ def tile(image: Image.Image, cfg: VLMConfig) -> tuple[np.ndarray, tuple[int, int
     size = cfg.vit_img_size
     image = _resize(image, fit_longest(*image.size, cfg.max_img_size))
     image = _resize(image, fit_tiles(*image.size, size))
-    rows, cols = grid(*image.size, cfg)
+    rows, cols = tile_grid(*image.size, cfg)
     if rows == 0:
         return np.asarray(image)[None], (0, 0)  # [1, size, size, 3]
     pixels = (
@@ -154,4 +152,4 @@ def normalise(tiles: np.ndarray, cfg: VLMConfig) -> torch.Tensor:
     """[N, H, W, 3] uint8 -> [N, 3, H, W] float32, scaled to [0, 1], minus mean, over std."""
     mean, std = (torch.tensor(v)[:, None, None] for v in (cfg.vit_image_mean, cfg.vit_image_std))
     x = torch.from_numpy(tiles).permute(0, 3, 1, 2).contiguous().float()  # [N, 3, H, W]
-    return x.div_(255).sub_(mean).div_(std)  # in place: these are most of what a batch costs
+    return x.div_(255).sub_(mean).div_(std)  # in place: most of the time of a batch goes here

@@ -1,7 +1,7 @@
-"""Sample -> Tokens and prompt -> Tokens: the one place where pictures and words meet.
+"""Sample -> Tokens and prompt -> Tokens: tiles of the images and token ids of the text.
 
-A processor is saved beside the weights.
-Not here: how tiles are cut (images.py) and text is laid out (text.py).
+A processor is saved with the weights, in the format of transformers' Idefics3Processor.
+Not here: how images are tiled (images.py), how text is formatted (text.py).
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ class Processor:
     tokenizer: Tokenizer
 
     def encode(self, sample: Sample, max_length: int, max_tiles: int) -> Tokens:
-        """A training example of at most `max_length` tokens: `cut` of `encode_whole`."""
-        return self.cut(self.encode_whole(sample, max_tiles), max_length)
+        """A training sample of at most `max_length` tokens: `encode_whole`, then `truncate`."""
+        return self.truncate(self.encode_whole(sample, max_tiles), max_length)
 
     def encode_whole(self, sample: Sample, max_tiles: int) -> Tokens:
-        """A training example, however long.
+        """A training sample of any length.
 
         Raises `InputError` naming the row when its images exceed `max_tiles` or do not match its
         placeholders.
         """
-        tiles, strings = self._look(sample, max_tiles)
-        ids, supervised = text.encode_pieces(self.tokenizer, text.pieces(sample.turns, strings))
+        tiles, strings = self._encode_images(sample, max_tiles)
+        ids, supervised = text.encode_runs(self.tokenizer, text.format_turns(sample.turns, strings))
         return Tokens(ids, supervised, tiles, sample.row)
 
-    def cut(self, tokens: Tokens, max_length: int) -> Tokens:
-        """At most `max_length` tokens: text after the last image is cut, an image never.
+    def truncate(self, tokens: Tokens, max_length: int) -> Tokens:
+        """At most `max_length` tokens: text after the last image is cut off, an image never.
 
-        Raises `InputError` naming the row when its images alone are longer, or no answer is left to
-        learn from.
+        Raises `InputError` naming the row if its images alone are longer, or no supervised token is
+        left.
         """
         ids, supervised = tokens.ids[:max_length], tokens.supervised[:max_length]
         placeholders = np.flatnonzero(tokens.ids == self.cfg.vlm_image_token_id)
@@ -64,19 +64,19 @@ class Processor:
     def encode_prompt(
         self,
         turns: Sequence[Turn],
-        pictures: Sequence = (),
+        images: Sequence = (),
         max_tiles: int = 1 << 30,
         opening: str = text.START,
     ) -> Tokens:
         """A conversation up to "Assistant:", nothing supervised.
 
-        With the opening `text.NEXT`, the part of one that follows an answer: encoded apart, parts
-        are what the whole is. Raises `InputError` past the model's context.
+        With the opening `text.TURN_SEPARATOR`, turns that follow an answer: the ids of the parts
+        are those of the whole conversation. Raises `InputError` past the model's context.
         """
-        sample = Sample((*turns, Turn("assistant", "")), tuple(pictures), row="prompt")
-        tiles, strings = self._look(sample, max_tiles)
-        *runs, _answer, _newline = text.pieces(sample.turns, strings, opening)
-        ids, supervised = text.encode_pieces(self.tokenizer, runs)
+        sample = Sample((*turns, Turn("assistant", "")), tuple(images), row="prompt")
+        tiles, strings = self._encode_images(sample, max_tiles)
+        *runs, _answer, _newline = text.format_turns(sample.turns, strings, opening)
+        ids, supervised = text.encode_runs(self.tokenizer, runs)
         limit = self.cfg.lm_max_position_embeddings
         if len(ids) >= limit:
             n_image = int((ids == self.cfg.vlm_image_token_id).sum())
@@ -87,22 +87,22 @@ class Processor:
         return Tokens(ids, np.zeros_like(supervised), tiles, "prompt")
 
     def encode_answer(self, answer: str) -> np.ndarray:
-        """The ids, [T] int32, that say `answer` and end the turn, or `InputError`."""
+        """The ids [T] int32 of `answer` and the end of the turn; raises `InputError`."""
         text.check_turns([Turn("assistant", answer)], 0, self.tokenizer, f"answer {answer[:40]!r}")
-        _, (run, _), _ = text.pieces([Turn("assistant", answer)], ())
-        return text.encode_pieces(self.tokenizer, [(run, True)])[0]
+        _, (run, _), _ = text.format_turns([Turn("assistant", answer)], ())
+        return text.encode_runs(self.tokenizer, [(run, True)])[0]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of an answer, without special tokens and outer spaces."""
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True).strip()
 
-    def _look(self, sample: Sample, max_tiles: int) -> tuple[np.ndarray, list[str]]:
-        """Tiles [N, size, size, 3] of all pictures, and the string each `<image>` becomes."""
+    def _encode_images(self, sample: Sample, max_tiles: int) -> tuple[np.ndarray, list[str]]:
+        """Tiles [N, size, size, 3] of all images, and the text that replaces each `<image>`."""
         cfg = self.cfg
         text.check_turns(sample.turns, len(sample.images), self.tokenizer, sample.row)
         tiles, strings = [np.zeros((0, cfg.vit_img_size, cfg.vit_img_size, 3), dtype=np.uint8)], []
-        for number, picture in enumerate(sample.images, 1):
-            image = images.open_image(picture, f"{sample.row}, picture {number}")
+        for number, source in enumerate(sample.images, 1):
+            image = images.open_image(source, f"{sample.row}, image {number}")
             new, (rows, cols) = images.tile(image, cfg)
             tiles.append(new)
             strings.append(text.image_string(rows, cols, cfg.tokens_per_tile))
@@ -158,7 +158,7 @@ class Processor:
         }
         return {
             "tokenizer_config.json": {
-                # The class matters: others make v4 emit token_type_ids or v5 rebuild the
+                # With other classes, transformers 4 emits token_type_ids, and 5 rebuilds the
                 # pre-tokenizer.
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "processor_class": "Idefics3Processor",
@@ -193,7 +193,7 @@ def build(cfg: VLMConfig) -> Processor:
 
 
 def load(directory: str | Path) -> Processor:
-    """The processor saved in a checkpoint directory of ours."""
+    """The processor saved in a checkpoint directory; raises `InputError`."""
     settings = read_json(Path(directory) / "config.json").get("picovlm")
     if settings is None:
         raise InputError(

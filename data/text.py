@@ -1,8 +1,7 @@
-"""Words in, ids out: tokenizer, SmolVLM's chat template, image string, loss mask by construction.
+"""Text -> token ids: tokenizer, SmolVLM's chat template, image strings, loss mask.
 
-Ids and mask are made in one pass, turn by turn; nothing is tokenised again to find where an answer
-began.
-Not here: pixels (images.py), samples from files (sources.py).
+Ids and mask are made in one pass, turn by turn, so no second tokenisation has to find the answers.
+Not here: pixels (images.py), samples from files (sources/).
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ from configs import VLMConfig
 from data.types import Turn
 
 START, END_OF_TURN, PAD = "<|im_start|>", "<end_of_utterance>", "<|im_end|>"
-NEXT = "\n"  # between an answer and what follows
+TURN_SEPARATOR = "\n"  # between an answer and the next turn
 IMAGE, FAKE, GLOBAL = "<image>", "<fake_token_around_image>", "<global-img>"
 ROWS_COLS = [f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7)]
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
-MERGES = Path(__file__).with_name("world") / "merges.txt"  # a test makes them anew
+MERGES = Path(__file__).with_name("world") / "merges.txt"  # a test trains them again
 WORLD_SPECIAL = [PAD, START, END_OF_TURN, IMAGE, FAKE, GLOBAL, *ROWS_COLS]
-# GPT-2's words with single digits; before them the speakers, whose names are then one token each.
+# GPT-2's pre-tokenizer with single digits, and the role names first: each becomes one token.
 WORDS = (
     r"\n?(?:User|Assistant):|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+"
     r"|\s+(?!\S)|\s+"
 )
-# What people ask about pictures: whole words for it fill the rows a small corpus leaves.
+# Common words of questions about images: the world's corpus is too small to fill the vocabulary.
 ENGLISH = """what is the image what color is it
 does the image contain a black dog or a gray cat
 is there not a brown car in the photo
@@ -56,7 +55,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(corpus: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE: any text encodes, single digits, special tokens first."""
+    """A byte-level BPE tokenizer with single digits; special tokens have the first ids."""
     tokenizer = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -69,10 +68,9 @@ def train_tokenizer(corpus: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def world_tokenizer(vocab_size: int) -> Tokenizer:
-    """What `train_tokenizer` makes of the world's whole corpus.
+    """The result of `train_tokenizer` on the world's corpus.
 
-    Its merges, of which there are no more, are kept beside this file: making them took a fifth of
-    what starting a run takes.
+    Its merges are stored in world/merges.txt, as training them took a fifth of the start of a run.
     """
     merges = [tuple(line.split()) for line in MERGES.read_text(encoding="utf-8").splitlines()]
     merges = merges[: max(0, vocab_size - len(WORLD_SPECIAL) - len(ALPHABET))]
@@ -95,7 +93,7 @@ def _byte_level(model: models.BPE) -> Tokenizer:
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """tokenizer.json of a directory or hub id, read as is: AutoTokenizer rebuilds some wrongly."""
+    """tokenizer.json of a directory or Hub id, unchanged: AutoTokenizer rebuilds some wrongly."""
     path = Path(source) / "tokenizer.json"
     if not Path(source).is_dir():
         from huggingface_hub import hf_hub_download
@@ -111,15 +109,15 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
         raise InputError(f"{path}: no such file.")
     try:
         return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
+    except Exception as error:  # the library raises plain Exception
         raise InputError(f"{path}: not a tokenizer ({error}).") from None
 
 
 def add_special_tokens(tokenizer: Tokenizer, cfg: VLMConfig) -> Tokenizer:
-    """Give a plain tokenizer Idefics3's tokens, in SmolVLM's order.
+    """Add Idefics3's special tokens in SmolVLM's order, so that SmolLM2's tokenizer gets its ids.
 
-    So a SmolLM2 run gets SmolVLM's ids; reserved tokens fill the gap up to the end of turn.
-    Raises `InputError` where an id is not the config's.
+    Reserved tokens fill the gap before the end-of-turn token. Raises `InputError` if an id differs
+    from the config's.
     """
     missing = [
         t for t in (START, PAD, GLOBAL, *ROWS_COLS, FAKE, IMAGE) if tokenizer.token_to_id(t) is None
@@ -136,18 +134,18 @@ def add_special_tokens(tokenizer: Tokenizer, cfg: VLMConfig) -> Tokenizer:
         found = tokenizer.token_to_id(token)
         if found != getattr(cfg, name):
             raise InputError(
-                f"{name} = {getattr(cfg, name)}: the tokenizer calls {token} {found}, set that."
+                f"{name} = {getattr(cfg, name)}: the tokenizer has {token} at {found}; set that."
             )
     if tokenizer.get_vocab_size() > cfg.lm_vocab_size:
         raise InputError(
             f"lm_vocab_size = {cfg.lm_vocab_size}: the tokenizer has {tokenizer.get_vocab_size()} "
-            "tokens, set at least that."
+            "tokens; set at least that."
         )
     return tokenizer
 
 
 def image_string(rows: int, cols: int, tokens_per_tile: int) -> str:
-    """What `<image>` becomes in Idefics3: one tile (0, 0), or a grid of tiles and a global view."""
+    """The text that replaces `<image>`: one tile (0, 0), or a grid of tiles and a global view."""
     tokens = IMAGE * tokens_per_tile
     if rows == 0:
         return f"{FAKE}{GLOBAL}{tokens}{FAKE}"
@@ -158,16 +156,16 @@ def image_string(rows: int, cols: int, tokens_per_tile: int) -> str:
     return "".join(lines) + f"\n{FAKE}{GLOBAL}{tokens}{FAKE}"
 
 
-def pieces(
+def format_turns(
     turns: Iterable[Turn], image_strings: Iterable[str], opening: str = START
 ) -> Iterator[tuple[str, bool]]:
-    """The conversation as (text, supervised) runs: answers with leading space and end of turn.
+    """Format a conversation as (text, supervised) runs; an answer includes its end of turn.
 
-    The `opening` stands first; turns that continue a conversation after an answer have NEXT there.
+    `opening` comes first; it is TURN_SEPARATOR if the turns continue after an answer.
 
-    The runs meet only between ":" and " x" or beside a special token, where no tokenizer merges; a
-    test holds their ids against the template's on the whole text. Texts are stripped, so " x" is
-    never two spaces.
+    Each run is tokenised alone. Runs meet only between ":" and " x" or at a special token, where no
+    tokenizer merges; a test compares with the template on the whole text. Texts are stripped, so
+    that " x" never has two spaces.
     """
     fill = iter(image_strings)
     prompt = opening
@@ -178,14 +176,14 @@ def pieces(
         if role == "assistant":
             yield prompt + "Assistant:", False
             yield space + text + END_OF_TURN, True
-            prompt = NEXT
+            prompt = TURN_SEPARATOR
         else:
             prompt += f"{role.capitalize()}:{space}{text}{END_OF_TURN}\n"
     if prompt:
         yield prompt, False
 
 
-def encode_pieces(
+def encode_runs(
     tokenizer: Tokenizer, runs: Iterable[tuple[str, bool]]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Runs -> ids [T] int32 and supervised [T] bool."""
@@ -194,21 +192,21 @@ def encode_pieces(
     return np.concatenate([ids for ids, _ in found]), supervised
 
 
-@lru_cache(maxsize=4096)  # questions and short answers come again and again
+@lru_cache(maxsize=4096)  # questions and short answers repeat
 def _ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
     return np.array(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
 
 def check_turns(turns: Iterable[Turn], n_images: int, tokenizer: Tokenizer, where: str) -> None:
-    """Raise `InputError` unless the turns make a conversation about exactly these images."""
+    """Raise `InputError` for an unknown role, a special token in a text or a wrong image count."""
     n_places = 0
     for turn in turns:
         if turn.role not in ("system", "user", "assistant"):
             raise InputError(f"{where}: role {turn.role!r} must be system, user or assistant.")
         if turn.role == "assistant" and IMAGE in turn.text:
-            raise InputError(f"{where}: an answer holds {IMAGE}; pictures stand in user turns.")
-        if re.search("[\ud800-\udfff]", turn.text):  # JSON can spell it, no tokenizer takes it
-            raise InputError(f"{where}: the text is no UTF-8, or has half a surrogate pair.")
+            raise InputError(f"{where}: an answer holds {IMAGE}; images belong in user turns.")
+        if re.search("[\ud800-\udfff]", turn.text):  # valid in JSON, but not for a tokenizer
+            raise InputError(f"{where}: the text is not UTF-8, or has half a surrogate pair.")
         n_places += turn.text.count(IMAGE)
         if "<" in turn.text.replace(IMAGE, ""):
             for token in (t.content for t in tokenizer.get_added_tokens_decoder().values()):

@@ -1,22 +1,26 @@
-"""The three shapes a training example takes: Sample, Tokens, Batch.
+"""The types that data passes on: Sample -> Tokens -> Batch, and the protocols Rows and Dataset.
 
-A Sample is what a person means, Tokens are encoded, a Batch is what the model eats.
-Not here: how one becomes the next (processor.py, packing.py).
+Rows are dictionaries as a file holds them; a Dataset holds one Sample per usable row.
+Not here: how one becomes the next (sources/, processor.py, batches/packing.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
-IGNORE = -100  # a target that carries no loss, as in F.cross_entropy
+from config_tools import InputError
+
+IGNORE_INDEX = -100  # a target without loss, the default of F.cross_entropy
 
 
 class Turn(NamedTuple):
-    """One message. `text` holds a literal `<image>` where a picture stands."""
+    """One message. `text` holds a literal `<image>` where an image is inserted."""
 
     role: str  # user | assistant | system
     text: str
@@ -24,16 +28,68 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """A conversation about pictures; the turns hold one `<image>` per image, in the same order."""
+    """A conversation about images; the turns hold one `<image>` per image, in the same order."""
 
     turns: tuple[Turn, ...]
     images: tuple[Any, ...] = ()  # paths, bytes of files, or PIL images; opened when encoded
     row: str = ""  # where it came from, for messages: "train.jsonl row 17"
 
 
+class Rows(Protocol):
+    """The rows of a file, a folder or a table as they stand, read when asked for.
+
+    `rows[k]` raises `InputError` if row k cannot be read; `scan` yields that error in its place.
+    """
+
+    @property
+    def folder(self) -> Path:
+        """The folder that relative image paths start from."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, k: int) -> dict: ...
+
+    def where(self, k: int) -> str:
+        """The name of row k in messages, such as "train.jsonl row 17"."""
+
+    def scan(self) -> Iterator[dict | InputError]:
+        """All rows in order, possibly with a short hash in place of the bytes of an image."""
+
+
+class Dataset(Protocol):
+    """Samples by index. Training reads all of them once an epoch, in shuffled order."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the samples and their order, so that a run resumes on the same data."""
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Why rows were left out when the dataset was opened; each reason names its row."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines to print before training."""
+
+    @property
+    def n_rows(self) -> int:
+        """Rows read, with the skipped ones and those of other splits."""
+
+    @property
+    def n_first(self) -> int:
+        """The first so many samples come before all others in the first epoch (a curriculum)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> Sample: ...
+
+    def row_number(self, i: int) -> int:
+        """The number of sample i's row in its source, counted from 1 over all splits."""
+
+
 @dataclass(frozen=True)
 class Tokens:
-    """An encoded sample. `supervised[t]` says whether `ids[t]` is something the model must say."""
+    """An encoded sample. `supervised[t]` says whether `ids[t]` is a target of the loss."""
 
     ids: np.ndarray  # [T] int32
     supervised: np.ndarray  # [T] bool
@@ -46,18 +102,16 @@ class Tokens:
 
 @dataclass
 class Batch:
-    """What the model eats. R rows of T tokens; N tiles in reading order over all rows.
+    """The input of the model: R rows of T tokens, N tiles in reading order over all rows.
 
-    Targets are already shifted: `targets[r, t]` is what should follow `input_ids[r, t]`, or -100.
+    Targets are shifted: `targets[r, t]` is the token after `input_ids[r, t]`, or IGNORE_INDEX.
     Positions restart with every packed sample. Segment 0 is padding, at the end of a row only.
     """
 
     input_ids: torch.Tensor  # [R, T] int64
     targets: torch.Tensor  # [R, T] int64
     positions: torch.Tensor  # [R, T] int64
-    segments: (
-        torch.Tensor | None
-    )  # [R, T] int64; None: one sample a row, so causal attention alone is right
+    segments: torch.Tensor | None  # [R, T] int64; None: one sample a row, a causal mask is enough
     images: torch.Tensor  # [N, 3, H, W] float32, normalised
     n_targets: int = 0
     n_samples: int = 0
@@ -75,16 +129,16 @@ class Batch:
         }
 
     def to(self, device: torch.device | str) -> Batch:
-        """A copy for a model there; the host does not wait for it.
+        """A copy with positions and images on `device`; the host does not wait for it.
 
-        Ids, targets and segments stay: the model looks at them on the host, to know what goes where
-        without asking the device, and sends what its kernels need.
+        Ids, targets and segments stay on the host: the model plans indices from them there and
+        copies what its kernels need, so the host never waits for the device.
         """
-        positions, images = (copied(x, device) for x in (self.positions, self.images))
+        positions, images = (copy_to(x, device) for x in (self.positions, self.images))
         return replace(self, positions=positions, images=images)
 
 
-def copied(x: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """x on a device; only memory that is pinned is copied while the host goes on."""
-    pinned = torch.device(device).type == "cuda"
-    return (x.pin_memory() if pinned else x).to(device, non_blocking=True)
+def copy_to(x: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """x on `device`, copied asynchronously to CUDA, which needs pinned memory."""
+    is_cuda = torch.device(device).type == "cuda"
+    return (x.pin_memory() if is_cuda else x).to(device, non_blocking=True)

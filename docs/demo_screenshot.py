@@ -1,8 +1,8 @@
-"""Drive the demo page as a person would, in headless Chromium, and photograph it.
+"""Use the demo page in headless Chromium and save a screenshot.
 
-    python docs/demo_screenshot.py CHECKPOINT PICTURE QUESTION SCREENSHOT.png
+    python docs/demo_screenshot.py CHECKPOINT IMAGE QUESTION SCREENSHOT.png
 
-Starts demo.py, uploads the picture, asks, waits for the answer, moves the token slider, saves the
+Starts demo.py, uploads the image, asks, waits for the answer, moves the token slider, saves the
 screenshot and prints the answer. Needs Debian's chromium and chromium-driver, and selenium.
 """
 
@@ -23,19 +23,19 @@ ROOT = Path(__file__).parent.parent
 
 @contextlib.contextmanager
 def serving(checkpoint: str, *flags: str, **env: str) -> Iterator[tuple[str, int]]:
-    """A running demo.py: its address and process id."""
+    """Run demo.py; gives its address and process id."""
     argv = [sys.executable, "-u", str(ROOT / "demo.py"), checkpoint, "--port", "0", *flags]
     env = os.environ | {"PYTHONPATH": str(ROOT)} | env
     server = subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                               text=True, cwd=ROOT)  # fmt: skip
-    said = ""
+    output = ""
     try:
         for line in server.stdout:
-            said += line
+            output += line
             if found := re.search(r"http://127\.0\.0\.1:\d+", line):
                 yield found[0], server.pid
                 return
-        raise RuntimeError(f"demo.py ended: {said}")
+        raise RuntimeError(f"demo.py ended: {output}")
     finally:
         server.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -63,25 +63,25 @@ def browser() -> Iterator:
 
 
 def wait_for(what: str, check, seconds: float = 180):
-    """What `check()` returns as soon as it is true."""
+    """Return the first true result of `check()`; raises RuntimeError after `seconds`."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        with contextlib.suppress(Exception):  # an element that is redrawn at this moment
+        with contextlib.suppress(Exception):  # an element may be redrawn at this moment
             if found := check():
                 return found
         time.sleep(0.2)
     raise RuntimeError(f"waited {seconds} s for {what}")
 
 
-def ask(driver, address: str, picture: Path, question: str, screenshot: Path) -> str:
-    """The answer the page shows; every part of the page must have come to life."""
+def ask(driver, address: str, image: Path, question: str, screenshot: Path) -> str:
+    """Ask on the page and return the answer; raises RuntimeError if a part does not respond."""
     from selenium.webdriver.common.by import By
 
     find = lambda css: driver.find_element(By.CSS_SELECTOR, css)  # noqa: E731
     driver.get(address)
     upload = wait_for("the page", lambda: find("#files input[type=file]"))
-    upload.send_keys(str(picture.resolve()))
-    wait_for("the upload", lambda: picture.stem[:4] in find("#files").text)
+    upload.send_keys(str(image.resolve()))
+    wait_for("the upload", lambda: image.stem[:4] in find("#files").text)
     box = find("#prompt textarea, #prompt input")
     box.clear()
     box.send_keys(question)
@@ -98,15 +98,15 @@ def ask(driver, address: str, picture: Path, question: str, screenshot: Path) ->
     find("#line").click()
     wait_for("the second token", lambda: "Token 2" in find("#line").text)
     if first == find("#line").text:
-        raise RuntimeError("the slider does nothing")
+        raise RuntimeError("the token slider has no effect")
     time.sleep(1)
     driver.save_screenshot(str(screenshot))
     return find("#answer textarea").get_attribute("value")
 
 
-def main(checkpoint: str, picture: str, question: str, screenshot: str) -> None:
+def main(checkpoint: str, image: str, question: str, screenshot: str) -> None:
     with serving(checkpoint) as (address, _), browser() as driver:
-        print(ask(driver, address, Path(picture), question, Path(screenshot)))
+        print(ask(driver, address, Path(image), question, Path(screenshot)))
 
 
 if __name__ == "__main__":

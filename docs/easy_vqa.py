@@ -1,11 +1,11 @@
-"""Turn easy-VQA (github.com/vzhou842/easy-VQA) into JSONL that train.py and score.py read.
+"""Convert easy-VQA (github.com/vzhou842/easy-VQA) to JSONL for train.py and score.py.
 
     python docs/easy_vqa.py PATH/TO/easy_vqa/data runs/easy-vqa
 
 The folder holds `train` and `test`, each with `questions.json` ([question, answer, image id] rows)
-and `images/ID.png`, as in the public repository and its Python package. Writes `train.jsonl`, up to
-three questions about a picture in a row, so that a picture is encoded for more than one answer, and
-`test.jsonl`, one question a row; the pictures stay where they are.
+and `images/ID.png`, as in the public repository and its Python package. Writes `train.jsonl`
+with up to three questions about an image per row, so that each encoded image serves several
+answers, and `test.jsonl` with one question per row. Images are not copied.
 """
 
 import json
@@ -22,10 +22,10 @@ for split, n in PER_ROW.items():
     images = (source / split / "images").resolve()
     rows = json.loads((source / split / "questions.json").read_text(encoding="utf-8"))
     with open(target / f"{split}.jsonl", "w", encoding="utf-8") as file:
-        for image, asked in groupby(sorted(rows, key=lambda row: row[2]), key=lambda row: row[2]):
-            texts = [{"user": question, "assistant": answer} for question, answer, _ in asked]
+        for image, group in groupby(sorted(rows, key=lambda row: row[2]), key=lambda row: row[2]):
+            texts = [{"user": question, "assistant": answer} for question, answer, _ in group]
             random.Random(image).shuffle(texts)
-            for at in range(0, len(texts), n):
-                row = {"images": [str(images / f"{image}.png")], "texts": texts[at : at + n]}
+            for start in range(0, len(texts), n):
+                row = {"images": [str(images / f"{image}.png")], "texts": texts[start : start + n]}
                 file.write(json.dumps(row) + "\n")
     print(f"{target / split}.jsonl: {len(rows)} questions")

@@ -7,22 +7,21 @@ Letters: N images, K classes.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.pretrained.mixin import PretrainedMixin
 from models.vision_transformer import ViT
 
 
-class Classifier(nn.Module):
+class Classifier(PretrainedMixin, nn.Module):
     """A ViT of `vit_n_classes` > 0 and its loss."""
 
     def __init__(self, vit: ViT):
         super().__init__()
         if not vit.cfg.vit_n_classes:
-            raise ValueError("vit_n_classes = 0: a ViT without a head classifies nothing")
+            raise ValueError("vit_n_classes = 0: a classifier needs at least one class")
         self.cfg, self.vit = vit.cfg, vit
 
     @property
@@ -31,7 +30,7 @@ class Classifier(nn.Module):
 
     @property
     def parts(self) -> dict[str, nn.Module]:
-        """The parts that freeze and learn at their own rates."""
+        """The parts that can be frozen and have their own learning rates."""
         children = dict(self.vit.named_children())
         head = children.pop("head")
         return {"trunk": nn.ModuleDict({k: m for k, m in children.items() if m}), "head": head}
@@ -54,17 +53,21 @@ class Classifier(nn.Module):
         return logits, loss
 
     def __str__(self) -> str:
-        return str(self.vit)
-
-    def save_pretrained(self, directory: str | Path, processor=None) -> None:
-        """Write a directory that transformers opens where it has such a model; no processor."""
-        self.vit.save_pretrained(directory)
-
-    def push_to_hub(self, repo_id: str, private: bool = True) -> str:
-        """Upload what `save_pretrained` writes to user/name; returns its address.
-
-        `classify.py export --push` also writes a model card. Raises `InputError`.
-        """
-        from models.pretrained import hub
-
-        return hub.push_saved(self.save_pretrained, repo_id, private)
+        """A table of the parts, their parameters and their sizes."""
+        cfg = self.cfg
+        notes = {
+            "patch_embedding": f"{cfg.vit_grid} x {cfg.vit_grid} patches of {cfg.vit_patch_size} "
+            f"pixels, {cfg.vit_n_channels} channels, {cfg.vit_n_prefix} tokens in front",
+            "blocks": f"{cfg.vit_n_blocks} x (width {cfg.vit_hidden_dim}, MLP "
+            f"{cfg.vit_inter_dim}, {cfg.vit_n_heads} heads)",
+            "map_pool": "one query attends to all tokens",
+            "head": f"{cfg.vit_head}, {cfg.vit_n_classes} classes",
+        }
+        counts = {
+            name: sum(p.numel() for p in part.parameters())
+            for name, part in self.vit.named_children()
+        }
+        rows = [(name, n, notes.get(name, "")) for name, n in counts.items() if n]
+        rows.append(("all", sum(counts.values()), ""))
+        width = max(len(name) for name, *_ in rows)
+        return "\n".join(f"{name:<{width}}  {n:>13,}  {note}".rstrip() for name, n, note in rows)

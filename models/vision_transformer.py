@@ -1,8 +1,7 @@
-"""The vision encoder: a pre-norm Vision Transformer (Dosovitskiy et al. 2020; default: SigLIP's).
+"""The vision encoder: a pre-norm Vision Transformer (Dosovitskiy et al. 2020; defaults: SigLIP's).
 
-One ViT, three jobs through `forward_features -> pool -> head`: eyes of a VLM, classifier, image
-embeddings.
-Not here: image resizing (data/images.py), weights of other layouts (models/pretrained).
+One ViT does three jobs through `forward_features -> pool -> head`: the encoder of a VLM, a
+classifier, image embeddings. Not here: resizing (data/images.py), loading (models/pretrained).
 
 Letters: N tiles, P patches, T tokens (CLS and registers, then patches), D width, H heads,
 C head width.
@@ -10,100 +9,69 @@ C head width.
 
 from __future__ import annotations
 
-from functools import partial
-from pathlib import Path
+from collections import OrderedDict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs import ViTConfig
+from models.ops.activations import ACTIVATIONS
 from models.ops.attention import attention
-from models.ops.init import init_weights, parameter_table
-from models.ops.memory import cast_once, run_blocks
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
-
-
-def swiglu(x: Tensor) -> Tensor:
-    """The first half gates the second, [..., 2 * inter] -> [..., inter] (Shazeer 2020)."""
-    gate, value = x.chunk(2, dim=-1)
-    return F.silu(gate) * value
-
-
-ACTIVATIONS = {
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "gelu": F.gelu,
-    "quick_gelu": quick_gelu,
-    "relu": F.relu,
-    "swiglu": swiglu,
-}
+from models.ops.init import init_weights
+from models.ops.memory import run_blocks
+from models.pretrained.mixin import PretrainedMixin
 
 
 class ViTPatchEmbeddings(nn.Module):
-    """Images [N, 3, H, W] -> tokens [N, T, D]: cut into patches, project, add learned positions.
-
-    The strided convolution *is* cut, flatten, multiply: its kernel sees each patch once.
-    """
+    """Images [N, 3, H, W] -> tokens [N, T, D]: one strided convolution, then learned positions."""
 
     def __init__(self, cfg: ViTConfig):
         super().__init__()
         self.cfg = cfg
         size, D = cfg.vit_patch_size, cfg.vit_hidden_dim
-        bias = not cfg.vit_pre_norm  # CLIP's norm would take it away again
+        bias = not cfg.vit_pre_norm  # CLIP's first norm would remove a bias again
         self.conv = nn.Conv2d(cfg.vit_n_channels, D, kernel_size=size, stride=size, bias=bias)
-        self.position_embedding = nn.Parameter(
-            torch.empty(int(cfg.vit_cls_flag) + cfg.vit_n_patches, D)
-        )
+        n_positions = int(cfg.vit_cls_flag) + cfg.vit_n_patches  # registers have none
+        self.position_embedding = nn.Parameter(torch.empty(n_positions, D))
         self.cls_token = nn.Parameter(torch.empty(D)) if cfg.vit_cls_flag else None
-        self.registers = (
-            nn.Parameter(torch.empty(cfg.vit_n_registers, D)) if cfg.vit_n_registers else None
-        )
+        n_registers = cfg.vit_n_registers
+        self.registers = nn.Parameter(torch.empty(n_registers, D)) if n_registers else None
 
     def forward(self, images: Tensor) -> Tensor:
-        cfg = self.cfg
         N, *shape = images.shape
-        wanted = [cfg.vit_n_channels, cfg.vit_img_size, cfg.vit_img_size]
-        if shape != wanted:
-            raise ValueError(
-                f"images are [N, {', '.join(map(str, shape))}], the encoder takes "
-                f"[N, {', '.join(map(str, wanted))}]"
-            )
+        expected = [self.cfg.vit_n_channels, self.cfg.vit_img_size, self.cfg.vit_img_size]
+        if shape != expected:
+            raise ValueError(f"images are {[N, *shape]}; the encoder expects {[N, *expected]}")
         x = self.conv(images).flatten(2).transpose(1, 2)  # [N, P, D]
         if self.cls_token is not None:
             x = torch.cat((self.cls_token.expand(N, 1, -1), x), dim=1)  # [N, 1 + P, D]
         x = x + self.position_embedding
         if self.registers is not None:
-            n_cls = int(cfg.vit_cls_flag)
-            x = torch.cat(
-                (x[:, :n_cls], self.registers.expand(N, -1, -1), x[:, n_cls:]), dim=1
-            )  # [N, T, D]
+            cls, patches = x.tensor_split([int(self.cfg.vit_cls_flag)], dim=1)
+            x = torch.cat((cls, self.registers.expand(N, -1, -1), patches), dim=1)  # [N, T, D]
         return x
 
 
 class ViTMultiHeadAttention(nn.Module):
-    """Every token sees every token of its tile."""
+    """Every token attends to every token of its tile."""
 
     def __init__(self, cfg: ViTConfig):
         super().__init__()
         D = cfg.vit_hidden_dim
-        self.n_heads = cfg.vit_n_heads
-        self.dropout = cfg.vit_dropout
+        self.n_heads, self.dropout = cfg.vit_n_heads, cfg.vit_dropout
         self.q_proj = nn.Linear(D, D, bias=cfg.vit_qkv_bias)
         self.k_proj = nn.Linear(D, D, bias=cfg.vit_qkv_bias)
         self.v_proj = nn.Linear(D, D, bias=cfg.vit_qkv_bias)
         self.out_proj = nn.Linear(D, D)
 
     def forward(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
-        """`queries` [N, Q, D] look at x [N, T, D]; by default x looks at itself."""
-        inputs = cast_once(x, 3) if queries is None else (queries, *cast_once(x, 2))
+        """Cross-attention from `queries` [N, Q, D] to x [N, T, D]; by default self-attention."""
+        queries = x if queries is None else queries
         q, k, v = (
-            proj(y).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # [N, H, T, C]
-            for proj, y in zip((self.q_proj, self.k_proj, self.v_proj), inputs)
+            y.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # [N, H, T, C]
+            for y in (self.q_proj(queries), self.k_proj(x), self.v_proj(x))
         )
-        out = attention(q, k, v, causal=False, dropout=self.dropout if self.training else 0.0)
+        out = attention(q, k, v, dropout=self.dropout if self.training else 0.0)  # [N, H, T, C]
         return self.out_proj(out.transpose(1, 2).flatten(2))  # [N, T, D]
 
 
@@ -111,8 +79,8 @@ class ViTMLP(nn.Module):
     def __init__(self, cfg: ViTConfig):
         super().__init__()
         self.activation = ACTIVATIONS[cfg.vit_hidden_act]
-        n_in = 2 * cfg.vit_inter_dim if cfg.vit_hidden_act == "swiglu" else cfg.vit_inter_dim
-        self.fc1 = nn.Linear(cfg.vit_hidden_dim, n_in)
+        n_inputs = cfg.vit_inter_dim * (2 if cfg.vit_hidden_act == "swiglu" else 1)
+        self.fc1 = nn.Linear(cfg.vit_hidden_dim, n_inputs)
         self.fc2 = nn.Linear(cfg.vit_inter_dim, cfg.vit_hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,7 +88,7 @@ class ViTMLP(nn.Module):
 
 
 class ViTLayerScale(nn.Module):
-    """A learned factor per channel (Touvron et al. 2021)."""
+    """A learned factor for each channel (Touvron et al. 2021)."""
 
     def __init__(self, cfg: ViTConfig):
         super().__init__()
@@ -131,7 +99,7 @@ class ViTLayerScale(nn.Module):
 
 
 class ViTDropPath(nn.Module):
-    """In training, a branch is skipped by a share `rate` of the samples (Huang et al. 2016)."""
+    """In training, each sample skips the branch with probability `rate` (Huang et al. 2016)."""
 
     def __init__(self, rate: float):
         super().__init__()
@@ -140,8 +108,8 @@ class ViTDropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.rate == 0:
             return x
-        kept = x.new_empty(len(x), 1, 1).bernoulli_(1 - self.rate)  # [N, 1, 1]
-        return x * kept / (1 - self.rate)
+        keep = x.new_empty(len(x), 1, 1).bernoulli_(1 - self.rate)  # [N, 1, 1]
+        return x * keep / (1 - self.rate)
 
 
 class ViTBlock(nn.Module):
@@ -162,10 +130,7 @@ class ViTBlock(nn.Module):
 
 
 class ViTMapPool(nn.Module):
-    """One learned query attends to all tokens.
-
-    It is transformers' SiglipMultiheadAttentionPoolingHead.
-    """
+    """A learned query attends to all tokens (transformers' SiglipMultiheadAttentionPoolingHead)."""
 
     def __init__(self, cfg: ViTConfig):
         super().__init__()
@@ -179,97 +144,54 @@ class ViTMapPool(nn.Module):
         return (x + self.mlp(self.ln(x)))[:, 0]  # [N, D]
 
 
-class ViTMLPHead(nn.Module):
-    """A hidden layer with tanh before the classes: the ViT paper's head while pretraining."""
-
-    def __init__(self, cfg: ViTConfig):
-        super().__init__()
-        self.hidden = nn.Linear(cfg.vit_hidden_dim, cfg.vit_hidden_dim)
-        self.out = nn.Linear(cfg.vit_hidden_dim, cfg.vit_n_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(torch.tanh(self.hidden(x)))
-
-
 def build_head(cfg: ViTConfig) -> nn.Module:
-    """Pooled features [N, D] -> logits [N, vit_n_classes]; without classes, nothing is done."""
-    if not cfg.vit_n_classes:
+    """Pooled features [N, D] -> logits [N, vit_n_classes]; without classes, the identity.
+
+    `mlp` is the ViT paper's head for pretraining: a hidden layer with tanh.
+    """
+    D, n_classes = cfg.vit_hidden_dim, cfg.vit_n_classes
+    if not n_classes:
         return nn.Identity()
-    is_mlp = cfg.vit_head == "mlp"
-    return ViTMLPHead(cfg) if is_mlp else nn.Linear(cfg.vit_hidden_dim, cfg.vit_n_classes)
+    if cfg.vit_head == "linear":
+        return nn.Linear(D, n_classes)
+    mlp: OrderedDict[str, nn.Module] = OrderedDict(hidden=nn.Linear(D, D), tanh=nn.Tanh())
+    return nn.Sequential(mlp | {"out": nn.Linear(D, n_classes)})
 
 
-class ViT(nn.Module):
-    """`forward_features(images)` -> all tokens, normalised; `ViT(images)` -> as `vit_pool` says."""
+class ViT(PretrainedMixin, nn.Module):
+    """`forward_features(images)`: all tokens. `vit(images)`: pooled, and classified if asked."""
 
     def __init__(self, cfg: ViTConfig):
         super().__init__()
         self.cfg, self.activation_checkpointing = cfg, False
-        eps, n = cfg.vit_ln_eps, cfg.vit_n_blocks
-        rates = torch.linspace(0, cfg.vit_drop_path, n, device="cpu").tolist()
+        D, eps, n_blocks = cfg.vit_hidden_dim, cfg.vit_ln_eps, cfg.vit_n_blocks
+        drop_paths = torch.linspace(0, cfg.vit_drop_path, n_blocks, device="cpu").tolist()
         self.patch_embedding = ViTPatchEmbeddings(cfg)
-        self.pre_norm = nn.LayerNorm(cfg.vit_hidden_dim, eps) if cfg.vit_pre_norm else nn.Identity()
+        self.pre_norm = nn.LayerNorm(D, eps) if cfg.vit_pre_norm else nn.Identity()
         self.dropout = nn.Dropout(cfg.vit_dropout)
-        self.blocks = nn.ModuleList(ViTBlock(cfg, rate) for rate in rates)
-        self.layer_norm = nn.LayerNorm(cfg.vit_hidden_dim, eps)
+        self.blocks = nn.ModuleList(ViTBlock(cfg, rate) for rate in drop_paths)
+        self.layer_norm = nn.LayerNorm(D, eps)
         self.map_pool = ViTMapPool(cfg) if cfg.vit_pooling == "map" else None
         self.head = build_head(cfg)
-        init_weights(self, n_residual=2 * n)
+        init_weights(self, n_residual=2 * n_blocks)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """[N, channels, size, size] -> [N, T, D] after the last norm, CLS and registers first."""
-        x = self.dropout(self.pre_norm(self.patch_embedding(images)))
-        wide, again = self.cfg.vit_inter_dim, self.activation_checkpointing
-        return self.layer_norm(run_blocks(self.blocks, x, wide, self.training, again))
+        """Images [N, channels, size, size] -> [N, T, D] after the last norm."""
+        x = self.dropout(self.pre_norm(self.patch_embedding(images)))  # [N, T, D]
+        checkpointing = self.activation_checkpointing and self.training
+        return self.layer_norm(run_blocks(self.blocks, x, checkpointing=checkpointing))
 
     def patches(self, images: Tensor) -> Tensor:
-        """The patch tokens alone, [N, P, D]: what a language model sees."""
+        """The patch tokens alone, [N, P, D]: what the projector of a VLM takes."""
         return self.forward_features(images)[:, self.cfg.vit_n_prefix :]
 
     def pool(self, x: Tensor) -> Tensor:
-        """Features [N, T, D] -> [N, D] for cls, mean (over patches) and map; [N, P, D] for none."""
+        """Features [N, T, D] -> [N, D] for cls, mean (of patches) and map; [N, P, D] for none."""
         if self.map_pool is not None:
             return self.map_pool(x)
-        patches = x[:, self.cfg.vit_n_prefix :]
+        patches = x[:, self.cfg.vit_n_prefix :]  # [N, P, D]
         return {"cls": x[:, 0], "mean": patches.mean(1), "none": patches}[self.cfg.vit_pooling]
 
     def forward(self, images: Tensor) -> Tensor:
         """Pooled features; with `vit_n_classes`, their logits [N, vit_n_classes]."""
         return self.head(self.pool(self.forward_features(images)))
-
-    def __str__(self) -> str:
-        cfg = self.cfg
-        wide = f"width {cfg.vit_hidden_dim}, MLP {cfg.vit_inter_dim}, {cfg.vit_n_heads} heads"
-        what = {
-            "patch_embedding": f"{cfg.vit_grid} x {cfg.vit_grid} patches of {cfg.vit_patch_size} "
-            f"pixels, {cfg.vit_n_channels} channels, {cfg.vit_n_prefix} tokens in front",
-            "blocks": f"{cfg.vit_n_blocks} x ({wide})",
-            "map_pool": "one query attends to all tokens",
-            "head": f"{cfg.vit_head}, {cfg.vit_n_classes} classes",
-        }
-        return parameter_table(dict(self.named_children()), what)
-
-    @classmethod
-    def from_pretrained(cls, cfg: ViTConfig) -> ViT:
-        """The weights `cfg.vit_model_type` names, a directory or Hub id, at `cfg.vit_img_size`.
-
-        The other sizes are the source's; `vit.cfg` says what they are. Raises `InputError`.
-        """
-        from models.pretrained import load
-
-        return load.load_vit(cfg)
-
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write a directory that transformers opens as the same kind of encoder."""
-        from models.pretrained import save
-
-        save.save_vit(self, directory)
-
-    def push_to_hub(self, repo_id: str, private: bool = True) -> str:
-        """Upload what `save_pretrained` writes to user/name; returns its address.
-
-        Raises `InputError`.
-        """
-        from models.pretrained import hub
-
-        return hub.push_saved(self.save_pretrained, repo_id, private)

@@ -1,7 +1,7 @@
-"""ChartQA: numbers and labels read off charts, within 5 % (Masry et al. 2022)."""
+"""ChartQA: questions about charts; numbers count within 5 % (Masry et al. 2022)."""
 
-from engine.evaluation.evaluate import Task, row_items
-from engine.evaluation.metrics import each, relaxed
+from engine.evaluation.evaluate import Task, row_questions
+from engine.evaluation.metrics import per_answer, relaxed_accuracy
 
 PROMPT = "{}\nAnswer the question with a single word."
 
@@ -12,4 +12,4 @@ def read(row: dict) -> tuple:
     return PROMPT.format(row["question"]), row["image"], fields
 
 
-TASK = Task(row_items(read), each(relaxed), "hf:lmms-lab/ChartQA@test")
+TASK = Task(row_questions(read), per_answer(relaxed_accuracy), "hf:lmms-lab/ChartQA@test")

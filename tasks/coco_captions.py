@@ -1,6 +1,6 @@
-"""COCO captions: a sentence about a photograph, against five people's (Chen et al. 2015)."""
+"""COCO captions: a one-sentence caption of a photo, with five references (Chen et al. 2015)."""
 
-from engine.evaluation.evaluate import Task, row_items
+from engine.evaluation.evaluate import Task, row_questions
 from engine.evaluation.metrics import cider
 
 PROMPT = "Provide a one-sentence caption for the provided image."
@@ -12,4 +12,4 @@ def read(row: dict) -> tuple:
     return PROMPT, row["image"], {"skill": "all", "references": tuple(row["answer"])}
 
 
-TASK = Task(row_items(read), cider, "hf:lmms-lab/COCO-Caption@val")
+TASK = Task(row_questions(read), cider, "hf:lmms-lab/COCO-Caption@val")

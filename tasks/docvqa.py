@@ -1,7 +1,7 @@
 """DocVQA: questions about scanned pages, scored by edit distance (Mathew et al. 2021)."""
 
-from engine.evaluation.evaluate import Task, row_items
-from engine.evaluation.metrics import anls, each
+from engine.evaluation.evaluate import Task, row_questions
+from engine.evaluation.metrics import anls, per_answer
 
 PROMPT = "{}\nAnswer the question using a single word or phrase."
 
@@ -13,4 +13,4 @@ def read(row: dict) -> tuple:
     return PROMPT.format(row["question"]), row["image"], fields
 
 
-TASK = Task(row_items(read), each(anls), "hf:lmms-lab/DocVQA:DocVQA@validation")
+TASK = Task(row_questions(read), per_answer(anls), "hf:lmms-lab/DocVQA:DocVQA@validation")

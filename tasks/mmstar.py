@@ -1,7 +1,7 @@
-"""MMStar: 1,500 multiple-choice questions that cannot be answered blind (Chen et al. 2024)."""
+"""MMStar: 1,500 multiple-choice questions that need the image (Chen et al. 2024)."""
 
-from engine.evaluation.evaluate import Task, row_items
-from engine.evaluation.metrics import each, letter
+from engine.evaluation.evaluate import Task, row_questions
+from engine.evaluation.metrics import letter, per_answer
 
 PROMPT = "{}\nAnswer with the option's letter from the given choices directly."
 
@@ -12,4 +12,4 @@ def read(row: dict) -> tuple:
     return PROMPT.format(row["question"].strip()), row["image"], fields
 
 
-TASK = Task(row_items(read), each(letter), "hf:Lin-Chen/MMStar@val")
+TASK = Task(row_questions(read), per_answer(letter), "hf:Lin-Chen/MMStar@val")

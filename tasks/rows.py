@@ -1,5 +1,5 @@
-"""Your own rows, in any form that trains: the last answer of each is what must be said."""
+"""Your own rows, in any format that trains; the last turn of each is the correct answer."""
 
-from engine.evaluation.evaluate import Task, items
+from engine.evaluation.evaluate import Task, load_items
 
-TASK = Task(items)
+TASK = Task(load_items)

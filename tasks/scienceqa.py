@@ -1,11 +1,11 @@
-"""ScienceQA, the questions with a picture: school science, multiple choice (Lu et al. 2022)."""
+"""ScienceQA, questions with an image: school science, multiple choice (Lu et al. 2022)."""
 
 import string
 
-from engine.evaluation.evaluate import Task, row_items
-from engine.evaluation.metrics import each, letter
+from engine.evaluation.evaluate import Task, row_questions
+from engine.evaluation.metrics import letter, per_answer
 
-PROMPT = "{context}{question}\n{options}\nAnswer with the option's letter from the given choices directly."
+PROMPT = "{context}{question}\n{options}\nAnswer with the option's letter from the given choices directly."  # noqa: E501
 
 
 def read(row: dict) -> tuple:
@@ -17,10 +17,10 @@ def read(row: dict) -> tuple:
         question=row["question"],
         options="\n".join(f"{name}. {text}" for name, text in zip(letters, row["choices"])),
     )
-    right = row["answer"]
-    references = (letters[right], row["choices"][right])
+    correct = row["answer"]
+    references = (letters[correct], row["choices"][correct])
     fields = {"skill": row["subject"], "references": references, "choices": tuple(letters)}
     return prompt, row["image"], fields
 
 
-TASK = Task(row_items(read), each(letter), "hf:lmms-lab/ScienceQA:ScienceQA-IMG@test")
+TASK = Task(row_questions(read), per_answer(letter), "hf:lmms-lab/ScienceQA:ScienceQA-IMG@test")

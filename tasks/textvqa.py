@@ -1,7 +1,7 @@
-"""TextVQA: what is written in photographs, by ten people's answers (Singh et al. 2019)."""
+"""TextVQA: reading text in photos, with ten reference answers (Singh et al. 2019)."""
 
-from engine.evaluation.evaluate import Task, row_items
-from engine.evaluation.metrics import each, vqa_accuracy
+from engine.evaluation.evaluate import Task, row_questions
+from engine.evaluation.metrics import per_answer, vqa_accuracy
 
 PROMPT = "{}\nAnswer the question using a single word or phrase."
 
@@ -13,4 +13,4 @@ def read(row: dict) -> tuple:
     return PROMPT.format(row["question"].capitalize()), row["image"], fields
 
 
-TASK = Task(row_items(read), each(vqa_accuracy), "hf:lmms-lab/textvqa@validation")
+TASK = Task(row_questions(read), per_answer(vqa_accuracy), "hf:lmms-lab/textvqa@validation")

@@ -1,9 +1,10 @@
-"""The built-in world: equally many questions of each skill, half about unseen combinations."""
+"""The built-in world: the same number of questions per skill, half on held-out combinations."""
 
 from dataclasses import replace
 
+from configs import DataConfig
 from data.world.scenes import COLORS, POSITIONS, SHAPES
-from engine.evaluation.evaluate import Task, items
+from engine.evaluation.evaluate import Item, Task, load_items
 
 YES_NO = ("yes", "no")
 ROWS, COLUMNS = ("above", "below", ""), ("left", "right", "")
@@ -20,9 +21,10 @@ CHOICES = {
 }
 
 
-def world(cfg, split: str, n: int) -> list:
-    found = items(replace(cfg, source="world"), split, n)
-    return [replace(item, choices=CHOICES.get(item.skill, ())) for item in found]
+def load_world_items(cfg: DataConfig, split: str, n: int) -> list[Item]:
+    """Questions of the built-in world, with the choices of their skill."""
+    items = load_items(replace(cfg, source="world"), split, n)
+    return [replace(item, choices=CHOICES.get(item.skill, ())) for item in items]
 
 
-TASK = Task(world, source="world")
+TASK = Task(load_world_items, source="world")

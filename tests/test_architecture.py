@@ -1,13 +1,11 @@
-"""Who may import whom, how long a file may be, and what an import may do: nothing.
-
-The floors are those of the house: a room imports from rooms that stand before it in its own list,
-and from any room on a floor below.
-"""
+"""The architecture: who may import whom, file limits, plain model files, silent imports."""
 
 from __future__ import annotations
 
 import ast
 import os
+import re
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -16,101 +14,106 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-PRETRAINED = [f"models.pretrained.{n}" for n in (
-    "engine", "siglip", "clip", "vit", "dinov2", "llama", "idefics3", "nanovlm")]  # fmt: skip
-# Each floor is a list of ladders; a room stands on one and sees the rungs below it.
-FLOORS: list[list[list[str]]] = [
-    [["configs_base", "configs", "configs_classify"]],
-    [
-        ["models.attention", "models.vision_transformer", "models.rollout",
-         "models.classifier", "models.language_model",
-         "models.modality_projector", "models.recorded", "models.compiled", "models.generation",
-         "models.quantized",
-         "models.attention_maps",
-         "models.pretrained", *PRETRAINED],
-        ["engine.distributed"], ["engine.optim"], ["engine.scoring"],
-    ],
-    [
-        ["models.vision_language_model"],
-        ["data.sample", "data.world", "data.text", "data.augment", "data.images", "data.tables",
-         "data.readers", "data.schemas", "data.sources", "data.classes", "data.streams",
-         "data.processor", "data.packing", "data.loader", "data.stream_loader", "data.preview",
-         "data.views", "data.prepare"],
-    ],
-    [["models.hub", "models.checkpoint_files", "models.backbones",
-      "engine.checkpoint", "engine.logger", "engine.chat", "engine.conversation", "engine.batch",
-      "engine.look", "engine.evaluation", "engine.predictions", "engine.sheet", "engine.report",
-      "engine.adapters", "engine.publish", "engine.classification", "engine.embedding",
-      "engine.vit_card", "engine.vit_sheet", "engine.meter", "engine.loop", "engine.dry_run",
-      *(f"tasks.{n}" for n in ("world", "rows", "mmstar", "pope", "scienceqa", "chartqa",
-                               "textvqa", "docvqa", "coco_captions"))]],
-]  # fmt: skip
-SCRIPTS = len(FLOORS)
-UP_STAIRS = {  # inside a function
-    ("models.vision_language_model", "models.checkpoint_files"),
-    ("models.vision_language_model", "models.hub"),
-    ("models.vision_transformer", "models.backbones"),
-    ("models.vision_transformer", "models.hub"),
-    ("models.classifier", "models.hub"),
-    ("models.language_model", "models.backbones"),
-    ("models.language_model", "models.hub"),
-    ("data.sources", "data.streams"),  # one door for every kind of source
+ROOT = Path(__file__).parent.parent
+CONFIGS = ("config_tools", "configs", "configs_classify", "cli")
+ARCHITECTURE = (
+    "models.vision_transformer",
+    "models.modality_projector",
+    "models.language_model",
+    "models.vision_language_model",
+    "models.classifier",
+)
+MIXIN = "models.pretrained.mixin"
+# A module, or all modules of a package -> what it may import. The longest name that fits counts.
+MAY_IMPORT: dict[str, tuple[str, ...]] = {
+    "config_tools": (),
+    "configs": ("config_tools",),
+    "configs_classify": ("config_tools", "configs"),
+    "cli": ("config_tools", "configs", "configs_classify"),
+    "models.ops": ("configs", "models.ops"),
+    MIXIN: (),
+    **dict.fromkeys(ARCHITECTURE, ("configs", "models.ops", MIXIN, *ARCHITECTURE)),
+    "models.inference": (*CONFIGS, "models.ops", "models.inference", *ARCHITECTURE),
+    "models.inspect": (*CONFIGS, "models.ops", *ARCHITECTURE),
+    "models.pretrained": (
+        *CONFIGS,
+        "models.ops",
+        "models.pretrained",
+        "models.inference.int8",
+        *ARCHITECTURE,
+    ),
+    "models.pretrained.layouts": (
+        *CONFIGS,
+        "models.pretrained.layouts",
+        "models.pretrained.mapping",
+    ),
+    "data": (*CONFIGS, "data"),
+    "engine": (*CONFIGS, "models", "data", "engine"),
+    "tasks": (*CONFIGS, "data", "engine"),
 }
-ON_CALL = {
-    "datasets",
-    "huggingface_hub",
-    "wandb",
-    "gradio",
-    "peft",
-    "matplotlib",
-    "torchao",
-    "pycocoevalcap",
+SCRIPTS_MAY_IMPORT = (*CONFIGS, "models", "data", "engine", "tasks")
+# Imports inside functions that the table above does not allow.
+AT_CALL_TIME = {
+    (MIXIN, "models.pretrained.load"),
+    (MIXIN, "models.pretrained.save"),
+    (MIXIN, "models.pretrained.hub"),
+    ("models.vision_language_model", "models.inference.generate"),
 }
-TALKS = {"engine.distributed", "engine.checkpoint"}  # to other processes
-LONGEST_FILE, LONGEST_CONFIGS, LONGEST_FUNCTION, LONGEST_LOOP = 400, 600, 60, 80
-PLACE = {
-    room: (floor, ladder, rung)
-    for floor, ladders in enumerate(FLOORS)
-    for ladder, rooms in enumerate(ladders)
-    for rung, room in enumerate(rooms)
+# Optional or slow packages: imported by the function that needs them.
+LAZY = {"datasets", "huggingface_hub", "wandb", "gradio", "peft", "matplotlib", "torchao",
+        "pycocoevalcap", "faiss", "onnx"}  # fmt: skip
+DISTRIBUTED = {"engine.training.distributed", "engine.training.checkpoint"}
+MAX_LINES = {
+    "models.vision_transformer": 200,
+    "models.language_model": 200,
+    "models.vision_language_model": 170,
+    "models.modality_projector": 45,
+    "configs": 600,
 }
+MAX_LINES_OF_A_FILE, MAX_FILES_OF_A_FOLDER = 400, 9
+MAX_LINES_OF_A_FUNCTION, MAX_LINES_OF_THE_LOOP = 60, 80
+# What the plain architecture files leave to models/ops.
+NOT_PLAIN = ("autograd.Function", "torch.cuda", "torch.__version__", "device.type", "torch.compile",
+             "_dynamo", "sysconf", "is_compiling")  # fmt: skip
+READING_PATH = (
+    "docs/how_it_works.md",
+    "models/modality_projector.py",
+    "models/vision_language_model.py",
+    "models/vision_transformer.py",
+    "models/language_model.py",
+    "data/text.py",
+    "data/processor.py",
+    "engine/training/loop.py",
+    "train.py",
+)
 
 
 def modules(root: Path) -> dict[str, Path]:
-    """Dotted name -> file of every module of the house."""
+    """Dotted name -> file of every module of the project."""
     files = [*root.glob("*.py")]
-    for room in ("models", "data", "engine", "tasks"):
-        files += (root / room).rglob("*.py")
+    for package in ("models", "data", "engine", "tasks"):
+        files += (root / package).rglob("*.py")
     names = {f: ".".join(f.relative_to(root).with_suffix("").parts) for f in files}
     return {name.removesuffix(".__init__"): f for f, name in names.items()}
 
 
-def others(root: Path) -> dict[str, Path]:
-    """Dotted name -> file of what no room imports, which is read as much."""
+def other_files(root: Path) -> dict[str, Path]:
+    """Dotted name -> file of what no module imports: benchmarks, scripts of docs, tests."""
     files = [*(root / "benchmarks").rglob("*.py"), *(root / "docs").glob("*.py")]
     files += (root / "tests").rglob("*.py")
     return {".".join(f.relative_to(root).with_suffix("").parts): f for f in files}
 
 
-@cache
-def read(name: str, text: str) -> tuple[tuple, tuple[str, ...]]:
-    """(imports, problems of the file alone); the same text is read once."""
-    tree = ast.parse(text, name)
-    found = [
-        f"{name} line {node.lineno}: torch.distributed"
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and node.attr == "distributed"
-        if ast.unparse(node) == "torch.distributed" and name not in TALKS
-    ]
-    return tuple(imports(tree)), (*found, *too_long(name, text))
-
-
 def imports(tree: ast.Module) -> list[tuple[str, bool, int]]:
-    """(dotted name, whether inside a function, line) of every import, `from a import b` as a.b."""
+    """(dotted name, whether inside a function, line) of every import, `from a import b` as a.b.
+
+    Imports for type checkers only do not count.
+    """
     found = []
 
     def visit(node: ast.AST, inside: bool) -> None:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            return
         if isinstance(node, ast.Import):
             found.extend((alias.name, inside, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -124,74 +127,164 @@ def imports(tree: ast.Module) -> list[tuple[str, bool, int]]:
     return found
 
 
-def room_of(name: str, rooms: dict[str, Path]) -> str | None:
-    """The module of the house that an imported name belongs to."""
-    parts = name.split(".")
-    for n in range(len(parts), 0, -1):
-        if ".".join(parts[:n]) in rooms:
-            return ".".join(parts[:n])
-    return None
+def is_in(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
 
 
 def may_import(importer: str, imported: str) -> bool:
-    place = PLACE.get(importer, (SCRIPTS, 0, 0))
-    target = PLACE.get(imported, (SCRIPTS, 0, 0))
-    if {importer.split(".")[0], imported.split(".")[0]} == {"models", "data"}:
-        return False
-    if place[0] == target[0]:  # a neighbour must be on an earlier rung; scripts have no ladder
-        return place[0] < SCRIPTS and place[1] == target[1] and target[2] < place[2]
-    return target[0] < place[0]
+    fitting = [name for name in MAY_IMPORT if is_in(importer, name)]
+    allowed = MAY_IMPORT[max(fitting, key=len)] if fitting else SCRIPTS_MAY_IMPORT
+    return any(is_in(imported, name) for name in allowed)
+
+
+def module_of(name: str, known: dict[str, Path]) -> str | None:
+    """The project's module that an imported name belongs to."""
+    parts = name.split(".")
+    for n in range(len(parts), 0, -1):
+        if ".".join(parts[:n]) in known:
+            return ".".join(parts[:n])
+    return name.rpartition(".")[0] if parts[0] in ("models", "data", "engine", "tasks") else None
+
+
+@cache
+def problems_of_file(name: str, text: str) -> tuple[str, ...]:
+    """What is wrong with a file by itself; the same text is checked once."""
+    tree, found = ast.parse(text, name), []
+    limit = MAX_LINES.get(name, MAX_LINES_OF_A_FILE)
+    if (n := len(text.splitlines())) > limit:
+        found.append(f"{name}: {n} lines are more than {limit}")
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            is_loop = (name, node.name) == ("engine.training.loop", "train")
+            limit = MAX_LINES_OF_THE_LOOP if is_loop else MAX_LINES_OF_A_FUNCTION
+            if (n := node.end_lineno - node.lineno + 1) > limit:
+                found.append(f"{name}.{node.name}: {n} lines are more than {limit}")
+    if name in ARCHITECTURE:
+        found += [f"{name}: {word} belongs in models/ops" for word in NOT_PLAIN if word in text]
+    return tuple(found)
+
+
+@cache
+def problems_of_imports(name: str, text: str) -> tuple[tuple, tuple[str, ...]]:
+    """(imports, problems that need no other file)."""
+    tree = ast.parse(text, name)
+    found = [
+        f"{name} line {node.lineno}: torch.distributed"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr == "distributed"
+        if ast.unparse(node) == "torch.distributed" and name not in DISTRIBUTED
+    ]
+    for imported, inside, line in imports(tree):
+        top = imported.split(".")[0]
+        if imported.startswith("."):
+            found.append(f"{name} line {line}: relative import")
+        if top in LAZY and not inside:
+            found.append(f"{name} line {line}: {top} belongs inside a function")
+        if is_in(imported, "torch.distributed") and name not in DISTRIBUTED:
+            found.append(f"{name} line {line}: torch.distributed")
+        if name in ARCHITECTURE and top in ("os", "sys", "pathlib", "json", "time"):
+            found.append(f"{name} line {line}: {top} does not belong in the architecture")
+    return tuple(imports(tree)), tuple(found)
 
 
 def problems(root: Path) -> list[str]:
-    """Everything in a tree that breaks the plan."""
-    rooms, found, graph = modules(root), [], {}
-    for name, path in others(root).items():
-        found += too_long(name, path.read_text(encoding="utf-8"))
-    for name, path in rooms.items():
-        imported_names, alone = read(name, path.read_text(encoding="utf-8"))
+    """Everything in a tree that breaks the rules."""
+    known, found, graph = modules(root), [], {}
+    for name, path in (known | other_files(root)).items():
+        found += problems_of_file(name, path.read_text(encoding="utf-8"))
+    for name, path in known.items():
+        imported_names, alone = problems_of_imports(name, path.read_text(encoding="utf-8"))
         found += alone
-        if "." in name and name not in PLACE:
-            found.append(f"{name}: has no place in the floor plan")
         graph[name] = set()
         for imported, inside, line in imported_names:
-            where = f"{name} line {line}"
-            top = imported.split(".")[0]
-            if imported.startswith("."):
-                found.append(f"{where}: relative import")
-            if top in ON_CALL and not inside:
-                found.append(f"{where}: {top} belongs inside a function")
-            if f"{imported}.".startswith("torch.distributed.") and name not in TALKS:
-                found.append(f"{where}: torch.distributed")
-            room = room_of(imported, rooms)
-            if room is None and top in ("models", "data", "engine") and imported.count("."):
-                room = room_of(top, rooms)  # a package has no file of its own
-            if room is None or room == name:
+            target = module_of(imported, known)
+            if target is None or target == name:
                 continue
             if not inside:
-                graph[name].add(room)
-            if not may_import(name, room) and not (inside and (name, room) in UP_STAIRS):
-                found.append(f"{where}: may not import {room}")
+                graph[name].add(target)
+            if not may_import(name, target) and not (inside and (name, target) in AT_CALL_TIME):
+                found.append(f"{name} line {line}: may not import {target}")
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         found.append(f"cycle: {' -> '.join(error.args[1])}")
+    for package in ("models", "data", "engine"):
+        for folder in (root / package, *(f for f in (root / package).rglob("*") if f.is_dir())):
+            if (n := len(list(folder.glob("*.py")))) > MAX_FILES_OF_A_FOLDER:
+                name = folder.relative_to(root)
+                found.append(f"{name}: {n} files are more than {MAX_FILES_OF_A_FOLDER}")
     return found
 
 
-@cache
-def too_long(name: str, text: str) -> tuple[str, ...]:
-    found = []
-    limit = LONGEST_CONFIGS if name == "configs" else LONGEST_FILE
-    if (n := len(text.splitlines())) > limit:
-        found.append(f"{name}: {n} lines are more than {limit}")
-    for node in ast.walk(ast.parse(text, name)):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            limit = LONGEST_LOOP if (name, node.name) == ("engine.loop", "train") \
-                else LONGEST_FUNCTION  # fmt: skip
-            if (n := node.end_lineno - node.lineno + 1) > limit:
-                found.append(f"{name}.{node.name}: {n} lines are more than {limit}")
-    return tuple(found)
+def test_the_rules_hold():
+    assert problems(ROOT) == []
+
+
+# (file, a line that breaks a rule, what is said)
+BREAKS = [
+    ("models/ops/rope.py", "from models.language_model import RMSNorm",
+     "may not import models.language_model"),
+    ("models/vision_transformer.py", "from models.inference.sampling import Sampling",
+     "may not import models.inference.sampling"),
+    ("models/language_model.py", "x = torch.compile", "torch.compile belongs in models/ops"),
+    ("models/vision_language_model.py", "import os", "os does not belong in the architecture"),
+    ("models/vision_language_model.py", "from models.pretrained import load",
+     "may not import models.pretrained.load"),
+    ("models/vision_transformer.py", "#\n" * 20, "lines are more than 200"),
+    ("models/inference/generate.py", "from data.types import IGNORE", "may not import data.types"),
+    ("models/inspect/rollout.py", "import models.pretrained.hub", "may not import models.pretr"),
+    ("data/batches/loader.py", "import models.ops.rope", "may not import models.ops.rope"),
+    ("data/types.py", "from data.batches import loader", "cycle"),
+    ("engine/evaluation/metrics.py", "from engine.evaluation import evaluate", "cycle"),
+    ("engine/training/loop.py", "from tasks import world", "may not import tasks.world"),
+    ("tasks/world.py", "import models.language_model", "may not import models.language_model"),
+    ("generate.py", "import score", "may not import score"),
+    ("configs.py", "import train", "may not import train"),
+    ("config_tools.py", "from configs import ViTConfig", "may not import configs"),
+    ("engine/training/loop.py", "import torch.distributed as d", "torch.distributed"),
+    ("engine/training/optim.py", "from torch import distributed", "torch.distributed"),
+    ("engine/training/loop.py", "x = torch.distributed.is_initialized()", "torch.distributed"),
+    ("engine/training/logger.py", "import matplotlib.pyplot", "matplotlib belongs inside"),
+    ("data/text.py", "from huggingface_hub import hf_hub_download", "huggingface_hub belongs"),
+    ("engine/training/optim.py", "from .loop import train", "relative import"),
+    ("engine/evaluation/metrics.py", "#\n" * 400, "lines are more than 400"),
+    ("engine/evaluation/metrics.py", "def long():\n" + "    x = 1\n" * 60, "long: 61 lines"),
+    ("benchmarks/speed/compare.py", "#\n" * 400, "benchmarks.speed.compare: "),
+    ("docs/easy_vqa.py", "def long():\n" + "    x = 1\n" * 60, "docs.easy_vqa.long: 61 lines"),
+    ("tests/data/test_text.py", "#\n" * 400, "tests.data.test_text: "),
+    ("tests/forked.py", "async def long():\n" + "    x = 1\n" * 60, "tests.forked.long: 61"),
+    ("models/ops/a.py models/ops/b.py", "", "models/ops: 10 files are more than 9"),
+]  # fmt: skip
+
+
+def test_the_checker_sees_every_kind_of_break(tmp_path):
+    for path in (modules(ROOT) | other_files(ROOT)).values():
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    assert problems(tmp_path) == []
+    for files, line, says in BREAKS:
+        paths = [tmp_path / file for file in files.split()]
+        before = [path.read_text() if path.exists() else None for path in paths]
+        for path, text in zip(paths, before):
+            path.write_text((text or "") + "\n" + line + "\n")
+        found = problems(tmp_path)
+        assert any(says in problem for problem in found), (files, line, found)
+        for path, text in zip(paths, before):
+            path.unlink() if text is None else path.write_text(text)
+
+
+def test_the_reading_path_is_one_sitting():
+    """The files a student reads, in the README's order, in under 1,500 lines."""
+    lines = {name: len((ROOT / name).read_text().splitlines()) for name in READING_PATH}
+    assert sum(lines.values()) < 1500, lines
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    path = readme[readme.index("## Reading path") :]
+    places = [path.index(name) for name in READING_PATH]
+    assert places == sorted(places)
+    for name, n in lines.items():
+        said = int(re.search(rf"\| \[`?{re.escape(name)}`?\]\([^)]*\) \| (\d+) \|", path)[1])
+        assert abs(said - n) <= 10, (name, said, n)
 
 
 WATCH = """
@@ -238,7 +331,7 @@ def test_an_import_does_nothing_else(tmp_path):
         ("models.vision_language_model", ["transformers", "datasets", "PIL", "tokenizers", "data"]),
     ],
 )
-def test_the_lower_floors_need_little(tmp_path, name, absent):
+def test_lower_layers_import_little(tmp_path, name, absent):
     script = f"import sys, {name}; print(*[n for n in {absent} if n in sys.modules])"
     done = in_fresh_process(tmp_path, "-c", script)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr[-2000:]

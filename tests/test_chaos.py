@@ -50,7 +50,7 @@ def config(run_file, rows_file):
             rows = [row | {"image": str(rows_file.parent / row["image"])} for row in rows]
             data["source"] = str(rows_file.with_name("whole.jsonl"))
             Path(data["source"]).write_text("\n".join(map(json.dumps, rows)))
-        train = dict(steps=STEPS, save_every=2, eval_every=3, eval_samples=2, answers_every=0)
+        train = dict(steps=STEPS, save_every=2, eval_every=3, eval_samples=2, answer_sheet_every=0)
         train |= SHARDS if kind.endswith("shards") else {}
         return run_file(name, {"lm_dropout": 0.1}, data, **train, max_bad_steps=1)
 

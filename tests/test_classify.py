@@ -76,7 +76,7 @@ def test_validation_that_cannot_be_opened_loses_no_training(pictures, tmp_path, 
         (tmp_path / "val" / colour).mkdir(parents=True)
         (tmp_path / "val" / colour / "a.png").write_bytes(b"no picture")
     flags = ["--data.val", tmp_path / "val", "--train.save-every", "0"]
-    assert "no picture can be opened" in refused(
+    assert "no image can be opened" in refused(
         capsys, "train", *words(pictures, tmp_path / "run", 3, *flags)
     )
     assert (tmp_path / "run" / "step-000003").is_dir()
@@ -84,7 +84,7 @@ def test_validation_that_cannot_be_opened_loses_no_training(pictures, tmp_path, 
 
 def test_colours_are_learned(trained):
     result = read_json(trained / "result.json")
-    assert result["val_accuracy"] == 1.0 and result["pictures"] == 30
+    assert result["val_accuracy"] == 1.0 and result["images"] == 30
     assert {row["class"]: row["recall"] for row in result["classes"]} == dict.fromkeys(COLOURS, 1.0)
     events = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
     losses = [e["loss"] for e in events if "loss" in e]
@@ -118,7 +118,7 @@ def test_transformers_predicts_the_same(trained, pictures, tmp_path):
         "",
         "--train.ema 0.9 --train.layer-decay 0.7 --train.optimizer adamw --model.vit-dropout 0.1 "
         "--model.vit-drop-path 0.2 --data.mixup 0.3 --data.cutmix 1 --data.randaugment 1 "
-        "--data.erase 0.3 --data.flip 0.5 --data.label-smoothing 0.1",
+        "--data.random-erasing 0.3 --data.horizontal-flip 0.5 --data.label-smoothing 0.1",
     ],
     ids=["plain", "everything"],
 )
@@ -181,7 +181,8 @@ def test_the_circle_through_the_commands(trained, pictures, run_file, tmp_path):
         command(train.main, argv)
     assert torch.equal(see(str(tmp_path / "frozen")), see(str(trained)))
     assert not torch.equal(see(str(tmp_path / "moved")), see(str(trained)))
-    go("look", tmp_path / "moved", pictures / "val" / "red" / "1.png", "--out", tmp_path / "l.png")
+    one = pictures / "val" / "red" / "1.png"
+    go("rollout", tmp_path / "moved", one, "--out", tmp_path / "l.png")
     assert Image.open(tmp_path / "l.png").width > 450
     go("train", "small", "--data.source", pictures / "train", "--model.vit-model-type",
        tmp_path / "moved", "--train.freeze", "trunk", "--train.out", tmp_path / "probe",
@@ -201,7 +202,7 @@ def test_answers_as_csv_with_corrupt_files_left_out(trained, pictures, tmp_path,
     pattern = str(pictures / "val" / "green" / "[0-2].png")
     go("predict", trained, good, tmp_path, pattern, "--k", 2, "--out", tmp_path / "a.csv")
     out, err = capsys.readouterr()
-    assert "broken.png" in err and "1 pictures left out" in out
+    assert "broken.png" in err and "1 images skipped" in out
     rows = list(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))
     assert [row["class_1"] for row in rows] == ["red", "green", "green", "green"]
     assert all(float(row["p_1"]) > float(row["p_2"]) for row in rows)
@@ -211,10 +212,10 @@ def test_export_has_a_card_from_the_runs_record(trained, tmp_path, capsys):
     go("export", trained, "--out", tmp_path / "colours")
     card = (tmp_path / "colours" / "README.md").read_text()
     assert "ViTForImageClassification" in card and 'pipeline_tag: "image-classification"' in card
-    assert "40 of 40, 8 pictures each" in card and "100.00% of 30 pictures" in card
+    assert "40 of 40, 8 images each" in card and "100.00% of 30 images" in card
     assert (tmp_path / "colours" / "confusion.png").is_file()
     assert open_classifier(str(tmp_path / "colours")).labels == ("blue", "green", "red")
-    assert "exists already" in refused(capsys, "export", trained, "--out", tmp_path / "colours")
+    assert "already exists" in refused(capsys, "export", trained, "--out", tmp_path / "colours")
     assert "one of --out and --push" in refused(capsys, "export", trained)
 
 
@@ -248,7 +249,7 @@ def test_a_run_ends_with_a_push(pictures, tmp_path, capsys, monkeypatch):
     go("train", *words(pictures, tmp_path / "r", 2, "--train.push", "me/colours"))
     assert "pushed to https://example.org/me/colours" in capsys.readouterr().out
     result = read_json(tmp_path / "r" / "result.json")
-    assert len(cards) == 1 and f"{result['val_accuracy']:.2%} of 30 pictures" in cards[0]
+    assert len(cards) == 1 and f"{result['val_accuracy']:.2%} of 30 images" in cards[0]
 
 
 def test_fashion_is_learned_from_a_sprite(shared, tmp_path):
@@ -273,7 +274,7 @@ def test_easy_vqa_is_learned_by_its_labels(shared, tmp_path, label, chance):
        *TINY.split(), "--model.vit-img-size", 32, "--data.batch-size", 32,
        "--train.steps", 300, "--train.eval-every", 0)  # fmt: skip
     result = read_json(tmp_path / "run" / "result.json")
-    assert result["pictures"] == 880 and len(result["classes"]) == round(1 / chance)
+    assert result["images"] == 880 and len(result["classes"]) == round(1 / chance)
     assert 1 - result["val_accuracy"] < (1 - chance) / 2
 
 
@@ -296,7 +297,7 @@ def test_emoji_and_flags_are_known_again(shared, tmp_path, name):
 def test_rollout_sheets_for_all_three_jobs(trained, small_checkpoint, pictures, tmp_path):
     two = [pictures / "val" / "red" / f"{i}.png" for i in range(2)]
     for source in (trained, small_checkpoint):
-        go("look", source, *two, "--out", tmp_path / "look.png")
+        go("rollout", source, *two, "--out", tmp_path / "look.png")
         assert Image.open(tmp_path / "look.png").width > 900
         (tmp_path / "look.png").unlink()
 
@@ -338,36 +339,36 @@ def test_wrong_commands_get_one_sentence(trained, pictures, tmp_path, capsys):
     assert "--train.steps" in refused(capsys, "train", "small", "--train.stepz", "3")
     (tmp_path / "empty").mkdir()
     says = refused(capsys, "train", "small", "--data.source", tmp_path / "empty")
-    assert "no pictures" in says
+    assert "no images" in says
     shutil.copytree(pictures / "train" / "red", tmp_path / "one" / "red")
     says = refused(capsys, "train", "small", "--data.source", tmp_path / "one")
-    assert "one class only ('red')" in says
+    assert "only one class ('red')" in says
     flags = words(pictures, tmp_path / "r", 2)
     says = refused(capsys, "train", *flags, "--model.vit-n-classes", 2)
     assert "vit_n_classes = 2: the data have 3 classes" in says
     says = refused(capsys, "train", *flags, "--model.vit-n-classes", 2, "--model.vit-labels",
                    "red", "green")  # fmt: skip
-    assert "class 'blue' is none of the 2" in says
+    assert "class 'blue' is none of the model's 2" in says
     says = refused(capsys, "train", *flags, "--model.vit-n-channels", 2)
     assert "vit_n_channels" in says
     assert not (tmp_path / "r").exists()
     says = refused(capsys, "predict", trained, tmp_path / "none.png")
-    assert "no such picture" in says
+    assert "no such image" in says
     says = refused(capsys, "predict", trained, pictures, "--out", tmp_path / "a.txt")
     assert ".csv or .jsonl" in says
     says = refused(capsys, "evaluate", trained, "--source", pictures / "val" / "red")
-    assert "lies in no class's folder" in says
+    assert "expected one folder per class" in says
 
 
 def test_an_encoder_classifies_nothing(small_checkpoint, pictures, capsys):
     says = refused(capsys, "predict", small_checkpoint, pictures)
-    assert "an encoder without a classifier" in says
+    assert "has no classifier head" in says
 
 
 def test_settings_that_change_a_run_are_refused(trained, pictures, capsys):
     says = refused(capsys, "train", trained / "config.json", "--train.resume", "auto",
-                   "--data.flip", "0.5")  # fmt: skip
-    assert "data.flip: 0.0 then, 0.5 now" in says
+                   "--data.horizontal-flip", "0.5")  # fmt: skip
+    assert "data.horizontal_flip: 0.0 then, 0.5 now" in says
     more = pictures / "train" / "red" / "more.png"
     Image.new("RGB", (20, 20), (250, 0, 0)).save(more)
     says = refused(capsys, "train", trained / "config.json", "--train.resume", "auto")

@@ -53,7 +53,7 @@ def test_a_list_is_given_once():
 
 def test_a_file_is_written_whole_or_left_as_it_was(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
-    config_tools.write_whole(path, "old")
+    config_tools.write_atomic(path, "old")
 
     def full(self, text, **options):
         self.touch()
@@ -61,5 +61,5 @@ def test_a_file_is_written_whole_or_left_as_it_was(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError, match="No space"):
-        config_tools.write_whole(path, "new")
+        config_tools.write_atomic(path, "new")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

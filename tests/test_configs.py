@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
+from typing import get_args, get_type_hints
 
 import pytest
 
-import cli
 import config_tools
-import configs
 from cli import parse_run
 from config_tools import InputError, from_dict, read_json, to_dict
 from configs import (
@@ -29,6 +23,7 @@ from configs import (
     ViTConfig,
     VLMConfig,
 )
+from configs_classify import ClassifyConfig, ClassifyDataConfig, ClassifyTrainConfig
 
 VIT, LM, MP, VLM, DATA, TRAIN = (
     ViTConfig,
@@ -58,7 +53,7 @@ BROKEN = [
         "(0.5, 0.0, 1.0)",
         "positive",
     ),
-    ((VIT, VLM), dict(vit_ln_eps=float("nan")), "vit_ln_eps", "nan", "greater than 0"),
+    ((VIT, VLM), dict(vit_ln_eps=float("nan")), "vit_ln_eps", "nan", "must be finite"),
     ((LM, VLM), dict(lm_n_kv_heads=3), "lm_n_kv_heads", "3", "divide lm_n_heads = 4"),
     ((LM, VLM), dict(lm_hidden_dim=126), "lm_hidden_dim", "126", "multiple of lm_n_heads = 4"),
     ((LM, VLM), dict(lm_head_dim=33), "lm_head_dim", "33", "even"),
@@ -81,10 +76,10 @@ BROKEN = [
     ((VLM,), dict(vlm_eos_token_id=640), "lm_vocab_size", "640", "the largest is 640"),
     ((VLM,), dict(vit_n_channels=1), "vit_n_channels", "1", "must be 3"),
     ((VLM,), dict(vit_n_classes=3, vit_pool="mean"), "vit_n_classes", "3", "must be 0 in a VLM"),
-    ((VLM,), dict(vit_pool="map"), "vit_pool", "'map'", "takes all patches"),
+    ((VLM,), dict(vit_pool="map"), "vit_pool", "'map'", "uses all patches"),
     ((DATA,), dict(batch_size=0), "batch_size", "0", "greater than 0"),
     ((DATA,), dict(val_fraction=1.0), "val_fraction", "1.0", "below 1"),
-    ((DATA,), dict(world_shapes=5), "world_shapes", "5", "from 1 to 4"),
+    ((DATA,), dict(world_min_shapes=5), "world_min_shapes", "5", "from 1 to 4"),
     ((DATA,), dict(workers=-1), "workers", "-1", "not be negative"),
     ((TRAIN,), dict(seed=2**63), "seed", str(2**63), "from 0 to"),
     ((DATA,), dict(seed=-1), "seed", "-1", "from 0 to"),
@@ -279,13 +274,56 @@ def test_a_wrong_type_is_named(values, name, wanted):
     assert name in str(caught.value) and wanted in str(caught.value)
 
 
-def test_a_renamed_field_still_loads(monkeypatch):
-    monkeypatch.setitem(config_tools.RENAMED, "lm_old_name", "lm_n_blocks")
-    assert from_dict(VLMConfig, {"lm_old_name": 7}).lm_n_blocks == 7
-    for old, new in config_tools.RENAMED.items():
-        assert old == "lm_old_name" or any(
-            new in {f.name for f in dataclasses.fields(c)} for c in (VLMConfig, DATA, TRAIN)
+OLD_RUN = {
+    "format_version": 1,
+    "model": {"vit_n_blocks": 2},
+    "data": {"world_first": 70, "world_described": 0.3, "world_shapes": 1},
+    "train": {"answers_every": 3, "muon_momentum": 0.95, "steps": 9},
+}
+OLD_CLASSIFIER = {
+    "data": {"crop": 0.4, "stretch": 1.2, "flip": 0.5, "magnitude": 3.0, "erase": 0.1},
+    "train": {"muon_momentum": 0.95},
+}
+
+
+def test_a_config_of_an_earlier_version_loads(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(OLD_RUN))
+    assert parse_run([str(tmp_path / "config.json")]) == RunConfig(
+        model=VLMConfig(vit_n_blocks=2),
+        data=DataConfig(world_captions_first=70, world_caption_fraction=0.3, world_min_shapes=1),
+        train=TrainConfig(answer_sheet_every=3, steps=9),
+    )
+    assert from_dict(ClassifyConfig, OLD_CLASSIFIER) == ClassifyConfig(
+        data=ClassifyDataConfig(
+            crop_min_scale=0.4, crop_max_ratio=1.2, horizontal_flip=0.5,
+            randaugment_magnitude=3.0, random_erasing=0.1,
         )
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"c: muon_momentum = 0\.9: .*always 0\.95"):
+        from_dict(TrainConfig, {"muon_momentum": 0.9}, "c")
+    with pytest.raises(InputError, match="unknown field 'crop'"):
+        from_dict(TrainConfig, {"crop": 0.9})
+
+
+def test_every_renamed_field_is_in_an_old_config_above():
+    old = {
+        key for run in (OLD_RUN, OLD_CLASSIFIER) for part in ("data", "train") for key in run[part]
+    }
+    assert set(config_tools.RENAMED) | set(config_tools.REMOVED) == old - {"steps"}
+
+
+@pytest.mark.parametrize(
+    "cls", [VIT, LM, VLM, DATA, TRAIN, ClassifyDataConfig, ClassifyTrainConfig]
+)
+def test_every_float_must_be_finite(cls):
+    hints = get_type_hints(cls)
+    names = [name for name, hint in hints.items() if hint is float or float in get_args(hint)]
+    assert len(names) > 1
+    for name in names:
+        for value in (float("nan"), float("inf")):
+            wrong = value if hints[name] is float else (0.5, value, 0.5)
+            with pytest.raises(InputError, match=rf"{name} = .*(nan|inf).*: must be finite"):
+                cls(**{name: wrong})
 
 
 @pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe{}", b"", b'{"a": ' + b"[" * 100_000])
@@ -295,107 +333,3 @@ def test_files_that_hold_no_object(tmp_path, content):
         read_json(tmp_path / "c.json")
     with pytest.raises(InputError, match=r"none\.json: no such file"):
         read_json(tmp_path / "none.json")
-
-
-# --- Command line -------------------------------------------------------------------------------
-
-
-def test_presets_and_flags():
-    assert parse_run([]) == parse_run(["tiny"]) == PRESETS["tiny"]
-    assert parse_run(["--train.steps", "7"]).train.steps == 7
-    flags = "--train.steps 7 --data.no-packing --model.vit-image-mean 0.1 0.2 0.3"
-    flags += " --train.freeze vision language --model.lm-head-dim 64 --train.optimizer muon"
-    run, want = parse_run(["222m", *flags.split()]), PRESETS["222m"]
-    assert run == RunConfig(
-        model=replace(want.model, vit_image_mean=(0.1, 0.2, 0.3), lm_head_dim=64),
-        data=replace(want.data, packing=False),
-        train=replace(want.train, steps=7, freeze=("vision", "language"), optimizer="muon"),
-    )
-    assert PRESETS["222m"].train.steps == 40000
-
-
-def test_a_json_file_and_flags(tmp_path):
-    saved = replace(PRESETS["460m"], train=TrainConfig(steps=11, lr_muon=0.5))
-    path = tmp_path / "run.json"
-    path.write_text(json.dumps(to_dict(saved)))
-    assert parse_run([str(path)]) == saved
-    run = parse_run([str(path), "--train.resume", "auto", "--data.batch-size", "3"])
-    assert run.train == replace(saved.train, resume="auto")
-    assert run.data == replace(saved.data, batch_size=3) and run.model == saved.model
-    path.write_text('{"train": {"stepz": 1}}')
-    with pytest.raises(InputError, match=r"run\.json\.train: unknown field 'stepz'"):
-        parse_run([str(path)])
-    with pytest.raises(InputError, match="no such file"):
-        parse_run([str(tmp_path / "none.json")])
-
-
-def test_a_mistyped_preset_names_the_nearest():
-    with pytest.raises(InputError, match=r"'tinny' is neither .*did you mean 'tiny'"):
-        parse_run(["tinny"])
-    with pytest.raises(InputError, match="presets are tiny, tiny-long, portable, 222m"):
-        parse_run(["zzzzzz"])
-
-
-@pytest.mark.parametrize(
-    "flags, said",
-    [
-        ("--train.stepz 3", "--train.steps"),
-        ("--train.steps many", "--train.steps"),
-        ("--train.optimizer sgd", "adamw"),
-        ("--data.batch-size 0", "batch_size = 0: must be greater than 0"),
-        ("--model.max-img-size 50", "max_img_size = 50"),
-        ("--train.steps", "--train.steps"),
-        ("again", "again"),
-    ],
-)
-def test_a_bad_flag_exits_with_2_and_says_which(flags, said, capsys):
-    with pytest.raises(SystemExit) as caught:
-        cli.command(parse_run, ["tiny", *flags.split()])
-    assert caught.value.code == 2
-    output = capsys.readouterr()
-    assert said in " ".join((output.out + output.err).replace("│", " ").split())
-
-
-def docstrings(cls: type) -> dict[str, str]:
-    """Field -> the string under it, read from the source."""
-    body = ast.parse(inspect.getsource(cls)).body[0].body
-    return {
-        field.target.id: " ".join(ast.literal_eval(below.value).split())
-        for field, below in zip(body, body[1:])
-        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr)
-    }
-
-
-def test_help_shows_every_field_with_its_docstring():
-    command = [sys.executable, "train.py", "tiny", "--help"]
-    environment = os.environ | {"COLUMNS": "400", "NO_COLOR": "1"}
-    out = subprocess.run(
-        command, capture_output=True, text=True, env=environment, cwd=configs.__file__[:-10]
-    )
-    assert out.returncode == 0, out.stderr
-    shown = " ".join(re.sub("[│─╭╮╰╯]", " ", out.stdout).split())
-    fields = set()
-    rooms = {"model": (VIT, LM, MP, VLM), "data": (DATA,), "train": (configs.LoopConfig, TRAIN)}
-    for part, classes in rooms.items():
-        for cls in classes:
-            documented = docstrings(cls)
-            own = set(cls.__annotations__)
-            assert set(documented) == own, f"{cls.__name__}: {own - set(documented)} undocumented"
-            for name, words in documented.items():
-                flag = f"--{part}.{name.replace('_', '-')}"
-                assert flag in shown, flag
-                assert words in shown, f"{flag}: {words}"
-                fields.add((part, name))
-    assert len(fields) == sum(len(dataclasses.fields(c)) for c in (VLMConfig, DATA, TRAIN))
-
-
-def test_a_wrong_input_is_one_line_and_exit_code_2(capsys):
-    def main(argv):
-        raise InputError(f"bad {argv[0]}.")
-
-    with pytest.raises(SystemExit) as caught:
-        cli.command(main, ["thing"])
-    assert caught.value.code == 2
-    assert capsys.readouterr().err == "error: bad thing.\n"
-    with pytest.raises(ZeroDivisionError):  # our own mistakes keep their traceback
-        cli.command(lambda argv: 1 / 0, [])

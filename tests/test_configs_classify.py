@@ -16,7 +16,7 @@ import configs_classify
 from cli import parse_classify
 from config_tools import InputError, from_dict, read_json, to_dict
 from configs import LoopConfig, ViTConfig
-from configs_classify import PRESETS, ClassesConfig, ClassifyConfig, FitConfig
+from configs_classify import PRESETS, ClassifyConfig, ClassifyDataConfig, ClassifyTrainConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,20 +24,24 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize(
     ("cls", "fields", "says"),
     [
-        (ClassesConfig, dict(batch_size=0), "batch_size = 0: must be greater than 0"),
-        (ClassesConfig, dict(val_fraction=1.0), "val_fraction"),
-        (ClassesConfig, dict(label_smoothing=-0.1), "label_smoothing"),
-        (ClassesConfig, dict(limit=-1), "limit = -1: must not be negative"),
-        (ClassesConfig, dict(mixup=-1.0), "mixup"),
-        (ClassesConfig, dict(flip=1.5), "flip = 1.5: must be between 0 and 1"),
-        (ClassesConfig, dict(crop=0.0), "crop = 0.0: must be above 0"),
-        (ClassesConfig, dict(stretch=0.5), "stretch = 0.5: must be at least 1"),
-        (ClassesConfig, dict(magnitude=11.0), "magnitude"),
-        (FitConfig, dict(lr_head=-1.0), "lr_head"),
-        (FitConfig, dict(freeze=("trunk", "head")), "leaves nothing to train"),
-        (FitConfig, dict(freeze=("vision",)), "may name trunk, head"),
-        (FitConfig, dict(ema=1.0), "ema = 1.0"),
-        (FitConfig, dict(layer_decay=0.0), "layer_decay = 0.0"),
+        (ClassifyDataConfig, dict(batch_size=0), "batch_size = 0: must be greater than 0"),
+        (ClassifyDataConfig, dict(val_fraction=1.0), "val_fraction"),
+        (ClassifyDataConfig, dict(label_smoothing=-0.1), "label_smoothing"),
+        (ClassifyDataConfig, dict(limit=-1), "limit = -1: must not be negative"),
+        (ClassifyDataConfig, dict(mixup=-1.0), "mixup"),
+        (
+            ClassifyDataConfig,
+            dict(horizontal_flip=1.5),
+            "horizontal_flip = 1.5: must be between 0 and 1",
+        ),
+        (ClassifyDataConfig, dict(crop_min_scale=0.0), "crop_min_scale = 0.0: must be above 0"),
+        (ClassifyDataConfig, dict(crop_max_ratio=0.5), "crop_max_ratio = 0.5: must be at least 1"),
+        (ClassifyDataConfig, dict(randaugment_magnitude=11.0), "magnitude"),
+        (ClassifyTrainConfig, dict(lr_head=-1.0), "lr_head"),
+        (ClassifyTrainConfig, dict(freeze=("trunk", "head")), "leaves nothing to train"),
+        (ClassifyTrainConfig, dict(freeze=("vision",)), "may name trunk, head"),
+        (ClassifyTrainConfig, dict(ema=1.0), "ema = 1.0"),
+        (ClassifyTrainConfig, dict(layer_decay=0.0), "layer_decay = 0.0"),
         (ClassifyConfig, dict(model=ViTConfig(vit_n_channels=4)), "vit_n_channels = 4"),
     ],
 )
@@ -70,12 +74,12 @@ def test_help_shows_every_field_with_its_docstring():
                          env={"COLUMNS": "400", "NO_COLOR": "1", "PATH": "/usr/bin"})  # fmt: skip
     assert out.returncode == 0, out.stderr
     shown = " ".join(out.stdout.split())
-    for part, cls in (("data", ClassesConfig), ("train", FitConfig)):
+    for part, cls in (("data", ClassifyDataConfig), ("train", ClassifyTrainConfig)):
         body = ast.parse(inspect.getsource(cls)).body[0].body
         words = {a.target.id: " ".join(b.value.value.split()) for a, b in zip(body, body[1:])
                  if isinstance(a, ast.AnnAssign)}  # fmt: skip
         own = {f.name for f in dataclasses.fields(cls)} - {
-            f.name for f in dataclasses.fields(LoopConfig) if cls is FitConfig
+            f.name for f in dataclasses.fields(LoopConfig) if cls is ClassifyTrainConfig
         }
         assert set(words) - {"out"} == own - {"out"}
         for name, text in words.items():

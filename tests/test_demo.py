@@ -20,6 +20,7 @@ from PIL import Image
 import demo
 from cli import command
 from config_tools import InputError
+from engine.inference import web_demo
 from engine.inference.chat import Chat
 from models.inference.sampling import Sampling
 from models.vision_language_model import VisionLanguageModel
@@ -45,7 +46,7 @@ def pictures(tmp_path_factory) -> dict[str, Path]:
 
 def shown(chat: Chat, paths: list[Path], prompt: str) -> dict:
     state: dict = {}
-    for update in demo.answer(chat, [str(p) for p in paths], prompt, Sampling(6)):
+    for update in web_demo.answer(chat, [str(p) for p in paths], prompt, Sampling(6)):
         state |= update
     return state
 
@@ -54,18 +55,18 @@ def test_it_answers_as_the_model_does(chat, pictures):
     state = shown(chat, [pictures["noise"]], "What is it?")
     assert state["answer"] == chat("What is it?", [pictures["noise"]], Sampling(6))
     assert [tile.size for tile in state["tiles"]] == [(240, 240)], "16 pixels, 15 times"
-    seen = state["seen"]
-    assert len(seen.words) == len(seen.likely) == len(seen.overlay.maps) == 6
+    seen = state["state"]
+    assert len(seen.words) == len(seen.alternatives) == len(seen.overlay.maps) == 6
     for number in (1, 6):
-        (painted,), line, likely = demo.token_view(seen, number)
+        (painted,), line, likely = web_demo.token_view(seen, number)
         assert painted.width == 480 and f"Token {number} of 6" in line and "%" in line
         assert seen.words[number - 1] == max(likely, key=likely.get)
         assert 0 < sum(likely.values()) <= 1 + 1e-6
-    maps = [np.asarray(demo.token_view(seen, n)[0][0]) for n in (1, 2)]
+    maps = [np.asarray(web_demo.token_view(seen, n)[0][0]) for n in (1, 2)]
     assert np.abs(maps[0].astype(int) - maps[1]).max() > 20, "each token looks elsewhere"
     state = shown(chat, [], "Hello?")
-    assert demo.token_view(state["seen"], 1)[0] == [] and state["answer"]
-    assert demo.token_view(demo.Seen(), 1) == ([], "", {})
+    assert web_demo.token_view(state["state"], 1)[0] == [] and state["answer"]
+    assert web_demo.token_view(web_demo.AnswerState(), 1) == ([], "", {})
 
 
 def test_a_picture_cut_into_tiles_is_painted_whole(pictures, lively, minute_config, tiny_processor):
@@ -73,16 +74,16 @@ def test_a_picture_cut_into_tiles_is_painted_whole(pictures, lively, minute_conf
     cfg = minute_config(max_img_size=32, lm_max_position_embeddings=256)
     chat = Chat(lively(VisionLanguageModel(cfg)), replace(tiny_processor, cfg=cfg))
     state = shown(chat, [pictures["noise"]] * 2, "What?")
-    assert len(state["tiles"]) == 2 * (2 * 2 + 1) == state["seen"].overlay.maps.shape[1]
-    assert [p.size for p in demo.token_view(state["seen"], 1)[0]] == [(480, 320)] * 2
+    assert len(state["tiles"]) == 2 * (2 * 2 + 1) == state["state"].overlay.maps.shape[1]
+    assert [p.size for p in web_demo.token_view(state["state"], 1)[0]] == [(480, 320)] * 2
 
 
 @pytest.mark.parametrize(
     ("names", "prompt", "says"),
     [
-        (["text"], "What?", "text.png: not a readable picture"),
+        (["text"], "What?", "text.png: not a readable image"),
         (["huge"], "What?", "huge.png: 10000 x 10000 pixels are more than 40,000,000"),
-        (["noise"] * 9, "What?", "9 pictures are more than 8"),
+        (["noise"] * 9, "What?", "9 images are more than 8"),
         (["noise"], "x" * 2001, "2,001 characters, more than 2,000"),
         (["noise"] * 8, "word " * 300, "context ends at 256"),
         ([], "  ", "the prompt is empty"),
@@ -92,18 +93,18 @@ def test_a_picture_cut_into_tiles_is_painted_whole(pictures, lively, minute_conf
 def test_what_it_cannot_answer_gets_one_sentence(chat, pictures, names, prompt, says):
     state = shown(chat, [pictures[n] for n in names], prompt)
     assert says in state["note"] and "/" not in state["note"].split("(")[0], "no path of ours"
-    assert state["answer"] == "" and state["seen"] == demo.Seen()
+    assert state["answer"] == "" and state["state"] == web_demo.AnswerState()
 
 
 def test_examples(tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "mine.jpg")
     (tmp_path / "notes.txt").touch()
     (tmp_path / "new").mkdir()
-    files = demo.example_files(tmp_path / "new", tmp_path)
+    files = web_demo.example_files(tmp_path / "new", tmp_path)
     assert sum("world_" in f for f in files) == 3 and files[-1].endswith("mine.jpg")
     assert all(Image.open(f).size for f in files)
     with pytest.raises(InputError, match="no such folder"):
-        demo.example_files(tmp_path / "new", tmp_path / "nowhere")
+        web_demo.example_files(tmp_path / "new", tmp_path / "nowhere")
 
 
 def test_a_checkpoint_that_is_none(tmp_path, capsys):
@@ -205,7 +206,7 @@ def test_abuse_leaves_the_page_alive_and_small(server, pictures):
     assert User(address).ask([noise], "What is it?")["success"]
     before = peak_memory(pid)
     for paths, prompt, says in (
-        ([pictures["text"]], "What?", "not a readable picture"),
+        ([pictures["text"]], "What?", "not a readable image"),
         ([pictures["huge"]], "What?", "pixels are more than"),
         ([noise], "x" * 1_000_000, "1,000,000 characters"),
     ):

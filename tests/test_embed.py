@@ -18,7 +18,7 @@ from cli import command
 from config_tools import read_json
 from configs import ViTConfig
 from engine.vit import embedding
-from engine.vit.embedding import alike, nearest, open_index
+from engine.vit.embedding import open_index, search_exact, similar_pairs
 from models.pretrained.load import open_vit
 from models.vision_transformer import ViT
 
@@ -126,17 +126,17 @@ def test_an_encoder_that_learned_more_is_another(encoder, pictures, tmp_path, ca
     vit.save_pretrained(moved)
     for argv in (("build", pictures, "--model", moved, "--out", out),
                  ("search", out, "--image", pictures / "00.png")):  # fmt: skip
-        assert "was made otherwise (weights: '" in refused(capsys, *argv)
+        assert "built otherwise (weights: '" in refused(capsys, *argv)
 
 
 def test_corrupt_files_are_listed_and_passed_over(encoder, pictures, tmp_path, capsys):
     (pictures / "broken.png").write_bytes(b"no picture")
     out = go(capsys, "build", pictures, "--model", encoder, "--out", tmp_path / "i")
-    assert "11 pictures of 48 numbers" in out and "1 left out" in out
+    assert "11 images with 48 dimensions" in out and "1 skipped" in out
     line = json.loads((tmp_path / "i" / "skipped.jsonl").read_text())
-    assert line["file"].endswith("broken.png") and "not a readable picture" in line["reason"]
+    assert line["file"].endswith("broken.png") and "not a readable image" in line["reason"]
     out = go(capsys, "build", pictures, "--model", encoder, "--out", tmp_path / "i")
-    assert "1 left out" in out
+    assert "1 skipped" in out
     assert len((tmp_path / "i" / "skipped.jsonl").read_text().splitlines()) == 1
 
 
@@ -146,15 +146,15 @@ def test_a_mended_picture_is_added_and_a_changed_one_refused(encoder, pictures, 
     shutil.copy(pictures / "00.png", odd)
     shutil.copy(pictures / "00.png", os.fsencode(pictures) + b"/half\xff.png")
     argv = ("build", pictures, "--model", encoder, "--out", tmp_path / "i")
-    assert "13 pictures" in go(capsys, *argv)
+    assert "13 images" in go(capsys, *argv)
     Image.new("RGB", (40, 40), "teal").save(pictures / "broken.png")
-    assert "14 pictures" in go(capsys, *argv)
+    assert "14 images" in go(capsys, *argv)
     assert (
         not (tmp_path / "i" / "skipped.jsonl").exists()
         and str(odd) in open_index(tmp_path / "i").files
     )
     Image.new("RGB", (41, 40), "pink").save(odd)
-    assert "was changed since it was read; build the index anew" in refused(capsys, *argv)
+    assert "has changed since it was indexed; build the index again" in refused(capsys, *argv)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_a_mended_picture_is_added_and_a_changed_one_refused(encoder, pictures, 
     [
         ("index.jsonl", "[1]\n", "not the lines of an index"),
         ("index.jsonl", "{}\n", "not the lines of an index"),
-        ("about.json", "{}", "does not say which encoder"),
+        ("about.json", "{}", "names no encoder"),
     ],
 )
 def test_a_damaged_index_is_told(encoder, pictures, tmp_path, capsys, name, content, says):
@@ -180,7 +180,8 @@ def test_search_finds_itself_first(encoder, pictures, tmp_path, capsys):
     out = tmp_path / "i"
     go(capsys, "build", pictures, "--model", encoder, "--out", out)
     query = pictures / "deep" / "03.png"
-    said = go(capsys, "search", out, "--image", query, "-k", 4, "--sheet", tmp_path / "s.png")
+    said = go(capsys, "search", out, "--image", query, "-k", 4,
+              "--contact-sheet", tmp_path / "s.png")  # fmt: skip
     lines = [line.split() for line in said.splitlines()[1:5]]
     assert lines[0] == ["1.0000", str(query)]
     scores = [float(score) for score, _ in lines]
@@ -192,18 +193,18 @@ def test_nearest_and_alike_are_the_full_sort():
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(50, 8)).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    numbers, cosines = nearest(rows[:7], rows, 5)
+    numbers, cosines = search_exact(rows[:7], rows, 5)
     order = np.argsort(-(rows[:7] @ rows.T), axis=1)[:, :5]
     assert np.array_equal(numbers, order)
     np.testing.assert_allclose(cosines, np.take_along_axis(rows[:7] @ rows.T, order, 1))
-    assert nearest(rows[:1], rows[:3], 9)[0].shape == (1, 3)
-    embedding_step = embedding.AT_ONCE
+    assert search_exact(rows[:1], rows[:3], 9)[0].shape == (1, 3)
+    embedding_step = embedding.MAX_SIMILARITIES
     try:
-        embedding.AT_ONCE = 150  # three rows at a time
-        found = {(i, j): c for i, j, c in alike(rows, None, 0.4)}
-        between = {(i, j) for i, j, _ in alike(rows[:20], rows[20:], 0.4)}
+        embedding.MAX_SIMILARITIES = 150  # three rows at a time
+        found = {(i, j): c for i, j, c in similar_pairs(rows, None, 0.4)}
+        between = {(i, j) for i, j, _ in similar_pairs(rows[:20], rows[20:], 0.4)}
     finally:
-        embedding.AT_ONCE = embedding_step
+        embedding.MAX_SIMILARITIES = embedding_step
     scores = rows @ rows.T
     wanted = {(i, j) for i in range(50) for j in range(i + 1, 50) if scores[i, j] >= 0.4}
     assert set(found) == wanted and len(wanted) > 20
@@ -233,7 +234,7 @@ def test_one_scene_in_eight_orientations_is_one_scene(encoder, shared, tmp_path,
     scene = {f"Landscape_{i}" for i in range(1, 9)}
     queries = [i for i, name in enumerate(names) if name in scene]
     assert len(queries) == 8
-    found, _ = nearest(index.rows[queries], index.rows, 9)
+    found, _ = search_exact(index.rows[queries], index.rows, 9)
     for row in found:  # Landscape_0 is the same scene without the tag
         assert {names[i] for i in row} == scene | {"Landscape_0"}
 
@@ -248,7 +249,7 @@ def test_planted_copies_and_leaks_are_found(encoder, pictures, tmp_path, capsys)
     for name, folder in (("a", pictures), ("b", other)):
         go(capsys, "build", folder, "--model", encoder, "--out", tmp_path / name)
     go(capsys, "duplicates", tmp_path / "a", "--threshold", 0.9999, "--out", tmp_path / "d.csv",
-       "--sheet", tmp_path / "d.png")  # fmt: skip
+       "--contact-sheet", tmp_path / "d.png")  # fmt: skip
     rows = list(csv.DictReader((tmp_path / "d.csv").read_text().splitlines()))
     pairs = [{Path(r["one"]).name, Path(r["other"]).name} for r in rows]
     assert pairs == [{"04.png", "twin.png"}] and Image.open(tmp_path / "d.png").width > 300
@@ -263,10 +264,10 @@ def test_wrong_input_gets_one_sentence(encoder, pictures, small_checkpoint, tmp_
     assert "no such folder" in refused(capsys, "build", tmp_path / "no", "--model", encoder,
                                        "--out", out)  # fmt: skip
     (tmp_path / "none").mkdir()
-    assert "no pictures" in refused(capsys, "build", tmp_path / "none", "--model", encoder,
+    assert "no images" in refused(capsys, "build", tmp_path / "none", "--model", encoder,
                                     "--out", out)  # fmt: skip
     assert not out.exists()
-    assert "no index" in refused(capsys, "search", tmp_path, "--image", pictures / "00.png")
+    assert "not an index" in refused(capsys, "search", tmp_path, "--image", pictures / "00.png")
     go(capsys, "build", pictures, "--model", encoder, "--out", out)
     changed = refused(capsys, "build", pictures, "--model", encoder, "--out", out, "--pool", "mean")
     assert "pool: 'cls' then, 'mean' now" in changed
@@ -278,4 +279,4 @@ def test_wrong_input_gets_one_sentence(encoder, pictures, small_checkpoint, tmp_
     assert read_json(tmp_path / "vlm" / "about.json")["pool"] == "mean"  # a VLM's eyes embed too
     assert "different encoders" in refused(capsys, "duplicates", out, tmp_path / "vlm")
     (out / "embeddings.safetensors").write_bytes(b"torn")
-    assert "not a whole index" in refused(capsys, "duplicates", out)
+    assert "damaged" in refused(capsys, "duplicates", out)

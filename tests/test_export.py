@@ -1,4 +1,4 @@
-"""export.py: every layout, every dtype, and one sentence for what cannot be."""
+"""export.py: every format, every dtype, and its error messages."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def refused(capsys, *argv: object) -> str:
 
 def test_a_fresh_copy_in_another_dtype(small_checkpoint, tmp_path, capsys):
     run(small_checkpoint, "--out", tmp_path / "bf16", "--dtype", "bf16")
-    assert "4 x 4 patches a tile: transformers 4.55 to 5.16 may" in capsys.readouterr().out
+    assert "4 x 4 patches per tile: transformers 4.55 to 5.16 may" in capsys.readouterr().out
     folders = (small_checkpoint, tmp_path / "bf16")
     before, after = (load_file(folder / "model.safetensors") for folder in folders)
     assert before.keys() == after.keys() and {t.dtype for t in after.values()} == {torch.bfloat16}
@@ -42,8 +42,8 @@ def test_a_fresh_copy_in_another_dtype(small_checkpoint, tmp_path, capsys):
     assert {p.name for p in (tmp_path / "bf16").iterdir()} == {
         p.name for p in small_checkpoint.iterdir()
     }
-    theirs = hf.AutoModelForImageTextToText.from_pretrained(tmp_path / "bf16")
-    assert theirs.dtype == torch.bfloat16
+    reference = hf.AutoModelForImageTextToText.from_pretrained(tmp_path / "bf16")
+    assert reference.dtype == torch.bfloat16
     run(small_checkpoint, "--out", tmp_path / "same")
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         same = [(d / name).read_bytes() for d in (small_checkpoint, tmp_path / "same")]
@@ -59,13 +59,13 @@ def test_the_language_model_alone(
     model = lively(VisionLanguageModel(cfg))
     model.save_pretrained(tmp_path / "vlm", replace(tiny_processor, cfg=cfg))
     run(tmp_path / "vlm", "--to", "text-only", "--out", tmp_path / "text")
-    theirs = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "text")
-    assert theirs.config.model_type == ("qwen2" if fields else "llama")
+    reference = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "text")
+    assert reference.config.model_type == ("qwen2" if fields else "llama")
     tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path / "text")
     ids = tokenizer("What color is the circle?", return_tensors="pt").input_ids
-    ours = model.decoder
-    wanted = ours.logits(ours(ours.token_embedding(ids)))
-    torch.testing.assert_close(theirs(ids).logits, wanted, rtol=1e-5, atol=1e-4)
+    decoder = model.decoder
+    wanted = decoder.logits(decoder(decoder.token_embedding(ids)))
+    torch.testing.assert_close(reference(ids).logits, wanted, rtol=1e-5, atol=1e-4)
     again = LanguageModel.from_pretrained(LMConfig(lm_model_type=str(tmp_path / "text")))
     assert torch.equal(again.logits(again(again.token_embedding(ids))), wanted)
 
@@ -76,16 +76,18 @@ def test_nanovlm_and_back(small_checkpoint, tmp_path):
     assert config["lm_tokenizer"] == str(tmp_path / "nano") and "model_type" not in config
     assert (tmp_path / "nano" / "tokenizer.json").is_file()
     folders = (small_checkpoint, tmp_path / "nano")
-    ours, back = (VisionLanguageModel.from_pretrained(folder) for folder in folders)
+    model, back = (VisionLanguageModel.from_pretrained(folder) for folder in folders)
     for name, p in back.vision_encoder.named_parameters():
-        torch.testing.assert_close(p, ours.vision_encoder.get_parameter(name), rtol=0, atol=1e-6)
-    assert torch.equal(back.decoder.token_embedding.weight, ours.decoder.token_embedding.weight)
-    picture = Image.effect_noise((40, 30), 90).convert("RGB")
-    said = [Chat.load(f)("What is it?", [picture], Sampling(max_new_tokens=8)) for f in folders]
-    assert said[0] == said[1], "its tokenizer is ours, and so are its tokens"
+        torch.testing.assert_close(p, model.vision_encoder.get_parameter(name), rtol=0, atol=1e-6)
+    assert torch.equal(back.decoder.token_embedding.weight, model.decoder.token_embedding.weight)
+    image = Image.effect_noise((40, 30), 90).convert("RGB")
+    said = [Chat.load(f)("What is it?", [image], Sampling(max_new_tokens=8)) for f in folders]
+    assert said[0] == said[1], "it has our tokenizer and tokens"
 
 
-def test_what_would_be_uploaded(small_checkpoint, tmp_path, capsys, monkeypatch):
+def test_a_push_dry_run_writes_what_would_be_uploaded(
+    small_checkpoint, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(
         "models.pretrained.hub.push", lambda *a, **k: pytest.fail("a dry run sends nothing")
     )
@@ -98,7 +100,7 @@ def test_what_would_be_uploaded(small_checkpoint, tmp_path, capsys, monkeypatch)
     assert one == two
 
 
-def test_what_cannot_be(small_checkpoint, tmp_path, capsys):
+def test_error_messages(small_checkpoint, tmp_path, capsys):
     out = tmp_path / "out"
     assert "needs one of --out, --push" in refused(capsys, small_checkpoint)
     assert "needs one of" in refused(capsys, small_checkpoint, "--out", out, "--push", "user/name")
@@ -106,19 +108,21 @@ def test_what_cannot_be(small_checkpoint, tmp_path, capsys):
     assert "no such checkpoint" in refused(capsys, tmp_path / "nowhere", "--out", out)
     assert "is not the name" in refused(capsys, small_checkpoint, "--push", "name")
     missing = tmp_path / "missing" / "out"
-    assert "its folder does not exist" in refused(capsys, small_checkpoint, "--out", missing)
+    assert "its parent folder does not exist" in refused(capsys, small_checkpoint, "--out", missing)
     assert not out.exists() and not list(tmp_path.iterdir())
-    assert "exists already" in refused(capsys, small_checkpoint, "--out", tmp_path)
+    assert "already exists" in refused(capsys, small_checkpoint, "--out", tmp_path)
 
 
-def test_an_encoder_of_another_kind(minute_config, tiny_processor, lively, tmp_path, capsys):
-    """The same files under our own model_type, and a sentence that says so."""
+def test_an_encoder_that_idefics3_does_not_support(
+    minute_config, tiny_processor, lively, tmp_path, capsys
+):
+    """The same files under our own model_type, and a note that says so."""
     cfg = minute_config(vit_cls_flag=True)
     model = lively(VisionLanguageModel(cfg))
     model.save_pretrained(tmp_path / "cls", replace(tiny_processor, cfg=cfg))
     run(tmp_path / "cls", "--out", tmp_path / "copy")
     said = capsys.readouterr().out
-    assert "for this code alone: Idefics3 has no place for a CLS token" in said
+    assert "Idefics3 format does not support vit_cls_flag = True" in said
     assert json.loads((tmp_path / "copy" / "config.json").read_text())["model_type"] == "picovlm"
     chats = [Chat.load(tmp_path / name) for name in ("cls", "copy")]
     assert chats[0]("What?", sampling=Sampling(max_new_tokens=6)) == chats[1](
@@ -129,4 +133,4 @@ def test_an_encoder_of_another_kind(minute_config, tiny_processor, lively, tmp_p
     assert 'library_name: "picovlm"' in card and "AutoProcessor" not in card
     capsys.readouterr()
     says = refused(capsys, tmp_path / "cls", "--to", "nanovlm", "--out", tmp_path / "no")
-    assert "for nanoVLM: it has no place for a CLS token" in says and not (tmp_path / "no").exists()
+    assert "nanoVLM does not support vit_cls_flag = True" in says and not (tmp_path / "no").exists()

@@ -21,9 +21,10 @@ from safetensors.torch import load_file, save_file
 import generate
 from cli import command
 from configs import DataConfig
-from data.sources.open import open_source
+from data.sources.open import open_dataset
+from engine.inference import terminal
 from engine.inference.chat import Chat
-from engine.training.distributed import lacks_compiler
+from engine.training.distributed import missing_compiler
 from models.inference.sampling import Sampling
 from models.vision_language_model import VisionLanguageModel
 
@@ -56,10 +57,10 @@ def pictures(tmp_path) -> Path:
     ("name", "says"),
     [
         ("absent.png", "no such file"),
-        ("text.png", "not a readable picture"),
-        ("empty.png", "not a readable picture"),
+        ("text.png", "not a readable image"),
+        ("empty.png", "not a readable image"),
         ("huge.png", "more than 89,478,485 pixels"),
-        (".", "not a readable picture"),
+        (".", "not a readable image"),
     ],
 )
 def test_a_picture_that_cannot_be_read(small_checkpoint, pictures, refused, name, says):
@@ -84,17 +85,17 @@ def test_a_picture_that_cannot_be_read(small_checkpoint, pictures, refused, name
         (["--n", "abc"], "--n: invalid literal for int() with base 10: 'abc'; --help"),
         (["--quantize", "int4"], "invalid choice 'int4' for argument '--quantize'"),
         (["--n"], "Missing value for argument '--n'"),
-        (["--choices", "yes", "no"], "choices: needs --prompt, or --jsonl"),
-        (["--logprobs"], "logprobs: needs --prompt, or --jsonl"),
-        (["--prompt", "a", "--choices", "yes"], "one alone leaves nothing to choose"),
-        (["--prompt", "a", "--choices", "yes,"], "an empty text is none"),
-        (["--prompt", "a", "--choices", "a", "b", "--n", "2"], "the likeliest choice is one"),
+        (["--choices", "yes", "no"], "choices: needs --prompt or --jsonl"),
+        (["--logprobs"], "logprobs: needs --prompt or --jsonl"),
+        (["--prompt", "a", "--choices", "yes"], "needs at least two choices"),
+        (["--prompt", "a", "--choices", "yes,"], "must not contain an empty text"),
+        (["--prompt", "a", "--choices", "a", "b", "--n", "2"], "n: not with --choices"),
         (["--prompt", "a", "--choices", "a", "a"], "name each once"),
-        (["--prompt", "a", "--choices", "a", "b", "--stop", "x"], "stop: choices are weighed"),
-        (["--prompt", "a", "--choices", "a", "b", "--seed", "3"], "seed: choices are weighed"),
-        (["--prompt", "a", "--batch-size", "2"], "batch_size: is for the rows of --jsonl"),
-        (["--prompt", "a", "--choices", "a", "b", "--compile"], "compile: choices are weighed"),
-        (["--jsonl", "a", "--out", "b", "--compile"], "compile: the rows of --jsonl are answered"),
+        (["--prompt", "a", "--choices", "a", "b", "--stop", "x"], "stop: not with --choices"),
+        (["--prompt", "a", "--choices", "a", "b", "--seed", "3"], "seed: not with --choices"),
+        (["--prompt", "a", "--batch-size", "2"], "batch_size: needs --jsonl"),
+        (["--prompt", "a", "--choices", "a", "b", "--compile"], "compile: not with --choices"),
+        (["--jsonl", "a", "--out", "b", "--compile"], "compile: not with --jsonl"),
         (["--prompt", "a", "--choices", "<image>", "no"], "an answer holds <image>"),
         (["--prompt", "a", "--choices", "no", "yes " * 300], "the longest has 301 tokens"),
     ],
@@ -126,7 +127,7 @@ def test_a_checkpoint_that_cannot_be_opened(small_checkpoint, tmp_path, refused)
 def test_what_cannot_be_compiled(small_checkpoint, monkeypatch, refused):
     monkeypatch.setenv("CXX", "no-such-compiler")
     line = refused(generate.main, small_checkpoint, "--prompt", "a", "--compile")
-    assert "compile: torch.compile needs no-such-compiler; leave it out" in line
+    assert "compile: torch.compile needs no-such-compiler; remove --compile" in line
 
 
 @pytest.mark.slow
@@ -138,13 +139,13 @@ def test_a_compiler_that_does_not_work(small_checkpoint, tmp_path):
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
     line = done.stderr.splitlines()[-1]
     assert line.startswith("error: compile: torch.compile failed (")
-    assert line.endswith("; leave it out.")
+    assert line.endswith("; remove --compile.")
 
 
 @pytest.mark.slow
 def test_a_compiled_step_says_the_same(small_checkpoint, pictures, capsys, monkeypatch):
     """In a conversation, whose cache outlives an answer, with a picture in its second turn."""
-    if why := lacks_compiler(torch.device("cpu")):
+    if why := missing_compiler(torch.device("cpu")):
         pytest.skip(why)
     lines = f"What is it?\n/image {pictures / '1.png'}\nAnd this?\n"
     flags = [small_checkpoint, "--image", pictures / "0.png", "--max-new-tokens", 30]
@@ -245,9 +246,9 @@ def test_a_conversation_in_the_terminal(small_checkpoint, pictures, typed, tmp_p
     assert [m["role"] for m in first["messages"]] == ["user", "assistant"] * 2
     assert first["messages"][0]["content"] == "<image>What?" and len(first["images"]) == 1
     assert second["messages"][2]["content"] == "<image>Which?" and len(second["images"]) == 2
-    rows = open_source(DataConfig(source=str(saved), val_fraction=0.0), "train")
+    rows = open_dataset(DataConfig(source=str(saved), val_fraction=0.0), "train")
     assert [len(rows[i].images) for i in (0, 1)] == [1, 2], "what was saved trains"
-    assert "nothing was said" in typed(*flags, lines=[f"/save {saved}"])[1]
+    assert "nothing to save" in typed(*flags, lines=[f"/save {saved}"])[1]
     shutil.copy(pictures / "1.png", pictures / "my picture.png")
     lines = ["/image", '/image "', f"/image '{pictures}/my picture.png'", "What?", "/save"]
     assert typed(*flags, lines=lines)[1].count("error: name a file, in quotes") == 3
@@ -275,7 +276,7 @@ def test_the_keyboard(monkeypatch, capsys):
         raise line
 
     monkeypatch.setattr("builtins.input", typed)
-    assert list(generate.typed()) == ["What?", "Sure?"]
+    assert list(terminal.read_keyboard()) == ["What?", "Sure?"]
     assert "/help lists commands" in capsys.readouterr().err
 
 
@@ -350,7 +351,7 @@ def test_a_file_of_questions_that_cannot_be_asked(
         command(generate.main, [str(a) for a in flags])
     last = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2 and "1 of 9 rows are not answered" in last
-    assert "in.jsonl row 2" in last and "not a readable picture" in last
+    assert "in.jsonl row 2" in last and "not a readable image" in last
     assert len(out.read_text().splitlines()) == 8
     questions.write_text(rows)
     ask(capsys, *flags)

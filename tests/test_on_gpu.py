@@ -12,13 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine.training.distributed import autocast, lacks_compiler
+from engine.training.distributed import autocast, missing_compiler
 from models.inference.compile import compile_blocks, compile_decoding
 from models.inference.generate import steps
 from models.inference.int8 import quantize_int8
 from models.inference.sampling import Sampling
-from models.ops.attention import attention
-from models.ops.packed import bound_segments
+from models.ops.packed import find_bounds, packed_attention
 
 GPU = torch.device("cuda")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -41,7 +40,7 @@ def test_the_kernel_keeps_segments_apart(n_kv, width):
     exact = [torch.randn(2, h, 100, width, generator=g).bfloat16().float() for h in (6, n_kv, n_kv)]
     ours = [x.to(GPU, torch.bfloat16).requires_grad_() for x in exact]
     exact = [x.requires_grad_() for x in exact]
-    out = attention(*ours, causal=True, plan=bound_segments(segments, GPU))
+    out = packed_attention(*ours, find_bounds(segments, GPU))
     wanted = F.scaled_dot_product_attention(*exact, attn_mask=mask, enable_gqa=True)
     cotangent = torch.randn(wanted.shape, generator=g)
     out.backward(cotangent.to(out))
@@ -84,7 +83,7 @@ def test_a_step_of_training(small_model, some_rows, dtype, most, is_compiled):
 @pytest.mark.parametrize("way", ["recorded", "compiled", "int8"])
 @pytest.mark.parametrize("sampling", [Sampling(20), Sampling(20, repetition_penalty=1.3)], ids=str)
 def test_answers_are_those_of_a_cpu(small_model, make_sample, pad_rows, way, sampling):
-    if way == "compiled" and (why := lacks_compiler(GPU)):
+    if way == "compiled" and (why := missing_compiler(GPU)):
         pytest.skip(why)
     torch._dynamo.reset()
     plain, made = (small_model(**SIZES, lm_tie_weights=False) for _ in range(2))

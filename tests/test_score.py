@@ -29,7 +29,7 @@ def test_a_score_that_cannot_be_made(small_checkpoint, rows_file, refused, tmp_p
 
 def test_score_writes_what_it_prints(small_checkpoint, rows_file, capsys, tmp_path):
     flags = ["--n", 3, "--max-new-tokens", 4, "--json", tmp_path / "s.json"]
-    flags += ["--predictions", tmp_path / "p.jsonl", "--sheet", tmp_path / "s.png"]
+    flags += ["--predictions", tmp_path / "p.jsonl", "--answer-sheet", tmp_path / "s.png"]
     argv = [small_checkpoint, "--data.source", rows_file, *flags]
     command(score.main, [str(a) for a in argv])
     result = read_json(tmp_path / "s.json")
@@ -51,12 +51,12 @@ def test_an_interrupted_score_goes_on(
     lines = whole.splitlines(keepends=True)
     (tmp_path / "p.jsonl.part0").write_text("".join(lines[:2] + lines[4:]))
     asked = []
-    replies = Chat.replies
+    replies = Chat.generate_replies
 
     def counted(self, prompts, *rest):
         return replies(self, (asked.append(1) or p for p in prompts), *rest)
 
-    monkeypatch.setattr(Chat, "replies", counted)
+    monkeypatch.setattr(Chat, "generate_replies", counted)
     command(score.main, argv)
     assert kept.read_text() == whole and len(asked) == 2 * 3, "two questions, in three views"
     assert read_json(tmp_path / "s.json") == figures

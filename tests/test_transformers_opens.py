@@ -1,6 +1,6 @@
-"""What we save, transformers alone opens: no line of this repository, and the same answers.
+"""transformers loads what we save, without this repository, and gives the same answers.
 
-Here in the newest version, and in older ones in environments of their own (slow).
+Tested with the installed version, and with older ones in separate environments (slow).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from models.vision_language_model import VisionLanguageModel
 
 ROOT = Path(__file__).parent.parent
 NEW = 12
-STRANGER = """
+SCRIPT = """
 import json, sys
 for name in ("models", "configs", "data", "engine"):
     try:
@@ -68,7 +68,7 @@ MODES = [("RGB", "png"), ("L", "png"), ("CMYK", "jpg")]
 
 
 def make_questions(folder: Path, n: int, modes=MODES) -> list[tuple[str, list[str]]]:
-    """Questions about pictures of odd sizes and modes; every seventh has two."""
+    """Questions about images of odd sizes and modes; every seventh has two."""
     rng, paths = np.random.default_rng(0), []
     for i in range(n):
         width, height = (int(x) for x in rng.integers(5, 320, 2))
@@ -80,10 +80,10 @@ def make_questions(folder: Path, n: int, modes=MODES) -> list[tuple[str, list[st
     return [(WORDS[i % 5], [paths[i], paths[i - 1]][: 1 + (i % 7 == 6)]) for i in range(n)]
 
 
-def ask_a_stranger(folder: Path, questions, at: Path, python: str = sys.executable):
-    """(answers, arrays) of a fresh process in which our repository cannot be imported."""
-    script = at / "stranger.py"
-    script.write_text(STRANGER)
+def ask_transformers(folder: Path, questions, at: Path, python: str = sys.executable):
+    """(answers, arrays) of a process that cannot import this repository."""
+    script = at / "ask.py"
+    script.write_text(SCRIPT)
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
     asked = {"folder": str(folder), "questions": questions, "new": NEW, "out": str(at / "out.npz")}
     done = subprocess.run(
@@ -97,19 +97,19 @@ def ask_a_stranger(folder: Path, questions, at: Path, python: str = sys.executab
 @torch.no_grad()
 def compare(folder: Path, questions, at: Path, python: str = sys.executable) -> dict[str, float]:
     """Ids equal; the largest difference of pixels and of logits; the share of equal answers."""
-    theirs, arrays = ask_a_stranger(folder, questions, at, python)
+    answers, arrays = ask_transformers(folder, questions, at, python)
     chat = Chat.load(folder)
     worst, same = {"pixels": 0.0, "logits": 0.0}, 0
     for i, (question, paths) in enumerate(questions):
-        tokens = chat.prompt(question, paths)
+        tokens = chat.encode_prompt(question, paths)
         assert tokens.ids.tolist() == arrays[f"ids{i}"].tolist(), (question, paths)
         pixels = normalise(tokens.tiles, chat.processor.cfg)
         logits, _ = chat.model(torch.from_numpy(tokens.ids)[None].long(), pixels)
         for name, ours in (("pixels", pixels), ("logits", logits[0, -8:])):
             difference = np.abs(ours.numpy() - arrays[f"{name}{i}"]).max()
             worst[name] = max(worst[name], float(difference))
-        same += chat(question, paths, Sampling(max_new_tokens=NEW)) == theirs[i]
-    return worst | {"same": same / len(questions), "distinct": len(set(theirs))}
+        same += chat(question, paths, Sampling(max_new_tokens=NEW)) == answers[i]
+    return worst | {"same": same / len(questions), "distinct": len(set(answers))}
 
 
 TILED = {"vit_img_size": 32, "vit_patch_size": 8, "max_img_size": 64}
@@ -117,11 +117,11 @@ TILED = {"vit_img_size": 32, "vit_patch_size": 8, "max_img_size": 64}
 
 @pytest.fixture
 def saved(tmp_path, tiny_processor, minute_config, lively):
-    """`saved(**model fields)` -> a directory of random weights that look and listen."""
+    """`saved(**model fields)` -> a directory of random weights that react to images and text."""
 
     def save(**fields) -> Path:
         cfg = minute_config(**fields)
-        # Weights between a fresh model's, deaf and blind, and so large that logits are coarse.
+        # A fresh model ignores its inputs; much larger weights make logits too coarse to compare.
         torch.manual_seed(0)
         model = lively(VisionLanguageModel(cfg))
         model.save_pretrained(tmp_path / "saved", replace(tiny_processor, cfg=cfg))
@@ -139,7 +139,7 @@ def saved(tmp_path, tiny_processor, minute_config, lively):
         pytest.param(TILED, True, id="tiled-tied", marks=pytest.mark.slow),
     ],
 )
-def test_a_stranger_gets_our_answers(tiling, tied, saved, tmp_path):
+def test_transformers_gives_the_same_answers(tiling, tied, saved, tmp_path):
     found = compare(saved(lm_tie_weights=tied, **tiling), make_questions(tmp_path, 8), tmp_path)
     assert found["same"] == 1 and found["distinct"] > 3, found
     assert found["pixels"] < 1e-6 and found["logits"] < 1e-4, found
@@ -158,7 +158,7 @@ def smollm2(shared: Path, minute_config, lively, tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_same_with_smollm2s_tokenizer(shared, minute_config, lively, tmp_path):
+def test_the_same_answers_with_smollm2s_tokenizer(shared, minute_config, lively, tmp_path):
     folder = smollm2(shared, minute_config, lively, tmp_path)
     found = compare(folder, make_questions(tmp_path, 8), tmp_path)
     assert found["same"] == 1 and found["pixels"] < 1e-6 and found["logits"] < 1e-4, found
@@ -183,7 +183,7 @@ def folder(request, tmp_path):
 def environment(version: str) -> str:
     """The Python of an environment with this transformers and our Pillow, made on first use.
 
-    Pillow 13 rounds a resized pixel otherwise than 12.
+    Pillow 13 rounds a resized pixel differently from 12.
     """
     home = Path(tempfile.gettempdir()) / f"picovlm-transformers-{version}"
     python = home / "bin" / "python"
@@ -191,7 +191,7 @@ def environment(version: str) -> str:
         wanted = [f"transformers=={version}", f"torch=={torch.__version__.split('+')[0]}",
                   f"pillow=={PIL.__version__}", "jinja2", "numpy"]  # fmt: skip
         try:
-            shutil.rmtree(home, ignore_errors=True)  # what an interruption left
+            shutil.rmtree(home, ignore_errors=True)  # an interrupted installation
             subprocess.run([sys.executable, "-m", "venv", home], check=True, timeout=120)
             subprocess.run(
                 [python, "-m", "pip", "install", "-q", *wanted],
@@ -207,11 +207,11 @@ def environment(version: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("version", ["here", "4.57.1", "4.50.3"])
 def test_a_hundred_questions(version, folder, tmp_path, record_property):
-    """4.57 places every patch one off in fp32, in SmolVLM as in ours: reported, not gated.
+    """4.57 shifts every patch position by one in fp32, in SmolVLM too: reported, not asserted.
 
-    Before 5 only RGB pictures are read rightly: others are not converted, whatever the settings.
-    4.50's logits are stated, its answers gated: its rotary angles are rounded otherwise, which on
-    weights this lively moves a logit of 35 by up to 1.5e-4.
+    Before version 5 only RGB images are supported: others are not converted.
+    4.50 rounds rotary angles differently, which changes a logit of 35 by up to 1.5e-4, so only its
+    answers are asserted.
     """
     python = sys.executable if version == "here" else environment(version)
     questions = make_questions(tmp_path, 100, MODES if version == "here" else MODES[:1])

@@ -18,7 +18,7 @@ from cli import command
 from config_tools import InputError, read_json
 from data import prepare
 from engine.training import checkpoint
-from engine.training.checkpoint import claim
+from engine.training.run_folder import lock_run_folder
 
 
 def folder(config: Path) -> Path:
@@ -30,13 +30,13 @@ def test_two_runs_in_one_folder(launch, run_file, tmp_path, capsys):
     config = run_file("run", steps=4, save_every=1)
     run = folder(config)
     run.mkdir()
-    hold = claim(run)  # by this process: what is forked from it does not have the lock
+    hold = lock_run_folder(run)  # by this process: what is forked from it does not have the lock
     (run / "log.jsonl").write_text('{"step": 1}\n')
     (second,) = launch([str(config)])
     second.join(60)
     said = (tmp_path / "said.txt").read_text()
     assert second.exitcode == 2
-    assert f"process {os.getpid()} on " in said and "is training in it" in said
+    assert f"process {os.getpid()} on " in said and "is training there" in said
     assert (run / "log.jsonl").read_text() == '{"step": 1}\n' and not (run / "config.json").exists()
     hold.close()
     train.main([str(config)])
@@ -81,7 +81,10 @@ def test_a_full_disk_stops_the_log_not_the_run(run_file, monkeypatch, capsys):
     train.main([str(config)])
     said = "".join(capsys.readouterr())
     assert said.count("log.jsonl: cannot be written (No space left on device)") == 1
-    assert [p.name for p in checkpoint.folders(folder(config))] == ["step-000002", "step-000004"]
+    assert [p.name for p in checkpoint.list_checkpoints(folder(config))] == [
+        "step-000002",
+        "step-000004",
+    ]
 
 
 def test_a_full_disk_at_a_checkpoint_keeps_the_one_before(run_file, monkeypatch, capsys):
@@ -99,7 +102,7 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_one_before(run_file, monkeypatch,
         command(train.main, [str(config)])
     err = capsys.readouterr().err
     assert "step-000004: the checkpoint could not be written (" in err and "Traceback" not in err
-    assert [p.name for p in checkpoint.folders(folder(config))] == ["step-000002"]
+    assert [p.name for p in checkpoint.list_checkpoints(folder(config))] == ["step-000002"]
     train.main([str(config), "--train.resume", "auto"])
     assert (folder(config) / "step-000004").is_dir()
 
@@ -118,7 +121,7 @@ def test_what_is_deleted_under_a_run_is_written_again(run_file, monkeypatch, wha
 
     monkeypatch.setattr(engine.training.checkpoint, "_point", delete)
     train.main([str(config)])
-    assert [p.name for p in checkpoint.folders(run)] == ["step-000006"]
+    assert [p.name for p in checkpoint.list_checkpoints(run)] == ["step-000006"]
     lines = (run / "log.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["step"] == 6
     train.main([str(run / "config.json"), "--train.resume", "auto"])
@@ -128,19 +131,19 @@ def test_the_best_is_kept_beside_the_newest(run_file, monkeypatch):
     """Accuracy decides, loss among equals; a resumed run still knows which it was."""
     scores = {1: (0.1, 3.0), 2: (0.5, 2.0), 3: (0.5, 1.9), 4: (0.4, 1.0), 5: (0.5, 1.95), 6: (0, 0)}
 
-    def fixed(cfg, model, processor, dist, region, step):
+    def fixed(cfg, model, processor, dist, autocast_context, step):
         accuracy, loss = scores[step]
         return {"val_accuracy": accuracy, "val_loss": loss}
 
-    monkeypatch.setattr(train, "examine", fixed)
+    monkeypatch.setattr(train, "evaluate_at", fixed)
     config = run_file("run", steps=6, eval_every=1, save_every=1, keep=1)
     train.main([str(config)])
     run = folder(config)
-    assert [p.name for p in checkpoint.folders(run)] == ["step-000003", "step-000006"]
+    assert [p.name for p in checkpoint.list_checkpoints(run)] == ["step-000003", "step-000006"]
     assert os.readlink(run / "best") == "step-000003"
     shutil.rmtree(run / "step-000006")
     train.main([str(config), "--train.resume", "auto"])
-    assert [p.name for p in checkpoint.folders(run)] == ["step-000003", "step-000006"]
+    assert [p.name for p in checkpoint.list_checkpoints(run)] == ["step-000003", "step-000006"]
     assert checkpoint.resolve(run).name == "step-000006"
     assert checkpoint.resolve(run / "best").name in ("best", "step-000003")
 
@@ -176,12 +179,12 @@ def test_prepared_rows_are_the_rows(run_file, rows_file, tmp_path, monkeypatch, 
     prepare.main([str(rows_file), str(out), "--rows", "10"])
     assert "24 rows read, 24 kept in 3 files" in capsys.readouterr().out
     from configs import DataConfig
-    from data.sources.open import open_source
+    from data.sources.open import open_dataset
 
-    wanted = open_source(DataConfig(source=str(rows_file), val_fraction=0.0), "train")
+    wanted = open_dataset(DataConfig(source=str(rows_file), val_fraction=0.0), "train")
     for stream in (False, True):
         cfg = DataConfig(source=str(out), val_fraction=0.0, stream=stream)
-        got = open_source(cfg, "train")
+        got = open_dataset(cfg, "train")
         assert len(got) == 24
         for i in (0, 23):
             assert got[i].turns == wanted[i].turns

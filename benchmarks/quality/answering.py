@@ -1,4 +1,4 @@
-"""What a cache, refilled rows, given choices and 8-bit weights are worth, measured on this machine.
+"""What the prefix cache, continuous batching, given choices and int8 weights gain.
 
 python -m benchmarks.quality.answering conversation runs/demo
 python -m benchmarks.quality.answering batch runs/demo
@@ -6,8 +6,8 @@ python -m benchmarks.quality.answering choices runs/demo
 python -m benchmarks.quality.answering int8 222m
 python -m benchmarks.quality.answering int8 runs/demo
 
-Everything compared runs in one process, in turns, on one thread, and is timed in that thread's own
-seconds: on a shared machine the clock also counts what others do.
+Compared calls alternate in one process with one thread. Times are CPU time, as wall time includes
+other processes on a shared machine.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from config_tools import InputError
 from configs import PRESETS, DataConfig
 from data.batches.packing import collate_prompts
 from data.types import Turn
-from engine.evaluation.evaluate import answer_items, items, mean
+from engine.evaluation.evaluate import answer_questions, load_items, mean_score
 from engine.evaluation.metrics import bootstrap_interval, paired_difference
 from engine.inference.chat import Chat
 from engine.inference.conversation import Conversation
-from engine.training.distributed import bf16_is_faster, keep_freed_memory
+from engine.training.distributed import bf16_is_faster, set_malloc_thresholds
+from models.inference.generate import steps
 from models.inference.int8 import quantize_int8
 from models.inference.sampling import Sampling
 from models.vision_language_model import VisionLanguageModel
@@ -48,45 +49,45 @@ def timed(call: Callable) -> tuple[float, object]:
 
 
 def conversation(chat: Chat, n: int = 20) -> None:
-    """Milliseconds to the first token of a later turn, with the cache and without, by pictures.
+    """Milliseconds to the first token of a later turn, with and without the prefix cache.
 
-    The fastest of n, as a shared cache only adds.
+    The fastest of n, as other processes only add time.
     """
-    pictures = [item.sample.images[0] for item in items(DataConfig(), "test", 160)]
-    calls, encode = [], chat.model.vision_encoder.patches
-    chat.model.vision_encoder.patches = lambda x: calls.append(len(x)) or encode(x)
-    talk, same, sampling = Conversation(chat), True, Sampling(max_new_tokens=24)
+    images = [item.sample.images[0] for item in load_items(DataConfig(), "test", 160)]
+    n_tiles, encode = [], chat.model.vision_encoder.patches
+    chat.model.vision_encoder.patches = lambda x: n_tiles.append(len(x)) or encode(x)
+    conv, same, sampling = Conversation(chat), True, Sampling(max_new_tokens=24)
     for i, question in enumerate(TURNS):
-        shown = pictures[:1] if i == 0 else []
-        turns = [*talk.turns, Turn("user", "<image>" * len(shown) + question)]
-        calls_before = len(calls)
-        prompt = chat.processor.encode_prompt(turns, [*talk.pictures, *shown])
-        alone = chat.answers([prompt], sampling)[0]
-        del calls[calls_before:]
-        same &= alone == "".join(p.text for p in talk.ask(question, shown, sampling))
-    print(f"5 turns: {sum(calls)} tiles encoded; the same answers as without a cache: {same}")
+        shown = images[:1] if i == 0 else []
+        turns = [*conv.turns, Turn("user", "<image>" * len(shown) + question)]
+        n_before = len(n_tiles)
+        prompt = chat.processor.encode_prompt(turns, [*conv.images, *shown])
+        alone = chat.generate_answers([prompt], sampling)[0]
+        del n_tiles[n_before:]
+        same &= alone == "".join(p.text for p in conv.ask(question, shown, sampling))
+    print(f"5 turns: {sum(n_tiles)} tiles encoded; the same answers as without a cache: {same}")
     print("milliseconds to the first token")
-    print(f"{'pictures':>8} {'first turn':>11} {'later turn':>11} {'without':>9}")
-    found = {n_pictures: ([], [], []) for n_pictures in (1, 2, 4, 8)}
+    print(f"{'images':>8} {'first turn':>11} {'later turn':>11} {'without':>9}")
+    found = {n_images: ([], [], []) for n_images in (1, 2, 4, 8)}
     for _ in range(n):
-        for n_pictures, (first, later, without) in found.items():
-            talk = Conversation(chat)
-            shown = pictures[:n_pictures]
-            first.append(timed(lambda: next(iter(talk.ask(TURNS[0], shown))))[0])  # noqa: B023
-            later.append(timed(lambda: next(iter(talk.ask(TURNS[1]))))[0])  # noqa: B023
-            turns = talk.turns[:-1]
+        for n_images, (first, later, without) in found.items():
+            conv = Conversation(chat)
+            shown = images[:n_images]
+            first.append(timed(lambda: next(iter(conv.ask(TURNS[0], shown))))[0])  # noqa: B023
+            later.append(timed(lambda: next(iter(conv.ask(TURNS[1]))))[0])  # noqa: B023
+            turns = conv.turns[:-1]
             tokens = lambda: chat.processor.encode_prompt(turns, shown)  # noqa: B023, E731
-            without.append(timed(lambda: next(iter(chat.watch(tokens()))))[0])  # noqa: B023
-    for n_pictures, seconds in found.items():
+            without.append(timed(lambda: next(iter(chat.stream_chunks(tokens()))))[0])  # noqa: B023
+    for n_images, seconds in found.items():
         cells = (f"{1000 * min(x):.1f}" for x in seconds)
-        print("{:>8} {:>11} {:>11} {:>9}".format(n_pictures, *cells))
+        print("{:>8} {:>11} {:>11} {:>9}".format(n_images, *cells))
 
 
-# --- Many questions -------------------------------------------------------------------------------
+# --- Continuous batching --------------------------------------------------------------------------
 
 
-def in_fixed_batches(chat: Chat, prompts, sampling: Sampling, n_rows: int) -> list[str]:
-    """The plain way: so many prompts together, all rows run until the last has stopped."""
+def static_batches(chat: Chat, prompts, sampling: Sampling, n_rows: int) -> list[str]:
+    """Static batching: a batch runs until its longest answer has ended."""
     eos, texts = chat.processor.cfg.vlm_eos_token_id, []
     for i in range(0, len(prompts), n_rows):
         ids, mask, pixels = collate_prompts(prompts[i : i + n_rows], chat.processor.cfg)
@@ -96,40 +97,43 @@ def in_fixed_batches(chat: Chat, prompts, sampling: Sampling, n_rows: int) -> li
 
 
 def batch(chat: Chat, n: int = 500, n_rows: int = 32, rounds: int = 1) -> None:
-    """Questions of all skills in random order: short answers and captions mixed."""
-    asked = [i.sample for i in items(DataConfig(), "test", n)]
-    random.Random(0).shuffle(asked)
-    prompts = [chat.processor.encode_prompt(s.turns[:-1], s.images) for s in asked]
-    sampling, times = Sampling(max_new_tokens=96), {"fixed": [], "refilled": []}
+    """Questions of all skills in random order, so that short answers and captions mix."""
+    questions = [i.sample for i in load_items(DataConfig(), "test", n)]
+    random.Random(0).shuffle(questions)
+    prompts = [chat.processor.encode_prompt(s.turns[:-1], s.images) for s in questions]
+    sampling, times = Sampling(max_new_tokens=96), {"static": [], "continuous": []}
     for _ in range(rounds):
-        seconds, fixed = timed(lambda: in_fixed_batches(chat, prompts, sampling, n_rows))
-        times["fixed"].append(seconds)
-        seconds, refilled = timed(lambda: chat.answers(prompts, sampling, n_rows))
-        times["refilled"].append(seconds)
-    lengths = [len(chat.processor.encode_answer(text)) for text in fixed]
+        seconds, static = timed(lambda: static_batches(chat, prompts, sampling, n_rows))
+        times["static"].append(seconds)
+        seconds, continuous = timed(lambda: chat.generate_answers(prompts, sampling, n_rows))
+        times["continuous"].append(seconds)
+    lengths = [len(chat.processor.encode_answer(text)) for text in static]
     for name, seconds in times.items():
-        print(f"{name:9} {len(prompts) / min(seconds):7.1f} questions/s")
-    print(f"ratio {min(times['fixed']) / min(times['refilled']):.2f} on {len(prompts)} questions, "
-          f"{n_rows} rows, answers of {min(lengths)} to {max(lengths)} tokens; "
-          f"{sum(a == b for a, b in zip(fixed, refilled))} answers equal")  # fmt: skip
+        print(f"{name:10} {len(prompts) / min(seconds):7.1f} questions/s")
+    ratio = min(times["static"]) / min(times["continuous"])
+    print(f"ratio {ratio:.2f} on {len(prompts)} questions, {n_rows} rows, "
+          f"answers of {min(lengths)} to {max(lengths)} tokens; "
+          f"{sum(a == b for a, b in zip(static, continuous))} answers equal")  # fmt: skip
 
 
 # --- Choices --------------------------------------------------------------------------------------
 
 
 def choices(chat: Chat, n: int = 3000) -> None:
-    """Yes/no and colour questions: free greedy answers, and the likeliest of the choices."""
+    """Yes/no and colour questions: free greedy answers against the most likely choice."""
     skills = ("exist", "compare", "color")
-    asked = [i for i in TASK.items(DataConfig(), "test", n) if i.skill in skills]
-    free = answer_items(chat, asked)
-    prompts = [chat.processor.encode_prompt(i.sample.turns[:-1], i.sample.images) for i in asked]
+    questions = [i for i in TASK.items(DataConfig(), "test", n) if i.skill in skills]
+    free = answer_questions(chat, questions)
+    prompts = [
+        chat.processor.encode_prompt(i.sample.turns[:-1], i.sample.images) for i in questions
+    ]
     chosen = []
-    for item, tokens in zip(asked, prompts):
-        shares = chat.choose(tokens, item.choices)
+    for item, tokens in zip(questions, prompts):
+        shares = chat.choice_probabilities(tokens, item.choices)
         chosen.append(float(item.choices[shares.index(max(shares))] == item.expected))
     for skill in skills:
-        which = [k for k, i in enumerate(asked) if i.skill == skill]
-        a, b = mean([free[k] for k in which]), sum(chosen[k] for k in which) / len(which)
+        which = [k for k, i in enumerate(questions) if i.skill == skill]
+        a, b = mean_score([free[k] for k in which]), sum(chosen[k] for k in which) / len(which)
         print(f"{skill:8} free {a:.1%}, by choice {b:.1%}, n {len(which)}")
     found = paired_difference(chosen, [f.score for f in free])
     low, high = found["interval"]
@@ -137,7 +141,7 @@ def choices(chat: Chat, n: int = 3000) -> None:
           f"p = {found['p']:.3f}")  # fmt: skip
 
 
-# --- 8 bits ---------------------------------------------------------------------------------------
+# --- int8 -----------------------------------------------------------------------------------------
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
@@ -147,21 +151,21 @@ def weight_bytes(model: torch.nn.Module) -> int:
 
 
 def speed(model: VisionLanguageModel, n_new: int) -> float:
-    """Tokens per second of one row after a prompt with a picture, greedily."""
+    """Greedy tokens/s of one row after a prompt with an image."""
     cfg = model.cfg
     ids = torch.full((1, cfg.tokens_per_tile + 20), cfg.vlm_image_token_id)
     ids[0, cfg.tokens_per_tile :] = torch.arange(100, 120)
     pixels = torch.zeros(1, 3, cfg.vit_img_size, cfg.vit_img_size)
-    said = iter(model.stream(ids, pixels, None, Sampling(max_new_tokens=n_new + 1)))
-    next(said)
-    seconds, n = timed(lambda: sum(1 for _ in said))
+    decoding = steps(model, ids, pixels, None, Sampling(max_new_tokens=n_new + 1))
+    next(decoding)
+    seconds, n = timed(lambda: sum(1 for _ in decoding))
     return n / seconds
 
 
 def int8_speed(preset: str, n_new: int = 24, rounds: int = 2) -> None:
-    """Decoding at a preset's shape, weights at random: fp32, bf16, and 8 bits over each.
+    """Decoding speed of a preset with random weights: fp32, bf16, and int8 with either.
 
-    A processor without bf16 arithmetic hangs for minutes in it, so there bf16 is left out.
+    bf16 is left out where it is not faster: CPUs without it emulate it, which takes minutes.
     """
     cfg = replace(PRESETS[preset].model, vit_model_type="", lm_model_type="")
     made, found, names = {}, {}, ["fp32", "int8 over fp32"]
@@ -183,13 +187,13 @@ def int8_speed(preset: str, n_new: int = 24, rounds: int = 2) -> None:
 
 
 def int8_accuracy(checkpoint: str, n: int = 400) -> None:
-    """The same questions before and after."""
+    """Accuracy on the same questions before and after quantisation."""
     chat = Chat.load(checkpoint)
-    asked = items(DataConfig(), "test", n)
-    before = [a.score for a in answer_items(chat, asked)]
+    questions = load_items(DataConfig(), "test", n)
+    before = [a.score for a in answer_questions(chat, questions)]
     size = weight_bytes(chat.model)
     quantize_int8(chat.model.decoder)
-    after = [a.score for a in answer_items(chat, asked)]
+    after = [a.score for a in answer_questions(chat, questions)]
     low, high = bootstrap_interval(before)
     found = paired_difference(after, before)
     print(f"fp32 {sum(before) / len(before):.1%} ({low:.1%} to {high:.1%}), "
@@ -203,14 +207,16 @@ MEASURES = {"conversation": conversation, "batch": batch, "choices": choices}
 
 def main(argv: list[str]) -> None:
     if len(argv) < 2 or argv[0] not in (*MEASURES, "int8"):
-        raise InputError(f"say what and of which: {', '.join(MEASURES)} or int8, a checkpoint.")
-    keep_freed_memory()
+        raise InputError(
+            f"expected {', '.join(MEASURES)} or int8, then a checkpoint (int8: or preset)."
+        )
+    set_malloc_thresholds()
     torch.set_num_threads(1)
-    what, which, numbers = argv[0], argv[1], [int(n) for n in argv[2:3]]
-    if what == "int8":
-        (int8_speed if which in PRESETS else int8_accuracy)(which, *numbers)
+    name, checkpoint, numbers = argv[0], argv[1], [int(n) for n in argv[2:3]]
+    if name == "int8":
+        (int8_speed if checkpoint in PRESETS else int8_accuracy)(checkpoint, *numbers)
     else:
-        MEASURES[what](Chat.load(which), *numbers)
+        MEASURES[name](Chat.load(checkpoint), *numbers)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""scikit-learn's 1,797 scanned digits in 5-fold cross-validation: ours beside transformers' ViT.
+"""5-fold cross-validation on scikit-learn's 1,797 digits: picoVLM's and transformers' ViT.
 
-python -m benchmarks.quality.digits                                    ours and theirs, every fold
+python -m benchmarks.quality.digits                                    both, every fold
 python -m benchmarks.quality.digits --folds 0                          only the time of a step
-python -m benchmarks.quality.digits --models ours "theirs, our first weights"
-All have the same shape, views, order, optimizer, rates and steps; theirs comes with its own first
-weights and with ours. Nothing is chosen on a fold's test digits: they are looked at once, at the
-end. Times are of the processor, so that other work on the machine counts less. Needs scikit-learn.
+python -m benchmarks.quality.digits --models picoVLM "transformers, same weights"
+
+Both have the same shape, data order, augmentation, optimizer, rates and steps. transformers starts
+from its own initial weights or from picoVLM's. Test digits are evaluated once, at the end, and
+nothing is chosen on them. Times are CPU time. Needs scikit-learn.
 """
 
 from __future__ import annotations
@@ -23,28 +24,33 @@ import torch
 from torch import nn
 
 from configs import ViTConfig
-from configs_classify import ClassesConfig, FitConfig
-from data.classification.dataset import Classes, from_rows
-from data.classification.loader import Viewer, ViewLoader, evaluation_batches, loader_config
+from configs_classify import ClassifyDataConfig, ClassifyTrainConfig
+from data.classification.dataset import ClassificationDataset, from_rows
+from data.classification.loader import (
+    ClassificationLoader,
+    ClassificationProcessor,
+    evaluation_batches,
+    loader_config,
+)
 from data.sources.idx import ArrayRows
 from engine.evaluation.metrics import bootstrap_interval
 from engine.training.optim import build_optimizer, lr_factor
 from models.classifier import Classifier
 from models.vision_transformer import ViT
 
-DATA = ClassesConfig(source="digits", batch_size=64, crop=0.6, stretch=1.2, randaugment=0,
-                     mixup=0.2, val_fraction=0.0)  # fmt: skip
+DATA = ClassifyDataConfig(source="digits", batch_size=64, crop_min_scale=0.6, crop_max_ratio=1.2,
+                          randaugment=0, mixup=0.2, val_fraction=0.0)  # fmt: skip
 MODEL = ViTConfig(
     vit_img_size=16, vit_patch_size=4, vit_n_channels=1, vit_hidden_dim=96, vit_inter_dim=192,
     vit_n_heads=4, vit_n_blocks=4, vit_hidden_act="gelu", vit_cls_flag=True, vit_n_classes=10,
     vit_labels=tuple("0123456789"),
 )  # fmt: skip
-TRAIN = FitConfig(steps=600, warmup=100, optimizer="adamw", lr_trunk=0.002, lr_head=0.002,
-                  weight_decay=0.05, beta2=0.99, schedule="cosine")  # fmt: skip
+TRAIN = ClassifyTrainConfig(steps=600, warmup=100, optimizer="adamw", lr_trunk=0.002, lr_head=0.002,
+                            weight_decay=0.05, beta2=0.99, schedule="cosine")  # fmt: skip
 
 
 def digits() -> tuple[np.ndarray, np.ndarray]:
-    """Pictures [1797, 8, 8] uint8 and their digits [1797]."""
+    """Images [1797, 8, 8] uint8 and their digits [1797]."""
     from sklearn.datasets import load_digits
 
     found = load_digits()
@@ -52,24 +58,30 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def folds(target: np.ndarray, n: int = 5, seed: int = 0):
-    """(training rows, test rows) of each fold, every digit as often in each."""
+    """(training rows, test rows) of each fold, stratified by digit."""
     from sklearn.model_selection import StratifiedKFold
 
     return StratifiedKFold(n, shuffle=True, random_state=seed).split(target, target)
 
 
-def source_of(pixels: np.ndarray, target: np.ndarray, data: ClassesConfig) -> Classes:
+def source_of(
+    pixels: np.ndarray, target: np.ndarray, data: ClassifyDataConfig
+) -> ClassificationDataset:
     rows = ArrayRows(pixels, [str(t) for t in target], data.source)
     return from_rows(rows, data, "train", MODEL.vit_labels)
 
 
-def loader_of(source: Classes, model: ViTConfig, data: ClassesConfig) -> ViewLoader:
+def loader_of(
+    source: ClassificationDataset, model: ViTConfig, data: ClassifyDataConfig
+) -> ClassificationLoader:
     numbers = {name: i for i, name in enumerate(source.names)}
-    return ViewLoader(source, Viewer(model, data, numbers), loader_config(data))
+    return ClassificationLoader(
+        source, ClassificationProcessor(model, data, numbers), loader_config(data)
+    )
 
 
-class Theirs(nn.Module):
-    """A transformers image classifier behind the arguments of ours."""
+class HFClassifier(nn.Module):
+    """A transformers image classifier with the interface of picoVLM's `Classifier`."""
 
     def __init__(self, model: nn.Module, cfg: ViTConfig, head: str):
         super().__init__()
@@ -93,8 +105,8 @@ class Theirs(nn.Module):
         return logits, loss
 
 
-def their_vit(cfg: ViTConfig) -> Theirs:
-    """transformers' ViTForImageClassification of our shape, with its own first weights."""
+def hf_vit(cfg: ViTConfig) -> HFClassifier:
+    """transformers' ViTForImageClassification of the same shape, with its own initial weights."""
     import transformers
 
     config = transformers.ViTConfig(
@@ -104,28 +116,28 @@ def their_vit(cfg: ViTConfig) -> Theirs:
         num_attention_heads=cfg.vit_n_heads, hidden_act="gelu", num_labels=cfg.vit_n_classes,
         layer_norm_eps=cfg.vit_ln_eps,
     )  # fmt: skip
-    return Theirs(transformers.ViTForImageClassification(config), cfg, "classifier")
+    return HFClassifier(transformers.ViTForImageClassification(config), cfg, "classifier")
 
 
-def their_vit_from_ours(cfg: ViTConfig) -> Theirs:
-    """The same class with the first weights that ours would have."""
+def hf_vit_with_same_weights(cfg: ViTConfig) -> HFClassifier:
+    """The same class with the initial weights of picoVLM."""
     import transformers
 
     with tempfile.TemporaryDirectory() as folder:
         ViT(cfg).save_pretrained(folder)
-        opened = transformers.ViTForImageClassification.from_pretrained(folder)
-    return Theirs(opened, cfg, "classifier")
+        model = transformers.ViTForImageClassification.from_pretrained(folder)
+    return HFClassifier(model, cfg, "classifier")
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "ours": lambda: Classifier(ViT(MODEL)),
-    "theirs": lambda: their_vit(MODEL),
-    "theirs, our first weights": lambda: their_vit_from_ours(MODEL),
+    "picoVLM": lambda: Classifier(ViT(MODEL)),
+    "transformers": lambda: hf_vit(MODEL),
+    "transformers, same weights": lambda: hf_vit_with_same_weights(MODEL),
 }
 
 
-def fit(model: nn.Module, loader: ViewLoader, cfg: FitConfig) -> None:
-    """Train as told, with the optimizer, rates and views of classify.py."""
+def fit(model: nn.Module, loader: ClassificationLoader, cfg: ClassifyTrainConfig) -> None:
+    """Train with the optimizer and schedule of classify.py."""
     optimizer, batches = build_optimizer(model.parts, cfg), iter(loader)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     model.train()
@@ -140,7 +152,7 @@ def fit(model: nn.Module, loader: ViewLoader, cfg: FitConfig) -> None:
 
 
 def seconds_per_step(models: dict[str, nn.Module], steps: int = 60) -> dict[str, np.ndarray]:
-    """Seconds of whole steps, without the data's; the models take turns, step by step."""
+    """Seconds of training steps without data loading; the models alternate."""
     optimizers = {name: build_optimizer(model.parts, TRAIN) for name, model in models.items()}
     shape = (DATA.batch_size, MODEL.vit_n_channels, MODEL.vit_img_size, MODEL.vit_img_size)
     images, targets = torch.randn(shape), torch.randint(10, (DATA.batch_size,))
@@ -156,8 +168,8 @@ def seconds_per_step(models: dict[str, nn.Module], steps: int = 60) -> dict[str,
 
 
 @torch.inference_mode()
-def right(model: nn.Module, source: Classes) -> np.ndarray:
-    """Whether each row is classified rightly, [n] bool."""
+def is_correct(model: nn.Module, source: ClassificationDataset) -> np.ndarray:
+    """Whether each row is classified correctly, [n] bool."""
     model.eval()
     found = [
         (model(batch.images)[0].argmax(-1) == batch.targets).numpy()
@@ -169,19 +181,19 @@ def right(model: nn.Module, source: Classes) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folds", type=int, default=5)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["ours", "theirs"])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["picoVLM", "transformers"])
     parser.add_argument("--steps", type=int, default=TRAIN.steps)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     cfg = replace(TRAIN, steps=args.steps)
     makers = {name: MODELS[name] for name in args.models}
     pixels, target = digits()
-    marks = {name: [] for name in makers}
+    correct = {name: [] for name in makers}
     seconds = seconds_per_step({name: make() for name, make in makers.items()})
     for name, found in seconds.items():
         low, mid, high = 1000 * np.percentile(found, (25, 50, 75))
         spread = f"quartiles {low:.1f} and {high:.1f}"
-        print(f"{name}: {mid:.1f} ms a step ({spread})", flush=True)
+        print(f"{name}: {mid:.1f} ms per step ({spread})", flush=True)
     for fold, (train_rows, test_rows) in enumerate(folds(target)):
         if fold == args.folds:
             break
@@ -192,13 +204,13 @@ def main() -> None:
             model, start = make(), time.process_time()
             fit(model, loader_of(source, MODEL, DATA), cfg)
             spent = time.process_time() - start
-            marks[name].append(right(model, test))
+            correct[name].append(is_correct(model, test))
             n = sum(p.numel() for p in model.parameters())
-            right_share = f"{marks[name][-1].mean():.2%} right"
-            print(f"fold {fold} {name}: {right_share}, {spent:.0f} s, {n:,} parameters", flush=True)
+            accuracy = f"{correct[name][-1].mean():.2%} correct"
+            print(f"fold {fold} {name}: {accuracy}, {spent:.0f} s, {n:,} parameters", flush=True)
     report = {}
     for name in makers if args.folds else ():
-        every = np.concatenate(marks[name])
+        every = np.concatenate(correct[name])
         low, high = bootstrap_interval(every.tolist())
         report[name] = {"accuracy": every.mean(), "low": low, "high": high, "n": len(every),
                         "ms_per_step": 1000 * float(np.median(seconds[name]))}  # fmt: skip

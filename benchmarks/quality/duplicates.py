@@ -1,11 +1,11 @@
-"""Planted near-duplicates among emoji and flags: precision and recall of embed.py.
+"""Near-duplicates planted among emoji and flags: precision and recall of embed.py.
 
 python -m benchmarks.quality.duplicates PATH/TO/datasets runs/duplicates
 python -m benchmarks.quality.duplicates PATH/TO/datasets runs/duplicates --trunk runs/demo
-Without --trunk, one is trained on the pictures without their labels: each is a class of its own,
-seen in other crops every time (Dosovitskiy et al. 2014, Exemplar-CNN). Every fourth
-picture stands there three times more: at 60 per cent of its size, as a JPEG, without the outer 5
-per cent. The threshold is chosen on one half of the pictures, the figures are those of the other.
+Without --trunk one is trained without labels: each image is its own class, seen in random crops
+(Dosovitskiy et al. 2014, Exemplar-CNN). Every fourth image is added three times: resized to 60 %,
+as a JPEG, without its outer 5 %. The threshold is chosen on half of the images and measured on the
+other half.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from engine.vit.embedding import open_index
 TRAIN = (
     "small --data.source {out}/each.jsonl --data.val-fraction 0 --model.vit-img-size 64 "
     "--model.vit-patch-size 16 "
-    "--data.crop 0.8 --data.stretch 1.1 "
+    "--data.crop-min-scale 0.8 --data.crop-max-ratio 1.1 "
     "--train.steps {steps} --train.eval-every 0 --train.out {out}/trunk --train.resume auto"
 )
 
@@ -40,7 +40,7 @@ def jpeg(image: Image.Image) -> Image.Image:
 
 
 def crop(image: Image.Image) -> Image.Image:
-    """Without a twentieth of the width and height, half of it at each side."""
+    """Cut 2.5 % off each side."""
     x, y = image.width * 0.025, image.height * 0.025
     box = (round(x), round(y), image.width - round(x), image.height - round(y))
     return image.crop(box)
@@ -54,38 +54,38 @@ PLANTS: dict[str, Callable[[Image.Image], Image.Image]] = {
 
 
 def name_of(file: Path) -> str:
-    """A name that no file of the other set has."""
+    """A name that is unique across the sets."""
     return f"{file.parent.parent.name}-{file.stem}"
 
 
 def plant(files: list[Path], folder: Path, every: int = 4) -> dict[str, str]:
-    """Write all pictures and the plants; returns file -> which picture it shows."""
+    """Write all images and near-duplicates; returns file -> name of the image it shows."""
     shows: dict[str, str] = {}
     folder.mkdir(parents=True, exist_ok=True)
-    looks: dict[bytes, str] = {}
+    by_pixels: dict[bytes, str] = {}
     for number, file in enumerate(files):
         name = name_of(file)
         image = open_image(file)
-        # Some flags are one flag: Norway's is also that of Bouvet Island and of Svalbard.
-        same = looks.setdefault(image.resize((32, 32)).tobytes(), name)
+        # Some flags are equal: Norway, Bouvet Island, Svalbard.
+        same = by_pixels.setdefault(image.resize((32, 32)).tobytes(), name)
         plants = PLANTS.items() if number % every == 0 else ()
         for end, change in (("", lambda x: x), *((f"-{kind}", c) for kind, c in plants)):
             path = folder / f"{name}{end}.png"
-            if not path.is_file():  # else the index of an earlier run would be of older files
+            if not path.is_file():  # keep: an index of an earlier run holds its time stamp
                 change(image).save(path)
             shows[str(path)] = same
     return shows
 
 
 def scores(rows: np.ndarray, shows: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(cosine, whether both show the same picture) of every pair of rows. Both [N (N - 1) / 2]"""
+    """Cosine similarity, and whether both show the same image, of all pairs: [N (N - 1) / 2]."""
     of = np.unique(shows, return_inverse=True)[1]  # [N]
     i, j = np.triu_indices(len(rows), 1)
     return (rows @ rows.T)[i, j], of[i] == of[j]
 
 
 def shrink(files: list[Path], folder: Path, side: int = 96) -> list[dict]:
-    """Write every picture small enough to be opened at every step; returns a row for each."""
+    """Write thumbnails, which are fast to open in every step; returns a row for each."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for file in files:
@@ -99,7 +99,7 @@ def shrink(files: list[Path], folder: Path, side: int = 96) -> list[dict]:
 
 
 def rates(cosine: np.ndarray, same: np.ndarray, threshold: float) -> tuple[float, float]:
-    """(precision, recall) of the pairs at least `threshold` alike."""
+    """(precision, recall) of pairs whose cosine similarity is `threshold` or more."""
     hit = (same & (cosine >= threshold)).sum()
     return hit / max(1, (cosine >= threshold).sum()), hit / max(1, same.sum())
 
@@ -109,7 +109,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("shared", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--trunk", help="an encoder that is there already")
+    parser.add_argument("--trunk", help="checkpoint of an encoder")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     sets = ("noto_emoji_72", "flags")
@@ -133,7 +133,7 @@ def main(argv: list[str]) -> None:
     thresholds = 1 - np.geomspace(0.5, 1e-6, 250)
     best = max(thresholds, key=lambda t: min(rates(*pairs[0], t)))
     (p0, r0), (p1, r1) = (rates(*pairs[half], best) for half in (0, 1))
-    print(f"{len(files):,} pictures, {pairs[1][1].sum():,} pairs in the measured half")
+    print(f"{len(files):,} images, {pairs[1][1].sum():,} pairs in the measured half")
     print(f"threshold {best:.5f} from the other half (precision {p0:.3f}, recall {r0:.3f})")
     print(f"precision {p1:.3f}, recall {r1:.3f}")
 

@@ -1,8 +1,8 @@
-"""Muon against AdamW on the built-in world: same model, data, seed and steps, one after the other.
+"""Muon against AdamW on the built-in world: same model, data, seed and steps.
 
-python benchmarks/quality/optimizers.py [STEPS]            writes docs/optimizers.png and prints a table
+python -m benchmarks.quality.optimizers [STEPS]     writes docs/optimizers.png and prints a table
 
-AdamW gets several rates, Muon the preset's one.
+AdamW runs with several learning rates, Muon with the preset's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ADAMW_RATES = (0.0005, 0.001, 0.002, 0.004)
 
 
 def variants() -> dict[str, list[str]]:
-    """Name -> flags."""
+    """Name of each run -> its flags."""
     found = {"Muon, the preset": []}
     for rate in ADAMW_RATES:
         flags = [f"--train.{name.replace('_', '-')}={rate}" for name in RATES]
@@ -27,7 +27,7 @@ def variants() -> dict[str, list[str]]:
 
 
 def run(flags: list[str], out: Path, steps: int) -> list[dict]:
-    """Train once -> the lines of its log that hold an evaluation."""
+    """Train once; returns the evaluation lines of its log."""
     every = max(1, steps // 5)
     command = [sys.executable, "train.py", "tiny", f"--train.out={out}", f"--train.steps={steps}"]
     command += [f"--train.eval-every={every}", "--train.eval-samples=400", "--train.save-every=0"]
@@ -37,12 +37,10 @@ def run(flags: list[str], out: Path, steps: int) -> list[dict]:
 
 
 def draw(curves: dict[str, list[dict]], path: Path) -> None:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), sharey=True)
+    figure = Figure(figsize=(9, 3.2), layout="tight")
+    axes = figure.subplots(1, 2, sharey=True)
     for axis, key, label in ((axes[0], "step", "steps"), (axes[1], "seconds", "seconds")):
         for name, points in curves.items():
             values = [point["val_accuracy"] for point in points]
@@ -50,7 +48,6 @@ def draw(curves: dict[str, list[dict]], path: Path) -> None:
         axis.set_xlabel(label)
     axes[0].set_ylabel("accuracy on validation questions")
     axes[0].legend()
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
 
 

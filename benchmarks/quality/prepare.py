@@ -1,9 +1,9 @@
-"""Real pictures with classes, as files that classify.py reads.
+"""Convert public image sets to files that classify.py reads.
 
 python -m benchmarks.quality.prepare easy_vqa PATH/TO/datasets/easy_vqa runs/data/easy_vqa
 python -m benchmarks.quality.prepare sprite PATH/TO/datasets/fashion_mnist_sprite runs/data/fashion
-easy_vqa: train.jsonl and test.jsonl, a picture's class is its colour and shape, as its questions
-tell; both stand there alone, too. sprite: 900 pieces of Fashion-MNIST, a folder a class.
+easy_vqa writes train.jsonl and test.jsonl; the label is colour and shape, taken from the questions,
+and both are also columns of their own. sprite: 900 images of Fashion-MNIST, one folder per class.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ FASHION = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt",
            "Ankle boot")  # fmt: skip
 
 
-def told(question: str, answer: str) -> dict[str, str]:
-    """What one question with its answer says of the only thing in the picture."""
+def parse_answer(question: str, answer: str) -> dict[str, str]:
+    """Colour and shape of the image's only object, as far as one question and answer give them."""
     words = question.strip("?").split()
     if answer in ("yes", "no"):
         denied = "not" in words or "no" in words  # "is there not a circle?" no
@@ -37,26 +37,26 @@ def easy_vqa(source: Path, out: Path) -> None:
         for question, answer, number in json.loads(
             (source / split / "questions.json").read_text(encoding="utf-8")
         ):
-            found.setdefault(number, {}).update(told(question, answer))
+            found.setdefault(number, {}).update(parse_answer(question, answer))
         rows = [
             {"image": str((source / split / "images" / f"{number}.png").absolute()),
-             "label": f"{thing['colour']} {thing['shape']}", **thing}
-            for number, thing in sorted(found.items()) if len(thing) == 2
+             "label": f"{labels['colour']} {labels['shape']}", **labels}
+            for number, labels in sorted(found.items()) if len(labels) == 2
         ]  # fmt: skip
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (out / f"{split}.jsonl").write_text(lines, encoding="utf-8")
-        print(f"{out / split}.jsonl: {len(rows):,} of {len(found):,} pictures")
+        print(f"{out / split}.jsonl: {len(rows):,} of {len(found):,} images")
 
 
 def sprite(source: Path, out: Path) -> None:
-    """A grid of 30 x 30 pieces of 28 x 28 pixels; rows 3 k to 3 k + 2 are class k."""
-    sheet = Image.open(next(source.glob("*.png"))).convert("L")
+    """Cut a grid of 30 x 30 images of 28 x 28 pixels; rows 3 k to 3 k + 2 are class k."""
+    grid = Image.open(next(source.glob("*.png"))).convert("L")
     for row in range(30):
         folder = out / FASHION[row // 3]
         folder.mkdir(parents=True, exist_ok=True)
         for column in range(30):
             box = (28 * column, 28 * row, 28 * column + 28, 28 * row + 28)
-            sheet.crop(box).save(folder / f"{row:02d}-{column:02d}.png")
+            grid.crop(box).save(folder / f"{row:02d}-{column:02d}.png")
 
 
 if __name__ == "__main__":

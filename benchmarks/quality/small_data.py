@@ -1,8 +1,8 @@
-"""Little data: a ViT and a small CNN of as many parameters on 100, 500 and all digits.
+"""Little data: a ViT and a CNN of the same size on 100, 500 and all digits.
 
-python -m benchmarks.quality.small_data --picture docs/small_data.png --json docs/small_data.json
-The CNN is transformers' ResNet with random weights. Each is trained plainly, and with mixup, CutMix
-and weight decay; three splits, each with its own test digits. Needs scikit-learn and matplotlib.
+python -m benchmarks.quality.small_data --plot docs/small_data.png --json docs/small_data.json
+The CNN is transformers' ResNet with random weights. Each trains with and without mixup, CutMix and
+weight decay, on three splits. Needs scikit-learn, and matplotlib for the plot.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from benchmarks.quality.digits import (
     DATA,
     MODEL,
     TRAIN,
-    Theirs,
+    HFClassifier,
     digits,
     fit,
     folds,
+    is_correct,
     loader_of,
-    right,
 )
 from benchmarks.quality.digits import source_of as all_of
-from data.classification.dataset import Classes, from_rows
+from data.classification.dataset import ClassificationDataset, from_rows
 from models.classifier import Classifier
 from models.vision_transformer import ViT
 
-# Both see 32 x 32 pixels: the CNN's stem halves a picture twice before its first stage.
+# Both get 32 x 32 pixels, as the CNN's stem halves the image twice before its first stage.
 CFG = replace(MODEL, vit_img_size=32, vit_patch_size=8)
 SIZES = (100, 500, 0)
-WAYS = {
-    "plain": (replace(DATA, crop=1.0, mixup=0.0), 0.0),
-    "regularised": (replace(DATA, crop=1.0, mixup=0.2, cutmix=1.0), 0.05),
+RECIPES = {
+    "plain": (replace(DATA, crop_min_scale=1.0, mixup=0.0), 0.0),
+    "regularised": (replace(DATA, crop_min_scale=1.0, mixup=0.2, cutmix=1.0), 0.05),
 }
 
 
-def cnn(cfg) -> Theirs:
+def cnn(cfg) -> HFClassifier:
     """transformers' ResNet: three stages of one basic block."""
     import transformers
 
@@ -50,51 +50,51 @@ def cnn(cfg) -> Theirs:
         num_channels=cfg.vit_n_channels, embedding_size=32, hidden_sizes=[32, 64, 128],
         depths=[1, 1, 1], layer_type="basic", num_labels=cfg.vit_n_classes,
     )  # fmt: skip
-    return Theirs(transformers.ResNetForImageClassification(config), cfg, "classifier")
+    return HFClassifier(transformers.ResNetForImageClassification(config), cfg, "classifier")
 
 
 MODELS = {"ViT": lambda: Classifier(ViT(CFG)), "CNN": lambda: cnn(CFG)}
 
 
-def part_of(source: Classes, n: int, seed: int, data) -> Classes:
-    """`n` rows, as many of each class; 0: all."""
-    return from_rows(source.rows.rows, replace(data, limit=n, seed=seed), "train", source.names)
+def subset(source: ClassificationDataset, n: int, seed: int, data) -> ClassificationDataset:
+    """`n` rows, the same number per class; 0: all."""
+    return from_rows(source.samples.rows, replace(data, limit=n, seed=seed), "train", source.names)
 
 
-def measure(steps: int, seeds: int, kept: Path) -> list[dict]:
-    """Every run that `kept` does not have yet; it is written after each."""
+def measure(steps: int, seeds: int, results: Path) -> list[dict]:
+    """All runs; those in the file `results` are not repeated, and it is written after each."""
     pixels, target = digits()
-    rows = json.loads(kept.read_text()) if kept.is_file() else []
-    done = {(row["model"], row["asked"], row["way"], row["seed"]) for row in rows}
+    rows = json.loads(results.read_text()) if results.is_file() else []
+    done = {(row["model"], row["limit"], row["recipe"], row["seed"]) for row in rows}
     for seed, (train_rows, test_rows) in zip(range(seeds), folds(target)):
         test = all_of(pixels[test_rows], target[test_rows], DATA)
         for n in SIZES:
-            for way, (data, decay) in WAYS.items():
+            for recipe, (data, decay) in RECIPES.items():
                 whole = all_of(pixels[train_rows], target[train_rows], data)
-                source = part_of(whole, n, seed, data)
+                source = subset(whole, n, seed, data)
                 for name, make in MODELS.items():
-                    if (name, n, way, seed) in done:
+                    if (name, n, recipe, seed) in done:
                         continue
                     torch.manual_seed(seed)
                     model, start = make(), time.perf_counter()
                     cfg = replace(TRAIN, steps=steps, weight_decay=decay)
                     fit(model, loader_of(source, CFG, data), cfg)
-                    row = {"model": name, "asked": n, "digits": len(source), "way": way,
+                    row = {"model": name, "limit": n, "digits": len(source), "recipe": recipe,
                            "seed": seed,
-                           "accuracy": float(right(model, test).mean()),
+                           "accuracy": float(is_correct(model, test).mean()),
                            "parameters": sum(p.numel() for p in model.parameters()),
                            "seconds": round(time.perf_counter() - start)}  # fmt: skip
                     print(json.dumps(row), flush=True)
                     rows.append(row)
-                    kept.write_text(json.dumps(rows, indent=1) + "\n")
+                    results.write_text(json.dumps(rows, indent=1) + "\n")
     return rows
 
 
 def summary(rows: list[dict]) -> dict[tuple[str, str], list[tuple[int, float, float]]]:
-    """(model, way) -> (digits, mean accuracy, standard deviation) by number of digits."""
+    """(model, recipe) -> (digits, mean accuracy, standard deviation) by number of digits."""
     groups = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        groups[row["model"], row["way"]][row["digits"]].append(row["accuracy"])
+        groups[row["model"], row["recipe"]][row["digits"]].append(row["accuracy"])
     return {
         key: [(n, float(np.mean(v)), float(np.std(v, ddof=len(v) > 1)))
               for n, v in sorted(group.items())]
@@ -107,25 +107,23 @@ def table(rows: list[dict]) -> str:
     sizes = [n for n, *_ in next(iter(found.values()))]
     head = " | ".join(f"{n:,} digits" for n in sizes)
     lines = [f"| | {head} |", "|---" * (1 + len(sizes)) + "|"]
-    for (name, way), cells in sorted(found.items()):
+    for (name, recipe), cells in sorted(found.items()):
         figures = " | ".join(f"{mean:.1%} ± {sd:.1%}" for _, mean, sd in cells)
-        lines.append(f"| {name}, {way} | {figures} |")
+        lines.append(f"| {name}, {recipe} | {figures} |")
     return "\n".join(lines)
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6, 4), constrained_layout=True)
-    for (name, way), cells in sorted(summary(rows).items()):
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
+    for (name, recipe), cells in sorted(summary(rows).items()):
         n, mean, sd = zip(*cells)
-        axis.errorbar(n, mean, sd, capsize=3, marker="o", label=f"{name}, {way}",
+        axis.errorbar(n, mean, sd, capsize=3, marker="o", label=f"{name}, {recipe}",
                       color="tab:blue" if name == "ViT" else "tab:orange",
-                      ls="-" if way == "regularised" else "--")  # fmt: skip
-    axis.set(xscale="log", xlabel="labelled digits", ylabel="accuracy on digits not seen")
+                      ls="-" if recipe == "regularised" else "--")  # fmt: skip
+    axis.set(xscale="log", xlabel="labelled digits", ylabel="test accuracy")
     axis.set_xticks(n, [f"{v:,}" for v in n])
     axis.legend()
     axis.grid(alpha=0.3)
@@ -136,13 +134,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--picture", type=Path)
-    parser.add_argument("--json", type=Path, required=True, help="finished runs are kept here")
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--json", type=Path, required=True, help="file of finished runs")
     args = parser.parse_args()
     rows = measure(args.steps, args.seeds, args.json)
     print(table(rows))
-    if args.picture:
-        draw(rows, args.picture)
+    if args.plot:
+        draw(rows, args.plot)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""On one GPU: how near training and decoding come to what the card can do.
+"""On one GPU: how close training and decoding come to the hardware's peak.
 
-python -m benchmarks.speed.gpu 222m 460m qwen3           writes a block a preset into docs/benchmarks.md
-python -m benchmarks.speed.gpu 222m --off-the-record     prints alone
-python -m benchmarks.speed.gpu 222m --kernels 20         shows what a step of training spends its time on
+python -m benchmarks.speed.gpu 222m 460m qwen3      writes a block each into docs/benchmarks.md
+python -m benchmarks.speed.gpu 222m --no-write      prints only
+python -m benchmarks.speed.gpu 222m --kernels 20    lists the kernels a training step spends time on
 
-Rows of one preset: the best batch (doubled until memory or speed ends), its share of the matrix
-rate measured in the same call, tokens and images per second, peak memory; decoding at 1 and 64 rows
-beside the memory's read rate; the time that 1.7 million samples of a picture and 128 tokens take.
-Ours trains as train.py does, blocks compiled where they can be. transformers stands beside, its
-loss compared first. Without a GPU it runs on the CPU, for its test.
+Per preset: the best batch (doubled until memory runs out or speed stops growing), its share of the
+measured matrix FLOP/s, tokens/s, images/s, peak memory, the time for 1.7 million samples of an
+image and 128 tokens; decoding of 1 and 64 rows against memory bandwidth. picoVLM trains as train.py
+does, with compiled blocks where possible. transformers runs beside it after their losses were
+found equal. Without a GPU the CPU is used, for the tests.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from operator import attrgetter
 from pathlib import Path
@@ -28,32 +29,33 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.speed.peers import (
-    agree,
-    bytes_of_a_token,
-    padded,
+    check_equal,
+    hf_generate,
+    load_hf_model,
+    pad_samples,
     prompt,
-    random_weights,
-    synthetic,
-    their_model,
-    their_words,
+    random_conversations,
+    train_step,
+    weight_bytes_per_token,
+    without_pretrained,
 )
 from benchmarks.speed.timing import (
     PAGE,
     alternate,
     clock,
     command_line,
-    count,
-    matmul_peak,
-    read_bandwidth,
+    count_flops,
+    describe_run,
+    measure_bandwidth,
+    measure_peak_flops,
     synchronise,
-    where,
     write_block,
 )
 from cli import command
 from config_tools import InputError
 from configs import PRESETS, RunConfig, VLMConfig
 from data.batches.packing import collate
-from engine.training.distributed import autocast, compiles, fast_dtype, setup
+from engine.training.distributed import autocast, choose_dtype, setup, should_compile
 from engine.training.optim import build_optimizer
 from models.inference.compile import compile_blocks, compile_decoding
 from models.inference.generate import steps
@@ -61,57 +63,48 @@ from models.inference.sampling import Sampling
 from models.pretrained.save import unsupported_reason
 from models.vision_language_model import VisionLanguageModel
 
-SAMPLES, TOKENS = 1_700_000, 128  # nanoVLM's first run: about 6 hours on one H100
-ROW, SAID = 2048, 65  # tokens of a packed row, of an answer
+N_SAMPLES, N_TOKENS = 1_700_000, 128  # nanoVLM's first run: about 6 hours on one H100
+ROW_TOKENS, N_NEW_TOKENS = 2048, 65
 
 
-def sizes(cfg: VLMConfig) -> list[int]:
+def row_lengths(cfg: VLMConfig) -> list[int]:
     """Lengths of the conversations of one packed row."""
-    length = 1 + cfg.tokens_per_tile + TOKENS
-    return [length] * max(1, ROW // length)
+    length = 1 + cfg.tokens_per_tile + N_TOKENS
+    return [length] * max(1, ROW_TOKENS // length)
 
 
 def packed_step(run: RunConfig, model: nn.Module, device: torch.device, n_rows: int):
-    """(a whole training step, its samples, its tokens), of rows of packed conversations."""
-    row = synthetic(run.model, sizes(run.model))
+    """A whole training step on packed rows, its number of samples and of tokens."""
+    row = random_conversations(run.model, row_lengths(run.model))
     batch = collate([row] * n_rows, run.model).to(device)
-    dtype = fast_dtype(device, "auto")
+    dtype = choose_dtype(device, "auto")
     optimizer = build_optimizer(model.parts, run.train, dtype)
     region = autocast(device, dtype)
-
-    def step() -> None:
-        with region:
-            loss = model(**batch.tensors())[1]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
+    step = partial(train_step, lambda: model(**batch.tensors())[1], optimizer, region)
     return step, batch.n_samples, batch.n_tokens
 
 
 def padded_step(run: RunConfig, model: nn.Module, device: torch.device, n_rows: int):
-    """The same samples for transformers: of one length, so nothing of it is padding."""
-    samples = synthetic(run.model, sizes(run.model)) * n_rows
-    batch = {k: v.to(device) for k, v in padded(samples, run.model)[1].items()}
+    """The same samples for transformers; all have the same length, so there is no padding."""
+    samples = random_conversations(run.model, row_lengths(run.model)) * n_rows
+    batch = {k: v.to(device) for k, v in pad_samples(samples, run.model)[1].items()}
     optimizer = torch.optim.AdamW(model.parameters(), run.train.lr_language, fused=True)
-    region = autocast(device, fast_dtype(device, "auto"))
-
-    def step() -> None:
-        with region:
-            loss = model(**batch, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
+    region = autocast(device, choose_dtype(device, "auto"))
+    step = partial(train_step, lambda: model(**batch, use_cache=False).loss, optimizer, region)
     return step, len(samples), sum(map(len, samples))
 
 
 def best_batch(
-    make: Callable, run: RunConfig, model: nn.Module, device: torch.device, least: int, most: int
+    make: Callable,
+    run: RunConfig,
+    model: nn.Module,
+    device: torch.device,
+    min_rows: int,
+    max_rows: int,
 ) -> dict[str, float]:
-    """Double the rows until memory ends or speed gains less than 3 %: the best, {} if none fits."""
+    """Double the rows until memory runs out or samples/s grow by under 3 %; {} if none fits."""
     best: dict = {}
-    for n_rows in (least << i for i in range(int(math.log2(most / least)) + 1)):
+    for n_rows in (min_rows << i for i in range(int(math.log2(max_rows / min_rows)) + 1)):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         try:
@@ -129,13 +122,13 @@ def best_batch(
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most bytes of a GPU that tensors have filled since this was last set back; 0 of a CPU."""
+    """Peak bytes of tensors on the GPU since the last reset; 0 on a CPU."""
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
 
 
 @contextmanager
-def one_by_one(model: nn.Module) -> Iterator[None]:
-    """Decoding without a CUDA graph, as whenever somebody listens to a module."""
+def without_cuda_graph(model: nn.Module) -> Iterator[None]:
+    """Decode without a CUDA graph: generation falls back to plain calls if a module has hooks."""
     handle = model.decoder.norm.register_forward_hook(lambda *_: None)
     try:
         yield
@@ -147,70 +140,72 @@ def one_by_one(model: nn.Module) -> Iterator[None]:
 def decode(
     model: VisionLanguageModel, device: torch.device, n_rows: int, compiling: bool
 ) -> dict[str, float]:
-    """Seconds of a step of greedy decoding after a picture and a few words, by its way.
+    """Seconds of a greedy decoding step after an image and a few words, per implementation.
 
-    Raises `InputError` where the ways do not agree.
+    Raises `InputError` if their logits differ.
     """
     ids, images = (x.to(device) for x in prompt(model.cfg, n_rows))
     images = images.to(model.MP.proj.weight.dtype)
 
-    def second() -> Tensor:
+    def decode_logits() -> Tensor:
         """Logits of the first decoding step."""
         return next(islice(steps(model, ids, images, None, Sampling(2)), 1, None)).logits.float()
 
-    def say() -> float:
-        said = model.stream(ids, images, None, Sampling(max_new_tokens=SAID))
-        list(islice(said, 2))  # the second is recorded, where a step is
+    def seconds_per_step() -> float:
+        decoding = steps(model, ids, images, None, Sampling(max_new_tokens=N_NEW_TOKENS))
+        list(islice(decoding, 2))  # with a CUDA graph, the second token captures it
         start = clock()
-        n = sum(1 for tokens in said if tokens.tolist())
+        n = sum(1 for step in decoding if step.tokens.tolist())  # waits for each
         return (clock() - start) / n
 
-    def measured(way: str) -> float:
-        apart = float((second() - wanted).norm() / wanted.norm())
-        if not apart < 0.02:  # bf16 rounds to 1 in 256
-            raise InputError(f"decoding {n_rows} rows {way}: logits are {apart:.1%} apart.")
-        return alternate({"": say}, 2)[""].median
+    def measured(kind: str) -> float:
+        error = float((decode_logits() - expected).norm() / expected.norm())
+        if not error < 0.02:  # bf16 rounds to 1 in 256
+            raise InputError(
+                f"decoding {n_rows} rows, {kind}: logits differ by {error:.1%}; expected < 2 %."
+            )
+        return alternate({"": seconds_per_step}, 2)[""].median
 
-    with one_by_one(model):
-        wanted = second()
-        found = {"one by one": measured("one by one")}
-    found["recorded"] = measured("recorded")
+    with without_cuda_graph(model):
+        expected = decode_logits()
+        found = {"plain": measured("plain")}
+    found["CUDA graph"] = measured("CUDA graph")
     if compiling:
         compile_decoding(model)
         found["compiled"] = measured("compiled")
-        model.compiled_decoder = None
+        model.compiled_decode = None
     return found
 
 
 @torch.inference_mode()
-def their_decode(model: nn.Module, cfg: VLMConfig, device: torch.device, n_rows: int) -> float:
-    """Seconds of a step of transformers' greedy decoding after the same prompt."""
+def hf_decode_seconds(model: nn.Module, cfg: VLMConfig, device: torch.device, n_rows: int) -> float:
+    """Seconds of a greedy decoding step of transformers after the same prompt."""
     ids, images = (x.to(device) for x in prompt(cfg, n_rows))
     images = images.to(model.dtype)
 
-    def say() -> float:
-        _, ticks = their_words(model, ids, images, SAID)
+    def seconds_per_step() -> float:
+        _, ticks = hf_generate(model, ids, images, N_NEW_TOKENS)
         return (ticks[-1] - ticks[1]) / (len(ticks) - 2)
 
-    return alternate({"": say}, 2)[""].median
+    return alternate({"": seconds_per_step}, 2)[""].median
 
 
 def kernels(step: Callable[[], object], device: torch.device, n: int) -> list[str]:
-    """A table of the `n` kernels that took longest in a step; how much of its time all took."""
+    """A table of the `n` slowest kernels of a step, and the share of its time in any kernel."""
     kind = {"cuda": ProfilerActivity.CUDA, "cpu": ProfilerActivity.CPU}[device.type]
     step()
     synchronise()
-    with profile(activities=[kind]) as seen:
+    with profile(activities=[kind]) as profiled:
         start = time.perf_counter()
         step()
         synchronise()
         seconds = time.perf_counter() - start
     time_of = attrgetter(f"self_{'device' if device.type == 'cuda' else 'cpu'}_time_total")
-    found = sorted(seen.key_averages(), key=time_of, reverse=True)
+    found = sorted(profiled.key_averages(), key=time_of, reverse=True)
     busy = sum(map(time_of, found)) / 1e6 / seconds
     return [
         "",
-        f"| the device works {busy:.0%} of a step: its kernels | calls | ms |",
+        f"| kernels (the device is busy {busy:.0%} of a step) | calls | ms |",
         "|---|---|---|",
         *(f"| {e.key[:80].replace('|', '/')} | {e.count} | {time_of(e) / 1e3:.2f} |"
           for e in found[:n]),
@@ -218,115 +213,120 @@ def kernels(step: Callable[[], object], device: torch.device, n: int) -> list[st
 
 
 def train_row(
-    side: str, make: Callable, run: RunConfig, model: nn.Module, device: torch.device, asked,
+    side: str, make: Callable, run: RunConfig, model: nn.Module, device: torch.device, args,
     at_peak: float,
 ) -> tuple[str, list[str]]:  # fmt: skip
-    """Training of one side at its best batch; a table of kernels, where that is asked of ours.
+    """One side at its best batch, and for picoVLM the table of kernels if asked.
 
-    `at_peak`: rows a second at the rate of matrices.
+    `at_peak`: rows/s at the measured matrix FLOP/s.
     """
-    if side == "picoVLM" and compiles(device, "auto"):
+    if side == "picoVLM" and should_compile(device, "auto"):
         compile_blocks(model)
-    best = best_batch(make, run, model, device, asked.least, asked.most)
+    best = best_batch(make, run, model, device, args.min_rows, args.max_rows)
     if not best:
-        return f"| {side} | {asked.least} do not fit | | | | | |", []
+        return f"| {side} | {args.min_rows} rows do not fit | | | | | |", []
     share = best["rows"] / best["seconds"] / at_peak
-    hours = SAMPLES / best["samples/s"] / 3600
+    hours = N_SAMPLES / best["samples/s"] / 3600
     row = (
         f"| {side} | {best['rows']} | {share:.1%} | {best['tokens/s']:,.0f} | "
         f"{best['samples/s']:,.1f} | {best['bytes'] / 2**30:.1f} GiB | {hours:,.2f} h |"
     )
-    if side != "picoVLM" or not asked.kernels:
+    if side != "picoVLM" or not args.kernels:
         return row, []
-    return row, kernels(make(run, model, device, best["rows"])[0], device, asked.kernels)
+    return row, kernels(make(run, model, device, best["rows"])[0], device, args.kernels)
 
 
-def same_loss(run: RunConfig, ours: VisionLanguageModel, theirs: nn.Module, device) -> None:
-    """Raises `InputError` where both sides do not compute the same of a row."""
-    samples = synthetic(run.model, sizes(run.model))
-    mine, others = ({k: v if v is None else v.to(device) for k, v in side.items()}
-                    for side in padded(samples, run.model))  # fmt: skip
-    dtype = fast_dtype(device, "auto")
+def check_equal_loss(
+    run: RunConfig, model: VisionLanguageModel, hf_model: nn.Module, device: torch.device
+) -> None:
+    """Raise `InputError` if the losses of a row differ."""
+    samples = random_conversations(run.model, row_lengths(run.model))
+    inputs, hf_inputs = ({k: v if v is None else v.to(device) for k, v in side.items()}
+                    for side in pad_samples(samples, run.model))  # fmt: skip
+    dtype = choose_dtype(device, "auto")
     with torch.no_grad(), autocast(device, dtype):
-        agree("loss", ours(**mine)[1], theirs(**others, use_cache=False).loss, dtype)
+        loss, expected = model(**inputs)[1], hf_model(**hf_inputs, use_cache=False).loss
+        check_equal("loss", loss, expected, dtype)
 
 
-def training_rows(run: RunConfig, folder: str, device: torch.device, asked, peak) -> list[str]:
-    """One side after the other, each alone on the device."""
+def training_rows(run: RunConfig, folder: str, device: torch.device, args, peak) -> list[str]:
+    """One side after the other, so that each has the device for itself."""
     sides = {"picoVLM": packed_step, "transformers": padded_step}
 
-    def opened(side: str) -> nn.Module:
+    def load(side: str) -> nn.Module:
         if side == "picoVLM":
             return VisionLanguageModel.from_pretrained(folder).to(device).train()
-        return their_model(Path(folder), torch.float32).to(device).train()
+        return load_hf_model(Path(folder), torch.float32).to(device).train()
 
     if unsupported_reason(run.model):
         del sides["transformers"]
     else:
-        same_loss(run, opened("picoVLM"), opened("transformers"), device)
-    # The arithmetic of ours for both; theirs has the head at all tokens on top. Rows are alike.
-    at_peak = peak / count(packed_step(run, opened("picoVLM"), device, 1)[0])[0]
-    found = [
-        train_row(side, make, run, opened(side), device, asked, at_peak)
+        check_equal_loss(run, load("picoVLM"), load("transformers"), device)
+    # FLOPs of picoVLM for both: transformers also runs the head on unsupervised tokens.
+    at_peak = peak / count_flops(packed_step(run, load("picoVLM"), device, 1)[0])[0]
+    rows = [
+        train_row(side, make, run, load(side), device, args, at_peak)
         for side, make in sides.items()
     ]
-    return [row for row, _ in found] + [line for _, table in found for line in table]
+    return [row for row, _ in rows] + [line for _, table in rows for line in table]
 
 
-def decoding_rows(run: RunConfig, folder: str, device: torch.device, asked, rate) -> list[str]:
-    dtype, rows = fast_dtype(device, "auto"), []
+def decoding_rows(run: RunConfig, folder: str, device: torch.device, args, bandwidth) -> list[str]:
+    dtype, rows = choose_dtype(device, "auto"), []
     model = VisionLanguageModel.from_pretrained(folder).to(device, dtype)
-    n_bytes = bytes_of_a_token(model.decoder)
-    theirs = None if unsupported_reason(run.model) else their_model(Path(folder), dtype).to(device)
-    for n_rows in (1, min(64, asked.most)):
-        found = decode(model, device, n_rows, asked.compiled)
-        if theirs is not None:
-            found["theirs"] = their_decode(theirs, run.model, device, n_rows)
-        speeds = [f"{n_rows / found[way]:,.0f} tok/s" if way in found else "-"
-                  for way in ("recorded", "compiled", "one by one", "theirs")]  # fmt: skip
-        ours = min(seconds for way, seconds in found.items() if way != "theirs")
-        share = f"{n_bytes / ours / rate:.0%}"
+    n_bytes = weight_bytes_per_token(model.decoder)
+    hf_model = (
+        None if unsupported_reason(run.model) else load_hf_model(Path(folder), dtype).to(device)
+    )
+    for n_rows in (1, min(64, args.max_rows)):
+        found = decode(model, device, n_rows, args.compiled)
+        if hf_model is not None:
+            found["transformers"] = hf_decode_seconds(hf_model, run.model, device, n_rows)
+        speeds = [f"{n_rows / found[kind]:,.0f} tok/s" if kind in found else "-"
+                  for kind in ("CUDA graph", "compiled", "plain", "transformers")]  # fmt: skip
+        best = min(seconds for kind, seconds in found.items() if kind != "transformers")
+        share = f"{n_bytes / best / bandwidth:.0%}"
         rows.append(f"| {' | '.join([str(n_rows), *speeds, share])} |")
     return rows
 
 
-def measure(name: str, run: RunConfig, device: torch.device, asked: argparse.Namespace) -> str:
-    """Both tables of one preset."""
+def measure(name: str, run: RunConfig, device: torch.device, args: argparse.Namespace) -> str:
+    """The training and the decoding table of one preset."""
     torch.manual_seed(0)
-    peak = matmul_peak(device, fast_dtype(device, "auto"))
-    rate = read_bandwidth(device)
+    peak = measure_peak_flops(device, choose_dtype(device, "auto"))
+    bandwidth = measure_bandwidth(device)
     with tempfile.TemporaryDirectory() as folder:
         VisionLanguageModel(run.model).save_pretrained(folder)
         return "\n".join([
-            f"{name}: matrices {peak / 1e12:.2f} TFLOP/s, memory {rate / 1e9:,.0f} GB/s",
+            f"{name}: matrices {peak / 1e12:.2f} TFLOP/s, memory {bandwidth / 1e9:,.0f} GB/s",
             "",
-            f"| training | rows of {ROW:,} | of the matrix rate | tokens/s | images/s | memory | "
-            f"{SAMPLES:,} samples |",
+            f"| training | rows of {ROW_TOKENS:,} | share of matrix FLOP/s | tokens/s | images/s | "
+            f"memory | {N_SAMPLES:,} samples |",
             "|---|---|---|---|---|---|---|",
-            *training_rows(run, folder, device, asked, peak),
+            *training_rows(run, folder, device, args, peak),
             "",
-            "| decoding, rows | picoVLM | compiled | without a CUDA graph | transformers | "
-            "our best of the memory's rate |",
+            "| decoding, rows | CUDA graph | compiled | plain | transformers | "
+            "share of bandwidth |",
             "|---|---|---|---|---|---|",
-            *decoding_rows(run, folder, device, asked, rate),
+            *decoding_rows(run, folder, device, args, bandwidth),
         ])  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.gpu")
     parser.add_argument("presets", nargs="+", choices=list(PRESETS))
-    parser.add_argument("--least", type=int, default=1, help="fewest rows of a batch")
-    parser.add_argument("--most", type=int, default=256, help="most rows of a batch")
-    parser.add_argument("--kernels", type=int, default=0, help="show so many of our training")
-    parser.add_argument("--compiled", action="store_true", help="compile decoding, too: minutes")
-    parser.add_argument("--off-the-record", action="store_true", help="print alone")
-    asked = parser.parse_args(argv)
-    device, line = setup().device, where(command_line("benchmarks.gpu", list(argv)))
+    parser.add_argument("--min-rows", type=int, default=1, help="minimum rows of a batch")
+    parser.add_argument("--max-rows", type=int, default=256, help="maximum rows of a batch")
+    parser.add_argument("--kernels", type=int, default=0, help="list this many kernels of training")
+    parser.add_argument("--compiled", action="store_true", help="also compile decoding: minutes")
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    args = parser.parse_args(argv)
+    device, line = setup().device, describe_run(command_line("benchmarks.speed.gpu", list(argv)))
     print(line, flush=True)
-    for name in asked.presets:
-        found = measure(name, random_weights(PRESETS[name]), device, asked)
+    for name in args.presets:
+        found = measure(name, without_pretrained(PRESETS[name]), device, args)
         print(f"\n{found}", flush=True)
-        if not asked.off_the_record:
+        if not args.no_write:
             write_block(PAGE, f"gpu {name}", f"{line}\n\n{found}")
 
 

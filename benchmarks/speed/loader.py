@@ -1,9 +1,9 @@
-"""The loader by itself and against the model: packing, pictures per second, who waits for whom.
+"""Speed of the data loader alone and against the model: packing, images/s, share of a step.
 
 python -m benchmarks.speed.loader tiny
 python -m benchmarks.speed.loader 222m --model.lm-tokenizer DIR --data.source my.jsonl
-The words are those of train.py. Weights are random: speed does not depend on them. With one thread
-(OMP_NUM_THREADS=1) times are those of the processor, whatever else the machine does.
+Arguments are those of train.py. Weights are random, as speed does not depend on them. With one
+thread (OMP_NUM_THREADS=1) times are CPU time.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from data import processor as processors
 from data.batches import loader as loaders
 from data.batches.stream_loader import open_loader
 from data.processor import Processor
-from data.sources.open import open_source
+from data.sources.open import open_dataset
 from data.types import Sample, Turn
-from engine.training.distributed import autocast, fast_dtype, setup
+from engine.training.distributed import autocast, choose_dtype, setup
 from models.vision_language_model import VisionLanguageModel
 
 BATCHES = 12
@@ -34,18 +34,18 @@ SIDES = (256, 512, 1024, 2048)
 
 
 def packing(cfg: RunConfig, processor: Processor) -> tuple[str, float]:
-    """A table of how full rows are and how even their tiles, and the loader's seconds a batch."""
-    source, lines = open_source(cfg.data, "train"), []
-    lines.append("| packing | rows full | tiles a row, from, to | s a batch | packing itself |")
+    """A table of how full rows and how even their tiles are, and seconds per batch."""
+    source, lines = open_dataset(cfg.data, "train"), []
+    lines.append("| packing | rows full | tiles per row, from, to | s per batch | packing itself |")
     lines.append("|---|---|---|---|---|")
     seconds = 0.0
     for name, packed in (("no", False), ("yes", True)):
         data = replace(cfg.data, packing=packed, workers=0)
-        spent, really = [0.0], loaders.fill_rows
+        spent, original = [0.0], loaders.fill_rows
 
-        def timed(*args, spent=spent, really=really):
+        def timed(*args, spent=spent, original=original):
             start = clock()
-            rows = really(*args)
+            rows = original(*args)
             spent[0] += clock() - start
             return rows
 
@@ -55,9 +55,9 @@ def packing(cfg: RunConfig, processor: Processor) -> tuple[str, float]:
         start, spent[0] = clock(), 0.0
         found = list(islice(batches, BATCHES))
         seconds = (clock() - start) / BATCHES
-        loaders.fill_rows = really
-        room = sum(b.input_ids.shape[0] * data.max_length for b in found)
-        full = sum(b.n_tokens for b in found) / room
+        loaders.fill_rows = original
+        n_slots = sum(b.input_ids.shape[0] * data.max_length for b in found)
+        full = sum(b.n_tokens for b in found) / n_slots
         per_tile, image = processor.cfg.tokens_per_tile, processor.cfg.vlm_image_token_id
         tiles = torch.cat([(b.input_ids == image).sum(1) // per_tile for b in found])
         lines.append(
@@ -67,15 +67,15 @@ def packing(cfg: RunConfig, processor: Processor) -> tuple[str, float]:
     return "\n".join(lines), seconds
 
 
-def pictures(processor: Processor) -> str:
-    """Pictures a second on one core, from the bytes of a file to tiles and tokens."""
+def image_rates(processor: Processor) -> str:
+    """Images/s on one core, from the bytes of a file to tiles and tokens."""
     rng = np.random.default_rng(0)
     lines = ["| format | " + " | ".join(f"{s} x {s}" for s in SIDES) + " |", "|---" * 5 + "|"]
     turns = (Turn("user", "<image>What is this?"), Turn("assistant", "a picture"))
     for name in FORMATS:
         cells = []
         for side in SIDES:
-            # Between noise and a flat colour, as photographs are.
+            # Smooth noise compresses about as well as a photo.
             small = Image.fromarray(rng.integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8))
             file = io.BytesIO()
             small.resize((side, side), Image.Resampling.BICUBIC).save(file, name)
@@ -89,12 +89,12 @@ def pictures(processor: Processor) -> str:
     return "\n".join(lines)
 
 
-def against_the_model(cfg: RunConfig, processor: Processor, seconds: float) -> str:
-    """Seconds of a forward and backward pass of a batch, beside the loader's."""
+def compare_with_model(cfg: RunConfig, processor: Processor, seconds: float) -> str:
+    """Seconds of forward and backward for a batch, beside the loader's."""
     dist = setup()
     model = VisionLanguageModel(cfg.model).to(dist.device)
-    region = autocast(dist.device, fast_dtype(dist.device, cfg.train.precision))
-    batch = next(iter(open_loader(open_source(cfg.data, "train"), processor, cfg.data)))
+    region = autocast(dist.device, choose_dtype(dist.device, cfg.train.precision))
+    batch = next(iter(open_loader(open_dataset(cfg.data, "train"), processor, cfg.data)))
     batch, times = batch.to(dist.device), []
     for _ in range(2):
         start = clock()
@@ -117,11 +117,11 @@ def main(argv: list[str]) -> None:
     processor = processors.build(cfg.model)
     table, seconds = packing(cfg, processor)
     print(table, end="\n\n", flush=True)
-    print(pictures(processor), end="\n\n", flush=True)
-    said = against_the_model(replace(cfg, data=replace(cfg.data, workers=0)), processor, seconds)
+    print(image_rates(processor), end="\n\n", flush=True)
+    report = compare_with_model(replace(cfg, data=replace(cfg.data, workers=0)), processor, seconds)
     milliseconds = float(table.rsplit("| ", 1)[1].split()[0])
-    step = float(said.partition("takes ")[2].split()[0])
-    print(said.replace("{packing}", f"{milliseconds / 1000 / step:.2%}"))
+    step = float(report.partition("takes ")[2].split()[0])
+    print(report.replace("{packing}", f"{milliseconds / 1000 / step:.2%}"))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
-"""Training as each project's own page says to do it, each in a process of its own, in turns.
+"""Training time as each project documents it: both in their own process, alternating.
 
 python -m benchmarks.speed.out_of_the_box                    writes its table into docs/
 
-Ours is `python train.py 222m`, which packs and accumulates. Theirs is the loop that transformers'
-users write around SmolVLM: padded conversations, AdamW, bf16 by autocast where products are faster
-in it. Both see the world's conversations and start from random weights, not from the same. A time
-is that of a conversation, from its picture to its share of the optimizer's work, by the wall clock
-and without the first step. Nothing holds their losses against each other: speed.py does.
+picoVLM runs `python train.py 222m` (packed, accumulating); transformers runs the usual loop around
+SmolVLM: padded conversations, AdamW, bf16 autocast where it is faster. Both train on the built-in
+world from (different) random weights. Times are wall time per conversation, optimizer included,
+without the first step. Losses are not compared here; compare.py does.
 """
 
 from __future__ import annotations
@@ -22,64 +21,65 @@ from statistics import mean
 
 import torch
 
-from benchmarks.speed.peers import ALONE, their_model, their_step
+from benchmarks.speed.peers import OFFLINE_FLAGS, hf_train_step, load_hf_model
 from benchmarks.speed.timing import (
     PAGE,
     Row,
     Times,
     command_line,
-    in_child,
+    describe_run,
+    format_seconds,
     ratios,
-    readable,
+    run_in_process,
+    run_training,
     table,
-    watch_run,
-    where,
     write_block,
 )
 from cli import command, parse_run
 from configs import RunConfig
 from data import processor as processors
 from data.batches.loader import Loader
-from data.sources.open import open_source
-from engine.training.distributed import autocast, fast_dtype
+from data.sources.open import open_dataset
+from engine.training.distributed import autocast, choose_dtype
 from models.vision_language_model import VisionLanguageModel
 
 CPU = torch.device("cpu")
 
 
-def ours(argv: Sequence[str], steps: int) -> float:
-    """Seconds of a conversation of `train.py`; each of the world's has one picture, one tile."""
-    rates = [line["images_per_s"] for line in watch_run(argv, steps).log if "loss" in line]
+def picovlm_seconds(argv: Sequence[str], steps: int) -> float:
+    """Seconds per conversation of `train.py`; each of the world's has one image, one tile."""
+    rates = [line["images_per_s"] for line in run_training(argv, steps).log if "loss" in line]
     return mean(1 / rate for rate in rates[1:])
 
 
-def theirs(run: RunConfig, folder: Path, rows: int, steps: int) -> float:
-    """Seconds of a conversation of a plain loop; in a process of its own."""
-    region = autocast(CPU, fast_dtype(CPU, "auto"))
-    model = their_model(folder, torch.float32).train()
+def transformers_seconds(run: RunConfig, folder: Path, n_rows: int, steps: int) -> float:
+    """Seconds per conversation of a plain loop around transformers' model."""
+    region = autocast(CPU, choose_dtype(CPU, "auto"))
+    model = load_hf_model(folder, torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    data = replace(run.data, packing=False, batch_size=rows)
-    loader = Loader(open_source(data, "train"), processors.build(run.model), data)
+    data = replace(run.data, packing=False, batch_size=n_rows)
+    loader = Loader(open_dataset(data, "train"), processors.build(run.model), data)
     ends = []
     for batch in itertools.islice(loader, steps):
-        their_step(model, optimizer, batch, region, run.model.vlm_pad_token_id)
+        hf_train_step(model, optimizer, batch, region, run.model.vlm_pad_token_id)
         ends.append(time.perf_counter())
-    return (ends[-1] - ends[0]) / (steps - 1) / rows
+    return (ends[-1] - ends[0]) / (steps - 1) / n_rows
 
 
-def measure(preset: str, turns: int, rows: int) -> Row:
-    """Two steps of ours, of minutes each, and five of theirs in every turn."""
-    argv = [preset, *ALONE]
-    run, sides = parse_run(argv), {"ours": Times([], []), "theirs": Times([], [])}
+def measure(preset: str, turns: int, n_rows: int) -> Row:
+    """Per turn two steps of picoVLM, of minutes each, and five of transformers."""
+    argv = [preset, *OFFLINE_FLAGS]
+    run, sides = parse_run(argv), {"picoVLM": Times([], []), "transformers": Times([], [])}
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         VisionLanguageModel(run.model).save_pretrained(folder)
-        child = ["benchmarks.out_of_the_box", preset, "--folder", folder, "--rows", str(rows)]
+        child = ["benchmarks.speed.out_of_the_box", preset, "--folder", folder]
+        child += ["--rows", str(n_rows)]
         for turn in range(turns):
-            sides["ours"].seconds.append(ours(argv, 2))
-            sides["theirs"].seconds.append(float(in_child(child)))
+            sides["picoVLM"].seconds.append(picovlm_seconds(argv, 2))
+            sides["transformers"].seconds.append(float(run_in_process(child)))
             print(turn, *(f"{side} {t.seconds[-1]:.3f} s" for side, t in sides.items()), flush=True)
-    medians = (readable(t.median) for t in sides.values())
+    medians = (format_seconds(t.median) for t in sides.values())
     return Row(f"a conversation of training, {turns} turns", *medians, ratios(*sides.values()))
 
 
@@ -87,14 +87,18 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.out_of_the_box")
     parser.add_argument("preset", nargs="?", choices=["tiny", "222m"], default="222m")
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=13, help="conversations in a batch of theirs")
+    parser.add_argument("--rows", type=int, default=13, help="transformers' batch size")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    asked = parser.parse_args(argv)
-    if asked.folder:
-        print(theirs(parse_run([asked.preset, *ALONE]), asked.folder, asked.rows, 5))
+    args = parser.parse_args(argv)
+    if args.folder:
+        print(
+            transformers_seconds(
+                parse_run([args.preset, *OFFLINE_FLAGS]), args.folder, args.rows, 5
+            )
+        )
         return
-    line = where(command_line("benchmarks.out_of_the_box", argv))
-    row = measure(asked.preset, asked.turns, asked.rows)
+    line = describe_run(command_line("benchmarks.speed.out_of_the_box", argv))
+    row = measure(args.preset, args.turns, args.rows)
     print(text := f"{line}\n\n{table([row])}")
     write_block(PAGE, "out of the box", text)
 

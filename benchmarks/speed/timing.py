@@ -1,9 +1,9 @@
-"""What every table of speed needs: turns, medians, this machine's peaks, and the page.
+"""Shared by all speed benchmarks: alternating timings, FLOP counts, hardware peaks, tables.
 
-What is compared runs in turns, A B A B, in one process but for whole runs. With one thread
-(OMP_NUM_THREADS=1) a time is that of the CPU, which others' work lengthens only through memory;
-else it is the wall clock's. A repetition in which the thread stood ready without a core (Linux says
-it) for more than a twentieth of its time is disturbed, and each table says how many were.
+Compared calls alternate (A B A B) in one process. With one thread (OMP_NUM_THREADS=1) times are CPU
+time, which other processes affect only through shared caches and memory; otherwise wall time.
+A repetition counts as disturbed if its thread waited for a core (Linux's schedstat) for more than
+5 % of its time; each table shows how many were.
 """
 
 from __future__ import annotations
@@ -33,27 +33,30 @@ from config_tools import InputError
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "benchmarks.md"
 DISTURBED = 0.05
-PRODUCT, READ = 1024, 1 << 28  # edge of the product, bytes of the read that find the peaks
+MATRIX_SIZE, N_BYTES = 1024, 1 << 28  # of the product and the read that measure the peaks
 
 
 # --- Turns --------------------------------------------------------------------------------------
 
 
 def clock() -> float:
-    """Seconds of the thread where it works alone, else of the wall."""
-    alone = torch.get_num_threads() == 1 and not torch.cuda.is_available()
-    return time.thread_time() if alone else time.perf_counter()
+    """Seconds of CPU time with one thread, else of wall time."""
+    is_single = torch.get_num_threads() == 1 and not torch.cuda.is_available()
+    return time.thread_time() if is_single else time.perf_counter()
 
 
-def waited() -> float:
-    """Seconds this thread has stood ready without a core so far; 0 where the system is silent."""
+def seconds_waiting() -> float:
+    """Seconds this thread has waited for a core so far; 0 if the system does not count them."""
     with suppress(OSError, ValueError, IndexError):
         return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
     return 0.0
 
 
 def peak_memory() -> int:
-    """Most bytes this process has held; its parent's do not count, as in getrusage they may."""
+    """Maximum resident bytes of this process.
+
+    VmHWM comes first, as `ru_maxrss` may include the parent's memory on Linux.
+    """
     with suppress(OSError):
         kib = re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
         if kib:
@@ -64,7 +67,7 @@ def peak_memory() -> int:
 
 @dataclass
 class Times:
-    """Repetitions of one call: seconds, and the share of each that it waited for a core."""
+    """Repetitions of one call: seconds, and the share of each spent waiting for a core."""
 
     seconds: list[float]
     waits: list[float]
@@ -84,93 +87,93 @@ def synchronise() -> None:
 
 
 def alternate(
-    calls: dict[str, Callable[[], object]], seconds: float, least: int = 3, most: int = 40
+    calls: dict[str, Callable[[], object]], seconds: float, min_turns: int = 3, max_turns: int = 40
 ) -> dict[str, Times]:
-    """Call each once unmeasured, then all in turns until `seconds` are spent.
+    """Call each once as warm-up, then all in turns until `seconds` are over.
 
-    A call that returns a number has timed a part of itself, by `clock`.
+    If a call returns a float, that is its time: it measured a part of itself with `clock`.
     """
     for call in calls.values():
         call()
     found = {name: Times([], []) for name in calls}
     end = time.perf_counter() + seconds
-    for turn in range(most):
-        if turn >= least and time.perf_counter() > end:
+    for turn in range(max_turns):
+        if turn >= min_turns and time.perf_counter() > end:
             break
         for name, call in calls.items():
             synchronise()
-            stood, wall, start = waited(), time.perf_counter(), clock()
+            waits, wall, start = seconds_waiting(), time.perf_counter(), clock()
             part = call()
             synchronise()
-            own, wall, stood = clock() - start, time.perf_counter() - wall, waited() - stood
+            own, wall = clock() - start, time.perf_counter() - wall
             found[name].seconds.append(part if isinstance(part, float) else own)
-            found[name].waits.append(stood / wall)
+            found[name].waits.append((seconds_waiting() - waits) / wall)
     return found
 
 
-def ratios(ours: Times, theirs: Times) -> tuple[float, float, float]:
-    """(median, least, most) of how many times as long they took, turn by turn."""
-    each = [b / a for a, b in zip(ours.seconds, theirs.seconds, strict=True)]
+def ratios(times: Times, baseline: Times) -> tuple[float, float, float]:
+    """(median, minimum, maximum) over turns of baseline / times: above 1 the first is faster."""
+    each = [b / a for a, b in zip(times.seconds, baseline.seconds, strict=True)]
     return median(each), min(each), max(each)
 
 
-# --- What there is to reach ---------------------------------------------------------------------
+# --- Hardware peaks and FLOPs -------------------------------------------------------------------
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
-    """Most FLOP/s of a large product."""
-    n = PRODUCT * (8 if device.type == "cuda" else 1)
+def measure_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
+    """FLOP/s of a large matrix product: the fastest of its repetitions."""
+    n = MATRIX_SIZE * (8 if device.type == "cuda" else 1)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     times = alternate({"": lambda: (a @ b, None)[1]}, seconds)[""]
     return 2 * n**3 / min(times.seconds)
 
 
-def read_bandwidth(device: torch.device, seconds: float = 1.0) -> float:
-    """Most bytes/s of adding up numbers that no cache holds."""
-    x = torch.ones(READ // 4 * (8 if device.type == "cuda" else 1), device=device)
+def measure_bandwidth(device: torch.device, seconds: float = 1.0) -> float:
+    """Bytes/s of a sum over a tensor larger than any cache: the fastest of its repetitions."""
+    x = torch.ones(N_BYTES // 4 * (8 if device.type == "cuda" else 1), device=device)
     times = alternate({"": lambda: (x.sum(), None)[1]}, seconds)[""]
     return 4 * x.numel() / min(times.seconds)
 
 
 def _forward(q, k, *_args, **_options) -> int:
-    return 4 * math.prod(q) * k[-2]  # two products of [S, C] a head of the queries
+    return 4 * math.prod(q) * k[-2]  # q @ k.T and weights @ v
 
 
 def _backward(_grad, q, k, *_args, **_options) -> int:
-    return _forward(q, k) * 5 // 2  # 5 products for the forward's 2, one of them again
+    return _forward(q, k) * 5 // 2  # 5 products for the forward's 2, as one is recomputed
 
 
-def _bounded(q, _k, _v, bounds, *_args, **_options) -> int:
+def _varlen(q, _k, _v, bounds, *_args, **_options) -> int:
     return 4 * q[0].numel() * int(bounds.diff().square().sum())
 
 
-def _bounded_backward(_grad, q, _k, _v, _out, _lse, bounds, *_args, **_options) -> int:
-    return _bounded(q, _k, _v, bounds) * 5 // 2
+def _varlen_backward(_grad, q, _k, _v, _out, _lse, bounds, *_args, **_options) -> int:
+    return _varlen(q, _k, _v, bounds) * 5 // 2
 
 
-_bounded._get_raw = _bounded_backward._get_raw = True  # FlopCounterMode: tensors, not shapes
+_varlen._get_raw = _varlen_backward._get_raw = True  # FlopCounterMode: tensors, not shapes
 KERNELS = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
 
 
 def attention_formulas() -> dict:
-    """Of every kernel of attention, as torch counts some wrongly, and some not at all.
+    """FLOP formulas of all attention kernels for `FlopCounterMode`.
 
-    Grouped queries, which torch 2.11 refuses; a CPU's kernel; segments of any length.
+    torch 2.11 has none for the CPU kernel and variable lengths, and refuses grouped queries.
     """
-    from torch.nn.attention import varlen  # noqa: F401, as it makes the last two
+    from torch.nn.attention import varlen  # noqa: F401, registers the last two operators
 
     names = [f"_scaled_dot_product_{kernel}" for kernel in KERNELS]
     aten, bounded = torch.ops.aten, torch.ops.torch_attn
     return {
         **{getattr(aten, name): _forward for name in names},
         **{getattr(aten, f"{name}_backward"): _backward for name in names},
-        bounded._varlen_attn: _bounded,
-        bounded._varlen_attn_backward: _bounded_backward,
+        bounded._varlen_attn: _varlen,
+        bounded._varlen_attn_backward: _varlen_backward,
     }
 
 
-def count(call: Callable[[], object]) -> tuple[int, int]:
-    """(FLOPs of all products, of attention's alone); half of causal attention counts, too."""
+def count_flops(call: Callable[[], object]) -> tuple[int, int]:
+    """FLOPs of all matrix products, and of attention alone; causal attention counts in full."""
     formulas = attention_formulas()
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         call()
@@ -178,11 +181,11 @@ def count(call: Callable[[], object]) -> tuple[int, int]:
     return counter.get_total_flops(), sum(n for op, n in by_kind.items() if op in formulas)
 
 
-# --- The page -----------------------------------------------------------------------------------
+# --- Pages and processes ------------------------------------------------------------------------
 
 
-def where(command: str) -> str:
-    """Date, commit, machine, command: what a figure means."""
+def describe_run(command: str) -> str:
+    """One line with date, commit, versions, machine and command."""
     git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
     model = platform.processor() or platform.machine()
@@ -207,17 +210,17 @@ def command_line(module: str, argv: list[str]) -> str:
 
 
 def write_block(page: Path, name: str, text: str) -> None:
-    """Replace what stands between `<!-- name -->` and `<!-- /name -->`; raises `InputError`."""
+    """Replace the text between `<!-- name -->` and `<!-- /name -->`; raises `InputError`."""
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     whole = page.read_text(encoding="utf-8") if page.is_file() else ""
     if start not in whole or end not in whole:
-        raise InputError(f"{page}: has no place {start} ... {end} to write to.")
+        raise InputError(f"{page}: expected {start} and {end} to write between; add both.")
     before, rest = whole.split(start, 1)
     page.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")
 
 
-def in_child(argv: list[str]) -> str:
-    """The last line that `python -m ...` says, in a process of its own."""
+def run_in_process(argv: list[str]) -> str:
+    """Run `python -m *argv` in a new process; returns the last line it prints."""
     done = subprocess.run(
         [sys.executable, "-m", *argv], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -227,29 +230,29 @@ def in_child(argv: list[str]) -> str:
 
 
 @dataclass(frozen=True)
-class Watched:
-    """What was seen of a run of train.py, in seconds from its start."""
+class TrainingRun:
+    """Times of a run of train.py, in seconds since its start, and its log."""
 
-    begins: float  # the first step
-    ends: float  # the last that was waited for
-    cpu: float  # of all cores together
-    log: list[dict]  # lines of steps, and of evaluations
+    begins: float  # start of the first step
+    ends: float  # end of the last step
+    cpu: float  # CPU time of all cores
+    log: list[dict]  # lines of steps and evaluations
 
 
-def watch_run(argv: Sequence[str], steps: int = 1) -> Watched:
-    """`python train.py *argv` until so many steps are done, and then no longer."""
+def run_training(argv: Sequence[str], steps: int = 1) -> TrainingRun:
+    """Run `python train.py *argv` and stop it after `steps` steps; raises `InputError`."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with tempfile.TemporaryDirectory() as folder:
-        log, said, begins = Path(folder) / "log.jsonl", Path(folder) / "said", 0.0
+        log, stderr, begins = Path(folder) / "log.jsonl", Path(folder) / "stderr", 0.0
         start = time.perf_counter()
         line = [sys.executable, "train.py", *argv, f"--train.out={folder}", "--train.log-every=1"]
-        with open(said, "wb") as file:
+        with open(stderr, "wb") as file:
             run = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=file)
         try:
             while not log.is_file() or log.read_bytes().count(b"\n") < steps:
                 if run.poll() is not None:
-                    raise InputError(f"train.py: {said.read_text().splitlines()[-1:]}")
-                if not begins and b"step/s" in said.read_bytes():  # the bar, before the first batch
+                    raise InputError(f"train.py: {stderr.read_text().splitlines()[-1:]}")
+                if not begins and b"step/s" in stderr.read_bytes():  # progress bar, before step 1
                     begins = time.perf_counter() - start
                 time.sleep(0.01)
             ends = time.perf_counter() - start
@@ -260,56 +263,54 @@ def watch_run(argv: Sequence[str], steps: int = 1) -> Watched:
             run.communicate()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return Watched(begins, ends, cpu, lines)
+    return TrainingRun(begins, ends, cpu, lines)
 
 
-def readable(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
 
 
-# --- Its table and bars ---------------------------------------------------------------------------
+# --- Table and chart ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table."""
+    """One line of a table."""
 
     name: str
-    ours: str
-    theirs: str = "-"
-    ratio: tuple[float, float, float] | None = None  # median, least, most; above 1 we are faster
-    share: str = "-"  # of what the machine can do: ours, theirs
+    picovlm: str
+    transformers: str = "-"
+    ratio: tuple[float, float, float] | None = None  # median, minimum, maximum; > 1: faster
+    share: str = "-"  # of the machine's peak: picoVLM, transformers
     disturbed: str = "-"
 
     @property
     def cells(self) -> tuple[str, ...]:
         ratio = "-" if self.ratio is None else "{:.2f} ({:.2f} - {:.2f})".format(*self.ratio)
-        return self.name, self.ours, self.theirs, ratio, self.share, self.disturbed
+        return self.name, self.picovlm, self.transformers, ratio, self.share, self.disturbed
 
 
 def table(rows: Sequence[Row]) -> str:
-    head = ("", "picoVLM", "transformers", "ratio (least - most)", "share of peak, ours, theirs",
-            "disturbed")  # fmt: skip
+    head = ("", "picoVLM", "transformers", "ratio (minimum - maximum)",
+            "share of peak: picoVLM, transformers", "disturbed")  # fmt: skip
     lines = [head, tuple("---" for _ in head), *(row.cells for row in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Bars of all ratios; matplotlib is optional, so without it there is no picture."""
+    """Save a bar chart of all ratios; without matplotlib, print that there is none."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
-        print("no picture: it needs matplotlib")
+        print("no chart: it needs matplotlib")
         return
-    matplotlib.use("agg")
-    from matplotlib import pyplot
 
     shown = [row for row in rows if row.ratio is not None][::-1]
-    figure, axis = pyplot.subplots(figsize=(8, 0.8 + 0.4 * len(shown)), layout="constrained")
+    figure = Figure(figsize=(8, 0.8 + 0.4 * len(shown)), layout="constrained")
+    axis = figure.subplots()
     middle = [row.ratio[0] for row in shown]
     errors = [[r.ratio[0] - r.ratio[1] for r in shown], [r.ratio[2] - r.ratio[0] for r in shown]]
     axis.barh([row.name for row in shown], middle, xerr=errors, color="tab:green", ecolor="gray")
     axis.axvline(1, color="black", lw=0.8)
-    axis.set_xlabel("times as fast (or as small) as transformers' SmolVLM")
+    axis.set_xlabel("speed-up (or memory saving) over transformers' SmolVLM")
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)

@@ -1,6 +1,6 @@
-"""Which samples share a row, and how rows become a Batch.
+"""Pack samples into rows, and collate rows into a Batch.
 
-Pure: lengths and arrays in, groups and tensors out.
+Pure functions: lengths and arrays in, groups and tensors out.
 Not here: where samples come from (loader.py).
 """
 
@@ -13,7 +13,7 @@ import torch
 
 from configs import VLMConfig
 from data.images import normalise
-from data.types import IGNORE, Batch, Tokens
+from data.types import IGNORE_INDEX, Batch, Tokens
 
 
 def fill_rows(
@@ -21,50 +21,49 @@ def fill_rows(
     n_rows: int,
     capacity: int,
     tiles: Sequence[int] = (),
-    most_tiles: int = 0,
+    max_tiles: int = 0,
 ) -> list[list[int]]:
     """Choose from waiting samples those that fill `n_rows` rows of `capacity` tokens best.
 
-    Each row starts with the oldest sample left, so none waits for ever; the others are the subset
-    that leaves the least room (subset sum, its reachable totals kept as bits of one integer).
-    With `most_tiles`, no row has more of `tiles` than that: while the best has, the sample of it
-    with most tiles is set aside and the row is filled again. So rows have about as many each.
+    Each row starts with the oldest sample left, so none waits forever, and is filled with the best
+    subset of the others. With `max_tiles`, no row of several samples has more tiles: as long as it
+    has, its sample with most tiles is left out and the row is filled again.
     Returns indices into `lengths`, one list per row.
     """
     left, rows = list(range(len(lengths))), []
     while left and len(rows) < n_rows:
-        first, *others = left
-        row = [first, *best_fill(lengths, others, capacity - lengths[first])]
-        while most_tiles and sum(tiles[i] for i in row) > most_tiles and len(row) > 1:
-            others.remove(max(row[1:], key=lambda i: tiles[i]))
-            row = [first, *best_fill(lengths, others, capacity - lengths[first])]
+        first, *candidates = left
+        row = [first, *best_subset(lengths, candidates, capacity - lengths[first])]
+        while max_tiles and sum(tiles[i] for i in row) > max_tiles and len(row) > 1:
+            candidates.remove(max(row[1:], key=lambda i: tiles[i]))
+            row = [first, *best_subset(lengths, candidates, capacity - lengths[first])]
         rows.append(sorted(row))
         left = [i for i in left if i not in row]
     return rows
 
 
-def best_fill(lengths: Sequence[int], others: Sequence[int], room: int) -> list[int]:
-    """The subset of `others` that leaves the least of `room`; totals are bits of one integer."""
-    reach = [1]  # bit t of reach[k]: the first k others can make a total of t
-    for i in others:
-        reach.append((reach[-1] | reach[-1] << lengths[i]) & ((1 << room + 1) - 1))
+def best_subset(lengths: Sequence[int], candidates: Sequence[int], capacity: int) -> list[int]:
+    """The subset of `candidates` whose lengths add up to most, at most `capacity` (subset sum)."""
+    reach = [1]  # bit t of reach[k]: some of the first k candidates have the total t
+    for i in candidates:
+        reach.append((reach[-1] | reach[-1] << lengths[i]) & ((1 << capacity + 1) - 1))
     total, row = reach[-1].bit_length() - 1, []
-    for k in reversed(range(len(others))):
+    for k in reversed(range(len(candidates))):
         if not reach[k] >> total & 1:
-            row.append(others[k])
-            total -= lengths[others[k]]
+            row.append(candidates[k])
+            total -= lengths[candidates[k]]
     return row
 
 
 def collate(rows: Sequence[Sequence[Tokens]], cfg: VLMConfig) -> Batch:
     """Rows of samples -> a Batch, padded at the end to the longest row.
 
-    Raises ValueError naming the sample whose placeholders are not its tiles x tokens_per_tile.
+    Raises ValueError naming a sample whose placeholders are not its tiles x tokens_per_tile.
     """
     width = max(sum(map(len, row)) for row in rows)
     shape = (len(rows), width)
     ids = np.full(shape, cfg.vlm_pad_token_id, dtype=np.int64)
-    targets = np.full(shape, IGNORE, dtype=np.int64)
+    targets = np.full(shape, IGNORE_INDEX, dtype=np.int64)
     positions, segments = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     for r, row in enumerate(rows):
         start = 0
@@ -78,7 +77,7 @@ def collate(rows: Sequence[Sequence[Tokens]], cfg: VLMConfig) -> Batch:
                 )
             ids[r, start : start + n] = sample.ids
             targets[r, start : start + n - 1] = np.where(
-                sample.supervised[1:], sample.ids[1:], IGNORE
+                sample.supervised[1:], sample.ids[1:], IGNORE_INDEX
             )
             positions[r, start : start + n] = np.arange(n)
             segments[r, start : start + n] = s + 1
@@ -92,7 +91,7 @@ def collate(rows: Sequence[Sequence[Tokens]], cfg: VLMConfig) -> Batch:
         positions=torch.from_numpy(positions),
         segments=torch.from_numpy(segments) if packed else None,
         images=normalise(tiles, cfg),
-        n_targets=int((targets != IGNORE).sum()),
+        n_targets=int((targets != IGNORE_INDEX).sum()),
         n_samples=sum(map(len, rows)),
         n_tokens=int((segments > 0).sum()),
     )

@@ -1,9 +1,9 @@
-"""Labelled pictures -> batches a classifier eats; in training each sight of one is another view.
+"""Images with classes -> batches for a classifier, augmented anew in every epoch.
 
-The loader is the one of loader.py: same order, same resume, same skipping of rows that fail. Not
-here: what a view may change (augment.py), which picture has which class (classes.py).
+The loader is that of batches/loader.py: same order, same resume, same skipping of unusable rows.
+Not here: the augmentations (transforms.py), which image has which class (dataset.py).
 
-Letters: N pictures, C channels, K classes.
+Letters: N images, C channels, K classes.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from torch import Tensor
 
 from config_tools import InputError
 from configs import DataConfig, ViTConfig
-from configs_classify import ClassesConfig
-from data.batches.loader import Encoded, Loader
-from data.classification.dataset import Classes, label_of
-from data.classification.transforms import SMOOTH, augment, mix, soften
+from configs_classify import ClassifyDataConfig
+from data.batches.loader import EncodedDataset, Loader
+from data.classification.dataset import ClassificationDataset, label_of
+from data.classification.transforms import RESAMPLE, augment, mixup_or_cutmix, smooth_labels
 from data.images import open_image
-from data.types import Sample, copied
+from data.types import Sample, copy_to
 
 
 @dataclass
-class ViewBatch:
-    """N pictures and their classes: numbers [N], or probabilities [N, K] where views are mixed."""
+class ClassificationBatch:
+    """N images and their classes: indices [N], or probabilities [N, K] after mixup or smoothing."""
 
     images: Tensor  # [N, C, H, W] float32, normalised
     targets: Tensor  # [N] int64 or [N, K] float32
-    n_tokens: int = 0  # that the encoder sees
+    n_tokens: int = 0  # of the encoder
     state: dict = field(default_factory=dict)  # the loader's, after this batch
 
     @property
@@ -45,42 +45,46 @@ class ViewBatch:
         """The arguments of `Classifier.forward`."""
         return {"images": self.images, "targets": self.targets}
 
-    def to(self, device: torch.device | str) -> ViewBatch:
-        images, targets = (copied(x, device) for x in (self.images, self.targets))
-        return ViewBatch(images, targets, self.n_tokens, self.state)
+    def to(self, device: torch.device | str) -> ClassificationBatch:
+        """A copy on `device`; the host does not wait for it."""
+        images, targets = (copy_to(x, device) for x in (self.images, self.targets))
+        return ClassificationBatch(images, targets, self.n_tokens, self.state)
 
 
-class View(NamedTuple):
+class LabeledImage(NamedTuple):
     pixels: np.ndarray  # [H, W] or [H, W, 3] uint8
     label: int
 
 
-def open_picture(source: Any, cfg: ViTConfig, name: str = "image") -> Image.Image:
-    """Anything `open_image` opens -> upright, in colour or grey as the model has channels."""
+# --- Images as the encoder takes them -----------------------------------------------------------
+
+
+def open_for_vit(source: Any, cfg: ViTConfig, name: str = "image") -> Image.Image:
+    """Like `open_image`, in grey if the model has one channel."""
     image = open_image(source, name)
     return image.convert("L") if cfg.vit_n_channels == 1 else image
 
 
-def whole_view(image: Image.Image, cfg: ViTConfig) -> np.ndarray:
-    """The whole picture, made square: what transformers' ViTImageProcessor does, and evaluation."""
+def resize_square(image: Image.Image, cfg: ViTConfig) -> np.ndarray:
+    """The whole image at the model's size, as transformers' ViTImageProcessor; no augmentation."""
     size = (cfg.vit_img_size, cfg.vit_img_size)
-    return np.array(image if image.size == size else image.resize(size, SMOOTH))
+    return np.array(image if image.size == size else image.resize(size, RESAMPLE))
 
 
-def whole_views(pictures: Iterable, cfg: ViTConfig) -> tuple[list[np.ndarray], list[str]]:
-    """Views of those pictures that open, and for each picture what is wrong; "" if nothing is."""
-    views, problems = [], []
-    for picture in pictures:
+def open_and_resize(images: Iterable, cfg: ViTConfig) -> tuple[list[np.ndarray], list[str]]:
+    """(pixels of the images that can be opened, an error for each image; "" if there is none)."""
+    pixels, errors = [], []
+    for image in images:
         try:
-            views.append(whole_view(open_picture(picture, cfg), cfg))
-            problems.append("")
+            pixels.append(resize_square(open_for_vit(image, cfg), cfg))
+            errors.append("")
         except InputError as error:
-            problems.append(str(error))
-    return views, problems
+            errors.append(str(error))
+    return pixels, errors
 
 
 def normalise(pixels: Sequence[np.ndarray], cfg: ViTConfig) -> Tensor:
-    """N views [H, W] or [H, W, 3] uint8 -> [N, C, H, W] float32, minus mean, over deviation."""
+    """N images [H, W] or [H, W, 3] uint8 -> [N, C, H, W] float32, minus mean, over std."""
     x = torch.from_numpy(np.stack(pixels)).float() / 255
     x = x.unflatten(2, (-1, 1)) if x.ndim == 3 else x  # [N, H, W, C]
     n = cfg.vit_n_channels
@@ -88,93 +92,105 @@ def normalise(pixels: Sequence[np.ndarray], cfg: ViTConfig) -> Tensor:
     return ((x - mean) / std).permute(0, 3, 1, 2).contiguous()  # [N, C, H, W]
 
 
-@dataclass(frozen=True)
-class Sights:
-    """Row i of a source at its e-th sight is number e * len + i."""
-
-    source: Classes
-
-    def __getitem__(self, sight: int) -> tuple[Sample, int]:
-        return self.source[sight % len(self.source)], sight
-
-
-@dataclass(frozen=True)
-class Viewer:
-    """(Sample, which sight) -> View; the place of a processor in the loader."""
-
-    model: ViTConfig
-    data: ClassesConfig
-    numbers: dict[str, int]  # of the classes
-
-    def encode(self, sight: tuple[Sample, int], *_budget: int) -> View:
-        """Raises `InputError` naming the row where its picture cannot be opened."""
-        sample, number = sight
-        image = open_picture(sample.images[0], self.model, sample.row)
-        rng = random.Random(f"{self.data.seed}/view/{number}")
-        pixels = augment(image, self.model.vit_img_size, self.data, rng)
-        return View(pixels, self.numbers[label_of(sample)])
-
-    def batch(self, views: Sequence[View], seed: str) -> ViewBatch:
-        cfg, rng = self.data, random.Random(f"{self.data.seed}/mix/{seed}")
-        images = normalise([view.pixels for view in views], self.model)
-        targets = torch.tensor([view.label for view in views])
-        if cfg.mixup or cfg.cutmix or cfg.label_smoothing:
-            soft = soften(targets, len(self.numbers), cfg.label_smoothing)
-            images, targets = mix(images, soft, cfg, rng)
-        return ViewBatch(images, targets, len(views) * n_tokens(self.model))
-
-
 def n_tokens(cfg: ViTConfig) -> int:
     return cfg.vit_n_patches + cfg.vit_n_prefix
 
 
+# --- Training -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EpochDataset:
+    """Index epoch * len + i -> (sample i, the index), which seeds the augmentation."""
+
+    dataset: ClassificationDataset
+
+    def __getitem__(self, index: int) -> tuple[Sample, int]:
+        return self.dataset[index % len(self.dataset)], index
+
+    def row_number(self, index: int) -> int:
+        return self.dataset.row_number(index % len(self.dataset))
+
+
+@dataclass(frozen=True)
+class ClassificationProcessor:
+    """Samples -> augmented images -> batches, in the place of a VLM's Processor."""
+
+    model: ViTConfig
+    data: ClassifyDataConfig
+    numbers: dict[str, int]  # index of each class
+
+    def encode(self, item: tuple[Sample, int], *_budget: int) -> LabeledImage:
+        """An item of `EpochDataset`, augmented.
+
+        Raises `InputError` naming the row if its image cannot be opened.
+        """
+        sample, index = item
+        image = open_for_vit(sample.images[0], self.model, sample.row)
+        rng = random.Random(f"{self.data.seed}/view/{index}")
+        pixels = augment(image, self.model.vit_img_size, self.data, rng)
+        return LabeledImage(pixels, self.numbers[label_of(sample)])
+
+    def collate(self, images: Sequence[LabeledImage], seed: str) -> ClassificationBatch:
+        cfg, rng = self.data, random.Random(f"{self.data.seed}/mix/{seed}")
+        pixels = normalise([image.pixels for image in images], self.model)
+        targets = torch.tensor([image.label for image in images])
+        if cfg.mixup or cfg.cutmix or cfg.label_smoothing:
+            soft = smooth_labels(targets, len(self.numbers), cfg.label_smoothing)
+            pixels, targets = mixup_or_cutmix(pixels, soft, cfg, rng)
+        return ClassificationBatch(pixels, targets, len(images) * n_tokens(self.model))
+
+
 @dataclass
-class ViewLoader(Loader):
-    """Endless batches of views: `ViewLoader(source, viewer, loader_config(...))`."""
+class ClassificationLoader(Loader):
+    """Endless batches: `ClassificationLoader(dataset, processor, loader_config(...))`."""
 
     def _chunks(self) -> Iterator[list[int]]:
-        n = len(self.source)
-        seen = self.epoch * n + self.position
-        for rows in super()._chunks():
-            yield [seen // n * n + i for i in rows]  # a chunk never crosses epochs
-            seen += len(rows)
+        n = len(self.dataset)
+        n_read = self.epoch * n + self.position
+        for indices in super()._chunks():
+            yield [n_read // n * n + i for i in indices]  # a chunk never crosses epochs
+            n_read += len(indices)
 
-    def _encoded(self) -> Encoded:
-        return Encoded(Sights(self.source), self.processor, self.cfg)
+    def _encoded(self) -> EncodedDataset:
+        return EncodedDataset(EpochDataset(self.dataset), self.processor, self.cfg)
 
-    def _collate(self, groups: list[list[View]]) -> ViewBatch:
-        last = f"{self.epoch}/{self.position}"
-        return self.processor.batch([view for group in groups for view in group], last)
+    def _collate(self, groups: list[list[LabeledImage]]) -> ClassificationBatch:
+        seed = f"{self.epoch}/{self.position}"
+        return self.processor.collate([image for group in groups for image in group], seed)
 
     def _skip(self, i: int, reason: str) -> None:
-        super()._skip(i % len(self.source), reason)
+        super()._skip(i % len(self.dataset), reason)
 
 
-def loader_config(cfg: ClassesConfig) -> DataConfig:
-    """What the loader reads of a config: a row is one picture, nothing is packed."""
+def loader_config(cfg: ClassifyDataConfig) -> DataConfig:
+    """The fields that the loader needs: one image per row, no packing."""
     return DataConfig(
         source=cfg.source, seed=cfg.seed, batch_size=cfg.batch_size, packing=False,
         workers=cfg.workers,
     )  # fmt: skip
 
 
-def evaluation_batches(
-    source: Classes, cfg: ViTConfig, names: Sequence[str], batch_size: int = 128
-) -> Iterator[tuple[ViewBatch, list[str]]]:
-    """(batch of whole views, what is wrong with pictures left out of it), once over a source.
+# --- Evaluation ---------------------------------------------------------------------------------
 
-    Where no picture can be opened, the batch is empty.
+
+def evaluation_batches(
+    dataset: ClassificationDataset, cfg: ViTConfig, names: Sequence[str], batch_size: int = 128
+) -> Iterator[tuple[ClassificationBatch, list[str]]]:
+    """(batch without augmentation, errors of images left out of it), once over the dataset.
+
+    A batch is empty if none of its images can be opened.
     """
     numbers = {name: i for i, name in enumerate(names)}
-    for start in range(0, len(source), batch_size):
-        views, labels, failed = [], [], []
-        for i in range(start, min(start + batch_size, len(source))):
-            sample = source[i]
+    for start in range(0, len(dataset), batch_size):
+        pixels, labels, errors = [], [], []
+        for i in range(start, min(start + batch_size, len(dataset))):
+            sample = dataset[i]
             try:
-                views.append(whole_view(open_picture(sample.images[0], cfg, sample.row), cfg))
+                pixels.append(resize_square(open_for_vit(sample.images[0], cfg, sample.row), cfg))
                 labels.append(numbers[label_of(sample)])
             except InputError as error:
-                failed.append(str(error))
+                errors.append(str(error))
         empty = torch.zeros(0, cfg.vit_n_channels, cfg.vit_img_size, cfg.vit_img_size)
-        images = normalise(views, cfg) if views else empty
-        yield ViewBatch(images, torch.tensor(labels, dtype=torch.int64)), failed
+        images = normalise(pixels, cfg) if pixels else empty
+        yield ClassificationBatch(images, torch.tensor(labels, dtype=torch.int64)), errors

@@ -1,8 +1,8 @@
-"""Changes to a picture that leave its class: crop, mirror, RandAugment, erasing, mixup, CutMix.
+"""Data augmentation: random resized crop, flip, RandAugment, random erasing, mixup, CutMix.
 
-Pure: the same generator state gives the same picture. Not here: when which is asked for (views.py).
+Pure functions: the same generator state gives the same image. Not here: the seeds (loader.py).
 
-Letters: N pictures, C channels, K classes.
+Letters: N images, C channels, K classes.
 """
 
 from __future__ import annotations
@@ -16,40 +16,45 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-from configs_classify import ClassesConfig
+from configs_classify import ClassifyDataConfig
 
-SMOOTH = Image.Resampling.BILINEAR
+RESAMPLE = Image.Resampling.BILINEAR
 
 
-def augment(image: Image.Image, size: int, cfg: ClassesConfig, rng: random.Random) -> np.ndarray:
-    """A picture of any size -> [size, size] or [size, size, 3] uint8, changed as `cfg` says."""
-    image = random_crop(image, size, cfg.crop, cfg.stretch, rng)
-    if rng.random() < cfg.flip:
+def augment(
+    image: Image.Image, size: int, cfg: ClassifyDataConfig, rng: random.Random
+) -> np.ndarray:
+    """An image of any size -> [size, size] or [size, size, 3] uint8, augmented as `cfg` says."""
+    image = random_resized_crop(image, size, cfg.crop_min_scale, cfg.crop_max_ratio, rng)
+    if rng.random() < cfg.horizontal_flip:
         image = ImageOps.mirror(image)
     for name in rng.choices(list(OPERATIONS), k=cfg.randaugment):
-        image = OPERATIONS[name](image, cfg.magnitude / 10, rng)
+        image = OPERATIONS[name](image, cfg.randaugment_magnitude / 10, rng)
     pixels = np.array(image)
-    return random_erase(pixels, rng) if rng.random() < cfg.erase else pixels
+    return random_erasing(pixels, rng) if rng.random() < cfg.random_erasing else pixels
 
 
-def random_crop(
-    image: Image.Image, size: int, smallest: float, stretch: float, rng: random.Random
+def random_resized_crop(
+    image: Image.Image, size: int, min_scale: float, max_ratio: float, rng: random.Random
 ) -> Image.Image:
-    """Part of a picture, made square: its area a share of at least `smallest`, its sides' ratio
-    within `stretch`, drawn evenly on a log scale (Szegedy et al. 2015). The whole for 1."""
+    """A random part of the image, resized to a square (Szegedy et al. 2015).
+
+    Its share of the area is uniform in `min_scale`..1, the logarithm of its aspect ratio uniform
+    within that of `max_ratio`. `min_scale` = 1 keeps the whole image.
+    """
     width, height = image.size
     box = (0.0, 0.0, float(width), float(height))
-    if smallest < 1:
-        area = width * height * rng.uniform(smallest, 1)
-        ratio = math.exp(rng.uniform(-math.log(stretch), math.log(stretch)))
+    if min_scale < 1:
+        area = width * height * rng.uniform(min_scale, 1)
+        ratio = math.exp(rng.uniform(-math.log(max_ratio), math.log(max_ratio)))
         w, h = min(width, math.sqrt(area * ratio)), min(height, math.sqrt(area / ratio))
         left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
         box = (left, top, min(left + w, width), min(top + h, height))
-    return image.resize((size, size), SMOOTH, box=box)
+    return image.resize((size, size), RESAMPLE, box=box)
 
 
-def random_erase(pixels: np.ndarray, rng: random.Random) -> np.ndarray:
-    """A rectangle of 2 to 33 per cent of the area becomes noise (Zhong et al. 2017)."""
+def random_erasing(pixels: np.ndarray, rng: random.Random) -> np.ndarray:
+    """Replace a rectangle of 2 to 33 % of the area with noise (Zhong et al. 2017)."""
     height, width = pixels.shape[:2]
     area = width * height * rng.uniform(0.02, 0.33)
     ratio = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
@@ -62,32 +67,32 @@ def random_erase(pixels: np.ndarray, rng: random.Random) -> np.ndarray:
     return pixels
 
 
-# --- RandAugment (Cubuk et al. 2019): strength 0..1, either way where there are two -------------
+# --- RandAugment (Cubuk et al. 2019): strength 0..1, with a random sign where it has one --------
 
 Operation = Callable[[Image.Image, float, random.Random], Image.Image]
 
 
-def _either(strength: float, rng: random.Random) -> float:
+def _random_sign(strength: float, rng: random.Random) -> float:
     return strength if rng.random() < 0.5 else -strength
 
 
 def _affine(matrix: Callable[[float, int, int], tuple]) -> Operation:
     def change(image: Image.Image, strength: float, rng: random.Random) -> Image.Image:
-        data = matrix(_either(strength, rng), *image.size)
-        return image.transform(image.size, Image.Transform.AFFINE, data, SMOOTH)
+        data = matrix(_random_sign(strength, rng), *image.size)
+        return image.transform(image.size, Image.Transform.AFFINE, data, RESAMPLE)
 
     return change
 
 
 def _enhance(kind: type) -> Operation:
-    return lambda image, strength, rng: kind(image).enhance(1 + _either(0.9 * strength, rng))
+    return lambda image, strength, rng: kind(image).enhance(1 + _random_sign(0.9 * strength, rng))
 
 
 OPERATIONS: dict[str, Operation] = {
     "identity": lambda image, strength, rng: image,
     "autocontrast": lambda image, strength, rng: ImageOps.autocontrast(image),
     "equalize": lambda image, strength, rng: ImageOps.equalize(image),
-    "rotate": lambda image, strength, rng: image.rotate(30 * _either(strength, rng), SMOOTH),
+    "rotate": lambda image, strength, rng: image.rotate(30 * _random_sign(strength, rng), RESAMPLE),
     "solarize": lambda image, strength, rng: ImageOps.solarize(image, 256 - int(256 * strength)),
     "posterize": lambda image, strength, rng: ImageOps.posterize(image, 8 - int(4 * strength)),
     "color": _enhance(ImageEnhance.Color),
@@ -104,35 +109,35 @@ OPERATIONS: dict[str, Operation] = {
 # --- Whole batches ------------------------------------------------------------------------------
 
 
-def soften(classes: Tensor, n_classes: int, smoothing: float) -> Tensor:
-    """Class numbers [N] -> probabilities [N, K], a share spread evenly (Szegedy et al. 2015)."""
-    sharp = torch.nn.functional.one_hot(classes, n_classes).float()
-    return sharp * (1 - smoothing) + smoothing / n_classes
+def smooth_labels(classes: Tensor, n_classes: int, smoothing: float) -> Tensor:
+    """Class indices [N] -> label-smoothed probabilities [N, K] (Szegedy et al. 2015)."""
+    one_hot = torch.nn.functional.one_hot(classes, n_classes).float()
+    return one_hot * (1 - smoothing) + smoothing / n_classes
 
 
-def mix(
-    images: Tensor, targets: Tensor, cfg: ClassesConfig, rng: random.Random
+def mixup_or_cutmix(
+    images: Tensor, targets: Tensor, cfg: ClassifyDataConfig, rng: random.Random
 ) -> tuple[Tensor, Tensor]:
-    """Each picture [N, C, H, W] with that opposite it in the batch, targets [N, K] in proportion.
+    """Mix images [N, C, H, W] with the reversed batch, and targets [N, K] in proportion.
 
-    Mixup (Zhang et al. 2017) blends the pictures, CutMix (Yun et al. 2019) puts a rectangle of one
-    into the other; of two that are asked for, one is drawn.
+    Mixup (Zhang et al. 2017) blends two images, CutMix (Yun et al. 2019) pastes a rectangle of one
+    into the other. If `cfg` has both, one of them is drawn per batch.
     """
-    ways = [(way, alpha) for way, alpha in ((mixup, cfg.mixup), (cutmix, cfg.cutmix)) if alpha]
-    if not ways:
+    methods = [(f, alpha) for f, alpha in ((mixup, cfg.mixup), (cutmix, cfg.cutmix)) if alpha]
+    if not methods:
         return images, targets
-    way, alpha = rng.choice(ways)
-    images, share = way(images, rng.betavariate(alpha, alpha), rng)
+    method, alpha = rng.choice(methods)
+    images, share = method(images, rng.betavariate(alpha, alpha), rng)
     return images, share * targets + (1 - share) * targets.flip(0)
 
 
 def mixup(images: Tensor, share: float, rng: random.Random) -> tuple[Tensor, float]:
-    """(share of each picture and the rest of the opposite one, share)."""
+    """(share * images + (1 - share) * reversed batch, share)."""
     return share * images + (1 - share) * images.flip(0), share
 
 
 def cutmix(images: Tensor, share: float, rng: random.Random) -> tuple[Tensor, float]:
-    """(pictures with a rectangle of the opposite ones, the share that is still their own)."""
+    """(images with a rectangle of the reversed batch, the share of the area that is unchanged)."""
     height, width = images.shape[-2:]
     h, w = round(height * math.sqrt(1 - share)), round(width * math.sqrt(1 - share))
     top, left = rng.randint(0, height - h), rng.randint(0, width - w)

@@ -1,6 +1,6 @@
-"""Tables -> rows through the `datasets` library: Parquet, saved data sets, data sets of the Hub.
+"""Parquet files, saved datasets and datasets of the Hub -> rows, by the `datasets` library.
 
-Memory-mapped; images stay bytes.
+Tables are memory-mapped; images stay encoded bytes.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from config_tools import InputError
-from data.sources.fetch import mark_of
+from data.sources.fetch import hash_image
 
 
 @dataclass(frozen=True)
 class ArrowRows:
-    """A data set of the `datasets` library, memory-mapped; pictures come as bytes, not decoded."""
+    """The rows of a `datasets.Dataset`; images are bytes, not decoded."""
 
     data: Any  # datasets.Dataset with format "arrow"
     name: str
     folder: Path
-    changing: dict[str, Any]  # see `plain_row`
+    encoded: dict[str, Any]  # see `decode_row`
 
     def __len__(self) -> int:
         return len(self.data)
@@ -31,88 +31,88 @@ class ArrowRows:
         return f"{self.name} row {k + 1}"
 
     def __getitem__(self, k: int) -> dict:
-        return plain_row(self.data[k].to_pylist()[0], self.changing)
+        return decode_row(self.data[k].to_pylist()[0], self.encoded)
 
     def scan(self) -> Iterator[dict]:
         for table in self.data.iter(batch_size=1000):
-            columns = {name: _light_column(table[name]) for name in table.column_names}
+            columns = {name: _column_values(table[name]) for name in table.column_names}
             for values in zip(*columns.values(), strict=True):
-                yield plain_row(dict(zip(columns, values)), self.changing)
+                yield decode_row(dict(zip(columns, values)), self.encoded)
 
 
-def plain_row(row: dict, changing: dict[str, Any]) -> dict:
-    """A row with the names of its classes, not their numbers, and what is kept as JSON as it was.
+def decode_row(row: dict, encoded: dict[str, Any]) -> dict:
+    """A row with class names for class numbers and values for JSON text.
 
-    As such the library keeps a column whose values have several types. `changing`: the features of
-    the columns that have either.
+    `datasets` keeps a column of several types as JSON. `encoded`: see `encoded_columns`.
     """
-    return row | {column: _as_it_was(row[column], f) for column, f in changing.items()}
+    return row | {column: _decode(row[column], f) for column, f in encoded.items()}
 
 
-def changing_of(features: dict[str, Any] | None) -> dict[str, Any]:
-    return {column: f for column, f in (features or {}).items() if _changes(f)}
+def encoded_columns(features: dict[str, Any] | None) -> dict[str, Any]:
+    """The features of columns that hold a ClassLabel or Json, at any depth."""
+    return {column: f for column, f in (features or {}).items() if _is_encoded(f)}
 
 
-def _changes(feature: Any) -> bool:
+def _is_encoded(feature: Any) -> bool:
     if isinstance(feature, dict):
-        return any(map(_changes, feature.values()))
-    within = getattr(feature, "feature", None)  # of a list
-    return _changes(within) if within else type(feature).__name__ in ("ClassLabel", "Json")
+        return any(map(_is_encoded, feature.values()))
+    element = getattr(feature, "feature", None)  # of a list
+    return _is_encoded(element) if element else type(feature).__name__ in ("ClassLabel", "Json")
 
 
-def _as_it_was(value: Any, feature: Any) -> Any:
+def _decode(value: Any, feature: Any) -> Any:
     if value is None:
         return None
     if isinstance(feature, dict):
-        return {name: _as_it_was(value[name], inner) for name, inner in feature.items()}
-    if within := getattr(feature, "feature", None):
-        return [_as_it_was(each, within) for each in value]
+        return {name: _decode(value[name], inner) for name, inner in feature.items()}
+    if element := getattr(feature, "feature", None):
+        return [_decode(each, element) for each in value]
     kind = type(feature).__name__
     if kind == "ClassLabel" and isinstance(value, int) and 0 <= value < len(feature.names):
         return feature.names[value]
     return json.loads(value) if kind == "Json" else value
 
 
-def _light_column(column) -> list:
-    """Python values of an Arrow column, of pictures their marks alone."""
-    return [_light(v) for v in column] if "binary" in str(column.type) else column.to_pylist()
+def _column_values(column: Any) -> list:
+    """Python values of an Arrow column; a hash for the bytes of each image."""
+    return [_value(v) for v in column] if "binary" in str(column.type) else column.to_pylist()
 
 
-def _light(scalar):
+def _value(scalar: Any) -> Any:
     if not scalar.is_valid:
         return None
     kind = str(scalar.type)
     if kind in ("binary", "large_binary"):
         buffer = scalar.as_buffer()
-        return mark_of(memoryview(buffer))
+        return hash_image(memoryview(buffer))
     if kind.startswith("struct"):
-        return {name: _light(value) for name, value in scalar.items()}
+        return {name: _value(value) for name, value in scalar.items()}
     if kind.startswith(("list", "large_list")):
-        return [_light(value) for value in scalar.values]
+        return [_value(value) for value in scalar.values]
     return scalar.as_py()
 
 
-def _arrow_rows(opened, name: str, part: str, folder: Path) -> ArrowRows:
-    """One split of what `datasets` opened: the one asked for, `train`, or the only one."""
+def _arrow_rows(opened: Any, name: str, split: str, folder: Path) -> ArrowRows:
+    """The requested split, `train`, or the only split of an opened dataset."""
     from datasets import DatasetDict
 
     if isinstance(opened, DatasetDict):
-        chosen = part or ("train" if "train" in opened else "")
+        chosen = split or ("train" if "train" in opened else "")
         if not chosen and len(opened) == 1:
             chosen = next(iter(opened))
         if chosen not in opened:
-            says = f"no split {part!r}" if part else "no split named train"
+            says = f"no split {split!r}" if split else "no split named train"
             raise InputError(
                 f"{name}: {says}; add @ and one of {', '.join(map(str, opened))} to the name."
             )
         opened, name = opened[chosen], f"{name}@{chosen}"
-    elif part:
-        raise InputError(f"{name}: has no splits; leave out @{part}.")
-    return ArrowRows(opened.with_format("arrow"), name, folder, changing_of(opened.features))
+    elif split:
+        raise InputError(f"{name}: has no splits; leave out @{split}.")
+    return ArrowRows(opened.with_format("arrow"), name, folder, encoded_columns(opened.features))
 
 
-def _with_datasets(name: str, opens: Callable):
-    """What `opens(datasets)` returns; every way to fail becomes one sentence."""
+def call_datasets(name: str, opens: Callable) -> Any:
+    """The result of `opens(datasets)`; any failure becomes an `InputError` naming `name`."""
     try:
         import datasets
     except ImportError:
@@ -122,31 +122,32 @@ def _with_datasets(name: str, opens: Callable):
     # ArrowInvalid is a ValueError; a DatasetsError is neither, a missing or offline one an OSError.
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error
-        # All lines: where a configuration is missing, they name those that there are.
+        # All lines: if a configuration is missing, they list the existing ones.
         reason = " ".join((str(cause) or type(cause).__name__).split())[:400]
-        raise InputError(f"{name}: cannot be opened as a data set ({reason}).") from error
+        raise InputError(f"{name}: cannot be opened as a dataset ({reason}).") from error
 
 
-def open_parquet(path: Path | list[Path]) -> ArrowRows:
-    files = path if isinstance(path, list) else [path]
-    name = str(files[0] if files[1:] == [] else files[0].parent)
+def open_parquet(files: list[Path]) -> ArrowRows:
+    """One table of one or several Parquet files with the same columns."""
+    name = str(files[0] if len(files) == 1 else files[0].parent)
     for file in files:
         if file.stat().st_size == 0:
             raise InputError(f"{file}: no rows.")
     paths = [str(file) for file in files]
-    opened = _with_datasets(name, lambda datasets: datasets.Dataset.from_parquet(paths))
+    opened = call_datasets(name, lambda datasets: datasets.Dataset.from_parquet(paths))
     return _arrow_rows(opened, name, "", files[0].parent)
 
 
-def open_saved(folder: Path, part: str) -> ArrowRows:
-    opened = _with_datasets(str(folder), lambda datasets: datasets.load_from_disk(str(folder)))
-    return _arrow_rows(opened, str(folder), part, folder)
+def open_saved(folder: Path, split: str) -> ArrowRows:
+    """A folder written by `save_to_disk`."""
+    opened = call_datasets(str(folder), lambda datasets: datasets.load_from_disk(str(folder)))
+    return _arrow_rows(opened, str(folder), split, folder)
 
 
-def open_hub(name: str, part: str) -> ArrowRows:
+def open_hub(name: str, split: str) -> ArrowRows:
     """`owner/name` or `owner/name:configuration` of the Hub; downloaded once, then cached."""
     repository, _, configuration = name.partition(":")
-    opened = _with_datasets(
+    opened = call_datasets(
         name, lambda datasets: datasets.load_dataset(repository, configuration or None)
     )
-    return _arrow_rows(opened, name, part, Path())
+    return _arrow_rows(opened, name, split, Path())

@@ -1,4 +1,4 @@
-"""Images that rows name: a path, bytes, base64 or a web address."""
+"""Images that rows refer to: a path, bytes, base64 or a web address; and what identifies them."""
 
 from __future__ import annotations
 
@@ -14,80 +14,88 @@ from PIL import Image
 from config_tools import InputError
 
 BASE64_STARTS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "SUkq", "TU0A", "Qk")  # PNG, JPEG, ...
-LARGEST_DOWNLOAD = 64 * 2**20  # bytes
-BUSY = (429, 500, 502, 503, 504)  # answers of servers that may have time later
+MAX_DOWNLOAD = 64 * 2**20  # bytes
+RETRY_STATUS = (429, 500, 502, 503, 504)  # HTTP status of servers that may answer later
 
 
-def resolve_image(picture: Any, folder: Path) -> str | bytes | Image.Image:
-    """What `open_image` opens: a path from the source's folder, bytes, or the image itself."""
-    if isinstance(picture, dict):
-        picture = picture.get("bytes") or picture["path"]
-    if not isinstance(picture, str):
-        return picture
-    if picture.startswith(("http://", "https://")):
-        return _download(picture)
-    if picture.startswith("data:") or _is_base64(picture):
+def resolve_image(image: Any, folder: Path) -> str | bytes | Image.Image:
+    """The image of a row as `open_image` takes it: a path from `folder`, bytes or a PIL image.
+
+    Downloads web addresses. Raises `InputError`.
+    """
+    if isinstance(image, dict):
+        image = image.get("bytes") or image["path"]
+    if not isinstance(image, str):
+        return image
+    if image.startswith(("http://", "https://")):
+        return download(image)
+    if image.startswith("data:") or _is_base64(image):
         try:
-            return base64.b64decode(picture.partition(",")[2] or picture)
+            return base64.b64decode(image.partition(",")[2] or image)
         except (binascii.Error, ValueError) as error:
-            raise InputError(f"a picture is not base64 ({error}).") from None
-    return str(folder / picture)
+            raise InputError(f"an image is not base64 ({error}).") from None
+    return str(folder / image)
 
 
-def _is_base64(picture: str) -> bool:
-    """Whether a text is a picture, not a path: those are short, or hold a dot."""
-    return len(picture) >= 64 and picture.startswith(BASE64_STARTS) and "." not in picture
+def _is_base64(text: str) -> bool:
+    """Whether a text is an image in base64, not a path: paths are short, or hold a dot."""
+    return len(text) >= 64 and text.startswith(BASE64_STARTS) and "." not in text
 
 
-def _download(address: str) -> bytes:
+def download(address: str) -> bytes:
+    """The bytes of a web address, after up to two retries; raises `InputError`."""
     from urllib.request import urlopen
 
-    for wait in (1, 4, 0):  # seconds before another try; none after the last
+    for wait in (1, 4, 0):  # seconds before the next try; none after the last
         try:
             with urlopen(address, timeout=20) as answer:
-                content = answer.read(LARGEST_DOWNLOAD + 1)
+                content = answer.read(MAX_DOWNLOAD + 1)
             break
         except (OSError, ValueError) as error:  # URLError and timeouts are OSErrors
             timed_out = isinstance(getattr(error, "reason", error), TimeoutError)
-            if not wait or not (timed_out or getattr(error, "code", 0) in BUSY):
+            if not wait or not (timed_out or getattr(error, "code", 0) in RETRY_STATUS):
                 raise InputError(f"{address}: cannot be fetched ({error}).") from None
             time.sleep(wait)
-    if len(content) > LARGEST_DOWNLOAD:
-        raise InputError(f"{address}: more than {LARGEST_DOWNLOAD // 2**20} MiB.")
+    if len(content) > MAX_DOWNLOAD:
+        raise InputError(f"{address}: more than {MAX_DOWNLOAD // 2**20} MiB.")
     return content
 
 
-def _refuse_address(picture: Any) -> None:
-    path = picture.get("path") if isinstance(picture, dict) else picture
+def refuse_web_address(image: Any) -> None:
+    """Raise `InputError` if the image would have to be downloaded."""
+    path = image.get("path") if isinstance(image, dict) else image
     if isinstance(path, str) and path.startswith(("http://", "https://")):
         raise InputError(
             f"{path} is a web address; download it, or allow that with --data.fetch-images."
         )
 
 
-def _identity(picture: Any) -> str:
-    """The same for the same path or content."""
-    if isinstance(picture, dict):
-        picture = picture.get("bytes") or picture["path"]
-    if isinstance(picture, Image.Image):
-        content = f"{picture.mode} {picture.size} ".encode() + picture.tobytes()
+def image_identity(image: Any) -> str:
+    """A text that is equal for the same path or the same content."""
+    if isinstance(image, dict):
+        image = image.get("bytes") or image["path"]
+    if isinstance(image, Image.Image):
+        content = f"{image.mode} {image.size} ".encode() + image.tobytes()
         return hashlib.blake2b(content, digest_size=16).hexdigest()
-    return mark_of(picture).hex() if isinstance(picture, bytes) else picture
+    return hash_image(image).hex() if isinstance(image, bytes) else image
 
 
-TAIL = 64  # bytes at the end of a picture that tell it from others: compressed data and checksums
-WHOLE = 1 << 12  # pictures of up to so many bytes are told apart by all of them
-PLAIN = (b"BM", b"P5", b"P6", b"II", b"MM")  # how files begin that may end in many equal pixels
+TAIL = 64  # bytes hashed at the end of a compressed image: its data and checksums differ there
+MAX_HASHED = 1 << 12  # images of up to so many bytes are hashed whole
+UNCOMPRESSED = (b"BM", b"P5", b"P6", b"II", b"MM")  # first bytes; may end in equal pixels
 
 
-class Mark(bytes):
-    """What tells a picture's bytes from others."""
+class ImageHash(bytes):
+    """A hash that stands for the bytes of an image."""
 
 
-def mark_of(content: bytes | memoryview) -> Mark:
-    """A hash of its length and its end, which alone are read; of all where that may not do."""
-    if isinstance(content, Mark):
+def hash_image(content: bytes | memoryview) -> ImageHash:
+    """A hash of length and last bytes, so that scanning rows need not read whole images.
+
+    Short and uncompressed files are hashed whole. A hash is returned as it is.
+    """
+    if isinstance(content, ImageHash):
         return content
-    is_whole = len(content) <= WHOLE or bytes(content[:2]) in PLAIN
-    seen = content if is_whole else b"%d " % len(content) + bytes(content[-TAIL:])
-    return Mark(hashlib.blake2b(seen, digest_size=16).digest())
+    is_whole = len(content) <= MAX_HASHED or bytes(content[:2]) in UNCOMPRESSED
+    hashed = content if is_whole else b"%d " % len(content) + bytes(content[-TAIL:])
+    return ImageHash(hashlib.blake2b(hashed, digest_size=16).digest())

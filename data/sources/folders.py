@@ -1,10 +1,16 @@
-"""Folders of images -> rows: captions beside them, names, or one folder per class."""
+"""Folders of images -> rows: a caption beside each image, a class folder, or the file's name.
+
+Labels follow torchvision's ImageFolder: the class of an image is the name of the first folder
+below the root, however deep the image lies. A classifier uses that name as it is; a VLM learns to
+say it with separators as spaces ("red_panda" -> "red panda"). Files and folders whose name starts
+with a dot are skipped.
+"""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,18 +18,35 @@ import numpy as np
 
 from config_tools import InputError
 
-PICTURES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".jp2",
-            ".ppm", ".pgm")  # fmt: skip
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif",
+                  ".jp2", ".ppm", ".pgm")  # fmt: skip
+
+
+def find_files(folder: Path) -> list[Path]:
+    """All files at any depth, in order, relative to `folder`; hidden files and folders left out."""
+    files = (f.relative_to(folder) for f in sorted(folder.rglob("*")) if f.is_file())
+    return [f for f in files if not any(part[0] == "." for part in f.parts)]
+
+
+def find_images(folder: Path) -> list[Path]:
+    """The image files among `find_files`; raises `InputError` if there is none."""
+    found = [f for f in find_files(folder) if is_image(f)]
+    if not found:
+        raise InputError(f"{folder}: no images ({' '.join(IMAGE_SUFFIXES)}) in this folder.")
+    return found
+
+
+def is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES
 
 
 @dataclass(frozen=True)
 class FolderRows:
-    """Pictures with a .txt beside each, or named for what they show."""
+    """One row per image of a folder; `read(folder, name)` makes it."""
 
     folder: Path
-    names: np.ndarray  # [n] relative paths as bytes
-    sidecars: bool
-    by_folder: bool  # the label is the name of the picture's folder, not its own
+    names: np.ndarray  # [n] relative paths as bytes: no Python object each
+    read: Callable[[Path, Path], dict]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -32,24 +55,7 @@ class FolderRows:
         return str(self.folder / os.fsdecode(self.names[k]))
 
     def __getitem__(self, k: int) -> dict:
-        name = Path(os.fsdecode(self.names[k]))
-        if self.sidecars:
-            beside = (self.folder / name).with_suffix(".txt")
-            try:
-                return {"image": str(name), "caption": beside.read_text(encoding="utf-8-sig")}
-            except FileNotFoundError:
-                raise InputError(f"{self.where(k)}: no {beside.name} beside it.") from None
-            except (OSError, UnicodeDecodeError) as error:
-                raise InputError(f"{beside}: not a UTF-8 text ({error}).") from None
-        without_number = re.sub(r"[\W\d_]+$", "", name.stem)
-        named = name.parent.name if self.by_folder else without_number
-        label = re.sub(r"[\W_]+", " ", named).strip()
-        if not label:
-            raise InputError(
-                f"{self.where(k)}: its name says nothing; put a caption beside it in "
-                f"{name.stem}.txt, or all of them into metadata.jsonl."
-            )
-        return {"image": str(name), "label": label}
+        return self.read(self.folder, Path(os.fsdecode(self.names[k])))
 
     def scan(self) -> Iterator[dict | InputError]:
         for k in range(len(self)):
@@ -59,37 +65,68 @@ class FolderRows:
                 yield error
 
 
-def shown_files(folder: Path) -> list[Path]:
-    """Relative paths of all files at any depth, in order; none that is hidden, or its folder."""
-    files = (f.relative_to(folder) for f in sorted(folder.rglob("*")) if f.is_file())
-    return [f for f in files if not any(part[0] == "." for part in f.parts)]
+def _folder_rows(folder: Path, names: Iterable[Path], read: Callable) -> FolderRows:
+    return FolderRows(folder, np.array([os.fsencode(name) for name in names]), read)
 
 
-@dataclass(frozen=True)
-class ClassFolder:
-    """A folder that has one folder for each class, pictures at any depth within."""
+def image_rows(folder: Path, names: list[Path]) -> FolderRows:
+    """Images to train a VLM on, with captions if any .txt file lies beside an image.
 
-    folder: Path
-    names: np.ndarray  # [n] relative paths as bytes
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def where(self, k: int) -> str:
-        return str(self.folder / os.fsdecode(self.names[k]))
-
-    def __getitem__(self, k: int) -> dict:
-        name = os.fsdecode(self.names[k])
-        return {"image": name, "label": Path(name).parts[0]}
-
-    def scan(self) -> Iterator[dict]:
-        return (self[k] for k in range(len(self)))
+    Otherwise labels: the class folder if the images lie in several folders, else the file's name.
+    """
+    if any((folder / name).with_suffix(".txt").is_file() for name in names):
+        return _folder_rows(folder, names, read_caption)
+    has_folders = len({name.parent for name in names}) > 1
+    return _folder_rows(folder, names, read_class_text if has_folders else read_file_name)
 
 
-def open_class_folder(folder: Path) -> ClassFolder:
-    names = [f for f in shown_files(folder) if f.suffix.lower() in PICTURES]
-    if not names:
-        raise InputError(f"{folder}: no pictures ({' '.join(PICTURES)}) in this folder.")
-    if loose := next((name for name in names if len(name.parts) == 1), None):
-        raise InputError(f"{folder / loose}: lies in no class's folder, as in {folder}/cat/1.png.")
-    return ClassFolder(folder, np.array([os.fsencode(name) for name in names]))
+def class_rows(folder: Path) -> FolderRows:
+    """Images to train a classifier on: one folder per class. Raises `InputError`."""
+    names = find_images(folder)
+    for name in names:
+        class_name(folder, name)
+    return _folder_rows(folder, names, read_class)
+
+
+def class_name(folder: Path, name: Path) -> str:
+    """The first folder of the relative path `name`; raises `InputError` if there is none."""
+    if len(name.parts) == 1:
+        raise InputError(
+            f"{folder / name}: expected one folder per class, for example {folder}/cat/1.png."
+        )
+    return name.parts[0]
+
+
+def read_class(folder: Path, name: Path) -> dict:
+    return {"image": str(name), "label": class_name(folder, name)}
+
+
+def read_class_text(folder: Path, name: Path) -> dict:
+    return {"image": str(name), "label": _label_text(class_name(folder, name), folder / name)}
+
+
+def read_file_name(folder: Path, name: Path) -> dict:
+    """The label is the file's name without the number at its end."""
+    without_number = re.sub(r"[\W\d_]+$", "", name.stem)
+    return {"image": str(name), "label": _label_text(without_number, folder / name)}
+
+
+def _label_text(name: str, path: Path) -> str:
+    """`name` with separators as spaces; raises `InputError` if no letter or digit is left."""
+    text = re.sub(r"[\W_]+", " ", name).strip()
+    if not text:
+        raise InputError(
+            f"{path}: its name holds no label; put a caption beside it in {path.stem}.txt, or all "
+            "captions into metadata.jsonl."
+        )
+    return text
+
+
+def read_caption(folder: Path, name: Path) -> dict:
+    path = (folder / name).with_suffix(".txt")
+    try:
+        return {"image": str(name), "caption": path.read_text(encoding="utf-8-sig")}
+    except FileNotFoundError:
+        raise InputError(f"{folder / name}: no {path.name} beside it.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a UTF-8 text ({error}).") from None

@@ -1,4 +1,4 @@
-"""IDX, the format of MNIST -> rows in memory."""
+"""IDX files, the format of MNIST -> rows in memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from config_tools import InputError
 
 @dataclass(frozen=True)
 class ArrayRows:
-    """Pictures and classes in memory, as of IDX files."""
+    """Images and their classes in memory."""
 
     pixels: np.ndarray  # [n, H, W] or [n, H, W, 3] uint8
     labels: Sequence[str]
@@ -38,7 +38,7 @@ class ArrayRows:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """A file of bytes: dimensions, then values. Plain or gzip; raises `InputError`."""
+    """The array of bytes in an IDX file, plain or gzip; raises `InputError`."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             content = file.read()
@@ -49,25 +49,28 @@ def read_idx(path: Path) -> np.ndarray:
     values = np.frombuffer(content, np.uint8, offset=4 + 4 * n_axes)
     if zeros != 0 or kind != 8 or values.size != np.prod(shape):
         raise InputError(
-            f"{path}: not a whole IDX file of bytes (type {kind}, {values.size:,} values for "
+            f"{path}: not a complete IDX file of bytes (type {kind}, {values.size:,} values for "
             f"{' x '.join(map(str, shape))})."
         )
     return values.reshape(shape)
 
 
-def _open_idx(images: Path) -> ArrayRows:
+def open_idx(images: Path) -> ArrayRows:
+    """A file of images with the file of their labels beside it; raises `InputError`."""
     beside = images.name.replace("images", "labels").replace("idx3", "idx1")
     labels = images.with_name(beside)
     if not labels.is_file() or labels == images:
-        raise InputError(f"{images}: no {beside} beside it, which would say the classes.")
+        raise InputError(f"{images}: no {beside} beside it, which holds the classes.")
     pixels, numbers = read_idx(images), read_idx(labels)
     if pixels.ndim != 3 or numbers.ndim != 1 or len(pixels) != len(numbers):
-        raise InputError(f"{images}: shape {pixels.shape} does not fit {numbers.shape} labels.")
+        raise InputError(
+            f"{images}: shape {pixels.shape}; expected [n, H, W] and n labels, not {numbers.shape}."
+        )
     return ArrayRows(pixels, [str(n) for n in numbers], str(images))
 
 
-def _find_idx(source: str) -> Path | None:
-    """The file of pictures of `folder`, `folder@t10k` or itself; None where it is no IDX data."""
+def find_idx(source: str) -> Path | None:
+    """The file of images of `folder`, `folder@t10k` or a file; None if it is not IDX data."""
     path, part = Path(source), "train"
     if "@" in source and not path.exists():
         before, _, part = source.rpartition("@")

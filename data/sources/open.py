@@ -1,133 +1,235 @@
-"""Name or path -> a Dataset of Samples: the built-in world, your own data, or a mixture."""
+"""A source's name or path -> its Rows or a Dataset. FORMATS lists every supported kind of source.
+
+To add a format, write a function that returns Rows, one that returns a RowStream or the reason
+there is none, and a line in FORMATS.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from config_tools import InputError
 from configs import RATINGS, DataConfig
-from data.sources.rows import open_rows
-from data.sources.split import Index, RowSource, choose, index_rows
-from data.types import Sample
-from data.world import questions
+from data.sources.arrow import open_hub, open_parquet, open_saved
+from data.sources.folders import IMAGE_SUFFIXES, find_files, image_rows, is_image
+from data.sources.split import RowIndex, index_rows, select_split
+from data.sources.streaming import (
+    RowStream,
+    StreamReader,
+    open_stream,
+    stream_csv,
+    stream_folder,
+    stream_hub,
+    stream_jsonl,
+    stream_parquet,
+)
+from data.sources.text_files import open_csv, open_json, open_jsonl
+from data.types import Dataset, Rows, Sample
+from data.world.dataset import WorldDataset
 
-WORLD_SCENES = {"train": 1_000_000, "val": 2_000, "test": 10_000}
+
+class Format(NamedTuple):
+    """How a kind of source is read. Both take (path or name, split); a text says why there is none.
+
+    `stream` is called again in every worker and epoch, so it must be a module-level function.
+    """
+
+    rows: Callable[[str, str], Rows] | str
+    stream: Callable[[str, str], RowStream] | str
 
 
-@dataclass(frozen=True)
-class WorldSource:
-    """Built-in scenes, drawn when asked for."""
-
-    cfg: DataConfig
-    split: str
-    bad: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    fingerprint: str = "world"
-
-    @property
-    def first(self) -> int:
-        """So many rows come before all others in the first epoch."""
-        return self.cfg.world_first if self.split == "train" else 0
-
-    def __len__(self) -> int:
-        return WORLD_SCENES[self.split]
-
-    def __getitem__(self, i: int) -> Sample:
-        cfg = self.cfg
-        described = 1.0 if i < self.first else cfg.world_described
-        fewest = cfg.world_shapes if self.split == "train" else DataConfig.world_shapes
-        return questions.train_sample(
-            cfg.seed, self.split, i, cfg.world_questions, described, fewest
+def _open_folder(path: str, split: str) -> Rows:
+    """A saved dataset, a metadata file, images or Parquet files, in this order."""
+    folder = Path(path)
+    if any((folder / f).is_file() for f in ("dataset_dict.json", "state.json")):
+        return open_saved(folder, split)
+    if split:
+        raise InputError(f"{folder}: has no splits, so leave out @{split}.")
+    for name in ("metadata.jsonl", "metadata.csv", "metadata.parquet"):
+        if (folder / name).is_file():
+            return open_rows(str(folder / name))
+    files = find_files(folder)
+    images = [f for f in files if is_image(f)]
+    tables = [f for f in files if f.suffix == ".parquet"]
+    if images and tables:
+        raise InputError(
+            f"{folder}: holds both images ({images[0]}) and Parquet files ({tables[0]}); name the "
+            "file or the folder that you mean."
         )
+    if images:
+        return image_rows(folder, images)
+    if tables:
+        return open_parquet([folder / f for f in tables])
+    raise InputError(
+        f"{folder}: no images ({' '.join(IMAGE_SUFFIXES)}), no metadata.jsonl, no Parquet file and "
+        "no saved dataset in this folder."
+    )
+
+
+FORMATS: dict[str, Format] = {
+    "world": Format(
+        "world has no rows: its scenes are drawn on access",
+        "world is drawn on access, so leave the flag out",
+    ),
+    "hf:": Format(open_hub, stream_hub),
+    "folder": Format(_open_folder, stream_folder),
+    ".jsonl": Format(lambda path, _: open_jsonl(Path(path)), stream_jsonl),
+    ".json": Format(
+        lambda path, _: open_json(Path(path)),
+        "a .json file is one list, not a row a line; save it as .jsonl, or leave out --data.stream",
+    ),
+    ".csv": Format(lambda path, _: open_csv(Path(path)), stream_csv),
+    ".tsv": Format(lambda path, _: open_csv(Path(path)), stream_csv),
+    ".parquet": Format(lambda path, _: open_parquet([Path(path)]), stream_parquet),
+}
+SUFFIXES = [key for key in FORMATS if key.startswith(".")]
+
+
+def find_format(source: str) -> tuple[Format, str, str]:
+    """(format, path or name, split) of `world`, a file, a folder or `hf:owner/name`.
+
+    `@split` at the end names a split. Raises `InputError` for an unusable source.
+    """
+    name, split = source, ""
+    if "@" in source and not Path(source).exists():
+        name, _, split = source.rpartition("@")
+    path = Path(name)
+    if name == "world" and not split:
+        return FORMATS["world"], name, ""
+    if name.startswith("hf:"):
+        return FORMATS["hf:"], name.removeprefix("hf:"), split
+    if path.is_dir() and path.suffix not in SUFFIXES:
+        return FORMATS["folder"], name, split
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise InputError(
+            f"data.source = {name!r}: must be `world`, a folder that exists, a file "
+            f"({' '.join(SUFFIXES)}), or hf:owner/name for a dataset of the Hub."
+        )
+    if not path.is_file():
+        raise InputError(f"{path}: no such file.")
+    if path.stat().st_size == 0:
+        raise InputError(f"{path}: no rows.")
+    if split:
+        raise InputError(f"{path}: a file has no splits, so leave out @{split}.")
+    if suffix != ".parquet":
+        with open(path, "rb") as file:
+            if b"\0" in file.read(4096):
+                raise InputError(f"{path}: not UTF-8 (UTF-16, or no text); save it as UTF-8.")
+    return FORMATS[suffix], name, ""
+
+
+def open_rows(source: str) -> Rows:
+    """The rows of a file, a folder or `hf:owner/name`. Raises `InputError` naming the source."""
+    found, name, split = find_format(source)
+    if isinstance(found.rows, str):
+        raise InputError(f"data.source = {source!r}: {found.rows}.")
+    return found.rows(name, split)
+
+
+def stream_reader(source: str) -> StreamReader:
+    """The reader of a source that can be streamed. Raises `InputError` saying why others cannot."""
+    found, name, split = find_format(source)
+    if isinstance(found.stream, str):
+        raise InputError(f"data.source = {source!r}, data.stream = True: {found.stream}.")
+    return StreamReader(source, found.stream, name, split)
+
+
+# --- Mixtures -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class MixtureSource:
-    """Several sources with their shares of the samples; its rows are theirs, one after another."""
+class MixtureDataset:
+    """Several datasets with their shares of the samples; their samples one after another."""
 
-    members: tuple[Any, ...]
+    members: tuple[Dataset, ...]
     names: tuple[str, ...]
     shares: tuple[Fraction, ...]
-    first: int = 0
+    n_first: int = 0
 
     @property
-    def bad(self) -> tuple[str, ...]:
-        return tuple(reason for member in self.members for reason in member.bad)
+    def skipped(self) -> tuple[str, ...]:
+        return tuple(reason for member in self.members for reason in member.skipped)
 
     @property
     def notes(self) -> tuple[str, ...]:
         total = sum(self.shares)
         shares = [f"{name} {float(s / total):.0%}" for name, s in zip(self.names, self.shares)]
-        mine = f"a mixture: {', '.join(shares)} of the samples"
-        return (mine, *(note for member in self.members for note in member.notes))
+        own = f"a mixture: {', '.join(shares)} of the samples"
+        return (own, *(note for member in self.members for note in member.notes))
 
     @property
     def fingerprint(self) -> str:
         return " ".join(member.fingerprint for member in self.members)
 
+    @property
+    def n_rows(self) -> int:
+        return sum(member.n_rows for member in self.members)
+
     def __len__(self) -> int:
         return sum(map(len, self.members))
 
     def __getitem__(self, i: int) -> Sample:
+        member, i = self._locate(i)
+        return member[i]
+
+    def row_number(self, i: int) -> int:
+        """The number of the row in the source of its member."""
+        member, i = self._locate(i)
+        return member.row_number(i)
+
+    def _locate(self, i: int) -> tuple[Dataset, int]:
         for member in self.members:
             if i < len(member):
-                return member[i]
+                return member, i
             i -= len(member)
         raise IndexError(i)
 
 
-def number_in_file(source: Any, i: int) -> int:
-    """Where a source's i-th row stands among all that were read, of which it may be a split."""
-    return int(source.chosen[i]) if isinstance(source, RowSource) else i
-
-
-def n_rows_read(source: Any) -> int:
-    """How many rows were read, the bad ones and those of other splits too."""
-    return len(source.rows) if isinstance(source, RowSource) else len(source) + len(source.bad)
-
-
-@lru_cache(maxsize=8)
-def _index(name: str, cfg: DataConfig, _changed: tuple) -> Index:
-    """Once per process: every evaluation opens its split anew."""
-    return index_rows(open_rows(name), name, cfg)
-
-
-def shares_of(source: str) -> list[tuple[str, Fraction]]:
-    """[(name, share)] of `a=0.7 b=0.3`; empty of a single source. Raises `InputError`."""
+def parse_mixture(source: str) -> list[tuple[str, Fraction]]:
+    """[(name, share)] of `a=0.7 b=0.3`; empty for a single source. Raises `InputError`."""
     words = [word.rpartition("=") for word in source.split()]
     if not words or not all(re.fullmatch(r"[0-9.]+", share) and name for name, _, share in words):
         return []
     try:
         found = [(name, Fraction(share)) for name, _, share in words]
     except ValueError:
-        raise InputError(f"data.source = {source!r}: shares are numbers, as 0.7.") from None
+        raise InputError(f"data.source = {source!r}: shares must be numbers, as 0.7.") from None
     names = [name for name, _ in found]
     if min(share for _, share in found) <= 0 or len(set(names)) < len(names):
         raise InputError(f"data.source = {source!r}: give each source once, with a share above 0.")
     return found
 
 
-def open_source(cfg: DataConfig, split: str) -> WorldSource | RowSource | MixtureSource:
-    """`cfg.source` for split train, val or test. Raises `InputError` if it cannot be used."""
-    if mixed := shares_of(cfg.source):
-        names, shares = zip(*mixed)
-        members = tuple(open_source(replace(cfg, source=name), split) for name in names)
-        return MixtureSource(members, names, shares)
-    if cfg.source == "world" and not cfg.stream:
-        return WorldSource(cfg, split)
-    if cfg.stream and split != "test":
-        from data.sources.streaming import open_stream
+# --- Datasets -----------------------------------------------------------------------------------
 
-        return open_stream(cfg, cfg.source, split)
+
+@lru_cache(maxsize=8)
+def _index(name: str, cfg: DataConfig, _changed: tuple) -> RowIndex:
+    """Cached, as every evaluation opens its split again."""
+    return index_rows(open_rows(name), name, cfg)
+
+
+def open_dataset(cfg: DataConfig, split: str) -> Dataset:
+    """`cfg.source` for split train, val or test. Raises `InputError` if it cannot be used."""
+    if mixture := parse_mixture(cfg.source):
+        names, shares = zip(*mixture)
+        members = tuple(open_dataset(replace(cfg, source=name), split) for name in names)
+        return MixtureDataset(members, names, shares)
+    if cfg.source == "world" and not cfg.stream:
+        return WorldDataset(cfg, split)
+    if cfg.stream and split != "test":
+        return open_stream(cfg, stream_reader(cfg.source), split)
     path = Path(cfg.source)
     changed = (os.stat(path).st_mtime_ns, os.stat(path).st_size) if path.exists() else ()
-    # What the index depends on, so that other settings do not read all rows again.
+    # Only fields the index depends on, so that changing others does not read all rows again.
     names = ("fetch_images", *RATINGS)
     key = DataConfig(**{name: getattr(cfg, name) for name in names})
-    return choose(_index(cfg.source, key, changed), cfg.source, split, cfg)
+    return select_split(_index(cfg.source, key, changed), cfg.source, split, cfg)

@@ -8,77 +8,77 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from config_tools import InputError
 from configs import RATINGS, DataConfig
-from data.sources.fetch import _identity, _refuse_address, resolve_image
-from data.sources.schemas import Conversation, conversation, rated
-from data.types import Sample
+from data.sources.fetch import image_identity, refuse_web_address, resolve_image
+from data.sources.schemas import Conversation, drop_low_rated, parse_conversation
+from data.types import Rows, Sample
 
 
-class Meaning(NamedTuple):
-    """What a row says, and on which side it is."""
+class ParsedRow(NamedTuple):
+    """The conversation of a row, a hash of its content, and its split."""
 
     conversation: Conversation
-    digest: int
+    digest: int  # of texts and images, 64 bits
     is_val: bool
 
 
-def ratings(cfg: DataConfig) -> dict[str, int]:
-    """FineVision's columns and the least of each; empty where nothing is asked."""
-    least = {f"{name.removeprefix('min_')}_ratings": getattr(cfg, name) for name in RATINGS}
-    return {column: value for column, value in least.items() if value > 1}
+def minimum_ratings(cfg: DataConfig) -> dict[str, int]:
+    """The minimum by FineVision's column name; a minimum of 1 filters nothing and is left out."""
+    minimum = {f"{name.removeprefix('min_')}_ratings": getattr(cfg, name) for name in RATINGS}
+    return {column: value for column, value in minimum.items() if value > 1}
 
 
-def meaning(row: dict, cfg: DataConfig) -> Meaning | None:
-    """A row read and placed by a hash of what it says and shows; None if it is rated too low.
+def parse_row(row: dict, cfg: DataConfig) -> ParsedRow | None:
+    """A row with its split, which follows from a hash of its content; None if it is rated too low.
 
-    Raises `InputError`.
+    Raises `InputError`, which does not name the row.
     """
-    row = rated(row, ratings(cfg))
+    row = drop_low_rated(row, minimum_ratings(cfg))
     if row is None:
         return None
-    found = conversation(row)
-    for picture in () if cfg.fetch_images else found.pictures:
-        _refuse_address(picture)
-    shown = [_identity(picture) for picture in found.pictures]
-    digest = _digest([turn.text.strip() for turn in found.turns] + shown)
-    return Meaning(found, digest, digest < threshold(cfg.val_fraction))
+    found = parse_conversation(row)
+    for image in () if cfg.fetch_images else found.images:
+        refuse_web_address(image)
+    identities = [image_identity(image) for image in found.images]
+    digest = _digest([turn.text.strip() for turn in found.turns] + identities)
+    return ParsedRow(found, digest, digest < val_threshold(cfg.val_fraction))
 
 
-def threshold(val_fraction: float) -> int:
-    """Digests below it are for validation."""
+def val_threshold(val_fraction: float) -> int:
+    """Rows whose digest is below it are for validation."""
     return int(min(val_fraction * 2**64, 2**64 - 1))
 
 
 def max_bad_rows(n_rows: int) -> int:
-    """How many bad rows are skipped and listed before a run stops: five, or one per cent."""
+    """How many unusable rows are skipped and listed before training stops: 1 %, at least five."""
     return max(5, math.ceil(n_rows / 100))
 
 
 def max_bad_rows_in_stream(n_rows: int) -> int:
-    """The same of the beginning of a stream, which by chance has more than its share of them.
+    """The same for the first `n_rows` rows of a stream, plus three standard deviations.
 
-    Three deviations more, so that of a thousand sources with one bad row in a hundred one stops.
+    Of 1,000 streams with 1 % bad rows about one is then stopped by chance.
     """
     return max(5, math.ceil(n_rows / 100 + 3 * math.sqrt(n_rows / 100)))
 
 
 @dataclass(frozen=True)
-class Index:
-    """What one pass over all rows found, without keeping any."""
+class RowIndex:
+    """The result of one pass over all rows; the rows themselves are not kept."""
 
-    rows: Any  # the reader
-    schemas: dict[str, int]  # how many rows have each
+    rows: Rows
+    schemas: dict[str, int]  # number of rows by schema
     good: np.ndarray  # [n] int64, usable rows
-    digests: np.ndarray  # [n] uint64, of turns and pictures
-    pictures: np.ndarray  # [m] uint64, digests of pictures alone
-    owners: np.ndarray  # [m] int64, which of `good` shows the picture
-    bad: tuple[str, ...]
-    n_low: int = 0  # rows that are rated too low
+    digests: np.ndarray  # [n] uint64, of texts and images
+    images: np.ndarray  # [m] uint64, digests of images alone
+    owners: np.ndarray  # [m] int64, which of `good` holds the image
+    skipped: tuple[str, ...]
+    n_low: int = 0  # rows rated too low
 
 
 def _digest(parts: Iterable[str]) -> int:
@@ -86,105 +86,115 @@ def _digest(parts: Iterable[str]) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
 
 
-def index_rows(rows: Any, name: str, cfg: DataConfig) -> Index:
-    """Check every row's fields.
+def index_rows(rows: Rows, name: str, cfg: DataConfig) -> RowIndex:
+    """Check the fields of every row; images are not opened.
 
-    Raises `InputError` on mixed schemas, no rows, or more bad ones than `most_bad_rows`.
+    Raises `InputError` on mixed schemas, no rows, or more bad rows than `max_bad_rows`.
     """
-    good, digests, pictures, owners, bad = [], [], [], [], []
+    good, digests, images, owners, skipped = [], [], [], [], []
     schemas, families, n_low = Counter(), {}, 0
     for k, row in enumerate(rows.scan()):
         try:
             if isinstance(row, InputError):
-                bad.append(str(row))
+                skipped.append(str(row))
                 continue
-            read = meaning(row, cfg)
+            parsed = parse_row(row, cfg)
         except InputError as error:
-            bad.append(f"{rows.where(k)}: {error}")
+            skipped.append(f"{rows.where(k)}: {error}")
             continue
-        if read is None:
+        if parsed is None:
             n_low += 1
             continue
-        found = read.conversation
+        found = parsed.conversation
         if found.family not in families:
             families[found.family] = f"{rows.where(k)} has {found.schema}"
             if len(families) > 1:
                 raise InputError(
-                    f"{name}: mixed schemas, {' and '.join(families.values())}; put each into a "
-                    "source of its own."
+                    f"{name}: mixed schemas, {' and '.join(families.values())}; put each into its "
+                    "own source."
                 )
         schemas[found.schema] += 1
-        shown = [_identity(picture) for picture in found.pictures]
-        owners += [len(good)] * len(shown)
-        pictures += [_digest([identity]) for identity in shown]
+        identities = [image_identity(image) for image in found.images]
+        owners += [len(good)] * len(identities)
+        images += [_digest([identity]) for identity in identities]
         good.append(k)
-        digests.append(read.digest)
-    if len(bad) > max_bad_rows(len(rows)):
-        raise InputError(f"{len(bad)} of {len(rows)} rows are bad, the first: {bad[0]}")
+        digests.append(parsed.digest)
+    if len(skipped) > max_bad_rows(len(rows)):
+        raise InputError(f"{len(skipped)} of {len(rows)} rows are bad, the first: {skipped[0]}")
     if not good:
         low = f"; all {n_low} are rated too low" if n_low else "."
-        raise InputError(f"{name}: no rows" + (f"; {bad[0]}" if bad else low))
-    unsigned = [np.array(values, dtype=np.uint64) for values in (digests, pictures)]
-    found = [np.array(good), *unsigned, np.array(owners, dtype=int)]
-    return Index(rows, schemas, *found, tuple(bad), n_low)
+        raise InputError(f"{name}: no rows" + (f"; {skipped[0]}" if skipped else low))
+    unsigned = [np.array(values, dtype=np.uint64) for values in (digests, images)]
+    arrays = [np.array(good), *unsigned, np.array(owners, dtype=int)]
+    return RowIndex(rows, schemas, *arrays, tuple(skipped), n_low)
 
 
-def choose(index: Index, name: str, split: str, cfg: DataConfig) -> RowSource:
-    """The rows of a split.
+def select_split(index: RowIndex, name: str, split: str, cfg: DataConfig) -> RowDataset:
+    """The rows of a split: train, val, or test for all rows.
 
-    train and val are told apart by a hash of the row's content, so that no edit elsewhere moves a
-    row across and equal rows stay together; test is every row.
+    A hash of the row's content decides between train and val, so editing other rows moves none
+    from one to the other, and equal rows are always in the same split.
     """
-    is_val = index.digests < np.uint64(threshold(cfg.val_fraction))
-    wanted = {"train": ~is_val, "val": is_val, "test": np.ones_like(is_val)}[split]
-    if split == "train" and not wanted.any():
+    is_val = index.digests < np.uint64(val_threshold(cfg.val_fraction))
+    selected = {"train": ~is_val, "val": is_val, "test": np.ones_like(is_val)}[split]
+    if split == "train" and not selected.any():
         raise InputError(f"{name}: all {len(is_val)} rows are for validation; lower val_fraction.")
     n_val, n = int(is_val.sum()), len(is_val)
     found = "; ".join(f"{times:,} rows of {schema}" for schema, times in index.schemas.items())
     notes = [f"{name}: {found}; {n_val:,} of them for validation"]
-    notes += [f"left out: {reason}" for reason in index.bad]
+    notes += [f"skipped: {reason}" for reason in index.skipped]
     if index.n_low:
         notes.append(f"{index.n_low:,} rows are rated too low and left out")
     if n_repeated := n - len(np.unique(index.digests)):
-        notes.append(f"{n_repeated:,} rows are copies of others; copies stay on one side")
-    shown = is_val[index.owners]
-    leaked = shown & np.isin(index.pictures, index.pictures[~shown])
+        notes.append(f"{n_repeated:,} rows are copies of others; copies stay in one split")
+    of_val = is_val[index.owners]
+    leaked = of_val & np.isin(index.images, index.images[~of_val])
     if n_leaked := len(np.unique(index.owners[leaked])):
-        notes.append(f"{n_leaked:,} validation rows show a picture that training rows show too")
-    fingerprint = print_of_rows(index.digests[wanted])
-    return RowSource(index.rows, index.good[wanted], index.bad, tuple(notes), cfg, fingerprint)
+        notes.append(f"{n_leaked:,} validation rows have an image that training rows have too")
+    fingerprint = hash_digests(index.digests[selected])
+    return RowDataset(
+        index.rows, index.good[selected], index.skipped, tuple(notes), cfg, fingerprint
+    )
 
 
-def print_of_rows(digests: Sequence[int]) -> str:
-    """What tells these rows, in this order, from others."""
+def hash_digests(digests: Sequence[int]) -> str:
+    """A fingerprint of rows in their order, with their number."""
     content = np.array(digests, dtype=np.uint64).tobytes()
     return f"{len(digests):,} rows ({hashlib.blake2b(content, digest_size=8).hexdigest()})"
 
 
 @dataclass(frozen=True)
-class RowSource:
-    """One split of rows that stay where they are until asked for."""
+class RowDataset:
+    """One split of rows, which are read on access. A `Dataset`."""
 
-    rows: Any  # a reader
-    chosen: np.ndarray  # [n] int64, indices into the reader
-    bad: tuple[str, ...]  # what is wrong with rows left out
-    notes: tuple[str, ...]  # what a person should hear before training
+    rows: Rows
+    indices: np.ndarray  # [n] int64, of `rows`
+    skipped: tuple[str, ...]
+    notes: tuple[str, ...]
     cfg: DataConfig = DataConfig()
-    fingerprint: str = ""  # of what the rows say and show, in their order
-    first: int = 0
+    fingerprint: str = ""
+    n_first: int = 0
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.rows)
 
     def __len__(self) -> int:
-        return len(self.chosen)
+        return len(self.indices)
 
     def __getitem__(self, i: int) -> Sample:
-        k = int(self.chosen[i])
+        k = int(self.indices[i])
         where, row = self.rows.where(k), self.rows[k]
         try:
-            found = conversation(rated(row, ratings(self.cfg)) or row)
-            return sample_of(found, self.rows.folder, where)
+            found = parse_conversation(drop_low_rated(row, minimum_ratings(self.cfg)) or row)
+            return make_sample(found, self.rows.folder, where)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
 
+    def row_number(self, i: int) -> int:
+        return int(self.indices[i]) + 1
 
-def sample_of(found: Conversation, folder: Path, where: str) -> Sample:
-    return Sample(found.turns, tuple(resolve_image(p, folder) for p in found.pictures), where)
+
+def make_sample(found: Conversation, folder: Path, where: str) -> Sample:
+    """A Sample whose images are resolved from `folder`; raises `InputError`."""
+    return Sample(found.turns, tuple(resolve_image(i, folder) for i in found.images), where)

@@ -1,257 +1,319 @@
-"""Streams of rows: read once per epoch in parts, shuffled in blocks, resumable at any row."""
+"""Streams of rows: read once an epoch in parts, shuffled in blocks, resumable at any row.
+
+Every stream is an `IterableDataset` of the `datasets` library, so nothing is indexed or cached.
+"""
 
 from __future__ import annotations
 
 import csv
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from config_tools import InputError
 from configs import DataConfig
-from data.sources.arrow import _with_datasets, changing_of, plain_row
-from data.sources.rows import ListRows
-from data.sources.split import RowSource, max_bad_rows_in_stream, meaning, print_of_rows, sample_of
-from data.sources.text_files import delimiter_of, parse_json
+from data.sources.arrow import call_datasets, decode_row, encoded_columns
+from data.sources.split import (
+    RowDataset,
+    hash_digests,
+    make_sample,
+    max_bad_rows_in_stream,
+    parse_row,
+)
+from data.sources.text_files import find_delimiter, parse_json
 from data.types import Sample
 
-PASSING = {".parquet": "parquet", ".jsonl": "text", ".csv": "csv"}  # what streams, and as what
+# --- One function a format ----------------------------------------------------------------------
 
 
-def open_row_stream(source: str):
-    """Files, a folder of Parquet files or a data set of the Hub as a stream of plain rows.
+class RowStream(NamedTuple):
+    """An opened stream: `read` turns an item of `data` into a row, its error, or None (no row)."""
 
-    Pictures stay bytes. Raises `InputError`.
-    """
-    name, _, part = source.partition("@") if source.startswith("hf:") else (source, "", "")
-    path, options = Path(source), {"split": part or "train", "streaming": True}
-    if name.startswith("hf:"):
-        repository, _, configuration = name.removeprefix("hf:").partition(":")
-        words = (repository, configuration or None)
-    else:
-        files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-        kind = PASSING.get(files[0].suffix if files else "")
-        if kind is None or not files[0].is_file():
-            raise InputError(
-                f"data.source = {source!r}: only a file ({' '.join(PASSING)}), a folder of Parquet "
-                "files or hf:owner/name is a stream; leave out --data.stream."
-            )
-        words, options = (kind,), options | {"data_files": [str(f) for f in files]}
-        if kind == "text":  # lines as bytes, for our own parser: the library's changes values
-            options |= {"encoding": "latin-1"}
-        if kind == "csv":  # else the library guesses that a column is numbers, from its beginning
-            features, delimiter = _texts(files[0])
-            options |= {"features": features, "sep": delimiter, "keep_default_na": False,
-                        "encoding": "utf-8-sig"}  # fmt: skip
-    opened = _with_datasets(source, lambda datasets: datasets.load_dataset(*words, **options))
+    data: Any  # datasets.IterableDataset; images are bytes, not decoded
+    read: Callable[[dict], dict | InputError | None]
+
+
+def load_stream(name: str, *args: str | None, **options: Any) -> Any:
+    """`datasets.load_dataset(*args, **options)` as a stream; raises `InputError` naming `name`."""
+    options = {"split": "train", "streaming": True} | options
+    opened = call_datasets(name, lambda datasets: datasets.load_dataset(*args, **options))
     return opened if opened.features is None else opened.decode(False)
 
 
-def _texts(path: Path) -> tuple[Any, str]:
-    """The columns of a CSV file, all of them text, and what parts them; raises `InputError`."""
+def stream_jsonl(path: str, _split: str) -> RowStream:
+    # Lines as bytes for our own parser: that of `datasets` changes values of several types.
+    return RowStream(load_stream(path, "text", data_files=[path], encoding="latin-1"), _read_line)
+
+
+def _read_line(item: dict) -> dict | InputError | None:
+    try:
+        return parse_json(item["text"].encode("latin-1")) if item["text"].strip() else None
+    except InputError as error:
+        return error
+
+
+def stream_csv(path: str, _split: str) -> RowStream:
+    """Every column is text: `datasets` would guess its type from the first rows."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            delimiter = delimiter_of(file.readline().encode())
+            delimiter = find_delimiter(file.readline().encode())
             file.seek(0)
             names = next(csv.reader(file, delimiter=delimiter), [])
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: not CSV in UTF-8 ({error}).") from None
 
-    def features(datasets):
+    def text_columns(datasets: Any) -> Any:
         return datasets.Features({name: datasets.Value("string") for name in names})
 
-    return _with_datasets(str(path), features), delimiter
+    features = call_datasets(path, text_columns)
+    data = load_stream(path, "csv", data_files=[path], features=features, sep=delimiter,
+                       keep_default_na=False, encoding="utf-8-sig")  # fmt: skip
+    return RowStream(data, _read_cells)
 
 
-TRIES = 6  # of a block; the waits between them double from a second
-READING = (OSError, ValueError, RuntimeError, InputError)  # what reading may raise; Arrow's too
-HEAD = 64  # rows looked at before training
-MOST_SCANNED = 20_000  # rows read to find validation rows
-MOST_VALIDATION = 256  # rows kept for validation
+def _read_cells(item: dict) -> dict:
+    return {column: cell for column, cell in item.items() if cell}
 
 
-@dataclass(frozen=True)
-class StreamSource:
-    """A source that is read from its start, in parts, and again in the next epoch."""
-
-    cfg: DataConfig
-    name: str
-    head: RowSource  # its first training rows
-    notes: tuple[str, ...]
-    fingerprint: str = ""
-    bad: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        """Rows of the head: how many there are in all, nobody has counted."""
-        return len(self.head)
-
-    def __getitem__(self, i: int) -> Sample:
-        return self.head[i]
-
-    def part(self, number: int, of: int) -> Part:
-        return Part(self, number, of)
-
-    def sample(self, row: dict | InputError, where: str) -> Sample | None:
-        """A training example; None of a row that is for validation, or rated too low.
-
-        Raises `InputError` naming the row.
-        """
-        try:
-            found = meaning(checked(row), self.cfg)
-            if found is None or found.is_val:
-                return None
-            return sample_of(found.conversation, folder_of(self.name), where)
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from None
+def stream_parquet(path: str, _split: str) -> RowStream:
+    return _stream_arrow(load_stream(path, "parquet", data_files=[path]))
 
 
-def checked(row: dict | InputError) -> dict:
-    """A row; raises what it is where it could not be read."""
-    if isinstance(row, InputError):
-        raise row
-    return row
+def stream_folder(path: str, _split: str) -> RowStream:
+    """The Parquet files directly in a folder; nothing else in a folder is a stream."""
+    files = [str(file) for file in sorted(Path(path).glob("*.parquet"))]
+    if not files:
+        raise InputError(
+            f"data.source = {path!r}: only a folder of Parquet files is a stream; leave out "
+            "--data.stream."
+        )
+    return _stream_arrow(load_stream(path, "parquet", data_files=files))
 
 
-class Part:
-    """One of `of` parts of a stream, of which every row is in exactly one."""
+def stream_hub(name: str, split: str) -> RowStream:
+    """`owner/name` or `owner/name:configuration` of the Hub, downloaded while it is read."""
+    repository, _, configuration = name.partition(":")
+    return _stream_arrow(
+        load_stream(f"hf:{name}", repository, configuration or None, split=split or "train")
+    )
 
-    def __init__(self, source: StreamSource, number: int, of: int):
-        self.source, self.number, self.of = source, number, of
+
+def _stream_arrow(data: Any) -> RowStream:
+    return RowStream(data, partial(decode_row, encoded=encoded_columns(data.features)))
+
+
+# --- Reading ------------------------------------------------------------------------------------
+
+MAX_ATTEMPTS = 6  # to read a block; waits between them double from one second
+READ_ERRORS = (OSError, ValueError, RuntimeError, InputError)  # of a source; Arrow's are among them
+N_HEAD = 64  # rows checked before training
+MAX_SCANNED = 20_000  # rows read to find validation rows
+MAX_VAL_ROWS = 256
+
+
+class StreamReader(NamedTuple):
+    """How a stream is opened, again in every worker and epoch."""
+
+    source: str  # data.source, for messages
+    open: Callable[[str, str], RowStream]
+    name: str  # path, or name on the Hub
+    split: str
+
+    @property
+    def folder(self) -> Path:
+        """The folder that relative image paths start from: the source, or the file's folder."""
+        path = Path(self.source)
+        return path if path.is_dir() else path.parent if path.is_file() else Path()
+
+
+class StreamPart:
+    """One of `of` parts of a stream; every row is in exactly one."""
+
+    def __init__(self, cfg: DataConfig, reader: StreamReader, number: int, of: int):
+        self.cfg, self.reader, self.number, self.of = cfg, reader, number, of
         self.rows = self.data = self.after = None
 
-    def block(self, state: dict | None) -> tuple[list[dict | InputError], dict]:
-        """(rows from the library's place `state` on, at most `stream_block`; the place after).
+    def read_block(self, state: dict | None) -> tuple[list[dict | InputError], dict]:
+        """(up to `stream_block` rows from `state` on, the state after them).
 
-        A row that cannot be read is its `InputError`. Raises one when the source cannot be read,
-        after some tries.
+        `state` is that of the `datasets` library; None is the start. An unreadable row is its
+        `InputError`. Raises one if the source cannot be read after `MAX_ATTEMPTS`.
         """
-        for attempt in range(TRIES):
+        for attempt in range(MAX_ATTEMPTS):
             try:
                 if self.rows is None or state != self.after:
                     self._open(state)
-                found = list(islice(self.rows, self.source.cfg.stream_block))
+                found = list(islice(self.rows, self.cfg.stream_block))
                 self.after = self.data.state_dict()
                 return found, self.after
             except Exception as error:
-                if not (is_lost(error) or isinstance(error, READING)):
-                    raise  # a mistake of this code
+                if not (is_connection_error(error) or isinstance(error, READ_ERRORS)):
+                    raise  # a bug of this code
                 self.rows, reason = None, error
-                if not may_pass(error):
+                if not is_transient(error):
                     break
-                if attempt + 1 < TRIES:
+                if attempt + 1 < MAX_ATTEMPTS:
                     time.sleep(2**attempt)
         if isinstance(reason, InputError):
             raise reason
         words = (str(reason) or type(reason).__name__).splitlines()[0][:200]
-        later = "; continue later with --train.resume auto" if may_pass(reason) else ""
+        later = "; continue later with --train.resume auto" if is_transient(reason) else ""
         raise InputError(
-            f"{self.source.name}: cannot be read ({words}), tried {attempt + 1} times{later}."
+            f"{self.reader.source}: cannot be read ({words}), tried {attempt + 1} times{later}."
         ) from None
 
     def _open(self, state: dict | None) -> None:
         from datasets.distributed import split_dataset_by_node
 
-        self.data = split_dataset_by_node(open_row_stream(self.source.name), self.number, self.of)
+        stream = self.reader.open(self.reader.name, self.reader.split)
+        self.data = split_dataset_by_node(stream.data, self.number, self.of)
         if state is not None:
             self.data.load_state_dict(state)
-        read = reader(self.source.name, self.data.features)
-        # One by one through `iter`, which, unlike a loop, does not deal rows to workers of its own.
-        rows = ({name: v[0] for name, v in one.items()} for one in self.data.iter(1))
-        self.rows = (row for row in map(read, rows) if row is not None)
+        # `iter(1)`, as a plain loop would divide the rows among DataLoader workers once more.
+        items = ({name: v[0] for name, v in one.items()} for one in self.data.iter(1))
+        self.rows = (row for row in map(stream.read, items) if row is not None)
 
-    def shuffled(self, rows: list, epoch: int, block: int) -> list[tuple[int, dict | InputError]]:
-        """(number in the part, row) of a block, in the order it is read in."""
-        seed = (self.source.cfg.seed, epoch, self.number, block)
+    def shuffle(self, rows: list, epoch: int, block: int) -> list[tuple[int, dict | InputError]]:
+        """(number in the part, row) of a block, in training order."""
+        seed = (self.cfg.seed, epoch, self.number, block)
         order = np.random.default_rng(seed).permutation(len(rows)).tolist()
-        first = block * self.source.cfg.stream_block
+        first = block * self.cfg.stream_block
         return [(first + i, rows[i]) for i in order]
 
     def where(self, number: int) -> str:
-        return f"{self.source.name} row {number + 1} of part {self.number + 1} of {self.of}"
+        return f"{self.reader.source} row {number + 1} of part {self.number + 1} of {self.of}"
 
 
-def reader(name: str, features: dict | None) -> Callable[[dict], dict | InputError | None]:
-    """What a row of the library's is in a source read at any place (data/sources/rows.py)."""
-    kind = "" if name.startswith("hf:") or Path(name).is_dir() else Path(name).suffix
+@dataclass(frozen=True)
+class ListRows:
+    """Rows in memory. Images may be PIL images."""
 
-    def line(row: dict) -> dict | InputError | None:
+    rows: list[dict]
+    folder: Path = Path()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def where(self, k: int) -> str:
+        return f"row {k + 1}"
+
+    def __getitem__(self, k: int) -> dict:
+        return self.rows[k]
+
+    def scan(self) -> Iterator[dict]:
+        return iter(self.rows)
+
+
+@dataclass(frozen=True)
+class StreamDataset:
+    """A stream to train on. As a `Dataset` it holds its first rows only, to check them."""
+
+    cfg: DataConfig
+    reader: StreamReader
+    head: RowDataset  # the first training rows
+    notes: tuple[str, ...]
+    fingerprint: str
+    skipped: tuple[str, ...] = ()
+    n_first: int = 0
+
+    @property
+    def n_rows(self) -> int:
+        return len(self)
+
+    def __len__(self) -> int:
+        """Rows of the head; the length of the stream is unknown."""
+        return len(self.head)
+
+    def __getitem__(self, i: int) -> Sample:
+        return self.head[i]
+
+    def row_number(self, i: int) -> int:
+        return self.head.row_number(i)
+
+    def part(self, number: int, of: int) -> StreamPart:
+        return StreamPart(self.cfg, self.reader, number, of)
+
+    def make_sample(self, row: dict | InputError, where: str) -> Sample | None:
+        """A training sample; None if the row is for validation, or rated too low.
+
+        Raises `InputError` naming the row.
+        """
         try:
-            return parse_json(row["text"].encode("latin-1")) if row["text"].strip() else None
+            parsed = parse_row(require_row(row), self.cfg)
+            if parsed is None or parsed.is_val:
+                return None
+            return make_sample(parsed.conversation, self.reader.folder, where)
         except InputError as error:
-            return error
-
-    def cells(row: dict) -> dict:
-        return {column: cell for column, cell in row.items() if cell}
-
-    changing = changing_of(features)
-    return {".jsonl": line, ".csv": cells}.get(kind, lambda row: plain_row(row, changing))
+            raise InputError(f"{where}: {error}") from None
 
 
-def folder_of(name: str) -> Path:
-    """What paths of pictures are relative to: where the file is, or the folder itself."""
-    path = Path(name)
-    return path if path.is_dir() else path.parent if path.is_file() else Path()
+def require_row(row: dict | InputError) -> dict:
+    """The row, or raise the error that stands for it."""
+    if isinstance(row, InputError):
+        raise row
+    return row
 
 
-def is_lost(error: BaseException) -> bool:
-    """A time-out or lost connection of the Hub's client, httpx of any version: no OSError."""
+def is_connection_error(error: BaseException) -> bool:
+    """Whether it is httpx's TransportError (timeout, lost connection), which is no OSError.
+
+    Compared by name: the Hub's client may bring its own version of httpx.
+    """
     kinds = type(error).__mro__
     return any(k.__name__ == "TransportError" and k.__module__.startswith("httpx") for k in kinds)
 
 
-def may_pass(error: BaseException) -> bool:
-    """Whether trying again may help: a time-out or a lost connection, whoever reports it."""
+def is_transient(error: BaseException) -> bool:
+    """Whether a retry may help, as after a timeout or a lost connection."""
     if isinstance(error, InputError):
-        return error.__cause__ is not None and may_pass(error.__cause__)
-    for_good = isinstance(error, (FileNotFoundError, PermissionError))
-    for_good = for_good or type(error).__name__ == "OfflineModeIsEnabled"
-    return (isinstance(error, OSError) or is_lost(error)) and not for_good
+        return error.__cause__ is not None and is_transient(error.__cause__)
+    is_final = isinstance(error, (FileNotFoundError, PermissionError))
+    is_final = is_final or type(error).__name__ == "OfflineModeIsEnabled"
+    return (isinstance(error, OSError) or is_connection_error(error)) and not is_final
 
 
 @lru_cache(maxsize=4)
-def _first_rows(cfg: DataConfig, name: str, is_val: bool) -> tuple[RowSource, str]:
-    """The first usable rows of a side, and the columns of the first one."""
-    part, state = Part(StreamSource(cfg, name, None, ()), 0, 1), None
-    kept, digests, n_read, n_bad, reason, columns = [], [], 0, 0, "", ""
-    most = MOST_VALIDATION if is_val else HEAD
-    while len(kept) < most and n_read < MOST_SCANNED:
-        rows, state = part.block(state)
+def _read_head(cfg: DataConfig, reader: StreamReader, is_val: bool) -> tuple[RowDataset, str]:
+    """The first usable rows of a split, and the schema of the first one."""
+    part, state = StreamPart(cfg, reader, 0, 1), None
+    kept, digests, n_read, n_bad, reason, schema = [], [], 0, 0, "", ""
+    n_wanted = MAX_VAL_ROWS if is_val else N_HEAD
+    while len(kept) < n_wanted and n_read < MAX_SCANNED:
+        rows, state = part.read_block(state)
         if not rows:
             break
         for row in rows:
             n_read += 1
             try:
-                found = meaning(checked(row), cfg)
+                parsed = parse_row(require_row(row), cfg)
             except InputError as error:
                 n_bad, reason = n_bad + 1, reason or f"{part.where(n_read - 1)}: {error}"
                 continue
-            columns = columns or (found.conversation.schema if found else "")
-            if found is not None and found.is_val == is_val and len(kept) < most:
+            schema = schema or (parsed.conversation.schema if parsed else "")
+            if parsed is not None and parsed.is_val == is_val and len(kept) < n_wanted:
                 kept.append(row)
-                digests.append(found.digest)
+                digests.append(parsed.digest)
     if n_bad > max_bad_rows_in_stream(n_read):
         raise InputError(f"{n_bad} of the first {n_read} rows are bad, the first: {reason}")
     if not kept and not is_val:
-        raise InputError(f"{name}: no rows to train on" + (f"; {reason}" if reason else "."))
-    print_of = f"{name}, the beginning {print_of_rows(digests)}"
-    head = RowSource(ListRows(kept, folder_of(name)), np.arange(len(kept)), (), (), cfg, print_of)
-    return head, columns
-
-
-def open_stream(cfg: DataConfig, name: str, split: str) -> Any:
-    """A stream to train on; for validation, rows of its beginning whose hash says so."""
-    if name == "world":
         raise InputError(
-            "data.stream = True: world is drawn when it is asked for, so leave the flag out."
+            f"{reader.source}: no rows to train on" + (f"; {reason}" if reason else ".")
         )
-    head, columns = _first_rows(cfg, name, split == "val")
+    fingerprint = f"{reader.source}, the beginning {hash_digests(digests)}"
+    rows = ListRows(kept, reader.folder)
+    return RowDataset(rows, np.arange(len(kept)), (), (), cfg, fingerprint), schema
+
+
+def open_stream(cfg: DataConfig, reader: StreamReader, split: str) -> StreamDataset | RowDataset:
+    """A stream to train on; for validation, those of its first rows that the hash selects."""
+    head, schema = _read_head(cfg, reader, split == "val")
     if split == "val":
         return head
-    note = f"{name}: a stream of {columns}; {cfg.val_fraction:.1%} of it for validation"
-    return StreamSource(cfg, name, head, (note,), head.fingerprint)
+    note = f"{reader.source}: a stream of {schema}; {cfg.val_fraction:.1%} of it for validation"
+    return StreamDataset(cfg, reader, head, (note,), head.fingerprint)

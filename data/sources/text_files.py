@@ -1,4 +1,4 @@
-"""JSONL, JSON and CSV files -> rows, parsed when asked for."""
+"""JSONL, JSON and CSV files -> rows, parsed on access: only byte offsets are kept in memory."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ import numpy as np
 
 from config_tools import InputError
 
-JSON_MARK = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},]', re.S)  # strings whole, or a bracket
+JSON_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},]', re.S)  # strings whole, or a bracket
 
 
 @dataclass(frozen=True)
 class TextRows:
-    """Rows of a JSONL, JSON or CSV file, parsed when asked for."""
+    """Rows of a JSONL, JSON or CSV file, parsed on access."""
 
     path: Path
-    spans: np.ndarray  # [n, 3] int64: first byte, byte after the last, number for people
+    spans: np.ndarray  # [n, 3] int64: first byte, byte after the last, line or row number
     parse: Callable[[bytes], dict]
 
     @property
@@ -74,7 +74,8 @@ def parse_json(content: bytes) -> dict:
     return row
 
 
-def _open_jsonl(path: Path) -> TextRows:
+def open_jsonl(path: Path) -> TextRows:
+    """One object a line; blank lines are skipped."""
     spans, start = [], 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -84,17 +85,17 @@ def _open_jsonl(path: Path) -> TextRows:
     return _text_rows(path, spans, parse_json)
 
 
-def _open_json(path: Path) -> TextRows:
-    """A list of rows; only its commas and brackets are read here. Or JSON Lines by another name."""
+def open_json(path: Path) -> TextRows:
+    """A list of rows, split at its commas without parsing. Also accepts JSON Lines in .json."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         first = re.search(rb"[^\s\xef\xbb\xbf]", content)
         opening = first[0] if first else b""
         if opening == b"{" and content.readline().rstrip().endswith(b"}"):
-            return _open_jsonl(path)
+            return open_jsonl(path)
         if opening != b"[":
             raise InputError(f"{path}: must hold a list of rows, [{{...}}, {{...}}].")
         spans, depth, start = [], 1, first.end()
-        for found in JSON_MARK.finditer(content, start):
+        for found in JSON_TOKEN.finditer(content, start):
             mark = content[found.start()]
             depth += (mark in b"[{") - (mark in b"]}")
             if depth == 0 or (depth == 1 and mark == ord(",")):
@@ -103,27 +104,27 @@ def _open_json(path: Path) -> TextRows:
                 start = found.end()
             if depth == 0:
                 return _text_rows(path, spans, parse_json)
-    raise InputError(f"{path}: not JSON (its list is never closed); the file may be cut off.")
+    raise InputError(f"{path}: not JSON (its list is never closed); the file may be truncated.")
 
 
-def _open_csv(path: Path) -> TextRows:
-    """Comma, semicolon or tab, whichever the header has most of; quoted cells may hold newlines."""
-    csv.field_size_limit(2**31 - 1)  # a picture in base64 is one cell
+def open_csv(path: Path) -> TextRows:
+    """CSV with the delimiter `find_delimiter` finds; quoted cells may hold newlines."""
+    csv.field_size_limit(2**31 - 1)  # an image in base64 is one cell
     end = number = 0
 
     def lines() -> Iterator[str]:
         nonlocal end, number
         for line in file:
             end, number = end + len(line), number + 1
-            yield line.decode("latin-1")  # finds the same commas as UTF-8, and never fails
+            yield line.decode("latin-1")  # never fails, and splits at the same commas
 
     with open(path, "rb") as file:
         header = file.readline()
-        delimiter = delimiter_of(header)
+        delimiter = find_delimiter(header)
         file.seek(0)
         spans, start, first = [], 0, 1
         try:
-            # strict, or a quote that is never closed would take in all rows behind it
+            # strict: else a quote that is never closed swallows all rows after it
             for cells in csv.reader(lines(), delimiter=delimiter, strict=True):
                 if cells:
                     spans.append((start, end, first))
@@ -138,7 +139,7 @@ def _open_csv(path: Path) -> TextRows:
 
 
 def _cells(content: bytes, delimiter: str) -> list[str]:
-    csv.field_size_limit(2**31 - 1)  # again, for workers that did not open the file
+    csv.field_size_limit(2**31 - 1)  # also in workers, which did not open the file
     try:
         text = io.StringIO(content.decode("utf-8-sig"), "")
         return next(csv.reader(text, delimiter=delimiter, strict=True), [])
@@ -155,6 +156,6 @@ def _parse_csv(columns: tuple[str, ...], delimiter: str, content: bytes) -> dict
     return {column: cell for column, cell in zip(columns, cells) if cell}
 
 
-def delimiter_of(header: bytes) -> str:
-    """Comma, semicolon or tab, whichever the first line of a CSV file has most of."""
+def find_delimiter(header: bytes) -> str:
+    """The most frequent of comma, semicolon and tab in the first line of a CSV file."""
     return max(",;\t", key=lambda mark: header.count(mark.encode()))

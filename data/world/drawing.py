@@ -1,4 +1,4 @@
-"""Scenes of the built-in data set -> images of 48 x 48 pixels."""
+"""Scenes of the built-in dataset -> images of 48 x 48 pixels."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from PIL import Image
 
 from data.world.scenes import BACKGROUNDS, COLORS, SHAPES, SIZES, Scene
 
-CELL, SIDE, SUPERSAMPLE = 16, 48, 4  # of a cell and a picture in pixels; samples along a pixel
-SLOPE = np.linspace(-1, 1, SIDE, dtype=np.float32)  # from edge to edge of a picture
-# Three by five pixels a digit, row after row.
+CELL, SIDE, SUPERSAMPLE = 16, 48, 4  # pixels of a cell, of an image; samples per pixel and axis
+SLOPE = np.linspace(-1, 1, SIDE, dtype=np.float32)  # across the image
+# A font of 3 x 5 pixels, row by row.
 DIGITS = (
     "111101101101111",
     "010110010010111",
@@ -28,16 +28,16 @@ DIGITS = (
 
 
 def draw(scene: Scene) -> Image.Image:
-    """RGB, 48 x 48. The background is drawn first, so it does not depend on what stands on it."""
+    """RGB, 48 x 48. The background is drawn first, so its noise does not depend on the things."""
     rng = random.Random(scene.noise)
-    picture = _background(BACKGROUNDS[scene.background], rng)
+    image = _background(BACKGROUNDS[scene.background], rng)
     for thing in scene.things:
         tint = [channel + rng.randint(-12, 12) for channel in COLORS[thing.color]]
-        _blend(picture, thing.cell, _coverage(thing.shape, thing.size, thing.dx, thing.dy), tint)
+        _blend(image, thing.cell, _coverage(thing.shape, thing.size, thing.dx, thing.dy), tint)
     if scene.number is not None:
         ink = 0 if sum(BACKGROUNDS[scene.background]) > 3 * 128 else 255
-        _blend(picture, scene.number_cell, _digits(scene.number, rng), [ink] * 3)
-    return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+        _blend(image, scene.number_cell, _digits(scene.number, rng), [ink] * 3)
+    return Image.fromarray(image.clip(0, 255).astype(np.uint8))
 
 
 def _background(color: tuple[int, int, int], rng: random.Random) -> np.ndarray:
@@ -46,7 +46,7 @@ def _background(color: tuple[int, int, int], rng: random.Random) -> np.ndarray:
     return np.array(color, np.float32) + (gradient + grain)[..., None]  # [48, 48, 3]
 
 
-@cache  # places are quarters of a pixel, so there are 1,090
+@cache  # positions are multiples of a quarter pixel, so there are 1,090 results
 def _coverage(shape: str, size: str, dx: float, dy: float) -> np.ndarray:
     """How much of each pixel of the cell a thing covers. [16, 16] in 0..1"""
     radius, _ = SIZES[size]
@@ -56,7 +56,7 @@ def _coverage(shape: str, size: str, dx: float, dy: float) -> np.ndarray:
 
 
 def _digits(number: str, rng: random.Random) -> np.ndarray:
-    """Two digits at twice the font's size, at most a pixel off the middle. [16, 16], 0 or 1"""
+    """Two digits at twice the font's size, at most one pixel off the center. [16, 16], 0 or 1"""
     return _ink(number, 3 + rng.randint(-1, 1), 1 + rng.randint(-1, 1))
 
 
@@ -68,7 +68,7 @@ def _ink(number: str, top: int, left: int) -> np.ndarray:
     return np.pad(ink, ((top, 6 - top), (left, 2 - left)))
 
 
-def _blend(picture: np.ndarray, cell: int, alpha: np.ndarray, color: list[int]) -> None:
+def _blend(image: np.ndarray, cell: int, alpha: np.ndarray, color: list[int]) -> None:
     row, column = cell // 3 * CELL, cell % 3 * CELL
-    block = picture[row : row + CELL, column : column + CELL]  # a view, [16, 16, 3]
+    block = image[row : row + CELL, column : column + CELL]  # a view, [16, 16, 3]
     block += alpha[..., None] * (np.array(color, np.float32) - block)

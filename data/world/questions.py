@@ -1,4 +1,4 @@
-"""Questions, captions and conversations about the scenes of the built-in data set."""
+"""Questions, captions and conversations about the scenes of the built-in dataset."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from data.world.scenes import (
     SHAPES,
     Scene,
     Thing,
-    _held_counts,
+    held_counts,
     make_scene,
     theme_of,
 )
 
-# How often training asks for each skill: comparing two things takes longest to learn.
+# Relative frequency of each skill in training; those that take longest to learn come most often.
 WEIGHTS = {
     "color": 2,
     "shape": 1,
@@ -38,7 +38,7 @@ WEIGHTS = {
     "read": 2,
     "sum": 3,
 }
-SKILLS = (*(skill for skill in WEIGHTS if skill != "sum"), "caption")  # what is tested
+SKILLS = (*(skill for skill in WEIGHTS if skill != "sum"), "caption")  # in the test
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,16 @@ class Question:
 
 
 def _lookup(ways: dict[str, str], answer: str, scene: Scene) -> Iterator[tuple[str, str, bool]]:
-    """About each thing that no other shares its color, shape, kind or cell with."""
+    """One question about each thing whose color, shape, kind or cell is unique."""
     for of, text in ways.items():
         for t in _single(scene, of):
             yield text.format(t, POSITIONS[t.cell]), answer.format(t, POSITIONS[t.cell]), t.held
 
 
 def _count(scene: Scene) -> Iterator[tuple[str, str, bool]]:
-    """None at all is an answer in half of the scenes only: there is always more that is absent."""
+    """The answer 0 is possible in half of the scenes only: most kinds are absent in any scene."""
     shapes, colors = (Counter(getattr(t, of) for t in scene.things) for of in ("shape", "color"))
-    held = {shape for _, shape in _held_counts(scene.things)}
+    held = {shape for _, shape in held_counts(scene.things)}
     yield "How many things are there?", str(len(scene.things)), False
     for color in COLORS:
         if colors[color] or scene.noise % 2:
@@ -73,7 +73,7 @@ def _count(scene: Scene) -> Iterator[tuple[str, str, bool]]:
 
 
 def _sum(scene: Scene) -> Iterator[tuple[str, str, bool]]:
-    """For training: every number comes near every shape, which alone is learned to be never 3."""
+    """For training only: sums pair every number with every shape, also held-out counts."""
     rng = random.Random(scene.noise)
     for of, names in (("shape", PLURAL), ("color", {c: f"{c} things" for c in COLORS})):
         times = Counter(getattr(t, of) for t in scene.things)
@@ -84,15 +84,15 @@ def _sum(scene: Scene) -> Iterator[tuple[str, str, bool]]:
 
 
 def _exist(scene: Scene) -> Iterator[tuple[str, str, bool]]:
-    """Hard negatives: color and shape are there, but not on one thing; else one of the two."""
+    """Hard negatives: color and shape both occur, but not on one thing; else one of the two."""
     here = {(t.color, t.shape) for t in scene.things}
     colors, shapes = ({kind[i] for kind in here} for i in (0, 1))
     for unseen in (False, True):
         kinds = [kind for kind in product(COLORS, SHAPES) if (kind in HELD_PAIRS) == unseen]
-        near = {
+        n_matches = {
             kind: (kind[0] in colors) + (kind[1] in shapes) for kind in kinds if kind not in here
         }
-        negatives = {kind for kind in near if near[kind] == max(near.values())}
+        negatives = {kind for kind in n_matches if n_matches[kind] == max(n_matches.values())}
         for color, shape in here.intersection(kinds) | negatives:
             article = "an" if color == "orange" else "a"
             answer = "yes" if (color, shape) in here else "no"
@@ -100,7 +100,7 @@ def _exist(scene: Scene) -> Iterator[tuple[str, str, bool]]:
 
 
 def _relation(scene: Scene) -> Iterator[tuple[str, str, bool]]:
-    """Which way from one thing to another: eight answers, where yes or no would be won by guess."""
+    """The direction from one thing to another: eight answers, harder to guess than yes or no."""
     for a, b in permutations(_single(scene, "kind"), 2):
         (row_a, column_a), (row_b, column_b) = divmod(a.cell, 3), divmod(b.cell, 3)
         words = [("above", "below")[row_a > row_b]] * (row_a != row_b)
@@ -109,9 +109,9 @@ def _relation(scene: Scene) -> Iterator[tuple[str, str, bool]]:
 
 
 def _compare(scene: Scene) -> Iterator[tuple[str, str, bool]]:
-    """Shapes that are there; absent ones only if all are equally many, so that yes is possible."""
+    """Compare shapes that occur; absent ones only if all counts are equal: yes must be possible."""
     times = Counter(t.shape for t in scene.things)
-    held = {shape for _, shape in _held_counts(scene.things)}
+    held = {shape for _, shape in held_counts(scene.things)}
     for a, b in permutations(times if len(set(times.values())) > 1 else SHAPES, 2):
         if times[a] or times[b]:
             answer = "yes" if times[a] > times[b] else "no"
@@ -124,13 +124,13 @@ def _read(scene: Scene) -> Iterator[tuple[str, str, bool]]:
 
 
 def _describe(text: str, order: Callable, scene: Scene) -> Iterator[tuple[str, str, bool]]:
-    """All there is, each with its place: one caption teaches what and where."""
+    """All things with their positions, so that one caption teaches what and where."""
     parts = [(t.cell, f"a {t.size} {t.kind}") for t in scene.things]
     if scene.number is not None:
         parts.append((scene.number_cell, f"the number {scene.number}"))
     *rest, last = [f"{what} at the {POSITIONS[cell]}" for cell, what in order(parts)]
     unseen = (
-        bool(_held_counts(scene.things))
+        bool(held_counts(scene.things))
         or any(t.held for t in scene.things)
         or scene.number in HELD_NUMBERS
     )
@@ -138,12 +138,12 @@ def _describe(text: str, order: Callable, scene: Scene) -> Iterator[tuple[str, s
 
 
 def _shuffled(parts: list) -> list:
-    """For training: in reading order the next place is guessed, not looked up."""
+    """For training: in reading order the model would guess the next position."""
     return random.Random(str(parts)).sample(parts, len(parts))
 
 
 def _single(scene: Scene, of: str) -> list[Thing]:
-    """The things whose color, shape, kind or cell no other thing has."""
+    """The things whose color, shape, kind or cell (`of`) is unique in the scene."""
     times = Counter(getattr(t, of) for t in scene.things)
     return [t for t in scene.things if times[getattr(t, of)] == 1]
 
@@ -175,10 +175,10 @@ ASK = {
 def ask(
     scene: Scene, skill: str, rng: random.Random, heldout: bool, given: Counter[str] | None = None
 ) -> Question | None:
-    """A question about something held out of training, or nothing so; None where there is none.
+    """A question about held-out content if `heldout`, else about none; None if there is none.
 
-    The answer is drawn first, of those `given` least often so far, then a question that has it:
-    otherwise the common answers ("no", "0") would win without a look at the picture.
+    The answer is drawn first, from those `given` least often so far, then a question with that
+    answer. Otherwise a model could answer "no" and "0" without the image and be right too often.
     """
     given = given or Counter()
     pool = sorted((answer, text) for text, answer, unseen in ASK[skill](scene) if unseen == heldout)
@@ -190,17 +190,22 @@ def ask(
 
 
 def _conversation(
-    seed: int, split: str, index: int, n_questions: int, described: float, fewest: int = 2
+    seed: int,
+    split: str,
+    index: int,
+    n_questions: int,
+    caption_fraction: float,
+    min_shapes: int = 2,
 ) -> tuple[Scene, tuple[Turn, ...]]:
-    """A scene and its caption alone, or distinct questions, fewer than asked if it has no more.
+    """A scene with its caption, or with up to `n_questions` distinct questions.
 
-    Never both: a caption before a question would answer it, and teach to read instead of to see.
+    Never both: a caption before a question would answer it, and the image would not be needed.
     """
-    scene = make_scene(seed, split, index, fewest)
+    scene = make_scene(seed, split, index, min_shapes)
     rng = random.Random(f"{seed}/{split}/{index}/ask")
     asked: dict[str, Question] = {}
     skills = (rng.choices(list(WEIGHTS), WEIGHTS.values())[0] for _ in range(50 * n_questions))
-    if rng.random() < described:
+    if rng.random() < caption_fraction:
         skills, n_questions = chain([rng.choice(("caption", "list"))], skills), 1
     for skill in skills:
         if question := ask(scene, skill, rng, heldout=False):
@@ -214,20 +219,25 @@ def _conversation(
 
 
 def train_sample(
-    seed: int, split: str, index: int, n_questions: int, described: float, fewest: int = 2
+    seed: int,
+    split: str,
+    index: int,
+    n_questions: int,
+    caption_fraction: float,
+    min_shapes: int = 2,
 ) -> Sample:
-    """One conversation: its caption for a share `described` of the scenes, else questions.
+    """One conversation without held-out content.
 
-    Never about anything held out.
+    It is a caption for a share `caption_fraction` of the scenes, else `n_questions` questions.
     """
-    scene, turns = _conversation(seed, split, index, n_questions, described, fewest)
+    scene, turns = _conversation(seed, split, index, n_questions, caption_fraction, min_shapes)
     return Sample(turns, (draw(scene),), row=f"world {split} {index}")
 
 
 def questions(seed: int, split: str, n_per_skill: int) -> Iterator[tuple[Sample, Question]]:
-    """For scoring: `n_per_skill` single questions of each skill, each on its own scene.
+    """For scoring: `n_per_skill` single questions of each skill, each about its own scene.
 
-    Answers are balanced. Of `test` half are unseen, the others on scenes with nothing held out.
+    Answers are balanced. Half of `test` is unseen: it asks about held-out content.
     """
     n_unseen = n_per_skill // 2 if split == "test" else 0
     missing = {
@@ -250,9 +260,9 @@ def questions(seed: int, split: str, n_per_skill: int) -> Iterator[tuple[Sample,
 
 
 def corpus(n: int = 2000) -> Iterator[str]:
-    """The text of n training conversations with their speakers, for training a tokenizer.
+    """The text of n training conversations with their roles, to train a tokenizer.
 
-    The first question stands alone once more: behind a picture it has no space in front.
+    The first question comes once more by itself: after an image no space precedes it.
     """
     for index in range(n):
         _, turns = _conversation(0, "train", index, 8, 0.25)

@@ -1,6 +1,7 @@
-"""The built-in data set's scenes, made on the fly from (seed, split, index).
+"""Scenes of the built-in dataset, generated from (seed, split, index).
 
-Some pairs, counts and numbers are held out of `train` and `val`, so `test` can tell a model that composes what it knows from one that has memorised.
+Some color-shape pairs, counts and numbers are held out of `train` and `val`, so `test` measures
+whether a model composes what it has learned or only memorises it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ POSITIONS = (
     "bottom",
     "bottom right",
 )
-# Inside-or-not in units of the radius, y pointing down.
+# Whether a point is inside, in units of the radius, y pointing down.
 SHAPES = {
     "circle": lambda x, y: x * x + y * y <= 1,
     "square": lambda x, y: np.maximum(abs(x), abs(y)) <= 0.88,
@@ -47,9 +48,9 @@ BACKGROUNDS = {
     "beige": (235, 222, 195),
     "light blue": (190, 215, 240),
 }
-# Radius in pixels, and how far the centre may move: the sum stays below half a cell.
+# Radius and largest offset of the center, in pixels. Their sum is below half a cell (8).
 SIZES = {"small": (4.5, 1.5), "large": (6.75, 0.75)}
-# Held out of train and val: neither drawn nor written, not even in a question whose answer is no.
+# Held out of train and val: never drawn, and in no question, even one answered with no.
 HELD_PAIRS = frozenset(
     {
         ("blue", "circle"),
@@ -61,13 +62,13 @@ HELD_PAIRS = frozenset(
 )
 HELD_COUNTS = frozenset({(3, "circle"), (2, "cross")})  # exactly so many in one scene
 HELD_NUMBERS = frozenset({"17", "24", "39", "41", "56", "62", "78", "85", "93"})
-# Every other test scene holds one of these out; the mix is what a balanced test asks for.
+# Every other test scene has held-out content of one of these kinds, in the ratio the test needs.
 TEST_THEMES = ("pair", "count", "pair", "pair", "number", "pair", "pair", "count", "pair", "pair")
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One drawn object; (dx, dy) moves it off the centre of its cell, in pixels."""
+    """One drawn object; (dx, dy) is the offset from the center of its cell in pixels."""
 
     cell: int  # 0..8 in reading order
     shape: str
@@ -87,26 +88,27 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What there is to see. A number is not a thing: it is read, never counted or described."""
+    """The content of an image. A number is not a thing: it is read, never counted."""
 
     things: tuple[Thing, ...]  # in reading order
     number: str | None
     number_cell: int | None
     background: str
-    noise: int  # seeds what no question is about: tints, gradient, grain
+    noise: int  # seed of tints, gradient and grain, which no question is about
 
 
 def theme_of(split: str, index: int) -> str | None:
-    """Which kind of held-out content this scene has: pair, count, number or None."""
+    """The kind of held-out content of a scene: pair, count, number or None."""
     return TEST_THEMES[index // 2 % len(TEST_THEMES)] if split == "test" and index % 2 else None
 
 
-def make_scene(seed: int, split: str, index: int, fewest: int = 2) -> Scene:
+def make_scene(seed: int, split: str, index: int, min_shapes: int = 2) -> Scene:
+    """Scene `index` of a split; equal arguments give equal scenes."""
     rng = random.Random(f"{seed}/{split}/{index}")
     theme = theme_of(split, index)
-    things = _place_things(rng, theme, fewest)
-    while bool(_held_counts(things)) != (theme == "count"):
-        things = _place_things(rng, theme, fewest)
+    things = _place_things(rng, theme, min_shapes)
+    while bool(held_counts(things)) != (theme == "count"):
+        things = _place_things(rng, theme, min_shapes)
     number = number_cell = None
     if theme == "number" or rng.random() < 0.5:
         held = theme == "number"
@@ -116,11 +118,11 @@ def make_scene(seed: int, split: str, index: int, fewest: int = 2) -> Scene:
     return Scene(things, number, number_cell, rng.choice(list(BACKGROUNDS)), rng.getrandbits(32))
 
 
-def _place_things(rng: random.Random, theme: str | None, fewest: int) -> tuple[Thing, ...]:
-    """Two to five things of `fewest` to four shapes: they repeat, and near misses abound."""
+def _place_things(rng: random.Random, theme: str | None, min_shapes: int) -> tuple[Thing, ...]:
+    """Two to five things of `min_shapes` to four shapes, so that shapes and colors repeat."""
     cells = sorted(rng.sample(range(9), rng.randint(2, 5)))
     palette = rng.sample(list(COLORS), rng.randint(2, 5))
-    choices = rng.sample(list(SHAPES), rng.randint(fewest, 4))
+    choices = rng.sample(list(SHAPES), rng.randint(min_shapes, 4))
     shapes = [rng.choice(choices) for _ in cells]
     if theme == "count":
         n, held = rng.choice(sorted(HELD_COUNTS))
@@ -142,10 +144,11 @@ def _place_things(rng: random.Random, theme: str | None, fewest: int) -> tuple[T
     return tuple(things)
 
 
-def _held_counts(things: tuple[Thing, ...]) -> frozenset[tuple[int, str]]:
+def held_counts(things: tuple[Thing, ...]) -> frozenset[tuple[int, str]]:
+    """The (count, shape) of these things that are held out."""
     return HELD_COUNTS & {(n, shape) for shape, n in Counter(t.shape for t in things).items()}
 
 
 def label(scene: Scene) -> str:
-    """The class of a scene: its most frequent shape, of equals the first in reading order."""
+    """The class of a scene: its most frequent shape; of ties, the first in reading order."""
     return Counter(thing.shape for thing in scene.things).most_common(1)[0][0]

@@ -1,4 +1,4 @@
-"""A picture of pictures: questions, answers, ticks and crosses, for people to look at."""
+"""Answer sheets: an image of questions and answers, each with a tick or a cross."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from data.images import open_image
 from engine.evaluation.evaluate import Answered, by_skill
 
 COLUMNS, SIDE, TEXT_HEIGHT, GAP = 5, 240, 84, 14
-# Drawn, as the built-in font has neither; points relative to the start of the line.
+# Pillow's built-in font has neither sign; points are relative to the start of the line.
 TICK = (((1, 9), (5, 14), (12, 4)),)
 CROSS = (((2, 5), (11, 14)), ((11, 5), (2, 14)))
 GREEN, RED, INK = (20, 140, 60), (200, 30, 30), (30, 30, 30)
 
 
 def draw_answer_sheet(answered: Sequence[Answered], path: Path, per_skill: int = 2) -> None:
-    """Write the first `per_skill` answers of each skill (ten of a single one) as a grid.
+    """Write a grid of the first `per_skill` answers of each skill, right or wrong.
 
-    None is left out for being wrong.
+    With a single skill, the grid has ten answers.
     """
     groups = by_skill(answered)
     per_skill = per_skill if len(groups) > 1 else 2 * COLUMNS
@@ -45,15 +45,23 @@ def draw_answer_sheet(answered: Sequence[Answered], path: Path, per_skill: int =
     sheet.save(path)
 
 
+def try_draw_answer_sheet(answered: Sequence[Answered], path: Path) -> None:
+    """`draw_answer_sheet` during training: if it cannot be written, print that and continue."""
+    try:
+        draw_answer_sheet(answered, path)
+    except OSError as error:
+        print(f"{path}: cannot be written ({error.strerror}); training continues.")
+
+
 def _fit(image: Image.Image) -> Image.Image:
-    """Enlarge or shrink into the square, small drawings without blur."""
+    """Resize to fit the square; small images are enlarged without blur."""
     scale = SIDE / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     return image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
 
 
 def _write(pen: ImageDraw.ImageDraw, font, x: int, y: int, text: str, color) -> int:
-    """Write at most two lines, no wider than a picture; returns where the next line goes."""
+    """Write at most two lines, as wide as an image; return the y of the next line."""
     lines = [""]
     for word in text.split():
         if pen.textlength(f"{lines[-1]} {word}".strip(), font) > SIDE - 16 and lines[-1]:

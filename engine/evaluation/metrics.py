@@ -1,8 +1,8 @@
-"""Pure metrics: what an answer is worth, how sure we are of an average, and of a difference.
+"""Metrics of answers, and confidence intervals of their averages and differences.
 
-A metric takes an answer and its references, right answers of which most data sets have one, and
-gives 0..1; `each` makes it one over many questions, which captions need: they are weighed by how
-rare their words are among all references.
+The metric of one answer takes the answer and its references (correct answers) and returns 0 to 1.
+A `Metric` takes many answers at once, as CIDEr weights words by their frequency in all references;
+`per_answer` makes one from the metric of one answer.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 DIGITS = {"none": "0"} | {word: str(i) for i, word in enumerate(NUMBERS)}
 
 
-def each(metric: Callable[[str, Sequence[str]], float]) -> Metric:
-    """A metric of one question over many."""
+def per_answer(metric: Callable[[str, Sequence[str]], float]) -> Metric:
+    """Apply the metric of one answer to many."""
     return lambda answers, references: [
         metric(a, r) for a, r in zip(answers, references, strict=True)
     ]
@@ -33,7 +33,7 @@ def each(metric: Callable[[str, Sequence[str]], float]) -> Metric:
 
 
 def exact(answer: str, expected: str) -> float:
-    """1 when both say the same, whatever the case, outer spaces and a final full stop."""
+    """1 if both are equal, ignoring case, spaces and a final full stop."""
     return float(_plain(answer) == _plain(expected))
 
 
@@ -42,16 +42,16 @@ def _plain(text: str) -> str:
 
 
 def any_exact(answer: str, references: Sequence[str]) -> float:
-    """`exact`, of any reference."""
+    """`exact` for any of the references."""
     return max(exact(answer, r) for r in references)
 
 
 def letter(answer: str, references: Sequence[str]) -> float:
-    """Multiple choice: the first reference is the right letter, the second the choice in words.
+    """Multiple choice: the first reference is the correct letter, the second the option's text.
 
-    Right are "B", "b.", "(B) a cat", "The answer is B", and the words themselves.
+    Accepted: "B", "b.", "(B) a cat", "The answer is B", and the text of the option.
     """
-    right, *words = references
+    correct, *words = references
     if words and exact(answer, words[0]):
         return 1.0
     found = re.match(
@@ -59,25 +59,25 @@ def letter(answer: str, references: Sequence[str]) -> float:
         r"([A-Z](?![\w'])|[a-z](?=\W*$|[.):,]))",
         answer.strip(),
     )
-    return float(found is not None and found[1].upper() == right.upper())
+    return float(found is not None and found[1].upper() == correct.upper())
 
 
 def first_word(answer: str, references: Sequence[str]) -> float:
-    """1 when the answer begins with the reference: "Yes, there is." is yes (POPE)."""
+    """1 if the first word is the reference: "Yes, there is." counts as yes (POPE)."""
     words = re.findall(r"\w+", answer.lower())
     return float(bool(words) and words[0] == references[0].lower())
 
 
-def relaxed(answer: str, references: Sequence[str]) -> float:
-    """Within 5 % of a number, else the same text (ChartQA, Masry et al. 2022, section 5.1)."""
+def relaxed_accuracy(answer: str, references: Sequence[str]) -> float:
+    """1 if a number is within 5 %, or a text is equal (ChartQA, Masry et al. 2022, section 5.1)."""
     return max(_close(answer, reference) for reference in references)
 
 
 def _close(answer: str, reference: str) -> float:
-    said, wanted = _number(answer), _number(reference)
-    if said is None or not wanted:
+    number, expected = _number(answer), _number(reference)
+    if number is None or not expected:
         return exact(answer, reference)
-    return float(abs(said - wanted) <= 0.05 * abs(wanted))
+    return float(abs(number - expected) <= 0.05 * abs(expected))
 
 
 def _number(text: str) -> float | None:
@@ -89,18 +89,18 @@ def _number(text: str) -> float | None:
 
 
 def anls(answer: str, references: Sequence[str]) -> float:
-    """1 minus the edit distance over the longer length; 0 from a half on (Biten et al. 2019)."""
-    said = " ".join(answer.lower().split())
+    """1 - normalized edit distance; 0 if the distance is 0.5 or more (ANLS, Biten et al. 2019)."""
+    text = " ".join(answer.lower().split())
     scores = []
     for reference in references:
-        wanted = " ".join(reference.lower().split())
-        distance = edit_distance(said, wanted) / max(1, len(said), len(wanted))
+        expected = " ".join(reference.lower().split())
+        distance = edit_distance(text, expected) / max(1, len(text), len(expected))
         scores.append(1 - distance if distance < 0.5 else 0.0)
     return max(scores)
 
 
 def edit_distance(a: str, b: str) -> int:
-    """Fewest insertions, deletions and replacements that make one the other (Levenshtein 1966)."""
+    """Minimum number of insertions, deletions and replacements (Levenshtein 1966)."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         diagonal, row[0] = row[0], i
@@ -110,14 +110,14 @@ def edit_distance(a: str, b: str) -> int:
 
 
 def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
-    """A third for each of ten people who say the same, at most 1, over all nine-person panels.
+    """VQA accuracy (Antol et al. 2015): matches / 3, at most 1, averaged over leaving one out.
 
-    Antol et al. 2015. Case, punctuation, articles and number words do not matter; the contractions
-    that the official script also restores do.
+    Ignores case, punctuation, articles and number words; unlike the official script, it does not
+    restore contractions.
     """
-    said, wanted = _vqa_words(answer), [_vqa_words(r) for r in references]
-    n_same = wanted.count(said)
-    return mean(min(1.0, (n_same - (other == said)) / 3) for other in wanted)
+    text, expected = _vqa_words(answer), [_vqa_words(r) for r in references]
+    n_same = expected.count(text)
+    return mean(min(1.0, (n_same - (other == text)) / 3) for other in expected)
 
 
 def _vqa_words(text: str) -> str:
@@ -131,20 +131,20 @@ def _vqa_words(text: str) -> str:
 
 
 def cider(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """CIDEr-D of each caption (Vedantam et al. 2015) by pycocoevalcap; 1 is what tables call 100.
+    """CIDEr-D of each caption (Vedantam et al. 2015), by pycocoevalcap; 1.0 is 100 in papers.
 
-    Words are lower case and without punctuation, not by the Java tokenizer of the official script.
-    Raises `InputError` without the package.
+    Words are lowercased, without punctuation; the official script uses a Java tokenizer instead.
+    Raises `InputError` without pycocoevalcap.
     """
     try:
         from pycocoevalcap.cider.cider import Cider
     except ImportError:
         raise InputError(
-            "the caption metric needs pycocoevalcap, so run `pip install pycocoevalcap`."
+            "the caption metric needs the package pycocoevalcap; run `pip install pycocoevalcap`."
         ) from None
-    said = {i: [_caption_words(a)] for i, a in enumerate(answers)}
-    wanted = {i: [_caption_words(r) for r in rs] for i, rs in enumerate(references)}
-    _, scores = Cider().compute_score(wanted, said)
+    captions = {i: [_caption_words(a)] for i, a in enumerate(answers)}
+    expected = {i: [_caption_words(r) for r in rs] for i, rs in enumerate(references)}
+    _, scores = Cider().compute_score(expected, captions)
     return [float(s) for s in scores]
 
 
@@ -154,22 +154,22 @@ def _caption_words(text: str) -> str:
 
 
 def yes_no_figures(answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict:
-    """Precision, recall and F1 of "yes", and how often it is said (POPE, Li et al. 2023)."""
-    said = [bool(first_word(a, ("yes",))) for a in answers]
+    """Precision, recall and F1 of "yes", and the ratio of yes answers (POPE, Li et al. 2023)."""
+    yes = [bool(first_word(a, ("yes",))) for a in answers]
     true = [r[0].lower() == "yes" for r in references]
-    hits = sum(s and t for s, t in zip(said, true, strict=True))
-    precision, recall = hits / max(1, sum(said)), hits / max(1, sum(true))
+    hits = sum(s and t for s, t in zip(yes, true, strict=True))
+    precision, recall = hits / max(1, sum(yes)), hits / max(1, sum(true))
     f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
-    return {"precision": precision, "recall": recall, "f1": f1, "says_yes": mean(said)}
+    return {"precision": precision, "recall": recall, "f1": f1, "yes_ratio": mean(yes)}
 
 
-# --- How sure we are ----------------------------------------------------------------------------
+# --- Confidence ---------------------------------------------------------------------------------
 
 
 def bootstrap_interval(
     scores: Sequence[float], n_resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % percentile interval of the mean (Efron 1979)."""
+    """95 % bootstrap percentile interval of the mean (Efron 1979)."""
     values = np.asarray(scores, dtype=np.float64)
     picks = np.random.default_rng(seed).integers(len(values), size=(n_resamples, len(values)))
     low, high = np.percentile(values[picks].mean(1), (2.5, 97.5))
@@ -177,14 +177,13 @@ def bootstrap_interval(
 
 
 def paired_difference(
-    ours: Sequence[float], theirs: Sequence[float], n_resamples: int = 10_000, seed: int = 0
+    scores: Sequence[float], others: Sequence[float], n_resamples: int = 10_000, seed: int = 0
 ) -> dict:
-    """How much better `ours` is on the same questions, with its interval and p-value.
+    """Mean of `scores` minus mean of `others` on the same questions, with interval and p-value.
 
-    The p-value is two-sided, of flipping signs at random (Fisher 1935): how often models that are
-    equal would differ so much.
+    The p-value is that of a two-sided sign-flip permutation test (Fisher 1935).
     """
-    difference = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
+    difference = np.asarray(scores, dtype=np.float64) - np.asarray(others, dtype=np.float64)
     signs = np.random.default_rng(seed)
     observed, extreme = abs(difference.mean()), 0
     for _ in range(n_resamples):

@@ -1,7 +1,7 @@
-"""Answers on disk while they are made, so that scoring goes on where it was interrupted.
+"""The predictions file of score.py: scoring resumes from it, and other runs are compared with it.
 
-Every process appends to a part of its own; in the end one file holds all, a question a line.
-Not here: what is asked, and what an answer is worth (evaluation.py).
+Every process appends to its own part file; in the end, one file holds a line per question.
+Not here: questions, answers and scores (evaluate.py).
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from pathlib import Path
 
 from PIL import Image
 
-from config_tools import InputError, json_line, write_whole
+from config_tools import InputError, json_line, write_atomic
 from engine.evaluation.evaluate import Answered, Item
 
-Found = dict[int, dict[str, str]]  # number of the question -> view -> answer
+Answers = dict[int, dict[str, str]]  # number of the question -> view -> answer
 
 
 def fingerprint(checkpoint: Path, settings: Iterable[object]) -> str:
-    """Twelve digits that tell these weights and settings from others."""
+    """Hash of weights and settings, 12 hex digits."""
     digest = hashlib.blake2b(repr(list(settings)).encode(), digest_size=6)
     for path in sorted(checkpoint.glob("*.safetensors")):
         with open(path, "rb") as file:
@@ -28,38 +28,39 @@ def fingerprint(checkpoint: Path, settings: Iterable[object]) -> str:
     return digest.hexdigest()
 
 
-def asked(questions: Iterable[Item]) -> str:
-    """Digits that tell these questions from others; pictures by their path or content."""
+def hash_questions(questions: Iterable[Item]) -> str:
+    """Hash of questions, 16 hex digits; images count by path or content."""
     digest = hashlib.blake2b(digest_size=8)
     for item in questions:
         turns = [turn.text for turn in item.sample.turns]
-        words = item.sample.row, turns, item.right, item.choices
+        words = item.sample.row, turns, item.correct, item.choices
         digest.update(repr(words).encode("utf-8", "backslashreplace"))
-        for picture in item.sample.images:
-            if isinstance(picture, Image.Image):
-                picture = picture.tobytes()
-            content = picture if isinstance(picture, bytes) else repr(str(picture)).encode()
+        for image in item.sample.images:
+            if isinstance(image, Image.Image):
+                image = image.tobytes()
+            content = image if isinstance(image, bytes) else repr(str(image)).encode()
             digest.update(hashlib.blake2b(content).digest())
     return digest.hexdigest()
 
 
-def parts(path: Path) -> list[Path]:
+def part_files(path: Path) -> list[Path]:
+    """The part files of all processes."""
     return sorted(path.parent.glob(f"{path.name}.part*"))
 
 
-def lines_of(path: Path) -> list[str]:
-    """Not `splitlines`: answers may hold U+2028. What is no text becomes lines that are no JSON."""
+def read_lines(path: Path) -> list[str]:
+    """Lines of a file; not by `splitlines`, as answers may contain U+2028."""
     return [line for line in path.read_text("utf-8", "replace").split("\n") if line]
 
 
-def read_found(path: Path | None, run: str) -> Found:
-    """Answers of an interrupted run, or of a finished one; a torn line does not count.
+def read_answers(path: Path | None, run: str) -> Answers:
+    """Answers of an interrupted or finished run; a line that was cut off is ignored.
 
-    Raises `InputError` where they are of another checkpoint or other settings.
+    Raises `InputError` if they belong to another checkpoint or other settings.
     """
-    found: Found = {}
-    for part in [] if path is None else [path, *parts(path)]:
-        for line in lines_of(part) if part.exists() else ():
+    answers: Answers = {}
+    for part in [] if path is None else [path, *part_files(path)]:
+        for line in read_lines(part) if part.exists() else ():
             try:
                 row = json.loads(line)
                 number, run_of_row, views = row["number"], row["run"], row["views"]
@@ -72,26 +73,26 @@ def read_found(path: Path | None, run: str) -> Found:
                     f"{part}: holds predictions of another checkpoint or other settings; name "
                     "another file, or delete it."
                 )
-            found[number] = views
-    return found
+            answers[number] = views
+    return answers
 
 
-def keep(
-    path: Path | None, rank: int, run: str, found: Iterable[tuple[int, dict[str, str]]]
+def record_answers(
+    path: Path | None, rank: int, run: str, answers: Iterable[tuple[int, dict[str, str]]]
 ) -> Iterator[tuple[int, dict[str, str]]]:
-    """Pass answers on, each written to this process's part first; without a path only that."""
+    """Append each answer to this process's part file, then yield it; without a path, only yield."""
     if path is None:
-        yield from found
+        yield from answers
         return
     with open(f"{path}.part{rank}", "a", encoding="utf-8") as file:
-        for number, views in found:
+        for number, views in answers:
             file.write(json.dumps({"run": run, "number": number, "views": views}) + "\n")
             file.flush()
             yield number, views
 
 
-def write_all(path: Path, run: str, views: dict[str, Sequence[Answered]]) -> None:
-    """The whole file in place of its parts: questions in order, with scores."""
+def write_predictions(path: Path, run: str, views: dict[str, Sequence[Answered]]) -> None:
+    """Replace the part files by the final file: questions in order, with scores."""
     lines = []
     for number, answered in enumerate(zip(*views.values(), strict=True)):
         item, first = answered[0].item, answered[0]
@@ -107,30 +108,30 @@ def write_all(path: Path, run: str, views: dict[str, Sequence[Answered]]) -> Non
             "run": run,
         }
         lines.append(json_line(row))
-    write_whole(path, "".join(lines))
-    for part in parts(path):
+    write_atomic(path, "".join(lines))
+    for part in part_files(path):
         part.unlink()
 
 
 def read_scores(path: Path, questions: Sequence[Item]) -> list[float]:
-    """The scores of another checkpoint's predictions for these questions.
+    """Scores in the predictions file of another checkpoint.
 
-    Raises `InputError` where they are not the same.
+    Raises `InputError` unless it answers exactly `questions`.
     """
     if not path.is_file():
         raise InputError(
-            f"{path}: no such file; it is what score.py --predictions wrote of the other model."
+            f"{path}: no such file; expected a file that score.py --predictions wrote."
         )
     try:
-        rows = [json.loads(line) for line in lines_of(path)]
-        asked = [(r["row"], r["question"], r["expected"]) for r in rows]
+        rows = [json.loads(line) for line in read_lines(path)]
+        answered = [(r["row"], r["question"], r["expected"]) for r in rows]
         scores = [float(r["score"]) for r in rows]
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path}: not a finished file of score.py --predictions.") from None
-    ours = [(item.sample.row, item.question, item.expected) for item in questions]
-    if asked != ours:
+    expected = [(item.sample.row, item.question, item.expected) for item in questions]
+    if answered != expected:
         raise InputError(
-            f"{path}: answers {len(asked)} other questions; score both with the same task, source, "
-            "split and n."
+            f"{path}: answers {len(answered)} other questions; score both with the same task, "
+            "source, split and n."
         )
     return scores

@@ -3,8 +3,8 @@
 python -m engine.evaluation.report runs/demo
 python -m engine.evaluation.report runs/demo runs/other --out compared.html
 
-Settings, curves, accuracy per skill, answers as they changed, where the model looks, the data,
-speed and scores with their intervals. Not here: what is measured (evaluation.py, score.py).
+The page has settings, curves, accuracy per skill, answers over time, attention overlays, the data,
+speed, and scores with intervals. Not here: the evaluation itself (evaluate.py, score.py).
 """
 
 from __future__ import annotations
@@ -22,26 +22,31 @@ import tyro
 from PIL import Image
 
 from cli import command, parse
-from config_tools import InputError, from_dict, read_json, write_whole
+from config_tools import InputError, from_dict, read_json, write_atomic
 from configs import PRESETS, RunConfig
 from data.images import open_image
-from data.preview import look as look_at_row
-from data.preview import report as describe_rows
-from data.preview import spread
-from data.sources.open import open_source
-from engine.evaluation.evaluate import Answered, askable, firsts, graded
-from engine.evaluation.metrics import any_exact, each, exact
+from data.preview import describe_rows, evenly_spaced, inspect_row
+from data.sources.open import open_dataset
+from engine.evaluation.evaluate import (
+    Answered,
+    load_answerable_items,
+    score_answers,
+    select_examples,
+)
+from engine.evaluation.metrics import any_exact, exact, per_answer
 from engine.inference.attention_overlay import (
     attention_overlay,
-    over_picture,
-    paint,
-    split_pictures,
+    merge_tile_maps,
+    paint_heatmap,
+    split_tiles,
 )
 from engine.inference.chat import Chat
 from engine.training import checkpoint
 from engine.training.logger import read_log
 
-THUMB, LOOKS, ROWS = 120, 4, 100  # pixels; questions with maps; rows looked at for the summary
+THUMBNAIL = 120  # longest side, in pixels
+N_OVERLAYS = 4  # questions with attention overlays
+N_ROWS = 100  # rows that the data summary reads
 PAGE = Path(__file__).with_name("report.html.jinja")
 
 
@@ -52,7 +57,7 @@ class Arguments:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Run folders."""
     out: Path | None = None
-    """Where the page goes; by default report.html in the first run's folder."""
+    """HTML file to write; default: report.html in the first run folder."""
 
 
 def main(argv: list[str]) -> None:
@@ -62,29 +67,29 @@ def main(argv: list[str]) -> None:
     out = args.out or args.runs[0] / "report.html"
     if out.is_dir() or not out.parent.is_dir():
         raise InputError(f"out = {out}: must be a file in a folder that exists.")
-    page = write_page([about(run) for run in args.runs])
-    write_whole(out, page)
+    page = write_page([collect(run) for run in args.runs])
+    write_atomic(out, page)
     print(f"{out}: {len(page) / 2**20:.1f} MiB, opens in any browser")
 
 
 def write_page(runs: Sequence[dict]) -> str:
-    """The HTML of what `about` found."""
+    """The HTML page of what `collect` returned for each run."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(PAGE.read_text(encoding="utf-8"))
     rows = [settings(run["config"]) for run in runs]
     differ = {name for row in rows for name in row if len({str(r.get(name)) for r in rows}) > 1}
-    usual = settings(PRESETS["tiny"])
+    defaults = settings(PRESETS["tiny"])
     changed = [
-        [(k, v, k in differ) for k, v in row.items() if v != usual[k] or k in differ]
+        [(k, v, k in differ) for k, v in row.items() if v != defaults[k] or k in differ]
         for row in rows
     ]
     return template.render(runs=runs, changed=changed, all_settings=rows)
 
 
-def about(run: Path) -> dict:
-    """Everything the page shows of one run. Raises `InputError` where it is none."""
+def collect(run: Path) -> dict:
+    """Everything the page shows of a run; raises `InputError` if it is not a run folder."""
     if not (run / "config.json").is_file() or not (run / "log.jsonl").is_file():
-        raise InputError(f"{run}: not a run folder; it has no config.json and log.jsonl.")
+        raise InputError(f"{run}: not a run folder, as it has no config.json and log.jsonl.")
     cfg = from_dict(RunConfig, read_json(run / "config.json"), f"{run}/config.json")
     events = read_log(run)
     train = [e for e in events if "loss" in e]
@@ -96,7 +101,7 @@ def about(run: Path) -> dict:
         "curves": [curve(*c) for c in curves(train, val)],
         "data": describe(cfg, run),
         "scores": scores(run),
-        **shown(run, cfg, val),
+        **answers_section(run, cfg, val),
     }
 
 
@@ -104,34 +109,34 @@ def about(run: Path) -> dict:
 
 
 def settings(cfg: RunConfig) -> dict[str, object]:
-    """Every field by its flag's name."""
+    """Every field of the config, by the name of its flag."""
     return {f"{part}.{k}": v for part, values in asdict(cfg).items() for k, v in values.items()}
 
 
 def facts(train: list[dict], val: list[dict]) -> list[tuple[str, str]]:
-    """The run in a few numbers."""
+    """(name, value) of the main figures of a run."""
     if not train:
         return [("steps", "0")]
     last = train[-1]
     seconds = sum(max(0.0, b["seconds"] - a["seconds"]) for a, b in zip(train, train[1:]))
     speeds = sorted(e["tokens_per_s"] for e in train)
-    found = [
+    rows = [
         ("steps", f"{last['step']:,}"),
-        ("minutes between first and last log line", f"{seconds / 60:.1f}"),
+        ("minutes from first to last log line", f"{seconds / 60:.1f}"),
         ("training loss", f"{last['loss']:.3f}"),
         ("tokens/s, median", f"{speeds[len(speeds) // 2]:,.0f}"),
-        ("pictures/s, last", f"{last['images_per_s']:,.1f}"),
-        ("waited for data", f"{sum(e['data_wait'] for e in train) / len(train):.0%}"),
+        ("images/s, last", f"{last['images_per_s']:,.1f}"),
+        ("waiting for data", f"{sum(e['data_wait'] for e in train) / len(train):.0%}"),
         ("bad rows", str(last["bad_rows"])),
     ]
     if val:
-        found.insert(3, ("validation loss", f"{val[-1]['val_loss']:.3f}"))
-        found.insert(4, ("validation accuracy", f"{val[-1]['val_accuracy']:.1%}"))
-    return found
+        rows.insert(3, ("validation loss", f"{val[-1]['val_loss']:.3f}"))
+        rows.insert(4, ("validation accuracy", f"{val[-1]['val_accuracy']:.1%}"))
+    return rows
 
 
 def curves(train: list[dict], val: list[dict]) -> list[tuple]:
-    """(title, y axis, lines by name, whether the y axis is logarithmic)."""
+    """(title, label of the y axis, points by name, whether the y axis is logarithmic)."""
 
     def points(events: list[dict], key: str) -> list[tuple]:
         return [(e["step"], e[key]) for e in events if key in e]
@@ -147,11 +152,13 @@ def curves(train: list[dict], val: list[dict]) -> list[tuple]:
 
 
 def curve(title: str, label: str, lines: dict[str, list], log: bool) -> dict:
-    """A picture in SVG. Raises `InputError` without matplotlib."""
+    """A plot as an SVG data URI; raises `InputError` without matplotlib."""
     try:
         import matplotlib
     except ImportError:
-        raise InputError("a report needs matplotlib: run `pip install matplotlib`.") from None
+        raise InputError(
+            "a report needs the package matplotlib; run `pip install matplotlib`."
+        ) from None
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
@@ -174,99 +181,107 @@ def curve(title: str, label: str, lines: dict[str, list], log: bool) -> dict:
 
 
 def scores(run: Path) -> list[dict]:
-    """What score.py --json wrote into the run's folder."""
-    found = []
+    """Results of score.py --json in the run folder."""
+    scores = []
     for path in sorted(run.glob("*.json")):
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             continue
         if is_score(values) and all(map(is_score, values.get("skills", {}).values())):
-            found.append({"file": path.name, "rows": values["skills"] | {"all": values}})
-    return found
+            scores.append({"file": path.name, "rows": values["skills"] | {"all": values}})
+    return scores
 
 
 def is_score(values: object) -> bool:
+    """Whether `values` has the keys that score.py writes."""
     needed = {"accuracy", "interval", "n", "seen", "unseen"}
     return isinstance(values, dict) and needed <= set(values)
 
 
 def describe(cfg: RunConfig, run: Path) -> str:
-    """What the run's data holds, as data.preview says it; or why that cannot be said."""
+    """The summary of data.preview for the run's data, or the error that prevents it."""
     try:
-        source = open_source(cfg.data, "train")
+        source = open_dataset(cfg.data, "train")
         processor = Chat.load(run).processor
-        seen = [look_at_row(source, processor, cfg.data, i) for i in spread(len(source), ROWS)]
+        seen = [
+            inspect_row(source, processor, cfg.data, i) for i in evenly_spaced(len(source), N_ROWS)
+        ]
         return describe_rows(source, seen, cfg.data)
     except InputError as error:
         return f"not available: {error}"
 
 
-# --- Answers and maps -----------------------------------------------------------------------------
+# --- Answers and overlays -------------------------------------------------------------------------
 
 
-def shown(run: Path, cfg: RunConfig, val: list[dict]) -> dict:
-    """Answers of every evaluation to the same questions, and where the newest checkpoint looks."""
-    empty = {"answers": [], "steps": [], "looks": []}
+def answers_section(run: Path, cfg: RunConfig, val: list[dict]) -> dict:
+    """Logged answers to the same questions, and attention overlays of the newest checkpoint."""
+    empty = {"answers": [], "steps": [], "overlays": []}
     try:
-        if not checkpoint.folders(run):
-            return empty | {"why": f"{run}: no checkpoint yet."}
+        if not checkpoint.list_checkpoints(run):
+            return empty | {"error": f"{run}: no checkpoint yet."}
         chat = Chat.load(run)
-        asked, _ = askable(chat.processor, cfg.data, cfg.train.eval_samples)
-        chosen = firsts(graded(asked, [""] * len(asked), each(any_exact)))
-        logged = [e for e in val if len(e.get("val_answers", ())) == len(chosen)]
+        items, _ = load_answerable_items(chat.processor, cfg.data, cfg.train.eval_samples)
+        metric = per_answer(any_exact)
+        examples = select_examples(score_answers(items, [""] * len(items), metric))
+        logged = [e for e in val if len(e.get("val_answers", ())) == len(examples)]
         answers = [
             {
                 "question": question_of(a),
                 "expected": a.item.expected,
-                "picture": thumbnail(a),
-                "said": [(e["val_answers"][i], exact(e["val_answers"][i], a.item.expected))
-                         for e in logged],
+                "image": thumbnail(a),
+                "logged": [(e["val_answers"][i], exact(e["val_answers"][i], a.item.expected))
+                           for e in logged],
             }
-            for i, a in enumerate(chosen)
+            for i, a in enumerate(examples)
         ]  # fmt: skip
-        looks = [maps_of(chat, a) for a in chosen[-LOOKS:]]
-        return {"answers": answers, "steps": [e["step"] for e in logged], "looks": looks}
+        overlays = [overlays_of(chat, a) for a in examples[-N_OVERLAYS:]]
+        return {"answers": answers, "steps": [e["step"] for e in logged], "overlays": overlays}
     except InputError as error:
-        return empty | {"why": str(error)}
+        return empty | {"error": str(error)}
 
 
 def question_of(a: Answered) -> str:
+    """The question without image placeholders."""
     return a.item.question.replace("<image>", "")
 
 
 def thumbnail(a: Answered) -> str:
+    """The first image of a question as a data URI; empty without images."""
     if not a.item.sample.images:
         return ""
-    picture = open_image(a.item.sample.images[0])
-    picture.thumbnail((THUMB, THUMB))
-    return as_uri(picture)
+    image = open_image(a.item.sample.images[0])
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    return as_uri(image)
 
 
-def maps_of(chat: Chat, a: Answered, most: int = 12) -> dict:
-    """The answer, and for each of its first tokens a painted picture."""
-    pictures = [open_image(image) for image in a.item.sample.images]
-    prompt = chat.processor.encode_prompt(a.item.sample.turns[:-1], pictures)
-    ((_, reply),) = chat.replies([prompt])
-    painted = []
-    if pictures:
-        seen = attention_overlay(chat, prompt, reply.tokens)
-        tiles, cut = split_pictures(chat, pictures)[0]
-        for t, token in enumerate(reply.tokens[:most]):
+def overlays_of(chat: Chat, a: Answered, max_tokens: int = 12) -> dict:
+    """The answer, and an attention overlay of the first image for each of its first tokens."""
+    images = [open_image(image) for image in a.item.sample.images]
+    prompt = chat.processor.encode_prompt(a.item.sample.turns[:-1], images)
+    ((_, reply),) = chat.generate_replies([prompt])
+    tokens = []
+    if images:
+        overlay = attention_overlay(chat, prompt, reply.tokens)
+        tiles, grid = split_tiles(chat, images)[0]
+        for t, token in enumerate(reply.tokens[:max_tokens]):
             word = chat.processor.tokenizer.decode([token], skip_special_tokens=True)
-            view = paint(pictures[0], over_picture(seen.maps[t, tiles], *cut))
-            view.thumbnail((THUMB, THUMB))
-            painted.append((word.strip() or "(end)", as_uri(view)))
-    return {"question": question_of(a), "answer": reply.text, "painted": painted}
+            view = paint_heatmap(images[0], merge_tile_maps(overlay.maps[t, tiles], *grid))
+            view.thumbnail((THUMBNAIL, THUMBNAIL))
+            tokens.append((word.strip() or "(end)", as_uri(view)))
+    return {"question": question_of(a), "answer": reply.text, "tokens": tokens}
 
 
-def as_uri(picture: Image.Image) -> str:
+def as_uri(image: Image.Image) -> str:
+    """An image as a PNG data URI."""
     data = io.BytesIO()
-    picture.save(data, "PNG")
+    image.save(data, "PNG")
     return inline(data.getvalue(), "png")
 
 
 def inline(content: bytes, kind: str) -> str:
+    """Bytes of an image format as a data URI."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 

@@ -1,6 +1,8 @@
-"""Where an answer looked, painted onto its pictures; and the pictures as the model sees them.
+"""Attention overlays: for each token of an answer, heatmaps of attention over the images.
 
-Not here: the attention itself (models/inspect/attention_maps.py).
+Not here: the attention weights (models/inspect/attention_maps.py).
+
+Letters: R answer tokens, N tiles, G tokens per tile side.
 """
 
 from __future__ import annotations
@@ -12,35 +14,36 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data.images import grid
+from data.images import tile_grid
 from data.types import Tokens
 from engine.inference.chat import Chat
 from models.inspect.attention_maps import attention_weights, tile_maps
 
-WIDEST = 480  # pixels of a painted picture
+MAX_SIDE = 480  # longest side of an overlay, in pixels
 
 
 @dataclass(frozen=True)
 class AttentionOverlay:
-    """For each token of an answer: where on the tiles the model looked when it chose it."""
+    """For each token of an answer: the attention over all tiles that predicted it."""
 
-    maps: np.ndarray  # [R, N, G, G], attention averaged over blocks and heads
-    on_pictures: np.ndarray  # [R] how much of all attention that is
+    maps: np.ndarray  # [R, N, G, G], averaged over blocks and heads
+    on_images: np.ndarray  # [R], share of the attention that is on images
 
 
 def attention_overlay(chat: Chat, prompt: Tokens, answer: Sequence[int]) -> AttentionOverlay:
-    """Run prompt and answer once; token t was chosen by the position before it."""
+    """Run prompt and answer once; answer token t is predicted by the position before it."""
     ids = torch.tensor([*prompt.ids.tolist(), *answer[:-1]], device=chat.model.device)
-    pixels = chat.pixels(prompt).to(chat.model.device)
+    pixels = chat.pixel_values(prompt).to(chat.model.device)
     weights = attention_weights(chat.model, ids, pixels, len(prompt) - 1)
     maps = tile_maps(weights.mean((0, 1)), ids, chat.processor.cfg)  # [R, N, G, G]
     return AttentionOverlay(maps.cpu().numpy(), maps.sum((1, 2, 3)).cpu().numpy())
 
 
-def over_picture(maps: np.ndarray, rows: int, cols: int) -> np.ndarray:
-    """Maps of one picture's tiles [n, G, G] -> one map of the whole picture.
+def merge_tile_maps(maps: np.ndarray, rows: int, cols: int) -> np.ndarray:
+    """Merge the maps of an image's tiles [n, G, G] into one map of the image.
 
-    A cut picture's tiles are laid side by side, and its global view, the last, over them.
+    With `rows` x `cols` tiles, they are laid out as a grid and the global view, the last map, is
+    added. With `rows` = 0 there is one tile.
     """
     if rows == 0:
         return maps[0]  # [G, G]
@@ -48,29 +51,27 @@ def over_picture(maps: np.ndarray, rows: int, cols: int) -> np.ndarray:
     tiles = maps[:-1].reshape(rows, cols, side, side).swapaxes(1, 2)  # [rows, G, cols, G]
     tiles = tiles.reshape(rows * side, cols * side)  # [rows * G, cols * G]
     whole = Image.fromarray(maps[-1].astype(np.float32)).resize(tiles.shape[::-1], 2)
-    # The global view holds all of the picture in as many tokens as one tile.
+    # The global view has the whole image in as many tokens as a tile.
     return tiles + np.asarray(whole) / (rows * cols)
 
 
-def split_pictures(
-    chat: Chat, pictures: Sequence[Image.Image]
-) -> list[tuple[slice, tuple[int, int]]]:
-    """For each picture which tiles are its own, and their grid."""
-    found, first = [], 0
-    for picture in pictures:
-        rows, cols = grid(*picture.size, chat.processor.cfg)
+def split_tiles(chat: Chat, images: Sequence[Image.Image]) -> list[tuple[slice, tuple[int, int]]]:
+    """(slice of its tiles, (rows, cols) of its grid) for each image."""
+    spans, first = [], 0
+    for image in images:
+        rows, cols = tile_grid(*image.size, chat.processor.cfg)
         n = rows * cols + 1
-        found.append((slice(first, first + n), (rows, cols)))
+        spans.append((slice(first, first + n), (rows, cols)))
         first += n
-    return found
+    return spans
 
 
-def paint(picture: Image.Image, heat: np.ndarray) -> Image.Image:
-    """The picture in grey with the map over it, dark to bright; the brightest spot is 1."""
-    scale = WIDEST / max(picture.size)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+def paint_heatmap(image: Image.Image, heat: np.ndarray) -> Image.Image:
+    """The image in gray with a map [h, w] over it, scaled to its minimum and maximum."""
+    scale = MAX_SIDE / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     smooth = Image.Resampling.NEAREST if scale > 3 else Image.Resampling.BICUBIC
-    grey = np.asarray(picture.convert("L").resize(size, smooth), dtype=np.float32)[..., None]
+    grey = np.asarray(image.convert("L").resize(size, smooth), dtype=np.float32)[..., None]
     heat = (heat - heat.min()) / max(float(heat.max() - heat.min()), 1e-12)
     glow = np.asarray(
         Image.fromarray(heat.astype(np.float32)).resize(size, Image.Resampling.BICUBIC)

@@ -1,8 +1,8 @@
-"""A file of questions -> a file of answers, which an interrupted run goes on with.
+"""Answer a file of questions; an interrupted run resumes.
 
-Each row is a JSON object: "image" or "images" (paths relative to the file), a "question" or
-"prompt", and "choices" where the likeliest of some answers is wanted. Its answer repeats it.
-Not here: how many are answered together (models/inference/generate.py).
+Each row is a JSON object: "image" or "images" (paths relative to the file), "question" or "prompt",
+and optionally "choices". The answer's row repeats these fields. Not here: continuous batching
+(models/inference/continuous_batching.py).
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from config_tools import InputError, json_line, write_whole
-from data.sources.rows import open_rows
+from config_tools import InputError, json_line, write_atomic
+from data.sources.open import open_rows
 from data.types import Tokens
 from engine.inference.chat import Chat, Reply
 from models.inference.sampling import Sampling
 
-NAMES = ("id", "image", "images", "question", "prompt", "choices")  # repeated in an answer
+NAMES = ("id", "image", "images", "question", "prompt", "choices")  # copied into the answer's row
 
 
-class Asked(NamedTuple):
-    """A row of the questions."""
+class Request(NamedTuple):
+    """A row of the questions file."""
 
     prompt: str
     images: list[str]
     choices: list[str]
-    repeated: dict  # as it reads from the file of answers
+    copied: dict  # fields for the answer's row
 
 
 def answer_file(
@@ -44,31 +44,31 @@ def answer_file(
     logprobs: bool = False,
     n_rows: int = 64,
 ) -> None:
-    """Append an answer to `out` as soon as it is there; when all are, put them in order.
+    """Append each answer to `out` when it is finished; at the end, sort them like the questions.
 
-    `run` names these weights and settings. A row's number is added to the seed, so that a run that
-    goes on says what the whole one would. Raises `InputError` before the first answer if a row
-    lacks something, after the last if one could not be asked: the next run asks again.
+    `run` identifies weights and settings. The row number is added to the seed, so a resumed run
+    gives the same answers. Raises `InputError` before the first answer if a row is invalid, and
+    after the last if rows could not be answered; the next run tries them again.
     """
     rows = open_rows(str(questions))
-    asked = [_asked(rows, k) for k in range(len(rows))]
-    done = read_done(out, [question.repeated for question in asked], run)
-    left = [k for k in range(len(rows)) if k not in done]
-    limited = [k for k in left if asked[k].choices or choices]
-    free = [k for k in left if not (asked[k].choices or choices)]
-    failed, order = {}, []  # why rows have no answer; the rows whose prompts could be made
+    requests = [_read_request(rows, k) for k in range(len(rows))]
+    done = read_answered(out, [request.copied for request in requests], run)
+    remaining = [k for k in range(len(rows)) if k not in done]
+    with_choices = [k for k in remaining if requests[k].choices or choices]
+    free_text = [k for k in remaining if not (requests[k].choices or choices)]
+    failed, order = {}, []  # row -> error; rows in the order of their prompts
     with tqdm(total=len(rows), initial=len(done), unit="row") as bar, _open(out) as file:
 
         def write(k: int, values: dict) -> None:
-            row = done[k] = {**asked[k].repeated, **values, "row": k, "run": run}
+            row = done[k] = {**requests[k].copied, **values, "row": k, "run": run}
             file.write(json_line(row))
             file.flush()
             bar.update()
 
         def prompts() -> Iterator[Tokens]:
-            for k in free:
+            for k in free_text:
                 try:
-                    tokens = chat.prompt(asked[k].prompt, asked[k].images)
+                    tokens = chat.encode_prompt(requests[k].prompt, requests[k].images)
                 except InputError as error:
                     failed[k] = error
                     bar.update()
@@ -76,26 +76,26 @@ def answer_file(
                     order.append(k)
                     yield tokens
 
-        for k, reply in chat.replies(prompts(), sampling, stop, n_rows, order.__getitem__):
+        for k, reply in chat.generate_replies(prompts(), sampling, stop, n_rows, order.__getitem__):
             write(k, {"answer": reply.text} | (_details(chat, reply) if logprobs else {}))
-        for k in limited:
-            offered = asked[k].choices or list(choices)
+        for k in with_choices:
+            options = requests[k].choices or list(choices)
             try:
-                shares = chat.choose(chat.prompt(asked[k].prompt, asked[k].images), offered)
+                tokens = chat.encode_prompt(requests[k].prompt, requests[k].images)
+                probabilities = chat.choice_probabilities(tokens, options)
             except InputError as error:
                 failed[k] = error
                 bar.update()
                 continue
-            best = max(range(len(offered)), key=shares.__getitem__)
-            write(k, {"answer": offered[best], "shares": [round(s, 6) for s in shares]})
-    _in_order(out, done)
+            best = max(range(len(options)), key=probabilities.__getitem__)
+            write(k, {"answer": options[best], "shares": [round(p, 6) for p in probabilities]})
+    _sort(out, done)
     if failed:
-        k, error = next(iter(failed.items()))
-        n = f"{len(failed)} of {len(rows)} rows"
-        raise InputError(f"{out}: {n} are not answered, the first: {rows.where(k)}: {error}")
+        k, n = next(iter(failed)), f"{len(failed)} of {len(rows)} rows"
+        raise InputError(f"{out}: {n} are not answered, the first: {rows.where(k)}: {failed[k]}")
 
 
-def _asked(rows, k: int) -> Asked:
+def _read_request(rows, k: int) -> Request:
     row = rows[k]
     prompt = row.get("question") or row.get("prompt")
     images = row.get("images") or row.get("image") or []
@@ -107,8 +107,8 @@ def _asked(rows, k: int) -> Asked:
         if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
             kind = "a path or a list of paths" if name == "image" else "a list of texts"
             raise InputError(f"{rows.where(k)}: {name!r} must be {kind}.")
-    repeated = json.loads(json.dumps({n: row[n] for n in NAMES if n in row}, default=str))
-    return Asked(prompt, [str(rows.folder / image) for image in images], choices, repeated)
+    copied = json.loads(json.dumps({n: row[n] for n in NAMES if n in row}, default=str))
+    return Request(prompt, [str(rows.folder / image) for image in images], choices, copied)
 
 
 def _details(chat: Chat, reply: Reply) -> dict:
@@ -116,37 +116,37 @@ def _details(chat: Chat, reply: Reply) -> dict:
     return {"tokens": words, "logprobs": [round(x, 4) for x in reply.logprobs]}
 
 
-# --- What is there already ----------------------------------------------------------------------
+# --- The file of answers ------------------------------------------------------------------------
 
 
-def read_done(out: Path, asked: Sequence[dict], run: str) -> dict[int, dict]:
-    """Row number -> its line, of an earlier `run`; a torn last line is cut off the file.
+def read_answered(out: Path, copied: Sequence[dict], run: str) -> dict[int, dict]:
+    """Row number -> answer's row, from an earlier run; an incomplete last line is truncated.
 
-    `asked` is what each answer repeats of its question. Raises `InputError` where the file holds
-    answers to other questions, or of another model.
+    `copied` are the fields that each answer copies from its question. Raises `InputError` if the
+    file holds answers to other questions, of another model or of other settings.
     """
     if not out.exists():
         return {}
-    done, whole = {}, 0
+    done, n_bytes = {}, 0
     for line in out.read_bytes().splitlines(keepends=True):
-        torn = not line.endswith(b"\n")
+        is_cut = not line.endswith(b"\n")
         try:
             row = json.loads(line)
-            repeated = {name: row[name] for name in NAMES if name in row}
-            same = asked[row["row"]] == repeated and row["run"] == run
+            fields = {name: row[name] for name in NAMES if name in row}
+            same = copied[row["row"]] == fields and row["run"] == run
         except (KeyError, IndexError, TypeError):
             same = False
         except ValueError:
-            same = torn and line.startswith(b"{")
+            same = is_cut and line.startswith(b"{")
         if not same:
             raise InputError(
                 f"{out}: holds other answers, or those of another model or other "
                 "settings; name another file, or delete it."
             )
-        if torn:
-            os.truncate(out, whole)
+        if is_cut:
+            os.truncate(out, n_bytes)
             break
-        done[row["row"]], whole = row, whole + len(line)
+        done[row["row"]], n_bytes = row, n_bytes + len(line)
     return done
 
 
@@ -157,7 +157,7 @@ def _open(out: Path):
         raise InputError(f"out = {out}: cannot be written ({error.strerror}).") from None
 
 
-def _in_order(out: Path, done: dict[int, dict]) -> None:
-    """Rewrite the file in the order of the questions, at once or not at all."""
+def _sort(out: Path, done: dict[int, dict]) -> None:
+    """Rewrite the file in the order of the questions, atomically."""
     lines = (json_line(done[k]) for k in sorted(done))
-    write_whole(out, "".join(lines))
+    write_atomic(out, "".join(lines))

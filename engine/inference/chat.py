@@ -1,6 +1,6 @@
-"""Pictures and strings in, text out: model and processor together, in one call.
+"""Ask a checkpoint: images and text in, text out.
 
-Not here: how a token is chosen (models/inference/generate.py), several turns (conversation.py).
+Not here: decoding (models/inference/generate.py), several turns (conversation.py).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from models.vision_language_model import VisionLanguageModel
 
 
 def open_checkpoint(source: str | Path) -> tuple[VisionLanguageModel, Processor]:
-    """Model and processor of a checkpoint directory, a run folder's newest one, or a Hub id.
+    """Load model and processor from a checkpoint, a run folder (its newest one), or a Hub id.
 
     Raises `InputError`.
     """
@@ -39,24 +39,24 @@ def open_checkpoint(source: str | Path) -> tuple[VisionLanguageModel, Processor]
     model = VisionLanguageModel.from_pretrained(folder)
     if (folder / "tokenizer.json").is_file() or model.cfg.lm_tokenizer == "world":
         return model, Processor(model.cfg, load_tokenizer(folder))
-    return model, processors.build(model.cfg)  # nanoVLM keeps no tokenizer beside the weights
+    return model, processors.build(model.cfg)  # a nanoVLM checkpoint has no tokenizer
 
 
-class Piece(NamedTuple):
-    """What one token adds to an answer."""
+class Chunk(NamedTuple):
+    """The text that a new token adds to an answer."""
 
-    text: str  # "" while a character, or what may be a stop string, is incomplete
-    token: int | None  # None: a last piece, of what had been held back
-    logits: Tensor | None  # [V], what the token was chosen from
+    text: str  # "" while a character or a possible stop string is incomplete
+    token: int | None  # None: the last chunk, with text that was held back
+    logits: Tensor | None  # [V], from which the token was sampled
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A whole answer; `tokens` hold its end of turn, unless it was cut short."""
+    """A complete answer; `tokens` end with the end of turn, unless it was cut off."""
 
     text: str
     tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]  # of each token, under the model alone
+    logprobs: tuple[float, ...]  # of each token, before temperature and penalties
 
 
 def answer_text(processor: Processor, tokens: Sequence[int], stop: Sequence[str] = ()) -> str:
@@ -66,14 +66,14 @@ def answer_text(processor: Processor, tokens: Sequence[int], stop: Sequence[str]
 
 
 def stream_text(
-    processor: Processor, said: Iterable[Step], stop: Sequence[str] = ()
-) -> Iterator[Piece]:
-    """Steps of a single row as text; nothing from a stop string on.
+    processor: Processor, steps: Iterable[Step], stop: Sequence[str] = ()
+) -> Iterator[Chunk]:
+    """Decode the steps of a single row into chunks, up to the first stop string.
 
-    One piece per token, and one more where the end had something held back.
+    Yields one chunk per token, and one more if text was held back at the end.
     """
     tokens, out = [], ""
-    for step in said:
+    for step in steps:
         tokens.append(int(step.tokens[0]))
         whole = processor.tokenizer.decode(tokens, skip_special_tokens=True).lstrip()
         text = answer_text(processor, tokens, stop)
@@ -84,38 +84,38 @@ def stream_text(
         complete = text.startswith(out) and is_whole
         new = text[len(out) :] if complete else ""
         out += new
-        yield Piece(new, tokens[-1], step.logits[0])
+        yield Chunk(new, tokens[-1], step.logits[0])
         if stopped:
             return
     rest = answer_text(processor, tokens, stop)[len(out) :]
     if rest:
-        yield Piece(rest, None, None)
+        yield Chunk(rest, None, None)
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many last characters of the text may be the beginning of a stop string."""
+    """Length of the end of `text` that may be the start of a stop string."""
     return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def alternatives(logits: Tensor, n: int) -> list[tuple[int, float]]:
-    """The n likeliest tokens of [V] with their probabilities."""
+def top_tokens(logits: Tensor, n: int) -> list[tuple[int, float]]:
+    """The n most likely (token, probability) of logits [V]."""
     probs, tokens = logits.float().softmax(-1).topk(min(n, len(logits)))
     return list(zip(tokens.tolist(), probs.tolist()))
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A model that can be asked. `Chat.load("runs/demo")("What is this?", ["cat.png"])`."""
+    """Model and processor: `Chat.load("runs/demo")("What is this?", ["cat.png"])`."""
 
     model: VisionLanguageModel
     processor: Processor
 
     @classmethod
     def load(cls, checkpoint: str | Path, device: str | torch.device = "cpu") -> Chat:
-        """From a checkpoint directory, a run folder's newest one, or the Hub; or `InputError`."""
+        """Load a checkpoint, a run folder's newest one, or a Hub id; raises `InputError`."""
         try:
             torch.zeros(1, device=device)
-        except (RuntimeError, AssertionError) as error:  # the latter: torch built without CUDA
+        except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
             raise InputError(f"device = {device!r}: {str(error).splitlines()[0]}.") from None
         model, processor = open_checkpoint(checkpoint)
         return cls(model.to(device), processor)
@@ -126,12 +126,12 @@ class Chat:
         images: Sequence[str | Path | Image.Image] = (),
         sampling: Sampling = Sampling(),
     ) -> str:
-        """The answer to one question about any number of pictures."""
+        """Answer one question about any number of images."""
         return "".join(self.stream(prompt, images, sampling))
 
-    def prompt(self, prompt: str, images: Sequence[str | Path | Image.Image] = ()) -> Tokens:
-        """Encode a question; pictures stand before it unless it names their places by `<image>`."""
-        return self.processor.encode_prompt([question(prompt, images)], images)
+    def encode_prompt(self, prompt: str, images: Sequence[str | Path | Image.Image] = ()) -> Tokens:
+        """Encode a question; images come first, unless `<image>` marks their places."""
+        return self.processor.encode_prompt([user_turn(prompt, images)], images)
 
     def stream(
         self,
@@ -139,19 +139,21 @@ class Chat:
         images: Sequence[str | Path | Image.Image] = (),
         sampling: Sampling = Sampling(),
     ) -> Iterator[str]:
-        """The answer in pieces, as it is made; joined they are the whole answer."""
-        return (piece.text for piece in self.watch(self.prompt(prompt, images), sampling))
+        """Yield the answer piece by piece while it is generated."""
+        return (
+            piece.text for piece in self.stream_chunks(self.encode_prompt(prompt, images), sampling)
+        )
 
-    def watch(
+    def stream_chunks(
         self, tokens: Tokens, sampling: Sampling = Sampling(), stop: Sequence[str] = ()
-    ) -> Iterator[Piece]:
-        """The answer to `tokens` piece by piece, with what each token was chosen from."""
+    ) -> Iterator[Chunk]:
+        """Yield the answer to an encoded prompt as chunks: text, token and logits."""
         ids, mask, pixels = (
             x.to(self.model.device) for x in collate_prompts([tokens], self.processor.cfg)
         )
         return stream_text(self.processor, steps(self.model, ids, pixels, mask, sampling), stop)
 
-    def replies(
+    def generate_replies(
         self,
         prompts: Iterable[Tokens],
         sampling: Sampling = Sampling(),
@@ -159,61 +161,61 @@ class Chat:
         n_rows: int = 64,
         number: Callable[[int], int] = int,
     ) -> Iterator[tuple[int, Reply]]:
-        """(`number` of the prompt, its answer) in the order in which they are done.
+        """Yield (`number(i)`, answer) for prompt i, in the order in which they finish.
 
-        Prompts are read as rows of the batch become free, so they may be made one by one. A
-        prompt's number is added to the seed.
+        Prompts are read lazily, when a row of the batch of `n_rows` is free (continuous batching).
+        The number is added to the seed.
         """
         tokenizer = self.processor.tokenizer
 
-        def said_stop(tokens: list[int]) -> bool:
+        def has_stop(tokens: list[int]) -> bool:
             text = tokenizer.decode(tokens, skip_special_tokens=True).lstrip() if stop else ""
             return any(s in text for s in stop)
 
-        encoded = (self._encoded(tokens) for tokens in prompts)
-        said = generate_continuous(self.model, encoded, sampling, n_rows, said_stop, number)
-        for index, tokens, logprobs in said:
+        encoded = (self._encode(tokens) for tokens in prompts)
+        completions = generate_continuous(self.model, encoded, sampling, n_rows, has_stop, number)
+        for index, tokens, logprobs in completions:
             text = answer_text(self.processor, tokens, stop)
             yield index, Reply(text, tuple(tokens), tuple(logprobs))
 
-    def answers(
+    def generate_answers(
         self, prompts: Iterable[Tokens], sampling: Sampling = Sampling(), n_rows: int = 64
     ) -> list[str]:
-        """Answers to encoded prompts, in their order."""
-        texts = {index: r.text for index, r in self.replies(prompts, sampling, (), n_rows)}
+        """Answers to encoded prompts, in the order of the prompts."""
+        texts = {index: r.text for index, r in self.generate_replies(prompts, sampling, (), n_rows)}
         return [texts[i] for i in range(len(texts))]
 
-    def choose(self, tokens: Tokens, choices: Sequence[str]) -> list[float]:
-        """How likely each of some whole answers is, as shares of their sum.
+    def choice_probabilities(self, tokens: Tokens, choices: Sequence[str]) -> list[float]:
+        """Probability of each of several complete answers, normalized to sum to 1.
 
-        An answer's likelihood is the product of its tokens', the end of turn included. Raises
-        `InputError` for one that cannot be said.
+        The likelihood of an answer is the product over its tokens, including the end of turn.
+        Raises `InputError` for an answer that does not fit or spells a special token.
         """
         if not choices:
             raise InputError("choices: name at least one.")
-        said = [self.processor.encode_answer(choice).tolist() for choice in choices]
-        longest, limit = max(map(len, said)), self.processor.cfg.lm_max_position_embeddings
+        answers = [self.processor.encode_answer(choice).tolist() for choice in choices]
+        longest, limit = max(map(len, answers)), self.processor.cfg.lm_max_position_embeddings
         if len(tokens) + longest > limit:
             raise InputError(
-                f"choices: the longest has {longest} tokens behind the prompt's {len(tokens)}, and "
+                f"choices: the longest has {longest} tokens after the prompt's {len(tokens)}, but "
                 f"the model's context ends at {limit}; shorten it."
             )
-        found = [
-            float(x.sum()) for x in score_continuations(self.model, self._encoded(tokens), said)
+        scores = [
+            float(x.sum()) for x in score_continuations(self.model, self._encode(tokens), answers)
         ]
-        weights = [math.exp(x - max(found)) for x in found]
+        weights = [math.exp(x - max(scores)) for x in scores]
         return [w / sum(weights) for w in weights]
 
-    def pixels(self, tokens: Tokens) -> Tensor:
-        """The tiles of a prompt as the encoder takes them, [N, 3, H, W]."""
+    def pixel_values(self, tokens: Tokens) -> Tensor:
+        """The normalized tiles of a prompt, [N, 3, H, W]."""
         return normalise(tokens.tiles, self.processor.cfg)
 
-    def _encoded(self, tokens: Tokens) -> Prompt:
-        return Prompt(torch.from_numpy(tokens.ids).long(), self.pixels(tokens))
+    def _encode(self, tokens: Tokens) -> Prompt:
+        return Prompt(torch.from_numpy(tokens.ids).long(), self.pixel_values(tokens))
 
 
-def question(prompt: str, images: Sequence) -> Turn:
-    """A user's turn with a place for each picture."""
+def user_turn(prompt: str, images: Sequence) -> Turn:
+    """A user turn with a placeholder for each image; raises `InputError` if it is empty."""
     if not prompt.strip() and not images:
         raise InputError("the prompt is empty; ask something or give an image.")
     return Turn("user", prompt if "<image>" in prompt else "<image>" * len(images) + prompt)

@@ -1,8 +1,8 @@
-"""Several turns about some pictures: what was computed for one turn serves the next.
+"""A conversation of several turns, with a prefix cache that is reused across turns.
 
-The keys and values of everything said so far stay in a cache. Each turn looks how much of it is
-still true, which after `reset` are the pictures, and runs the model on the rest alone.
-Not here: the terminal (generate.py).
+The cache holds keys and values of all tokens so far. Each turn runs the model only on the tokens
+after the longest common prefix; after `reset`, images that come again can still match.
+Not here: the terminal (terminal.py).
 """
 
 from __future__ import annotations
@@ -17,54 +17,54 @@ import torch
 from config_tools import InputError
 from configs import VLMConfig
 from data.images import normalise
-from data.text import NEXT, START
+from data.text import START, TURN_SEPARATOR
 from data.types import Tokens, Turn
-from engine.inference.chat import Chat, Piece, question, stream_text
+from engine.inference.chat import Chat, Chunk, stream_text, user_turn
 from models.inference.generate import Step, steps
 from models.inference.kv_cache import KVCache
 from models.inference.sampling import Sampling
 
-STEP = 256  # the cache grows to a multiple of so many slots
+CACHE_STEP = 256  # the cache grows to a multiple of this many slots
 
 
-def identities(tokens: Tokens, cfg: VLMConfig) -> np.ndarray:
-    """A number per token, [T] int64: its id, or what tells its tile from every other (below 0)."""
-    found = tokens.ids.astype(np.int64)
+def cache_keys(tokens: Tokens, cfg: VLMConfig) -> np.ndarray:
+    """A key per token, [T] int64: its id, or for image tokens a negative hash of the tile."""
+    keys = tokens.ids.astype(np.int64)
     hashes = [
         -1 - int.from_bytes(hashlib.blake2b(tile.tobytes(), digest_size=7).digest(), "big")
         for tile in tokens.tiles
     ]
-    found[found == cfg.vlm_image_token_id] = np.repeat(
+    keys[keys == cfg.vlm_image_token_id] = np.repeat(
         np.array(hashes, dtype=np.int64), cfg.tokens_per_tile
     )
-    return found
+    return keys
 
 
-def n_common(a: np.ndarray, b: np.ndarray) -> int:
-    """Length of the common beginning."""
+def common_prefix_length(a: np.ndarray, b: np.ndarray) -> int:
+    """Length of the common prefix of two arrays."""
     n = min(len(a), len(b))
     different = np.flatnonzero(a[:n] != b[:n])
     return int(different[0]) if len(different) else n
 
 
 class Conversation:
-    """`for piece in conversation.ask("What is this?", ["cat.png"]): ...`, then the next question.
+    """Ask several questions in turn: `for chunk in conversation.ask("What?", ["cat.png"]): ...`
 
-    An answer is the one that the whole conversation asked anew would get.
+    Each answer is the same as if the whole conversation were run without a cache.
     """
 
-    def __init__(self, chat: Chat):
+    def __init__(self, chat: Chat) -> None:
         self.chat = chat
         self.turns: list[Turn] = []
-        self.pictures: list[Any] = []
-        self.said: list[np.ndarray] = []  # identities of each encoded part
+        self.images: list[Any] = []
+        self.keys: list[np.ndarray] = []  # of each encoded turn
         self.tiles: list[np.ndarray] = []
         self.cache: KVCache | None = None
-        self.cached = np.zeros(0, dtype=np.int64)  # identities of the tokens in the cache
+        self.cached_keys = np.zeros(0, dtype=np.int64)  # keys of the tokens in the cache
 
     def reset(self) -> None:
-        """Forget the turns and pictures; the cache stays, in case the same pictures come again."""
-        self.turns, self.pictures, self.said, self.tiles = [], [], [], []
+        """Forget turns and images; the cache stays, in case the same images come again."""
+        self.turns, self.images, self.keys, self.tiles = [], [], [], []
 
     def ask(
         self,
@@ -72,45 +72,47 @@ class Conversation:
         images: Sequence = (),
         sampling: Sampling = Sampling(),
         stop: Sequence[str] = (),
-    ) -> Iterator[Piece]:
-        """The answer piece by piece. Raises `InputError`, which leaves everything as it was.
+    ) -> Iterator[Chunk]:
+        """Yield the answer as chunks; a caller that stops iterating cuts the answer off there.
 
-        A caller that stops listening cuts the answer there.
+        Raises `InputError`; the conversation is then unchanged.
         """
-        processor, turn = self.chat.processor, question(prompt, images)
-        opening = NEXT if self.turns else START
+        processor, turn = self.chat.processor, user_turn(prompt, images)
+        opening = TURN_SEPARATOR if self.turns else START
         tokens = processor.encode_prompt([turn], images, opening=opening)
-        parts = [*self.said, identities(tokens, processor.cfg)]
+        parts = [*self.keys, cache_keys(tokens, processor.cfg)]
         whole, limit = np.concatenate(parts), processor.cfg.lm_max_position_embeddings
         if len(whole) >= limit:
             raise InputError(
-                f"the conversation has {len(whole)} tokens and the model's context ends at "
-                f"{limit}; start anew."
+                f"the conversation has {len(whole)} tokens, but the model's context ends at "
+                f"{limit}; start a new one."
             )
-        tiles, text, said = [*self.tiles, tokens.tiles], "", False
+        tiles, text, has_answer = [*self.tiles, tokens.tiles], "", False
         try:
-            for piece in stream_text(processor, self._run(whole, tiles, sampling), stop):
-                text, said = text + piece.text, True
-                yield piece
+            for chunk in stream_text(processor, self._run(whole, tiles, sampling), stop):
+                text, has_answer = text + chunk.text, True
+                yield chunk
         finally:
-            if said:  # else it was cut before its first token, and was not asked
-                # First, as it refuses an answer that spells a special token.
-                self.said = [*parts, processor.encode_answer(text).astype(np.int64)]
+            if has_answer:  # not if it was cut off before the first token
+                # First, as it raises if the answer spells a special token.
+                self.keys = [*parts, processor.encode_answer(text).astype(np.int64)]
                 self.turns += [turn, Turn("assistant", text)]
-                self.pictures += images
+                self.images += images
                 self.tiles = tiles
 
     def _run(self, whole: np.ndarray, tiles: list, sampling: Sampling) -> Iterator[Step]:
-        """Answer the prompt `whole`, of which the model sees only what the cache does not hold."""
+        """Run the model on the part of `whole` that is not in the cache, then decode."""
         model, cfg = self.chat.model, self.chat.processor.cfg
-        start = min(n_common(self.cached, whole), len(whole) - 1)
+        start = min(common_prefix_length(self.cached_keys, whole), len(whole) - 1)
         n_slots = min(len(whole) + sampling.max_new_tokens, cfg.lm_max_position_embeddings)
         if self.cache is None or self.cache.n_slots < n_slots:
             dtype, old = model.decoder.norm.weight.dtype, self.cache
-            self.cache = KVCache(cfg, 1, -(-n_slots // STEP) * STEP, model.device, dtype)
+            self.cache = KVCache(
+                cfg, 1, -(-n_slots // CACHE_STEP) * CACHE_STEP, model.device, dtype
+            )
             if old is not None:
                 self.cache.put(torch.tensor([0], device=model.device), old)
-        self.cached = whole[:start]
+        self.cached_keys = whole[:start]
         n_seen = int((whole[:start] < 0).sum()) // cfg.tokens_per_tile
         new_tiles = np.concatenate(tiles)[n_seen:] if (whole[start:] < 0).any() else tiles[0][:0]
         ids = np.where(whole < 0, cfg.vlm_image_token_id, whole)
@@ -118,6 +120,6 @@ class Conversation:
         pixels = normalise(new_tiles, cfg).to(model.device)
         unfed = whole[start:]
         for step in steps(model, ids, pixels, None, sampling, self.cache, start):
-            self.cached = np.concatenate((self.cached, unfed))
+            self.cached_keys = np.concatenate((self.cached_keys, unfed))
             unfed = step.tokens.cpu().numpy()
             yield step

@@ -1,7 +1,7 @@
-"""What the Hub gets of a classifier: weights, curves, confusion, and a model card about them.
+"""A classifier's Hub repository: weights, curves, confusion matrix and model card.
 
-Every figure of the card is read from the run's own files. Not here: talking to the Hub
-(models/pretrained/hub.py), cards of whole models (publish.py).
+All figures of the card come from the run's files. Not here: uploads (models/pretrained/hub.py),
+cards of vision-language models (model_card.py).
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from config_tools import read_json, to_dict
 from configs_classify import ClassifyConfig
 from engine.publishing.model_card import CONFIG_NAME, CURVE, LICENCES, hours, read_record, section
 from engine.training.checkpoint import STATE
-from engine.vit.classification import open_classifier
+from engine.vit.classification import CONFUSION, RESULT, open_classifier
 from models.classifier import Classifier
 from models.pretrained.hub import find
-from models.pretrained.load import newest
-from models.pretrained.save import reader_of
+from models.pretrained.load import newest_checkpoint
+from models.pretrained.save import transformers_class
 
-CONFUSION, RESULT = "confusion.png", "result.json"
+NO_LOADER = "only picoVLM loads it: no class of transformers fits"
 
 
-def prepare(source: str, folder: Path, repo_id: str) -> str:
-    """Write into `folder` everything that would be uploaded; returns what opens it, in words."""
+def write_repository(source: str, folder: Path, repo_id: str) -> str:
+    """Write the repository into `folder`; return a line that names what can load it."""
     model = open_classifier(source)
     model.save_pretrained(folder)
-    checkpoint = newest(find(source))
+    checkpoint = newest_checkpoint(find(source))
     run = checkpoint.parent if (checkpoint / STATE).is_file() else checkpoint
     for name in (CURVE, CONFUSION):
         if (run / name).is_file():
@@ -39,45 +39,46 @@ def prepare(source: str, folder: Path, repo_id: str) -> str:
     result = read_json(run / RESULT) if (run / RESULT).is_file() else {}
     words = card(model, record, result, folder, repo_id)
     (folder / "README.md").write_text(words, encoding="utf-8")
-    theirs = reader_of(model.vit)
-    return f"for transformers' {theirs}" if theirs else "for picoVLM alone: no class there fits"
+    loader = transformers_class(model.vit)
+    return f"loads as transformers' {loader}" if loader else NO_LOADER
 
 
 def card(model: Classifier, record: dict, result: dict, folder: Path, repo_id: str) -> str:
-    """README.md of the repository, with the Hub's metadata at its head."""
-    cfg, theirs = model.cfg, reader_of(model.vit)
-    named = record["config"].model.vit_model_type if record else ""
-    found = (licence for start, licence in LICENCES.items() if named.startswith(start))
-    is_local = bool(named) and Path(named).exists()  # would mean nothing there
+    """README.md of the repository, with the Hub's metadata as YAML header."""
+    cfg, loader = model.cfg, transformers_class(model.vit)
+    trunk = record["config"].model.vit_model_type if record else ""
+    found = (licence for start, licence in LICENCES.items() if trunk.startswith(start))
+    is_local = bool(trunk) and Path(trunk).exists()  # meaningless on the Hub
     head = {
-        "library_name": "transformers" if theirs else "picovlm",
+        "library_name": "transformers" if loader else "picovlm",
         "pipeline_tag": "image-classification",
-        "license": next(found, "other") if named and not is_local else "mit",
-        "base_model": [named] if named and not is_local else [],
+        "license": next(found, "other") if trunk and not is_local else "mit",
+        "base_model": [trunk] if trunk and not is_local else [],
         "tags": ["picovlm", "vit", "image-classification"],
     }
     yaml = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items() if value)
-    opens = f"transformers' {theirs}" if theirs else "picoVLM alone: no class of transformers fits"
+    opens = f"loads as transformers' {loader}" if loader else NO_LOADER
     parts = [
         f"---\n{yaml}\n---",
         f"# {repo_id.split('/')[-1]}",
-        f"A Vision Transformer that tells {cfg.vit_n_classes} classes apart in pictures of "
-        f"{cfg.vit_img_size} x {cfg.vit_img_size} pixels, trained with picoVLM; for {opens}.",
+        f"A Vision Transformer that classifies images of {cfg.vit_img_size} x {cfg.vit_img_size} "
+        f"pixels into {cfg.vit_n_classes} classes, trained with picoVLM; {opens}.",
         f"```\n{model}\n```",
     ]
     parts += [training(record)] if record else []
     for name, words in ((CURVE, "loss and accuracy"), (CONFUSION, "confusion matrix")):
         parts += [f"![{words}]({name})"] * (folder / name).is_file()
     parts += [scores(result)] if result else []
-    return "\n\n".join([*parts, usage(repo_id, theirs)]) + "\n"
+    return "\n\n".join([*parts, usage(repo_id, loader)]) + "\n"
 
 
 def training(record: dict) -> str:
+    """Data, steps, time and hardware of the run."""
     cfg: ClassifyConfig = record["config"]
     rows = {
         "data": record["data"],
         "trunk": cfg.model.vit_model_type or "from scratch",
-        "steps": f"{record['step']:,} of {cfg.train.steps:,}, {cfg.data.batch_size} pictures each",
+        "steps": f"{record['step']:,} of {cfg.train.steps:,}, {cfg.data.batch_size} images each",
         "time": f"{hours(record['events']):.2f} hours",
         "hardware": record.get("hardware", "not recorded"),
         "code": f"commit {record['git']}, torch {record['torch']}",
@@ -86,18 +87,21 @@ def training(record: dict) -> str:
 
 
 def scores(result: dict) -> str:
+    """The accuracy with its interval."""
     low, high = result["interval"]
+    n_images = result["images"] if "images" in result else result["pictures"]  # earlier versions
     return (
-        f"## Accuracy\n\n{result['val_accuracy']:.2%} of {result['pictures']:,} pictures that were "
-        f"not trained on (95 % interval {low:.2%} to {high:.2%})."
+        f"## Accuracy\n\n{result['val_accuracy']:.2%} of {n_images:,} images that were "
+        f"not used in training (95 % interval {low:.2%} to {high:.2%})."
     )
 
 
-def usage(repo_id: str, theirs: str) -> str:
+def usage(repo_id: str, loader: str) -> str:
+    """Snippets for transformers, if a class there fits, and for picoVLM."""
     code = f"""```python
 from transformers import pipeline
 
-print(pipeline("image-classification", "{repo_id}")("picture.png"))
+print(pipeline("image-classification", "{repo_id}")("image.png"))
 ```"""
-    ours = f"```bash\npython classify.py predict {repo_id} picture.png\n```"
-    return "\n\n".join(["## Use", *[code] * bool(theirs), "In a checkout of picoVLM:", ours])
+    command = f"```bash\npython classify.py predict {repo_id} image.png\n```"
+    return "\n\n".join(["## Use", *[code] * bool(loader), "In a checkout of picoVLM:", command])

@@ -1,7 +1,7 @@
-"""What the Hub gets of a run: the checkpoint, the curve, the config, and a model card about them.
+"""The Hub repository of a run: checkpoint, loss curve, config and model card.
 
-Every figure of the card is read from the run's own files. Not here: talking to the Hub
-(models/pretrained/hub.py), other layouts (export.py).
+All figures of the card come from the run's files. Not here: uploads (models/pretrained/hub.py),
+other formats (export.py).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from models.pretrained.save import unsupported_reason
 from models.vision_language_model import VisionLanguageModel
 
 CONFIG_NAME, CURVE, SCORE = "train_config.json", "loss.png", "score.json"
-# Licences of the backbones in the presets and of those most used, by the start of their names.
+# Licenses of common backbones, by the start of their names.
 LICENCES = {
     "google/siglip": "apache-2.0",
     "HuggingFaceTB/SmolLM": "apache-2.0",
@@ -36,17 +36,19 @@ LICENCES = {
 
 
 def publish(source: str | Path, repo_id: str, private: bool = True) -> str:
-    """Upload a checkpoint, or a run's newest one, with its card; returns the address.
+    """Upload a checkpoint, or a run's newest one, with its card; return the URL.
 
     Raises `InputError`.
     """
     with tempfile.TemporaryDirectory() as folder:
-        prepare(source, Path(folder), repo_id)
+        write_repository(source, Path(folder), repo_id)
         return hub.push(folder, repo_id, private)
 
 
-def prepare(source: str | Path, folder: Path, repo_id: str, dtype: torch.dtype | None = None):
-    """Write into `folder` everything that would be uploaded; `dtype`: another than the file's."""
+def write_repository(
+    source: str | Path, folder: Path, repo_id: str, dtype: torch.dtype | None = None
+) -> None:
+    """Write the repository into `folder`, with weights in `dtype` (None: unchanged)."""
     model, processor = open_checkpoint(source)
     model.to(dtype).save_pretrained(folder, processor)
     checkpoint = resolve(source)
@@ -58,14 +60,14 @@ def prepare(source: str | Path, folder: Path, repo_id: str, dtype: torch.dtype |
         config = json.dumps(to_dict(record["config"]), indent=2) + "\n"
         (folder / CONFIG_NAME).write_text(config, encoding="utf-8")
     score = read_json(run / SCORE) if (run / SCORE).is_file() else {}
-    needed = {"accuracy", "interval", "n"}
-    if score and not all(needed <= set(s) for s in (score, *score.get("skills", {}).values())):
-        raise InputError(f"{run / SCORE}: not what score.py --json writes; move it away.")
+    keys = {"accuracy", "interval", "n"}
+    if score and not all(keys <= set(s) for s in (score, *score.get("skills", {}).values())):
+        raise InputError(f"{run / SCORE}: not a result of score.py --json; move the file away.")
     (folder / "README.md").write_text(card(model, record, score, folder, repo_id), encoding="utf-8")
 
 
 def read_record(checkpoint: Path, cls: type = RunConfig) -> dict:
-    """What a training checkpoint knows of its run; empty for one without."""
+    """Config, step, log and versions of a checkpoint's run; {} without a training state."""
     if not (checkpoint / STATE).is_file():
         return {}
     state = read_state(checkpoint, mmap=True)
@@ -81,19 +83,19 @@ def read_record(checkpoint: Path, cls: type = RunConfig) -> dict:
 
 
 def fingerprint(source: str, seed: int) -> str:
-    """What tells one data set from another: the world's seed, the hash of a file's rows."""
+    """A name for the data: the seed of the built-in world, or the hash of a file."""
     if source == "world":
         return f"the built-in world, seed {seed}"
     path = Path(source)
     if path.is_dir():
         return f"{path.name}, a folder"
     if not path.is_file():
-        return f"{path.name} (not at hand when this card was written)"
+        return f"{path.name} (not available when this card was written)"
     return f"{path.name}, SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
 
 
 def hours(events: list[dict]) -> float:
-    """Time spent training: the clock of the log starts anew with every resume."""
+    """Hours of training; the clock of the log restarts at 0 with every resume."""
     total = last = 0.0
     for event in events:
         if event["seconds"] < last:
@@ -103,7 +105,7 @@ def hours(events: list[dict]) -> float:
 
 
 def licence(cfg: VLMConfig) -> str:
-    """That of the backbones where it is one and known, `other` where not; ours from scratch."""
+    """The license of the backbones; `other` if unknown or mixed; MIT without backbones."""
     named = [name for name in (cfg.vit_model_type, cfg.lm_model_type) if name]
     found = {
         next((lic for start, lic in LICENCES.items() if name.startswith(start)), "other")
@@ -113,14 +115,14 @@ def licence(cfg: VLMConfig) -> str:
 
 
 def card(model: VisionLanguageModel, record: dict, score: dict, folder: Path, repo_id: str) -> str:
-    """README.md of the repository, with the Hub's metadata at its head."""
+    """README.md of the repository, with the Hub's metadata as YAML header."""
     cfg, reason = model.cfg, unsupported_reason(model.cfg)
     named = [name for name in (cfg.vit_model_type, cfg.lm_model_type) if name]
     head = {
         "library_name": "picovlm" if reason else "transformers",
         "pipeline_tag": "image-text-to-text",
         "license": licence(cfg),
-        # A directory on this machine would mean nothing there.
+        # A local directory is meaningless on the Hub.
         "base_model": [name for name in named if not Path(name).exists()],
         "tags": ["picovlm", "vision-language-model"],
     }
@@ -133,13 +135,14 @@ def card(model: VisionLanguageModel, record: dict, score: dict, folder: Path, re
 
 
 def architecture(model: VisionLanguageModel, reason: str) -> str:
+    """Parameters and sizes of the parts; `reason`: why the checkpoint is not in Idefics3 format."""
     cfg, total = model.cfg, sum(p.numel() for p in model.parameters())
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.parts.items()}
     start = {"vision": cfg.vit_model_type, "language": cfg.lm_model_type}
     layout = (
-        f"For picoVLM alone: Idefics3 has no place for {reason}."
+        f"Only picoVLM loads this checkpoint: Idefics3 does not support {reason}."
         if reason
-        else "An Idefics3 checkpoint: transformers, vLLM, llama.cpp and MLX need no further code."
+        else "The checkpoint is in Idefics3 format: transformers, vLLM, llama.cpp and MLX load it."
     )
     what = {
         "vision": f"ViT, {cfg.vit_n_blocks} blocks of {cfg.vit_hidden_dim}, tiles of "
@@ -166,7 +169,7 @@ def architecture(model: VisionLanguageModel, reason: str) -> str:
 
 
 def training(record: dict) -> str:
-    """Data, time, hardware, and the command."""
+    """Data, steps, time, hardware and versions of the run."""
     cfg: RunConfig = record["config"]
     losses = [event["loss"] for event in record["events"] if "loss" in event]
     rows = {
@@ -181,7 +184,7 @@ def training(record: dict) -> str:
 
 
 def section(rows: dict[str, str], script: str) -> str:
-    """The card's part about training: `rows` as a table, and the command that does it again."""
+    """The section about training: `rows` as a table, and the command that repeats it."""
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return (
         f"## Training\n\n| | |\n|---|---|\n{table}\n\nAgain, from the commit above and with "
@@ -190,7 +193,7 @@ def section(rows: dict[str, str], script: str) -> str:
 
 
 def scores(score: dict) -> str:
-    """The figures of score.py with their 95 % intervals; blind: with every picture blanked."""
+    """Results of score.py with 95 % intervals; blind: with blank images."""
 
     def percent(value: float | None) -> str:
         return "-" if value is None else f"{value:.1%}"
@@ -205,13 +208,13 @@ def scores(score: dict) -> str:
 
 
 def usage(repo_id: str, reason: str) -> str:
-    """A snippet for transformers, where it can open it, and one for us."""
-    theirs = f"""```python
+    """Snippets for transformers, if it can load the checkpoint, and for picoVLM."""
+    for_transformers = f"""```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 processor = AutoProcessor.from_pretrained("{repo_id}")
 model = AutoModelForImageTextToText.from_pretrained("{repo_id}")
-content = [{{"type": "image", "url": "picture.png"}}, {{"type": "text", "text": "What is this?"}}]
+content = [{{"type": "image", "url": "image.png"}}, {{"type": "text", "text": "What is this?"}}]
 inputs = processor.apply_chat_template(
     [{{"role": "user", "content": content}}],
     add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
@@ -219,10 +222,10 @@ inputs = processor.apply_chat_template(
 new = model.generate(**inputs, max_new_tokens=96)[:, inputs["input_ids"].shape[1]:]
 print(processor.batch_decode(new, skip_special_tokens=True)[0])
 ```"""
-    ours = f"""```python
+    for_picovlm = f"""```python
 from engine.inference.chat import Chat
 
-print(Chat.load("{repo_id}")("What is this?", ["picture.png"]))
+print(Chat.load("{repo_id}")("What is this?", ["image.png"]))
 ```"""
-    parts = ["## Use"] + ([] if reason else [theirs]) + ["In a checkout of picoVLM:", ours]
-    return "\n\n".join(parts)
+    parts = ["## Use", *([] if reason else [for_transformers])]
+    return "\n\n".join([*parts, "In a checkout of picoVLM:", for_picovlm])

@@ -1,8 +1,8 @@
-"""Low-rank adapters (Hu et al. 2021) on any part: attach, save, merge. peft does the adapting.
+"""LoRA adapters (Hu et al. 2021) on any part, by peft: attach, save, load, merge.
 
-A checkpoint of such a run is the merged model, which every loader opens, and beside it `adapter/`:
-all that was trained, in peft's own format, under the names of transformers' Idefics3. What it
-belongs to is the run's `base/`. Not here: which parameters an optimizer gets (optim.py).
+A checkpoint holds the merged model, which every loader opens, and `adapter/`: all trained tensors
+in peft's format, under the names of transformers' Idefics3. The model they apply to is in the run's
+`base/`. Not here: which parameters an optimizer gets (optim.py).
 """
 
 from __future__ import annotations
@@ -16,43 +16,44 @@ from torch import Tensor, nn
 
 from config_tools import InputError
 from configs import TrainConfig
+from models.pretrained.load import load_tensors
 from models.pretrained.safetensors_io import read_weights, save_tensors
-from models.pretrained.save import layout_of
+from models.pretrained.save import checkpoint_pairs
 from models.vision_language_model import VisionLanguageModel
 
 FOLDER, BASE, FILE = "adapter", "base", "adapter_model.safetensors"
-PREFIX = "base_model.model."  # peft's, of every name
-PLACES = {"vision": "vision_encoder", "projector": "MP", "language": "decoder"}
+PREFIX = "base_model.model."  # peft puts it before every tensor name
+MODULES = {"vision": "vision_encoder", "projector": "MP", "language": "decoder"}
 
 
-def attach(model: VisionLanguageModel, cfg: TrainConfig) -> None:
-    """Put an adapter on the linear layers that `cfg` names; it changes nothing until trained.
+def attach_adapters(model: VisionLanguageModel, cfg: TrainConfig) -> None:
+    """Add an adapter to the linear layers that `cfg` selects; its output is 0 until trained.
 
-    Raises `InputError` where no layer is named so, or a part would train beside them in full.
+    Raises `InputError` if no layer matches, if another part would train in full, or without peft.
     """
     if not cfg.lora:
         return
-    loose = [part for part in ("vision", "language") if part not in (*cfg.lora, *cfg.freeze)]
-    if loose:
+    unfrozen = [part for part in ("vision", "language") if part not in (*cfg.lora, *cfg.freeze)]
+    if unfrozen:
         raise InputError(
-            f"train.lora = {cfg.lora}: {loose[0]} would train in full beside the adapters, which "
-            f"could then not stand alone; add it there, or to --train.freeze."
+            f"train.lora = {cfg.lora}: {unfrozen[0]} would train in full, and its weights are not "
+            f"part of the adapter; add it to --train.lora or to --train.freeze."
         )
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
-        raise InputError("train.lora: needs the package peft: pip install peft.") from None
-    names = targets(model, cfg)
+        raise InputError("train.lora: needs the package peft; run `pip install peft`.") from None
+    names = target_modules(model, cfg)
     rank = dict(r=cfg.lora_r, lora_alpha=cfg.lora_alpha)
     inject_adapter_in_model(LoraConfig(**rank, target_modules=names), model)
 
 
-def targets(model: VisionLanguageModel, cfg: TrainConfig) -> list[str]:
-    """Names of the linear layers that get adapters; the head never does."""
+def target_modules(model: VisionLanguageModel, cfg: TrainConfig) -> list[str]:
+    """Names of the linear layers that get adapters; never the head."""
     found = []
     for part in cfg.lora:
         of_part = [
-            f"{PLACES[part]}.{name}"
+            f"{MODULES[part]}.{name}"
             for name, module in model.parts[part].named_modules()
             if isinstance(module, nn.Linear) and name != "head"
         ]
@@ -60,14 +61,14 @@ def targets(model: VisionLanguageModel, cfg: TrainConfig) -> list[str]:
         if not chosen:
             ends = sorted({name.rpartition(".")[2] for name in of_part})
             raise InputError(
-                f"train.lora_targets = {cfg.lora_targets}: none in {part}, which has "
+                f"train.lora_targets = {cfg.lora_targets}: no such layer in {part}; it has "
                 f"{', '.join(ends)}."
             )
         found += chosen
     return found
 
 
-def adapted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def adapter_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(name, layer) of every layer with an adapter."""
     for name, module in model.named_modules():
         if hasattr(module, "lora_A"):
@@ -75,9 +76,9 @@ def adapted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 @torch.no_grad()
-def merged(model: VisionLanguageModel) -> VisionLanguageModel:
-    """A plain model that computes the same; untouched tensors are shared, not copied."""
-    layers = dict(adapted(model))
+def merge(model: VisionLanguageModel) -> VisionLanguageModel:
+    """A model without adapters and with the same outputs; other tensors are shared, not copied."""
+    layers = dict(adapter_layers(model))
     tensors = {}
     for name, tensor in model.state_dict().items():
         owner, _, leaf = name.rpartition(".base_layer.")
@@ -86,11 +87,11 @@ def merged(model: VisionLanguageModel) -> VisionLanguageModel:
         if owner in layers and leaf == "weight":
             tensor = tensor + layers[owner].get_delta_weight("default")
         tensors[f"{owner}.{leaf}" if owner else name] = tensor
-    return model.assembled(tensors)
+    return load_tensors(type(model), model.cfg, tensors).train(model.training)
 
 
-def trained(model: VisionLanguageModel) -> dict[str, Tensor]:
-    """All tensors that train, under our names: `layer.lora_A.weight`, and what trains in full."""
+def trainable_tensors(model: VisionLanguageModel) -> dict[str, Tensor]:
+    """All tensors that train, by picoVLM's names, for example `layer.lora_A.weight`."""
     return {
         name.replace(".default.", "."): p.detach()
         for name, p in model.named_parameters()
@@ -98,20 +99,22 @@ def trained(model: VisionLanguageModel) -> dict[str, Tensor]:
     }
 
 
-def save(model: VisionLanguageModel, cfg: TrainConfig, folder: Path) -> None:
-    """`folder/adapter` in peft's format."""
+def save_adapter(model: VisionLanguageModel, cfg: TrainConfig, folder: Path) -> None:
+    """Write `folder/adapter` in peft's format."""
     from peft import LoraConfig
 
-    theirs = {pair.ours[0]: pair.theirs for pair in layout_of(model.cfg)}
+    hf_names = {pair.params[0]: pair.key for pair in checkpoint_pairs(model.cfg)}
 
     def rename(name: str) -> str:
         layer, lora, rest = name.partition(".lora_")
-        return (theirs[f"{layer}.weight"].removesuffix(".weight") + lora + rest) if lora \
-            else theirs[name]  # fmt: skip
+        return (hf_names[f"{layer}.weight"].removesuffix(".weight") + lora + rest) if lora \
+            else hf_names[name]  # fmt: skip
 
-    out, tensors = folder / FOLDER, trained(model)
+    out, tensors = folder / FOLDER, trainable_tensors(model)
     out.mkdir()
-    names = [theirs[f"{name}.weight"].removesuffix(".weight") for name, _ in adapted(model)]
+    names = [
+        hf_names[f"{name}.weight"].removesuffix(".weight") for name, _ in adapter_layers(model)
+    ]
     full = [rename(n).removesuffix(".weight") for n in tensors if ".lora_" not in n]
     LoraConfig(
         r=cfg.lora_r, lora_alpha=cfg.lora_alpha, target_modules=sorted(names), inference_mode=True,
@@ -121,51 +124,53 @@ def save(model: VisionLanguageModel, cfg: TrainConfig, folder: Path) -> None:
     save_tensors(named, out / FILE)
 
 
-def load(model: VisionLanguageModel, folder: Path) -> None:
-    """Fill what trains from `folder/adapter`, every tensor of it; raises `InputError`.
+def load_adapter(model: VisionLanguageModel, folder: Path) -> None:
+    """Load `folder/adapter` into the tensors that train; do nothing if there is none.
 
-    A run that had no adapters has none to fill: its other settings are compared later.
+    Raises `InputError` if a name or shape differs.
     """
     if not (folder / FOLDER).is_dir():
         return
-    ours = {pair.theirs.removesuffix(".weight"): pair.ours[0].removesuffix(".weight")
-            for pair in layout_of(model.cfg)}  # fmt: skip
-    found = {}
+    own_names = {pair.key.removesuffix(".weight"): pair.params[0].removesuffix(".weight")
+                 for pair in checkpoint_pairs(model.cfg)}  # fmt: skip
+    saved = {}
     for name, tensor in read_weights(folder / FOLDER, FILE).items():
         layer, lora, rest = name.removeprefix(PREFIX).removesuffix(".weight").partition(".lora_")
-        found[f"{ours.get(layer)}{lora}{rest}.weight"] = tensor
-    wanted = trained(model)
-    odd = found.keys() ^ wanted.keys()
-    odd |= {name for name in found.keys() & wanted.keys()
-            if found[name].shape != wanted[name].shape}  # fmt: skip
-    if odd:
-        raise InputError(f"{folder / FOLDER}: does not fit this run's adapters, as of {min(odd)}.")
+        saved[f"{own_names.get(layer)}{lora}{rest}.weight"] = tensor
+    trainable = trainable_tensors(model)
+    mismatched = saved.keys() ^ trainable.keys()
+    common = saved.keys() & trainable.keys()
+    mismatched |= {name for name in common if saved[name].shape != trainable[name].shape}
+    if mismatched:
+        raise InputError(
+            f"{folder / FOLDER}: does not match the adapters of this run: {min(mismatched)}."
+        )
     with torch.no_grad():
-        for name, tensor in wanted.items():
-            tensor.copy_(found[name])
+        for name, tensor in trainable.items():
+            tensor.copy_(saved[name])
 
 
-def start_of(folder: Path) -> Path:
-    """What a run goes on from at a checkpoint: its weights, or what its adapters belong to."""
+def initial_weights(folder: Path) -> Path:
+    """The model to load when resuming from a checkpoint: itself, or the base of its adapters."""
     return folder.parent / BASE if (folder / FOLDER).is_dir() else folder
 
 
-def write(model: VisionLanguageModel, folder: Path, processor, cfg: TrainConfig) -> None:
-    """A checkpoint's model: as it is, or merged and with its adapter."""
+def save_model(model: VisionLanguageModel, folder: Path, processor, cfg: TrainConfig) -> None:
+    """Write the model into a checkpoint folder; with adapters, the merged model and the adapter."""
     if cfg.lora:
-        merged(model).save_pretrained(folder, processor)
-        save(model, cfg, folder)
+        merge(model).save_pretrained(folder, processor)
+        save_adapter(model, cfg, folder)
     else:
         model.save_pretrained(folder, processor)
 
 
-def keep_base(model: VisionLanguageModel, processor, cfg: TrainConfig) -> None:
-    """Write the model that adapters belong to into the run's folder, whole, before training.
+def save_base(model: VisionLanguageModel, processor, cfg: TrainConfig) -> None:
+    """Before training with adapters, write the base model into the run folder.
 
-    Fresh adapters add zero, so merging them changes no bit.
+    New adapters add zero, so merging them does not change a bit.
     """
-    folder, beside = Path(cfg.out, BASE), Path(cfg.out, ".saving-base")
+    folder, temporary = Path(cfg.out, BASE), Path(cfg.out, ".saving-base")
     if cfg.lora:
         shutil.rmtree(folder, ignore_errors=True)
-        merged(model).save_pretrained(beside, processor)
-        beside.rename(folder)
+        merge(model).save_pretrained(temporary, processor)
+        temporary.rename(folder)

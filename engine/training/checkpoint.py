@@ -1,14 +1,13 @@
-"""The whole state of a run on disk, so that stopping loses nothing.
+"""Checkpoints: everything a run needs to resume exactly where it stopped.
 
-It is written to a temporary folder, then renamed.
-A checkpoint folder `step-000600` is a model directory that every loader opens, plus `state.pt`.
+A folder `step-000600` holds the model (config.json, model.safetensors, tokenizer) and `state.pt`:
+step, optimizer, random generators, loader position, best evaluation, config and versions. It is
+written under a temporary name, then renamed. Not here: the run folder and its lock (run_folder.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import json
 import os
 import pickle
 import platform
@@ -16,47 +15,68 @@ import random
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from config_tools import InputError, by_step, from_dict, to_dict
+from config_tools import InputError, from_dict, to_dict
 from configs import RunConfig
 from engine.training.distributed import Dist
 from engine.training.optim import Optimizers
+from engine.training.run_folder import STATE, list_checkpoints, write_config
 from models.pretrained.hub import find
+from models.pretrained.load import load_tensors
 
-STATE, SHARDS = "state.pt", "shards"
-
-
-def folders(run: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    found = (p for p in run.glob("step-*") if (p / STATE).is_file())
-    return sorted(found, key=by_step)
+SHARDS = "shards"  # folder of the optimizer state under FSDP
 
 
-def seen_by_all(run: Path, dist: Dist) -> list[Path]:
-    """`folders`; raises `InputError` where processes, on different machines, see different ones."""
-    found = folders(run)
-    seen = {tuple(p.name for p in paths) for paths in dist.gather(found)}
-    if len(seen) > 1:
-        raise InputError(f"{run}: not the same on all machines; name a folder that they share.")
+@dataclass
+class Best:
+    """The best evaluation so far: highest accuracy; among equals, lowest loss."""
+
+    step: int = 0
+    score: tuple[float, float] = (-1.0, 0.0)  # accuracy, minus loss
+
+    def is_improvement(self, values: dict) -> bool:
+        """Whether an evaluation's `values` are better; without `val_loss` they are not."""
+        return "val_loss" in values and self._score(values) > self.score
+
+    def update(self, values: dict, step: int) -> bool:
+        """Record `values` if they are better; return whether they are."""
+        if not self.is_improvement(values):
+            return False
+        self.step, self.score = step, self._score(values)
+        return True
+
+    @staticmethod
+    def _score(values: dict) -> tuple[float, float]:
+        return values["val_accuracy"], -values["val_loss"]
+
+
+def list_shared_checkpoints(run: Path, dist: Dist) -> list[Path]:
+    """`list_checkpoints`; raises `InputError` if processes on different machines see others."""
+    found = list_checkpoints(run)
+    names = {tuple(p.name for p in paths) for paths in dist.all_gather(found)}
+    if len(names) > 1:
+        raise InputError(
+            f"train.out = {str(run)!r}: machines see different checkpoints there; use a folder "
+            "that all machines share."
+        )
     return found
 
 
 def resolve(path: str | Path) -> Path:
-    """A model directory as it is, a run folder's newest checkpoint, or a Hub id's snapshot.
+    """The model directory of a checkpoint, of a run folder (its newest checkpoint), or of a Hub id.
 
-    Raises `InputError` if it is none of them.
+    Raises `InputError` if `path` is none of them.
     """
     path = find(path)
-    if folders(path):
-        return folders(path)[-1]
-    if (
-        not (path / "model.safetensors").is_file()
-        and not (path / "model.safetensors.index.json").is_file()
-    ):
+    if checkpoints := list_checkpoints(path):
+        return checkpoints[-1]
+    names = ("model.safetensors", "model.safetensors.index.json")
+    if not any((path / name).is_file() for name in names):
         raise InputError(
             f"{path}: neither a checkpoint (no model.safetensors) nor a run folder with one."
         )
@@ -64,7 +84,7 @@ def resolve(path: str | Path) -> Path:
 
 
 def rng_state() -> dict:
-    """Every random generator a run may draw from."""
+    """The state of all random generators: torch, Python, numpy, CUDA."""
     version, internal, gauss = random.getstate()
     _, keys, pos, has_gauss, cached = np.random.get_state()
     state = {
@@ -78,6 +98,7 @@ def rng_state() -> dict:
 
 
 def set_rng_state(state: dict) -> None:
+    """Restore what `rng_state` returned."""
     torch.set_rng_state(state["torch"])
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
@@ -88,9 +109,10 @@ def set_rng_state(state: dict) -> None:
 
 
 def seed_generators(seed: int, rank: int) -> None:
-    """Python's and numpy's, and torch's of every rank but the first.
+    """Seed Python and numpy by rank, and torch on every rank but 0.
 
-    That one goes on from where the initial weights left it; the others' dropout must not be its.
+    Rank 0's torch generator continues after the weight initialization; other ranks need different
+    dropout.
     """
     random.seed(f"{seed}/{rank}")
     np.random.seed((seed * 1_000_003 + rank) % 2**32)
@@ -102,33 +124,34 @@ def save(
     cfg: RunConfig,
     step: int,
     model,
-    write: Callable[[object, Path], None],
+    save_model: Callable[[object, Path], None],
     optimizer: Optimizers,
     dist: Dist,
     state: dict,
 ) -> None:
-    """Write checkpoint `step`, then drop all but the newest `keep` and the best evaluated one.
+    """Write checkpoint `step`, then delete all but the newest `keep` and the best evaluated one.
 
-    Called by every process. On failure nothing of it remains. Raises `InputError` when the disk
-    refuses; earlier checkpoints are untouched.
+    Every process calls it. Raises `InputError` if the disk is full or read-only; then nothing of
+    the new checkpoint remains and earlier ones are untouched.
     """
-    state = state | {"rng": dist.gather(rng_state())}
+    state = state | {"rng": dist.all_gather(rng_state())}
     if not dist.is_sharded:
         state["optimizer"] = optimizer.state_dict()
         if dist.is_main:
-            _write(cfg, step, lambda folder: write(model, folder), state)
-        dist.sum(0)  # none goes on before it is there
+            _write(cfg, step, lambda folder: save_model(model, folder), state)
+        dist.sum(0)  # wait until it is written
         return
-    tensors = dist.whole(model)
+    tensors = dist.full_state_dict(model)
     shards = Path(cfg.train.out) / f".shards-{step:06d}"
     try:
         dist.save_shards(model, optimizer.members[0], shards)
-    except Exception as error:  # CheckpointException, which is no more than that
+    except Exception as error:  # torch raises CheckpointException, an Exception
         shutil.rmtree(shards, ignore_errors=True)
-        raise refused(shards, str(error).splitlines()[0]) from None
+        raise write_error(shards, str(error).splitlines()[0]) from None
 
     def write_all(folder: Path) -> None:
-        write(model.assembled(tensors), folder)
+        full = load_tensors(type(model), model.cfg, tensors).train(model.training)
+        save_model(full, folder)
         shards.rename(folder / SHARDS)
 
     if dist.is_main:
@@ -136,11 +159,11 @@ def save(
     dist.sum(0)
 
 
-def refused(path: Path, why: object) -> InputError:
-    """What is said when the disk does not take a checkpoint."""
+def write_error(path: Path, reason: object) -> InputError:
+    """The error for a checkpoint that cannot be written."""
     return InputError(
-        f"{path}: the checkpoint could not be written ({why}); earlier checkpoints are whole, free "
-        "some space and continue with --train.resume auto."
+        f"{path}: the checkpoint could not be written ({reason}); earlier checkpoints are intact, "
+        "free some disk space and continue with --train.resume auto."
     )
 
 
@@ -158,36 +181,36 @@ def _write(cfg: RunConfig, step: int, write: Callable[[Path], None], state: dict
         }
         try:
             torch.save({"step": step, "provenance": provenance} | state, temporary / STATE)
-        except RuntimeError as error:  # of a full disk, too
+        except RuntimeError as error:  # torch raises it on a full disk
             raise OSError(str(error)) from None
         _flush(temporary)
         if final.exists():
             shutil.rmtree(final)
-        if not (run / "config.json").exists():  # deleted under the run
-            _write_config(cfg)
+        if not (run / "config.json").exists():  # deleted during training
+            write_config(cfg)
         temporary.rename(final)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise refused(final, error) from None
+        raise write_error(final, error) from None
     best = f"step-{state.get('best', (0,))[0]:06d}"
-    for old in folders(run)[: -cfg.train.keep]:
+    for old in list_checkpoints(run)[: -cfg.train.keep]:
         if old.name != best:
-            shutil.rmtree(old, ignore_errors=True)  # somebody else may delete it too
+            shutil.rmtree(old, ignore_errors=True)  # another process may delete it too
     _point(run / "best", run / best)
 
 
 def _point(link: Path, target: Path) -> None:
-    """Let `link` name a checkpoint, at once; where the file system has no links, it does not."""
-    beside = link.with_name(f".{link.name}-{os.getpid()}")
+    """Make `link` a symlink to a checkpoint, atomically; do nothing without symlinks."""
+    temporary = link.with_name(f".{link.name}-{os.getpid()}")
     with contextlib.suppress(OSError):
         if target.is_dir():
-            beside.unlink(missing_ok=True)
-            beside.symlink_to(target.name)
-            beside.replace(link)
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(target.name)
+            temporary.replace(link)
 
 
 def _flush(folder: Path) -> None:
-    """Force the files to the disk before the rename makes them official."""
+    """Flush all files to disk (fsync) before the folder gets its final name."""
     for path in [*folder.rglob("*"), folder]:
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -197,34 +220,34 @@ def _flush(folder: Path) -> None:
 
 
 def read_state(folder: Path, mmap: bool = False) -> dict:
-    """All that a checkpoint holds beside its weights, on the CPU, wherever it was made.
-
-    Raises `InputError` where it is torn.
-    """
+    """Read `state.pt` onto the CPU; raises `InputError` if it is damaged."""
     try:
         return torch.load(folder / STATE, "cpu", weights_only=True, mmap=mmap)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0][:120]
         raise InputError(
-            f"{folder / STATE}: not the whole state of a run ({reason}); delete that "
-            "checkpoint, and --train.resume auto takes the one before."
+            f"{folder / STATE}: damaged ({reason}); delete that checkpoint, "
+            "and --train.resume auto continues from the previous one."
         ) from None
 
 
-def precision_of(found: list[Path], precision: str) -> str:
-    """`precision`, or for auto what it came to when the newest of `found` was made.
+def resumed_precision(checkpoints: list[Path], precision: str) -> str:
+    """`precision`; for auto, the precision that the newest of `checkpoints` was trained in.
 
-    It is found by measuring, and a run goes on in the arithmetic it began with.
+    A resumed run keeps its precision, even if this machine would choose another.
     """
-    if precision != "auto" or not found:
+    if precision != "auto" or not checkpoints:
         return precision
-    return read_state(found[-1], mmap=True).get("precision", "auto")
+    return read_state(checkpoints[-1], mmap=True).get("precision", "auto")
 
 
-def load_state(folder: Path, cfg: RunConfig, world: int = 1, data: str = "") -> dict:
-    """The state beside a checkpoint's weights.
+def load_state(
+    folder: Path, cfg: RunConfig, world_size: int = 1, data_fingerprint: str = ""
+) -> dict:
+    """`read_state`, checked against this run.
 
-    Raises `InputError` where the settings, the number of processes or the `data` have changed.
+    Raises `InputError` if settings that change the result, the number of processes or the data
+    differ.
     """
     state = read_state(folder)
     saved = from_dict(type(cfg), state["provenance"]["config"], str(folder / STATE))
@@ -236,43 +259,52 @@ def load_state(folder: Path, cfg: RunConfig, world: int = 1, data: str = "") -> 
         )
         if old != new and (part, name) not in MAY_CHANGE
     ]
-    for what, now in (("world", world), ("data", data)):
-        if (state.get(what) or now) != now:  # earlier versions did not always say
-            changed.append(f"{SAYS[what]}: {state[what]} then, {now} now")
+    for key, label, now in (
+        ("world", "processes", world_size),
+        ("data", "rows of the source", data_fingerprint),
+    ):
+        if (state.get(key) or now) != now:  # checkpoints of earlier versions may lack the key
+            changed.append(f"{label}: {state[key]} then, {now} now")
     then, now = (max(1, c.data.workers) for c in (saved, cfg))
     if getattr(saved.data, "stream", False) and then != now:
-        changed.append(f"data.workers, which share a stream: {then} then, {now} now")
+        changed.append(f"data.workers (they share a stream): {then} then, {now} now")
     if changed:
         is_vlm = "init_from" in vars(cfg.train)
         flag = "--train.init-from" if is_vlm else "--model.vit-model-type"
         raise InputError(
-            f"{folder} was made with other settings ({'; '.join(changed)}); set them back, or "
+            f"{folder}: trained with other settings ({'; '.join(changed)}). Change them back, or "
             f"start a new run from its weights: {flag} {folder} --train.out another."
         )
     return state
 
 
 def restore(
-    folder: Path, cfg: RunConfig, model, optimizer: Optimizers, loader, dist: Dist, data: str = ""
-) -> tuple[int, tuple]:
-    """Go on from a checkpoint whose weights `model` has: (step, the best evaluation)."""
-    state = load_state(folder, cfg, dist.world, data)
+    folder: Path,
+    cfg: RunConfig,
+    model,
+    optimizer: Optimizers,
+    loader,
+    dist: Dist,
+    data_fingerprint: str = "",
+) -> tuple[int, Best]:
+    """Restore everything but the weights, which `model` already has; return step and best."""
+    state = load_state(folder, cfg, dist.world_size, data_fingerprint)
     if dist.is_sharded:
         dist.load_shards(model, optimizer.members[0], folder / SHARDS)
     else:
         optimizer.load_state_dict(state["optimizer"])
-    loader.restore(_of_rank(state["loader"], dist.rank))
+    loader.load_state_dict(_of_rank(state["loader"], dist.rank))
     set_rng_state(_of_rank(state["rng"], dist.rank))
-    return state["step"], state.get("best", (0, (-1.0, 0.0)))
+    step, score = state.get("best", (0, (-1.0, 0.0)))
+    return state["step"], Best(step, tuple(score))
 
 
 def _of_rank(values: object, rank: int) -> object:
-    """A process's own; checkpoints of earlier versions have one for all."""
+    """This rank's value; checkpoints of earlier versions hold one value for all ranks."""
     return values[rank] if isinstance(values, list) else values
 
 
-SAYS = {"world": "processes", "data": "rows of the source"}
-# Settings that do not change what is computed.
+# Settings that do not change the result, so a resumed run may change them.
 MAY_CHANGE = {
     ("train", n)
     for n in (
@@ -287,82 +319,20 @@ MAY_CHANGE = {
         "eval_samples",
         "max_bad_steps",
         "push",
-        "answers_every",
+        "answer_sheet_every",
         "activation_checkpointing",
         "dry_run",
     )
 } | {("data", "workers")}
 
 
-def claim(run: Path):
-    """The open file whose lock says that this process trains in `run`, until it is closed.
-
-    The lock ends with the process, however it ends, and is not inherited by others. Raises
-    `InputError` while another process has it.
-    """
-    file = open(run / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
-    try:
-        import fcntl
-    except ImportError:  # not POSIX: no lock
-        return file
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.seek(0)
-        raise InputError(
-            f"{run}: process {file.read().strip()} is training in it; choose another --train.out, "
-            "or stop that one first."
-        ) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-        return file  # a file system without locks
-    file.truncate(0)
-    file.write(f"{os.getpid()} on {platform.node()}\n")
-    file.flush()
-    return file
-
-
-def remember_config(cfg: RunConfig):
-    """Write the run's config.json, the file that `python train.py runs/x/config.json` reads.
-
-    Returns what `claim` does. Raises `InputError` when the folder holds another run and this one
-    does not resume it, or another process trains in it.
-    """
-    run = Path(cfg.train.out)
-    if cfg.train.resume == "no" and folders(run):
-        raise InputError(
-            f"{run} holds the checkpoints of an earlier run; continue it with --train.resume auto, "
-            "choose another --train.out, or delete it."
-        )
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        lock = claim(run)
-        for torn in (*run.glob(".saving-*"), *run.glob(".shards-*")):  # left by a kill
-            shutil.rmtree(torn)
-        if cfg.train.resume == "no":
-            for stale in (run / "log.jsonl", run / "skipped.jsonl", *run.glob("bad-step-*.pt")):
-                stale.unlink(missing_ok=True)
-        _write_config(cfg)
-    except OSError as error:
-        raise InputError(
-            f"train.out = {str(run)!r}: cannot be written ({error.strerror})."
-        ) from None
-    return lock
-
-
-def _write_config(cfg: RunConfig) -> None:
-    path = Path(cfg.train.out, "config.json")
-    path.write_text(json.dumps(to_dict(cfg), indent=2) + "\n", encoding="utf-8")
-
-
 def hardware() -> str:
-    """What this run computes on, in words."""
+    """Number and name of the GPUs, or of the CPU."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         return f"{world} x {torch.cuda.get_device_name()}"
     name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):  # Linux says more
+    with contextlib.suppress(OSError):  # Linux has the model name
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
     return f"{world} process(es) on {os.cpu_count()} cores of {name}"

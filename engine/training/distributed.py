@@ -1,13 +1,14 @@
-"""One process or many: the same calls, so that no loop asks. And this machine's settings.
+"""Processes, device, precision and compilation of a run.
 
-The settings are found once. Only this file and checkpoint.py touch torch.distributed. `torchrun`
-starts several processes; world size 1 needs none.
+`Dist` has the same calls for one process and for many, which `torchrun` starts. Only this file and
+checkpoint.py use torch.distributed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import shutil
 import time
@@ -24,21 +25,21 @@ from config_tools import InputError
 
 @dataclass(frozen=True)
 class Dist:
-    """This process among all."""
+    """This process, its device and how it works with the other processes."""
 
     rank: int
-    world: int
+    world_size: int
     device: torch.device
     parallel: str = "ddp"
 
     @property
     def is_sharded(self) -> bool:
-        """Whether each process holds a part of every block only."""
-        return self.parallel == "fsdp" and self.world > 1
+        """Whether each process holds a shard of every block (FSDP)."""
+        return self.parallel == "fsdp" and self.world_size > 1
 
     @property
-    def works_apart(self) -> bool:
-        """Whether the device goes on with its work while the host does something else."""
+    def is_async(self) -> bool:
+        """Whether the device computes asynchronously, while Python goes on."""
         return self.device.type == "cuda"
 
     @property
@@ -46,26 +47,26 @@ class Dist:
         return self.rank == 0
 
     def sum(self, value: float) -> float:
-        """The sum of a number over all processes."""
-        if self.world == 1:
+        """Sum a number over all processes (all-reduce)."""
+        if self.world_size == 1:
             return value
         total = torch.tensor(float(value), dtype=torch.float64)
         dist.all_reduce(total)
         return total.item()
 
-    def gather(self, value: object) -> list:
-        """Every process's value, to every process, in the order of their ranks."""
-        if self.world == 1:
+    def all_gather(self, value: object) -> list:
+        """Return the values of all processes, ordered by rank, on every process."""
+        if self.world_size == 1:
             return [value]
-        values = [None] * self.world
+        values = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
 
     def shard(self, model: nn.Module, dtype: torch.dtype) -> None:
-        """Keep a part of every block here, and gather a block in `dtype` when it computes (FSDP2).
+        """Shard the model over the processes with FSDP2 if `parallel` is fsdp; else do nothing.
 
-        Before the optimizer is made, and only where `parallel` says so. Gradients are averaged, in
-        float32, as DDP does.
+        Call it before building the optimizer. A block is gathered in `dtype` when it computes.
+        Gradients are averaged in float32, as DDP does.
         """
         if not self.is_sharded:
             return
@@ -80,39 +81,39 @@ class Dist:
             for block in getattr(part, "blocks", ()):
                 fully_shard(block, mp_policy=policy)
         fully_shard(model, mp_policy=policy)
-        for name in ("prefill", "decode"):  # evaluation comes in by these doors too
+        for name in ("prefill", "decode"):  # evaluation calls them directly
             if hasattr(model, name):
                 register_fsdp_forward_method(model, name)
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Average gradients over the processes; a lone process needs nothing."""
-        if self.world == 1 or self.is_sharded:
+        """Wrap the model in DDP if there are several processes and it is not sharded."""
+        if self.world_size == 1 or self.is_sharded:
             return model
         return DistributedDataParallel(model)
 
-    def sync(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-        """Talk to the other ranks in the last micro-batch of a step only."""
+    def gradient_sync(self, model: nn.Module, is_last: bool) -> contextlib.AbstractContextManager:
+        """Synchronize gradients only in the backward pass of the last micro-batch of a step."""
         if self.is_sharded:
-            model.set_requires_gradient_sync(last)
-        return contextlib.nullcontext() if last or self.world == 1 or self.is_sharded \
+            model.set_requires_gradient_sync(is_last)
+        return contextlib.nullcontext() if is_last or self.world_size == 1 or self.is_sharded \
             else model.no_sync()  # fmt: skip
 
-    def whole(self, model: nn.Module) -> dict[str, Tensor]:
-        """All tensors of a model in parts, on the CPU of the main process; elsewhere nothing."""
+    def full_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """Gather a sharded model's tensors on the main process's CPU; {} on the others."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         return get_model_state_dict(model, options=options)
 
     def save_shards(self, model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-        """Every process writes its part of the optimizer's state."""
+        """Write this process's shard of the optimizer state."""
         import torch.distributed.checkpoint as shards
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
         shards.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=folder)
 
     def load_shards(self, model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-        """The inverse of `save_shards`, in place."""
+        """Load what `save_shards` wrote, in place."""
         import torch.distributed.checkpoint as shards
         from torch.distributed.checkpoint.state_dict import (
             get_optimizer_state_dict,
@@ -123,14 +124,14 @@ class Dist:
         shards.load(state, checkpoint_id=folder)
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
 
-    def close(self) -> None:
-        """When all have come so far: one that leaves early may end the others by its absence.
+    def shutdown(self) -> None:
+        """Wait for all processes, then leave the process group.
 
-        And when no thread of the group has the last tensor in hand, for which 5 s must do: dropped
-        while the interpreter ends, it aborts the process. To destroy the group is no help, as
-        torch's own defaults and caches keep it alive.
+        A process that leaves early can make the others fail. A tensor that gloo's thread still
+        holds when the interpreter exits aborts the process, so wait up to 5 s for its release;
+        `destroy_process_group` alone does not, as torch keeps references to the group.
         """
-        if self.world > 1:
+        if self.world_size > 1:
             last = torch.zeros(1)
             dist.all_reduce(last)
             for _ in range(5000):
@@ -141,8 +142,11 @@ class Dist:
 
 
 def setup(parallel: str = "ddp") -> Dist:
-    """Read torchrun's environment, join the other processes if there are any, choose the device."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """Choose the device and join the process group that torchrun's environment describes.
+
+    Raises `InputError` if this process has no GPU of its own.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
     device = (
         torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
@@ -151,61 +155,90 @@ def setup(parallel: str = "ddp") -> Dist:
         n = torch.cuda.device_count()
         if device.index >= n:
             raise InputError(
-                f"process {device.index + 1} of this machine has no GPU, as it has {n}; start "
-                f"torchrun with --nproc-per-node {n}."
+                f"process {device.index + 1} of this machine has no GPU, as the machine has {n}; "
+                f"start torchrun with --nproc-per-node {n}."
             )
         torch.cuda.set_device(device)
     else:
-        keep_freed_memory()
-    if world > 1:
-        # torchrun keeps its store when it starts workers again: their old addresses are in it.
-        store, _, _ = next(dist.rendezvous("env://", rank, world))
+        set_malloc_thresholds()
+    if world_size > 1:
+        # torchrun reuses its store on a restart: a prefix hides the old addresses.
+        store, _, _ = next(dist.rendezvous("env://", rank, world_size))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"attempt-{attempt}", store)
-        # Numbers of the host go from host to host: by NCCL they would wait for the GPU's work.
+        # gloo for CPU tensors: over NCCL they would wait for the GPU's queue.
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    return Dist(rank, world, device, parallel)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    return Dist(rank, world_size, device, parallel)
 
 
-def told_glibc() -> bool:
-    """Whether the user has said when freed memory goes back."""
+def has_malloc_settings() -> bool:
+    """Whether the user configured glibc's malloc through MALLOC_* environment variables."""
     return bool({"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & set(os.environ))
 
 
-def keep_freed_memory(most: int = 1 << 24) -> None:
-    """Tell glibc to reuse the memory of freed tensors of up to `most` bytes.
+def set_malloc_thresholds(max_bytes: int = 1 << 24) -> None:
+    """Let glibc keep and reuse the memory of freed tensors of up to `max_bytes`.
 
-    It would hand each back to the kernel and fault it in again on the next step. Larger ones still
-    go back at once: kept, they would leave holes in the heap that nothing else fills. Other C
-    libraries have no `mallopt`, and then nothing happens; nor where the user has told glibc
-    (`MALLOC_TRIM_THRESHOLD_=131072` is how to refuse).
+    By default glibc returns it to the kernel, which costs page faults in every step. Larger tensors
+    are still returned at once, as they would fragment the heap. No effect without `mallopt` (other
+    C libraries), or if the user set MALLOC_* variables (`MALLOC_TRIM_THRESHOLD_=131072` opts out).
     """
-    if told_glibc():
+    if has_malloc_settings():
         return
     with contextlib.suppress(AttributeError, OSError):
         libc = ctypes.CDLL(None)
         m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
         libc.mallopt(m_trim_threshold, 1 << 30)
-        libc.mallopt(m_mmap_threshold, most)
+        libc.mallopt(m_mmap_threshold, max_bytes)
 
 
-def fast_dtype(device: torch.device, precision: str) -> torch.dtype:
-    """What matrices multiply in: `precision` fp32, bf16, or auto, bf16 where that is faster.
-
-    Raises `InputError` of bf16 on a processor without its arithmetic.
+def memory_budget(device: torch.device) -> float:
+    """Bytes that activations may fill: half of the GPU's memory, or of this process's share of the
+    machine's or container's; infinite where the system does not tell.
     """
-    if precision == "bf16" and lacks_bf16(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 2
+    n_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    limits = []
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # not POSIX
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with contextlib.suppress(ValueError, OSError):  # no cgroup, or "max"
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(limits, default=math.inf) / 2 / n_processes
+
+
+def activation_bytes(
+    n_blocks: int, n_tokens: int, width: int, inter_dim: int, dtype: torch.dtype
+) -> int:
+    """An estimate of what transformer blocks keep for backward.
+
+    About 8 tensors as wide as the model and 4 as wide as its MLP, for each block and token.
+    """
+    return n_blocks * n_tokens * (8 * width + 4 * inter_dim) * dtype.itemsize
+
+
+def choose_dtype(device: torch.device, precision: str) -> torch.dtype:
+    """The dtype of matrix products for `precision`: fp32, bf16, or auto (bf16 if it is faster).
+
+    Raises `InputError` for bf16 on a CPU that only emulates it.
+    """
+    if precision == "bf16" and is_bf16_emulated(device):
         raise InputError(
-            "train.precision = 'bf16': this processor has no bf16 arithmetic, and a single product "
-            "would take minutes; use fp32, or auto, which takes the faster one."
+            "train.precision = 'bf16': this CPU has no bf16 instructions, so one matrix product "
+            "would take minutes; use fp32 or auto."
         )
     is_bf16 = precision == "bf16" or (precision == "auto" and bf16_is_faster(device))
     return torch.bfloat16 if is_bf16 else torch.float32
 
 
-def lacks_compiler(device: torch.device) -> str:
-    """Why torch.compile can make nothing for this device; empty where it can."""
+def agree_on_dtype(dist: Dist, precision: str) -> torch.dtype:
+    """`choose_dtype` of the main process for all processes: auto measures, and may differ."""
+    return dist.all_gather(choose_dtype(dist.device, precision))[0]
+
+
+def missing_compiler(device: torch.device) -> str:
+    """What torch.compile needs on this device and is not installed; empty if nothing."""
     if device.type == "cuda":
         from torch.utils._triton import has_triton
 
@@ -216,51 +249,51 @@ def lacks_compiler(device: torch.device) -> str:
     return "" if shutil.which(name) else f"torch.compile needs {name}"
 
 
-def compiles(device: torch.device, choice: str) -> bool:
-    """Whether blocks are compiled: `choice` on, off, or auto, on a GPU where that is possible.
+def should_compile(device: torch.device, choice: str) -> bool:
+    """Whether to compile blocks: `choice` is on, off or auto (on a GPU, if possible).
 
-    Raises `InputError` of `on` where it is not.
+    Raises `InputError` if `choice` is on and a compiler is missing.
     """
     if choice == "off" or (choice == "auto" and device.type != "cuda"):
         return False
-    lack = lacks_compiler(device)
-    if lack and choice == "on":
-        raise InputError(f"train.compile = 'on': {lack}, which is not here; use off.")
-    return not lack
+    missing = missing_compiler(device)
+    if missing and choice == "on":
+        raise InputError(f"train.compile = 'on': {missing}, which is not installed; use off.")
+    return not missing
 
 
-def settings(device: torch.device, dtype: torch.dtype, compiled: bool) -> str:
-    """What was found to be best on this machine, for one line at the start of a run."""
+def describe_machine(device: torch.device, dtype: torch.dtype, compiled: bool) -> str:
+    """Device, threads, precision, compilation and malloc setting, as one line."""
     precision = "bf16" if dtype == torch.bfloat16 else "fp32"
     blocks = "blocks compiled" if compiled else "blocks not compiled"
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, {precision}, {blocks}"
     n = torch.get_num_threads()
-    kept = "freed memory as MALLOC_ says" if told_glibc() else "freed memory kept for the next step"
-    return f"CPU, {n} thread{'s' * (n > 1)}, {precision}, {blocks}, {kept}"
+    malloc = "malloc set by MALLOC_*" if has_malloc_settings() else "freed memory is reused"
+    return f"CPU, {n} thread{'s' * (n > 1)}, {precision}, {blocks}, {malloc}"
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """The region in which matrices are multiplied in `dtype`; of float32 it changes nothing."""
+    """An autocast context for `dtype`; disabled for float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
-def precision(region: torch.autocast) -> str:
-    """What `fast_dtype` calls the arithmetic of a region that `autocast` made."""
-    with region:
-        return "bf16" if torch.is_autocast_enabled(region.device) else "fp32"
+def precision_name(autocast_context: torch.autocast) -> str:
+    """bf16 or fp32: the `precision` of a context that `autocast` made."""
+    with autocast_context:
+        return "bf16" if torch.is_autocast_enabled(autocast_context.device) else "fp32"
 
 
-def lacks_bf16(device: torch.device) -> bool:
-    """Whether a product in bf16 takes minutes, one number after the other."""
+def is_bf16_emulated(device: torch.device) -> bool:
+    """Whether this CPU has no bf16 instructions: torch then multiplies number by number."""
     return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def bf16_is_faster(device: torch.device) -> bool:
-    """Time a few products of each kind: kernels may not keep what instruction sets promise."""
+    """Measure a few matrix products in fp32 and bf16: bf16 instructions alone prove nothing."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if lacks_bf16(device):
+    if is_bf16_emulated(device):
         return False
     a = torch.ones(512, 512)
     seconds = {}

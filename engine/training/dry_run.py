@@ -1,6 +1,6 @@
-"""What a run will take, found out by taking one step with the largest batch it may meet.
+"""`--train.dry-run`: measure the time and memory of a run in two steps, without writing files.
 
-Not here: training (loop.py). Nothing is written.
+Not here: training (loop.py).
 """
 
 from __future__ import annotations
@@ -12,29 +12,50 @@ import time
 import numpy as np
 import torch
 
-from configs import DataConfig, RunConfig
+from configs import DataConfig, RunConfig, VLMConfig
 from data.batches.loader import Loader
 from data.batches.packing import collate
-from data.preview import marked, use_color
+from data.preview import mark_supervised, use_color
 from data.processor import Processor
 from data.types import Batch, Tokens
-from engine.training.distributed import Dist
-from engine.training.meter import finish
+from engine.training.distributed import Dist, activation_bytes
+from engine.training.meter import synchronize
 from engine.training.optim import Optimizers
 
 
-def worst_batch(processor: Processor, cfg: DataConfig) -> Batch:
-    """Full rows with as many tiles as fit, every word to be learned.
+def max_tiles_per_row(model: VLMConfig, data: DataConfig) -> int:
+    """The most tiles that the loader puts into a row."""
+    limit = data.max_length if data.packing else data.max_tiles
+    per_row = data.tiles_per_batch // data.batch_size or data.max_length
+    return min((data.max_length - 2) // model.tokens_per_tile, per_row, limit)
 
-    Nothing the loader makes has more tokens, tiles or targets.
+
+def choose_checkpointing(cfg: RunConfig, dtype: torch.dtype, budget: float) -> tuple[str, ...]:
+    """Parts that checkpoint activations: those named in `cfg`, and those whose activations of the
+    largest batch exceed `budget` bytes.
     """
+    m, d, named = cfg.model, cfg.data, cfg.train.activation_checkpointing
+    n_patches = d.batch_size * max_tiles_per_row(m, d) * m.vit_n_patches
+    sizes = {
+        "vision": (m.vit_n_blocks, n_patches, m.vit_hidden_dim, m.vit_inter_dim),
+        "language": (
+            m.lm_n_blocks,
+            d.batch_size * d.max_length,
+            m.lm_hidden_dim,
+            m.lm_inter_dim,
+        ),
+    }
+    return tuple(
+        part for part in sizes if part in named or activation_bytes(*sizes[part], dtype) > budget
+    )
+
+
+def largest_batch(processor: Processor, cfg: DataConfig) -> Batch:
+    """The largest batch the loader can make: full rows, maximum tiles, all text supervised."""
     model = processor.cfg
-    per_tile = model.tokens_per_tile
-    most = cfg.tiles_per_batch // cfg.batch_size or cfg.max_length
-    n_tiles = min((cfg.max_length - 2) // per_tile, most, cfg.max_length if cfg.packing
-                  else cfg.max_tiles)  # fmt: skip
+    n_tiles = max_tiles_per_row(model, cfg)
     ids = np.full(cfg.max_length, model.vlm_eos_token_id, dtype=np.int32)
-    ids[1 : 1 + n_tiles * per_tile] = model.vlm_image_token_id
+    ids[1 : 1 + n_tiles * model.tokens_per_tile] = model.vlm_image_token_id
     size = model.vit_img_size
     tiles = np.full((n_tiles, size, size, 3), 128, dtype=np.uint8)
     row = Tokens(ids, ids == model.vlm_eos_token_id, tiles, "the largest row")
@@ -42,7 +63,7 @@ def worst_batch(processor: Processor, cfg: DataConfig) -> Batch:
 
 
 def peak_memory(device: torch.device) -> str:
-    """The most memory this process had so far."""
+    """Peak memory of this process so far: GPU memory, or resident memory on a CPU."""
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB of the device"
     unit = 1 if sys.platform == "darwin" else 2**10
@@ -56,27 +77,30 @@ def dry_run(
     loader: Loader,
     optimizer: Optimizers,
     dist: Dist,
-    region: torch.autocast,
+    autocast_context: torch.autocast,
 ) -> str:
-    """Two steps, of the largest batch and of the first real one; what they say about the run."""
+    """Run a step with the largest batch and one with the first real batch; return a summary.
+
+    The learning rate is 0, so the weights do not change.
+    """
     wrapped, t = dist.wrap(model.train()), cfg.train
     first = next(iter(loader))
 
     def step(batch: Batch) -> float:
         batch = batch.to(dist.device)
         optimizer.set_lr(0.0)
-        finish(dist.device)
+        synchronize(dist.device)
         start = time.perf_counter()
         for i in range(t.accumulate):
-            with dist.sync(wrapped, last=i == t.accumulate - 1), region:
+            with dist.gradient_sync(wrapped, i == t.accumulate - 1), autocast_context:
                 _, loss = wrapped(**batch.tensors(), reduction="sum")
             (loss / batch.n_targets).backward()
         optimizer.step()
         optimizer.zero_grad()
-        finish(dist.device)
+        synchronize(dist.device)
         return time.perf_counter() - start
 
-    worst = worst_batch(processor, cfg.data)
+    worst = largest_batch(processor, cfg.data)
     slowest, memory = step(worst), peak_memory(dist.device)
     usual = step(first)
     lines = ["part        parameters     training"]
@@ -84,33 +108,34 @@ def dry_run(
         n = sum(p.numel() for p in part.parameters())
         n_trained = sum(p.numel() for p in part.parameters() if p.requires_grad)
         lines.append(f"{name:10} {n:11,}  {n_trained:11,}")
-    batches = t.accumulate * dist.world
+    batches = t.accumulate * dist.world_size
     lines += [
         f"largest batch: {worst.input_ids.shape[0]} rows of {worst.input_ids.shape[1]} tokens, "
-        f"{len(worst.images)} tiles: {slowest:.2f} s a step, {memory} at most",
+        f"{len(worst.images)} tiles: {slowest:.2f} s/step, peak memory {memory}",
         f"first batch: {first.n_samples} samples, {first.n_tokens:,} tokens, {len(first.images)} "
-        f"tiles, {first.n_tokens / first.input_ids.numel():.1%} full: {usual:.2f} s a step, "
+        f"tiles, {first.n_tokens / first.input_ids.numel():.1%} full: {usual:.2f} s/step, "
         f"{first.n_tokens * batches / usual:,.0f} tokens/s",
         f"{t.steps:,} steps of {batches} batches, about {first.n_samples * batches * t.steps:,} "
-        f"samples: {clock(usual * t.steps)}, at most {clock(slowest * t.steps)}",
-        "the first sample, what is learned marked:",
-        marked(first_sample(first), processor, use_color()),
+        f"samples: {format_time(usual * t.steps)}, at most {format_time(slowest * t.steps)}",
+        "the first sample, supervised tokens marked:",
+        mark_supervised(first_sample(first), processor, use_color()),
     ]
     return "\n".join(lines)
 
 
-def clock(seconds: float) -> str:
+def format_time(seconds: float) -> str:
+    """For example `1 h 05 min` or `2 min 30 s`."""
     hours, rest = divmod(round(seconds), 3600)
     return f"{hours} h {rest // 60:02d} min" if hours else f"{rest // 60} min {rest % 60:02d} s"
 
 
 def first_sample(batch: Batch) -> Tokens:
-    """The first conversation of the first row, from what the model eats."""
+    """The first conversation of a batch, without images."""
     n = int(batch.input_ids.shape[1])
     if batch.segments is not None:
         n = int((batch.segments[0] == 1).sum())
     ids, targets = batch.input_ids[0, :n].numpy(), batch.targets[0, :n].numpy()
-    learned = np.concatenate(([False], targets[:-1] >= 0))
-    if batch.segments is None and not learned[-1]:  # the padding behind it
-        n = int(np.flatnonzero(learned)[-1]) + 2
-    return Tokens(ids[:n], learned[:n], np.zeros((0, 1, 1, 3), np.uint8))
+    supervised = np.concatenate(([False], targets[:-1] >= 0))
+    if batch.segments is None and not supervised[-1]:  # without segments, padding follows
+        n = int(np.flatnonzero(supervised)[-1]) + 2
+    return Tokens(ids[:n], supervised[:n], np.zeros((0, 1, 1, 3), np.uint8))

@@ -1,4 +1,4 @@
-"""What a run says, behind one `log`: progress, a JSON line per event, a loss curve, wandb."""
+"""Logging of a run: progress bar, log.jsonl, loss.png, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -10,21 +10,44 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from torch import nn
 from tqdm import tqdm
 
 from config_tools import InputError, to_dict
 from configs import RunConfig
+from models.pretrained.save import unsupported_reason
 
 
-def answers_path(run: str | Path, step: int) -> Path:
-    """The picture of sample answers that an evaluation draws."""
+def describe_run(cfg: RunConfig, model: nn.Module, source, step: int) -> None:
+    """Print parameters, data and steps before training starts."""
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.parts.items()}
+    parts = ", ".join(
+        f"{name} {n / 1e6:.2f} M{' (frozen)' if name in cfg.train.freeze else ''}"
+        for name, n in counts.items()
+    )
+    rows = "a stream" if cfg.data.stream else f"{len(source):,} rows"
+    print(
+        f"model: {parts}; data: {rows} of {cfg.data.source}; "
+        f"steps {step} to {cfg.train.steps}; run folder: {cfg.train.out}"
+    )
+    backbones = [name for name in (cfg.model.vit_model_type, cfg.model.lm_model_type) if name]
+    if backbones and step == 0 and not cfg.train.init_from:
+        print(f"weights: from {' and '.join(backbones)}, the rest random")
+    if reason := unsupported_reason(cfg.model):
+        print(f"checkpoints: only picoVLM loads them; Idefics3 does not support {reason}")
+    for note in source.notes:
+        print(note)
+
+
+def answer_sheet_path(run: str | Path, step: int) -> Path:
+    """Where the answer sheet of an evaluation is written."""
     return Path(run, f"answers-{step:06d}.png")
 
 
 class Logger:
-    """`log(values, step)` for all outlets; only the main process has them, others stay silent."""
+    """Writes a run's log; on processes other than the main one every method does nothing."""
 
-    def __init__(self, cfg: RunConfig, is_main: bool, first_step: int = 0):
+    def __init__(self, cfg: RunConfig, is_main: bool, first_step: int = 0) -> None:
         self.is_main = is_main
         self.folder = Path(cfg.train.out)
         self.wandb = None
@@ -40,21 +63,21 @@ class Logger:
             return
         self.start = time.time()
         self.failed, self.path = False, self.folder / "log.jsonl"
-        torn = self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n")
+        is_cut = self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n")
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
-        if torn:  # by a kill
+        if is_cut:  # the process was killed while writing
             self.file.write("\n")
         if cfg.train.wandb:
             self.wandb, self.image = _start_wandb(cfg)
 
     def log(self, values: dict, step: int) -> None:
-        """Write scalar `values` of a step to file (and wandb); the loss moves the bar's text."""
+        """Write the values of a step to log.jsonl and wandb; a loss also updates the bar."""
         if not self.is_main:
             return
         line = {"step": step, "seconds": round(time.time() - self.start, 2)}
-        line |= {k: None if is_lost(v) else v for k, v in values.items()}  # JSON has no NaN
+        line |= {k: None if is_nonfinite(v) else v for k, v in values.items()}  # JSON has no NaN
         try:
-            if not self.path.exists():  # deleted under the run
+            if not self.path.exists():  # deleted during training
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self.file.close()
                 self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
@@ -62,62 +85,66 @@ class Logger:
             self.file.flush()
         except OSError as error:
             if not self.failed:
-                self.say(f"{self.path}: cannot be written ({error.strerror}); training goes on.")
+                self.write(
+                    f"{self.path}: cannot be written ({error.strerror}); training continues."
+                )
             self.failed = True
         if self.wandb is not None:
-            told = {k: v for k, v in values.items() if isinstance(v, (int, float))}
-            if "val_loss" in values and answers_path(self.folder, step).is_file():
-                told["answers"] = self.image(str(answers_path(self.folder, step)))
-            self.wandb.log(told, step=step)
+            scalars = {k: v for k, v in values.items() if isinstance(v, (int, float))}
+            if "val_loss" in values and answer_sheet_path(self.folder, step).is_file():
+                scalars["answers"] = self.image(str(answer_sheet_path(self.folder, step)))
+            self.wandb.log(scalars, step=step)
         if "loss" in values:
             self.bar.set_postfix_str(
-                f"loss {values['loss']:.3f}, {values['tokens_per_s']:,.0f} tok/s, "
-                f"{values['images_per_s']:,.1f} img/s, data wait {values['data_wait']:.0%}"
+                f"loss {values['loss']:.3f}, {values['tokens_per_s']:,.0f} tokens/s, "
+                f"{values['images_per_s']:,.1f} images/s, data wait {values['data_wait']:.0%}"
             )
 
-    def evaluated(self, values: dict, step: int) -> None:
-        """Log an evaluation, if there was anything to evaluate, and say its numbers."""
+    def log_evaluation(self, values: dict, step: int) -> None:
+        """Log the values of an evaluation and print its numbers; {} logs nothing."""
         if values:
             self.log(values, step)
-            numbers = ((k[4:], v) for k, v in values.items() if isinstance(v, float))
-            said = values.get("val_problem") or ", ".join(f"{k} {v:.3f}" for k, v in numbers)
-            self.say(f"step {step}: {said}")
+            numbers = [(k, v) for k, v in values.items() if isinstance(v, float)]
+            text = values.get("val_problem") or ", ".join(f"{k} {v:.3f}" for k, v in numbers)
+            self.write(f"step {step}: {text}")
 
-    def say(self, text: str) -> None:
-        """A sentence for people, above the bar."""
+    def write(self, text: str) -> None:
+        """Print a line above the progress bar."""
         if self.is_main:
             self.bar.write(text)
 
     def advance(self) -> None:
+        """Move the progress bar by a step."""
         self.bar.update()
 
     def close(self) -> None:
+        """Close all outputs and draw loss.png."""
         self.bar.close()
         if not self.is_main:
             return
-        with contextlib.suppress(OSError):  # what could not be written has been told
+        with contextlib.suppress(OSError):  # the failed write was reported before
             self.file.close()
         if self.wandb is not None:
             self.wandb.finish()
         if not self.failed:
             try:
-                plot(self.folder)
+                plot_curves(self.folder)
             except OSError as error:
-                self.say(f"{self.folder / 'loss.png'}: cannot be drawn ({error}).")
+                self.write(f"{self.folder / 'loss.png'}: cannot be written ({error}).")
 
 
-def is_lost(value: object) -> bool:
-    """Whether it is a number that is none."""
+def is_nonfinite(value: object) -> bool:
+    """Whether `value` is NaN or an infinity."""
     return isinstance(value, float) and not math.isfinite(value)
 
 
 def _start_wandb(cfg: RunConfig) -> tuple:
-    """(a run of wandb, its kind of pictures)."""
+    """(wandb run, wandb.Image)."""
     try:
         import wandb
     except ImportError:
         raise InputError(
-            "train.wandb = True: needs the package, so run `pip install wandb`."
+            "train.wandb = True: needs the package wandb; run `pip install wandb`."
         ) from None
     mode = os.environ.get("WANDB_MODE", "offline")
     try:
@@ -129,16 +156,16 @@ def _start_wandb(cfg: RunConfig) -> tuple:
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The events of a run, oldest first. After a resume the later line of a step counts.
+    """The events of log.jsonl by step; after a resume, the later line of a step replaces the first.
 
-    What was not finite is left out.
+    Values that were not finite are omitted.
     """
     lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
     by_step: dict[tuple, dict] = {}
     for line in lines:
         try:
             event = json.loads(line)
-        except ValueError:  # cut off in the middle by a kill
+        except ValueError:  # cut off when the process was killed
             continue
         if isinstance(event, dict) and "step" in event:
             known = {name: value for name, value in event.items() if value is not None}
@@ -146,8 +173,8 @@ def read_log(folder: Path) -> list[dict]:
     return [by_step[key] for key in sorted(by_step)]
 
 
-def plot(folder: Path) -> None:
-    """Write `loss.png` from the log; matplotlib is optional, so without it there is no picture."""
+def plot_curves(folder: Path) -> None:
+    """Draw `loss.png` from the log; do nothing without matplotlib, which is optional."""
     try:
         import matplotlib
     except ImportError:

@@ -1,6 +1,7 @@
-"""The one training loop. It reads as prose; what it calls is in the other rooms of engine/.
+"""The training loop of vision-language models and of classifiers.
 
-Not here: building the model and the data (train.py), learning rates and groups (optim.py).
+Not here: building model and data (train.py), parameter groups and learning rates (optim.py), what a
+checkpoint holds (checkpoint.py).
 """
 
 from __future__ import annotations
@@ -17,21 +18,27 @@ from torch import Tensor, nn
 from config_tools import InputError
 from configs import LoopConfig, RunConfig
 from data.batches.loader import Loader
+from data.types import Batch
 from engine.training import checkpoint
-from engine.training.distributed import Dist, precision
+from engine.training.checkpoint import Best
+from engine.training.distributed import Dist, precision_name
 from engine.training.logger import Logger
-from engine.training.meter import Meter, number, part_norms
-from engine.training.optim import Optimizers, lr_factor
+from engine.training.meter import Meter, gradient_norms, to_float
+from engine.training.optim import Optimizers, learning_rates, lr_factor
+from models.inference.compile import eager_blocks
 
 
 def due(step: int, every: int, last: int) -> bool:
-    """Whether what is done every so many steps (0: never), and after the last, is due now."""
+    """Whether a periodic action (log, evaluate, save) runs after this step.
+
+    It runs after every `every`-th step (0: never) and always after the last one.
+    """
     return step == last or (every > 0 and step % every == 0)
 
 
 @contextlib.contextmanager
 def save_on_error(save: Callable[[], None]) -> Iterator[None]:
-    """Save what was trained before an `InputError` within, which all processes meet, goes on."""
+    """If an `InputError` is raised inside (on all processes), save a checkpoint, then re-raise."""
     try:
         yield
     except InputError:
@@ -40,168 +47,167 @@ def save_on_error(save: Callable[[], None]) -> Iterator[None]:
 
 
 class StopSignal:
-    """Ctrl-C or SIGTERM: finish the step, save and leave; a second Ctrl-C leaves at once."""
+    """Ctrl-C or SIGTERM: finish the step, save and stop; a second Ctrl-C stops immediately."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.received = False
         self.previous = {
             s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)
         }
 
-    def _receive(self, which: int, _frame) -> None:
+    def _receive(self, which: int, _frame: object) -> None:
         if self.received and which == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = True
 
     def restore(self) -> None:
+        """Put the previous signal handlers back."""
         for which, handler in self.previous.items():
             signal.signal(which, handler)
 
 
-def clip(params: list[Tensor], largest: float) -> float:
-    """Norm of the whole gradient before it is scaled down to `largest` (0: only measured)."""
-    return number(nn.utils.clip_grad_norm_(params, largest if largest > 0 else float("inf")))
+def clip_gradients(params: list[Tensor], max_norm: float) -> float:
+    """Scale gradients to a total norm of at most `max_norm` (0: no limit); return the norm."""
+    return to_float(nn.utils.clip_grad_norm_(params, max_norm if max_norm > 0 else float("inf")))
 
 
-class Best:
-    """The best evaluation so far: by accuracy, and by loss among equals."""
+def accumulate_gradients(
+    model: nn.Module, micro_batches: list[Batch], dist: Dist, autocast_context: torch.autocast
+) -> Tensor:
+    """Run forward and backward on all micro-batches of a step; return this process's loss, [].
 
-    def __init__(self, step: int = 0, score: tuple[float, float] = (-1.0, 0.0)):
-        self.step, self.score = step, tuple(score)
-
-    def beaten(self, values: dict, step: int) -> bool:
-        if "val_loss" not in values:
-            return False
-        score = values["val_accuracy"], -values["val_loss"]
-        if score <= self.score:
-            return False
-        self.step, self.score = step, score
-        return True
+    The loss is a sum over supervised tokens, divided by their number in all micro-batches of all
+    processes. So every token has the same weight, whichever batch it is in.
+    """
+    n_targets = dist.sum(sum(batch.n_targets for batch in micro_batches))
+    loss = torch.zeros((), device=dist.device)
+    for i, batch in enumerate(micro_batches):
+        is_last = i == len(micro_batches) - 1
+        with dist.gradient_sync(model, is_last), autocast_context:
+            _, loss_sum = model(**batch.tensors(), reduction="sum")
+        # DDP and FSDP average gradients over processes; world_size turns the mean into a sum.
+        (loss_sum * dist.world_size / n_targets).backward()
+        loss += loss_sum.detach() / n_targets
+    return loss
 
 
 def train(
     cfg: RunConfig,
     model: nn.Module,
-    write: Callable[[nn.Module, Path], None],
+    save_model: Callable[[nn.Module, Path], None],
     loader: Loader,
     optimizer: Optimizers,
     dist: Dist,
-    region: torch.autocast,
+    autocast_context: torch.autocast,
     evaluate: Callable[[int], dict],
     step: int = 0,
     best: Best | None = None,
-    data: str = "",
+    data_fingerprint: str = "",
 ) -> int:
-    """Run from `step` to the last, or until told to stop; returns the step reached.
+    """Train from `step` to `cfg.train.steps`, or until a stop signal; return the step reached.
 
-    `write(model, folder)` saves weights, `evaluate(step)` is logged and tells the best checkpoint.
-    Every target of a step weighs the same, whichever micro-batch, row or process it came from. A
-    step whose loss or gradient is not finite changes nothing: it is counted and its batches are
-    kept for inspection; `max_bad_steps` of them in a row raise `InputError`.
+    `save_model(model, folder)` writes the weights. `evaluate(step)` returns values to log; they
+    decide which checkpoint is the best. If loss or gradient norm is NaN or Inf, the step is skipped
+    and its batches are saved; `max_bad_steps` such steps in a row raise `InputError`.
     """
-    t, wrapped, stop, best = cfg.train, dist.wrap(model), StopSignal(), best or Best()
-    logger = Logger(cfg, dist.is_main, step)
+    t, best = cfg.train, best or Best()
+    stop, logger = StopSignal(), Logger(cfg, dist.is_main, step)
+    guard, meter = NonFiniteGuard(t, logger, dist.rank), Meter(model, autocast_context)
+    wrapped = dist.wrap(model)
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    batches, guard, ahead = iter(loader), Guard(t, logger, dist.rank), []
-    meter = Meter(model, region)
+    batches, prefetched = iter(loader), []
     model.train()
 
-    def fetch() -> list:
-        with meter.waiting():
+    def fetch() -> list[Batch]:
+        with meter.waiting_for_data():
             return [next(batches).to(dist.device) for _ in range(t.accumulate)]
 
-    def save():
+    def save() -> None:
         with optimizer.averaged():
-            state = {"loader": dist.gather(micro[-1].state), "best": (best.step, best.score),
-                     "world": dist.world, "data": data, "precision": precision(region)}  # fmt: skip
-            checkpoint.save(cfg, step, model, write, optimizer, dist, state)
+            checkpoint.save(cfg, step, model, save_model, optimizer, dist, {
+                "loader": dist.all_gather(micro_batches[-1].state),  # each process's position
+                "best": (best.step, best.score), "world": dist.world_size,
+                "data": data_fingerprint, "precision": precision_name(autocast_context),
+            })  # fmt: skip
 
     try:
         while step < t.steps:
-            micro = ahead or fetch()
-            n_targets = dist.sum(sum(b.n_targets for b in micro))
+            micro_batches = prefetched or fetch()
             optimizer.set_lr(lr_factor(t, step))
-            total = torch.zeros((), device=dist.device)
-            for i, batch in enumerate(micro):
-                with dist.sync(wrapped, last=i == len(micro) - 1), region:
-                    _, loss_sum = wrapped(**batch.tensors(), reduction="sum")
-                (loss_sum * dist.world / n_targets).backward()
-                total += loss_sum.detach() / n_targets
-            ahead = fetch() if dist.works_apart and step + 1 < t.steps else []
-            norms = part_norms(model.parts) if due(step + 1, t.log_every, t.steps) else {}
-            # The one wait for a GPU in a step: a step that is not finite must not be taken.
-            grad_norm, loss = clip(params, t.grad_clip), dist.sum(total.item())
-            if guard.passes(step, loss, grad_norm, micro):
+            loss_tensor = accumulate_gradients(wrapped, micro_batches, dist, autocast_context)
+            # A GPU is still computing: prepare the next step's batches meanwhile.
+            prefetched = fetch() if dist.is_async and step + 1 < t.steps else []
+            is_log_step = due(step + 1, t.log_every, t.steps)
+            norms = gradient_norms(model.parts) if is_log_step else {}
+            # The only wait for the GPU in a step; the guard needs both numbers.
+            grad_norm = clip_gradients(params, t.grad_clip)
+            loss = dist.sum(loss_tensor.item())
+            if guard.is_finite_step(step, loss, grad_norm, micro_batches):
                 optimizer.step()
             optimizer.zero_grad()
             step += 1
-            meter.count(micro)
+            meter.count(micro_batches)
             logger.advance()
-            if due(step, t.log_every, t.steps):
-                values = {"loss": loss, "grad_norm": grad_norm} | norms | rates(t, step - 1, model)
-                values |= {"bad_rows": len(loader.skipped), "bad_steps": guard.n_kept}
-                values |= meter.rates(dist)
-                logger.log(values, step)
-            better = False
-            if due(step, t.eval_every, t.steps):  # by every process: parts of a model need all
-                with save_on_error(save), optimizer.averaged():
+            if is_log_step:
+                values = {"loss": loss, "grad_norm": grad_norm, **norms}
+                values |= learning_rates(t, step - 1, model)
+                values |= {"bad_rows": len(loader.skipped), "bad_steps": guard.n_saved}
+                logger.log(values | meter.rates(dist), step)
+            is_best = False
+            if due(step, t.eval_every, t.steps):  # all processes take part: FSDP needs them
+                with save_on_error(save), optimizer.averaged(), eager_blocks(model):
                     values = evaluate(step)
-                logger.evaluated(values, step)
-                better = dist.sum(dist.is_main and best.beaten(values, step)) > 0
-            stopping = dist.sum(stop.received) > 0  # so that all processes leave after one step
-            if stopping or better or due(step, t.save_every, t.steps):
+                logger.log_evaluation(values, step)
+                is_best = dist.sum(dist.is_main and best.update(values, step)) > 0
+            is_stopping = dist.sum(stop.received) > 0  # all processes stop after the same step
+            if is_stopping or is_best or due(step, t.save_every, t.steps):
                 save()
-            if stopping:
+            if is_stopping:
                 break
     finally:
-        batches.close()  # and its workers with it
+        batches.close()  # ends the worker processes
         logger.close()
         stop.restore()
     return step
 
 
-def rates(cfg: LoopConfig, step: int, model: nn.Module) -> dict[str, float]:
-    """The share of the peak learning rates at a step, and the rates of Muon and each part."""
-    factor = lr_factor(cfg, step)
-    training = [n for n, part in model.parts.items() if n not in cfg.freeze]
-    names = [*training, *(["muon"] if cfg.optimizer == "muon" else [])]
-    return {"lr_factor": factor} | {f"lr_{n}": getattr(cfg, f"lr_{n}") * factor for n in names}
+class NonFiniteGuard:
+    """Skips steps whose loss or gradient norm is NaN or Inf, and saves their batches."""
 
+    def __init__(self, cfg: LoopConfig, logger: Logger, rank: int) -> None:
+        self.cfg, self.logger, self.rank, self.n_in_a_row = cfg, logger, rank, 0
+        self.n_saved = len(find_bad_batches(Path(cfg.out)))  # includes those before a resume
 
-class Guard:
-    """Keeps steps that are not finite from changing anything."""
+    def is_finite_step(
+        self, step: int, loss: float, grad_norm: float, micro_batches: list[Batch]
+    ) -> bool:
+        """Whether the optimizer may step; if not, save the batches.
 
-    def __init__(self, cfg: LoopConfig, logger: Logger, rank: int):
-        self.cfg, self.logger, self.rank, self.n_bad = cfg, logger, rank, 0
-        self.n_kept = len(kept_batches(Path(cfg.out)))  # before a resume, too
-
-    def passes(self, step: int, loss: float, grad_norm: float, micro: list) -> bool:
+        Raises `InputError` after `max_bad_steps` steps in a row that were not finite.
+        """
         if math.isfinite(loss) and math.isfinite(grad_norm):
-            self.n_bad = 0
+            self.n_in_a_row = 0
             return True
-        self.n_bad, self.n_kept = self.n_bad + 1, self.n_kept + 1
-        kept = keep_batches(Path(self.cfg.out), step, micro, self.rank)
-        why = f"loss {loss}, gradient norm {grad_norm}"
-        self.logger.say(f"step {step}: {why}; skipped, batch kept in {kept}")
-        if self.n_bad >= self.cfg.max_bad_steps:
+        self.n_in_a_row, self.n_saved = self.n_in_a_row + 1, self.n_saved + 1
+        path = save_bad_batches(Path(self.cfg.out), step, micro_batches, self.rank)
+        reason = f"loss {loss}, gradient norm {grad_norm}"
+        self.logger.write(f"step {step}: {reason}; step skipped, batch saved in {path}")
+        if self.n_in_a_row >= self.cfg.max_bad_steps:
             raise InputError(
-                f"{self.n_bad} steps in a row were not finite, the last kept in {kept}; "
-                "lower the learning rates, or look at the batch."
+                f"{self.n_in_a_row} steps in a row were not finite (train.max_bad_steps); the last "
+                f"batch is saved in {path}. Lower the learning rates, or inspect the batch."
             )
         return False
 
 
-def kept_batches(run: Path) -> list[Path]:
-    """The batches of all bad steps of a run, as the main process saw them."""
+def find_bad_batches(run: Path) -> list[Path]:
+    """Saved batches of all non-finite steps of a run, those of the main process."""
     return sorted(p for p in run.glob("bad-step-*.pt") if "rank" not in p.name)
 
 
-def keep_batches(run: Path, step: int, micro: list, rank: int = 0) -> Path:
-    """Save the tensors of a bad step where `torch.load(path, weights_only=True)` finds them.
-
-    A file per process, as each has its own.
-    """
+def save_bad_batches(run: Path, step: int, micro_batches: list[Batch], rank: int = 0) -> Path:
+    """Save a step's batches, one file a process; `torch.load(path, weights_only=True)` reads it."""
     path = run / f"bad-step-{step:06d}{f'-rank{rank}' if rank else ''}.pt"
-    with contextlib.suppress(OSError, RuntimeError):  # the latter of a full disk
-        torch.save([batch.tensors() for batch in micro], path)
+    with contextlib.suppress(OSError, RuntimeError):  # torch raises RuntimeError on a full disk
+        torch.save([batch.tensors() for batch in micro_batches], path)
     return path

@@ -1,6 +1,6 @@
-"""How fast a run goes and what its gradients do: what the log says beside the loss.
+"""Throughput, device utilization and gradient norms for the log.
 
-Not here: where it is said (logger.py), when (loop.py).
+Not here: where they are logged (logger.py), when (loop.py).
 """
 
 from __future__ import annotations
@@ -17,41 +17,44 @@ from engine.training.distributed import Dist
 
 
 class Meter:
-    """Tokens and images per second, use of the device, waiting for data, since last asked.
+    """Tokens and images per second, model FLOPs utilization and data wait since the last `rates`.
 
-    All that the host does for data counts as waiting, what a GPU's work hides as well.
+    All time the host spends on data counts as waiting, even if a GPU computes meanwhile.
     """
 
-    def __init__(self, model: nn.Module, region: torch.autocast):
+    def __init__(self, model: nn.Module, autocast_context: torch.autocast) -> None:
         self.model = model
-        one = torch.ones(1, 1, device=region.device)
-        with region:
+        one = torch.ones(1, 1, device=autocast_context.device)
+        with autocast_context:
             self.dtype = (one @ one).dtype
         self.reset()
 
     def reset(self) -> None:
+        """Start a new measurement."""
         self.start = time.perf_counter()
         self.waited = self.tokens = self.images = 0.0
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Time within is spent waiting for data."""
+    def waiting_for_data(self) -> Iterator[None]:
+        """Count the time inside as data wait."""
         start = time.perf_counter()
         yield
         self.waited += time.perf_counter() - start
 
-    def count(self, micro: list) -> None:
-        self.tokens += sum(b.n_tokens for b in micro)
-        self.images += sum(len(b.images) for b in micro)
+    def count(self, micro_batches: list) -> None:
+        """Add the tokens and images of a step."""
+        self.tokens += sum(b.n_tokens for b in micro_batches)
+        self.images += sum(len(b.images) for b in micro_batches)
 
     def rates(self, dist: Dist) -> dict[str, float]:
+        """Rates over all processes since the last call; starts a new measurement."""
         seconds = time.perf_counter() - self.start
         tokens, images = dist.sum(self.tokens), dist.sum(self.images)
-        most = matmul_peak(dist.device, self.dtype) * dist.world
+        peak = measure_peak_flops(dist.device, self.dtype) * dist.world_size
         rates = {
             "tokens_per_s": round(tokens / seconds, 1),
             "images_per_s": round(images / seconds, 3),
-            "mfu": round(flops(self.model, tokens, images) / seconds / most, 4),
+            "mfu": round(training_flops(self.model, tokens, images) / seconds / peak, 4),
             "data_wait": round(self.waited / seconds, 4),
         }
         self.reset()
@@ -59,60 +62,62 @@ class Meter:
 
 
 @cache
-def matmul_peak(device: torch.device, dtype: torch.dtype, n: int = 1024) -> float:
-    """Most products and sums per second of this device in `dtype`: the best of a few, measured.
+def measure_peak_flops(device: torch.device, dtype: torch.dtype, n: int = 1024) -> float:
+    """Peak FLOP/s of this device in `dtype`: the best of four timed matrix products [n, n].
 
-    On an accelerator the matrices are larger, and many wait in line.
+    On a GPU the matrices are larger and products are queued back to back.
     """
     repeats, n = (20, 8 * n) if device.type == "cuda" else (1, n)
-    # Random, as of equal numbers a GPU draws less power, which makes it faster than it will be.
-    own = torch.Generator(device).manual_seed(0)  # a run's own numbers stay what they were
+    # Random values: with constant ones a GPU draws less power and clocks higher than in training.
+    own = torch.Generator(device).manual_seed(0)  # leaves the run's generator untouched
     a, best = torch.randn(n, n, generator=own, device=device).to(dtype), float("inf")
     for _ in range(4):
-        finish(device)
+        synchronize(device)
         start = time.perf_counter()
         for _ in range(repeats):
             a @ a
-        finish(device)
+        synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 * repeats / best
 
 
-def finish(device: torch.device) -> None:
-    """Wait for what an accelerator was told to do."""
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has finished its queue."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def flops(model: nn.Module, n_tokens: float, n_images: float) -> float:
-    """Products and sums of a forward and a backward pass: 6 for each weight and token it meets.
+def training_flops(model: nn.Module, n_tokens: float, n_images: float) -> float:
+    """FLOPs of forward and backward: 6 per weight and token, 2 in frozen parts.
 
-    A part without gradients costs 2. Attention's own products, those of a language model's head,
-    which meets supervised tokens alone, and what is computed again to save memory are not counted,
-    so the share of the peak that follows is a lower bound.
+    Not counted: attention scores, the language model's head (it only sees supervised tokens), and
+    recomputation by activation checkpointing. So the utilization is a lower bound.
     """
     cfg, total = model.cfg, 0.0
     patches = n_images * (cfg.vit_n_patches + cfg.vit_n_prefix)
-    meets = {"vision": patches, "projector": n_images * getattr(cfg, "tokens_per_tile", 0),
+    n_inputs = {"vision": patches, "projector": n_images * getattr(cfg, "tokens_per_tile", 0),
              "language": n_tokens, "trunk": patches, "head": n_images}  # fmt: skip
     for name, part in model.parts.items():
         for key, p in part.named_parameters():
-            apart = "embedding" in key.split(".")[0] or (name, key) == ("language", "head.weight")
-            if p.ndim >= 2 and not apart:
-                total += (6 if p.requires_grad else 2) * p.numel() * meets[name]
+            is_excluded = "embedding" in key.split(".")[0] or (name, key) == (
+                "language",
+                "head.weight",
+            )
+            if p.ndim >= 2 and not is_excluded:
+                total += (6 if p.requires_grad else 2) * p.numel() * n_inputs[name]
     return total
 
 
-def part_norms(parts: dict[str, nn.Module]) -> dict[str, float]:
-    """Norm of every part's gradient; a frozen part has none and is left out."""
-    found = {}
+def gradient_norms(parts: dict[str, nn.Module]) -> dict[str, float]:
+    """Gradient norm of every part, as `grad_norm_<part>`; frozen parts are omitted."""
+    norms = {}
     for name, part in parts.items():
         grads = [p.grad for p in part.parameters() if p.grad is not None]
         if grads:
-            found[f"grad_norm_{name}"] = number(nn.utils.get_total_norm(grads))
-    return found
+            norms[f"grad_norm_{name}"] = to_float(nn.utils.get_total_norm(grads))
+    return norms
 
 
-def number(x: Tensor) -> float:
-    """A scalar, whole where processes hold parts of it."""
+def to_float(x: Tensor) -> float:
+    """A scalar tensor as a float; a sharded one is gathered first."""
     return (x.full_tensor() if hasattr(x, "full_tensor") else x).item()

@@ -1,12 +1,15 @@
-"""How good a classifier is: accuracy, a table by class, a picture of what it confuses.
+"""Evaluate a classifier: accuracy, figures per class, confusion matrix, predictions.
 
-Not here: training (loop.py), pictures and classes (data/classification/dataset.py, data/classification/loader.py).
+Not here: training (training.py), images and classes (data/classification/).
 
-Letters: K classes, N pictures.
+Letters: K classes, N images.
 """
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,51 +18,57 @@ import numpy as np
 import torch
 from torch import nn
 
-from config_tools import InputError
-from data.classification.dataset import Classes
-from data.classification.loader import evaluation_batches, normalise, whole_views
+from config_tools import InputError, write_atomic
+from data.classification.dataset import ClassificationDataset
+from data.classification.loader import evaluation_batches, normalise, open_and_resize
 from engine.evaluation.metrics import bootstrap_interval
 from models.classifier import Classifier
 from models.pretrained.load import open_vit
 
 TOP = 5
+CONFUSION, RESULT = "confusion.png", "result.json"  # files of a run folder
 
 
 def open_classifier(source: str) -> Classifier:
-    """Of a directory, ours or one of transformers, a run folder, or a Hub id; or `InputError`."""
+    """Load a checkpoint of picoVLM or transformers, a run folder, or a Hub id.
+
+    Raises `InputError`, also if it has no classifier head.
+    """
     vit = open_vit(source)
     if not vit.cfg.vit_n_classes:
-        raise InputError(f"{source}: an encoder without a classifier; train one on it first.")
+        raise InputError(f"{source}: has no classifier head; train one with `classify.py train`.")
     return Classifier(vit)
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came out for every picture that could be opened."""
+    """Predictions for every image that could be opened."""
 
     labels: tuple[str, ...]
-    loss: float  # cross-entropy per picture
+    loss: float  # cross-entropy per image
     expected: np.ndarray  # [N] int64
     predicted: np.ndarray  # [N] int64
-    in_top: np.ndarray  # [N] bool, whether the class is among the TOP most probable
-    failed: tuple[str, ...]  # what is wrong with the other pictures
+    in_top: np.ndarray  # [N] bool, whether the class is among the TOP predictions
+    failed: tuple[str, ...]  # error messages of the other images
 
     @property
     def accuracy(self) -> float:
+        """Fraction of correct predictions."""
         return float((self.expected == self.predicted).mean())
 
     @property
     def interval(self) -> tuple[float, float]:
+        """95 % interval of the accuracy."""
         return bootstrap_interval((self.expected == self.predicted).tolist())
 
     @property
     def confusion(self) -> np.ndarray:
-        """[K, K] pictures by their class (rows) and by the answer (columns)."""
+        """[K, K] number of images by class (rows) and prediction (columns)."""
         K = len(self.labels)
         return np.bincount(self.expected * K + self.predicted, minlength=K * K).reshape(K, K)
 
     def values(self) -> dict[str, float]:
-        """For the log."""
+        """Values for the log."""
         values = {"val_loss": round(self.loss, 4), "val_accuracy": round(self.accuracy, 4)}
         if len(self.labels) > TOP:
             values[f"val_top{TOP}"] = round(float(self.in_top.mean()), 4)
@@ -67,8 +76,10 @@ class Result:
 
 
 @torch.inference_mode()
-def evaluate(model: Classifier, source: Classes, region: torch.autocast) -> Result:
-    """Whole pictures, once; the model is left as it was. Raises `InputError` without any."""
+def evaluate(
+    model: Classifier, source: ClassificationDataset, autocast_context: torch.autocast
+) -> Result:
+    """Evaluate on all images, without augmentation; raises `InputError` if none can be opened."""
     was_training = model.training
     model.eval()
     loss, outputs, targets, failed = 0.0, [], [], []
@@ -77,14 +88,14 @@ def evaluate(model: Classifier, source: Classes, region: torch.autocast) -> Resu
         if not batch.n_targets:
             continue
         batch = batch.to(model.device)
-        with region:
+        with autocast_context:
             logits, batch_loss = model(**batch.tensors(), reduction="sum")
         loss += batch_loss.item()
         outputs.append(logits.float().cpu())
         targets.append(batch.targets.cpu())
     model.train(was_training)
     if not outputs:
-        raise InputError(f"no picture can be opened, the first: {failed[0]}")
+        raise InputError(f"no image can be opened; the first error: {failed[0]}")
     logits, expected = torch.cat(outputs), torch.cat(targets)
     top = logits.topk(min(TOP, logits.shape[1])).indices  # [N, TOP]
     return Result(
@@ -97,56 +108,71 @@ def evaluate(model: Classifier, source: Classes, region: torch.autocast) -> Resu
     )
 
 
-# --- For people ---------------------------------------------------------------------------------
+# --- Reports ------------------------------------------------------------------------------------
 
 
-def by_class(result: Result) -> list[dict]:
-    """For each class its pictures, recall, precision, and what it is taken for most often."""
+def class_metrics(result: Result) -> list[dict]:
+    """For each class: images, recall, precision, and the class it is most often confused with."""
     confusion, rows = result.confusion, []
     for k, label in enumerate(result.labels):
-        n, answered, right = confusion[k].sum(), confusion[:, k].sum(), confusion[k, k]
+        n, n_predicted, n_correct = confusion[k].sum(), confusion[:, k].sum(), confusion[k, k]
         wrong = np.where(np.arange(len(result.labels)) == k, 0, confusion[k])
         rows.append(
             {
                 "class": label,
-                "pictures": int(n),
-                "recall": float(right / n) if n else None,
-                "precision": float(right / answered) if answered else None,
-                "taken for": result.labels[wrong.argmax()] if wrong.max() else "",
+                "images": int(n),
+                "recall": float(n_correct / n) if n else None,
+                "precision": float(n_correct / n_predicted) if n_predicted else None,
+                "confused_with": result.labels[wrong.argmax()] if wrong.max() else "",
             }
         )
     return rows
 
 
-def table(result: Result, most: int = 40) -> str:
-    """Accuracy and, class by class, the worst first."""
+def format_table(result: Result, max_rows: int = 40) -> str:
+    """Accuracy, then a row per class, the lowest recall first."""
     low, high = result.interval
     lines = [
         f"accuracy {result.accuracy:.2%} (95 % interval {low:.2%} to {high:.2%}) of "
-        f"{len(result.expected):,} pictures, loss {result.loss:.4f}"
+        f"{len(result.expected):,} images, loss {result.loss:.4f}"
     ]
     if len(result.labels) > TOP:
         lines[0] += f", top {TOP} {result.in_top.mean():.2%}"
-    rows = sorted(by_class(result), key=lambda row: 2 if row["recall"] is None else row["recall"])
+    rows = sorted(
+        class_metrics(result), key=lambda row: 2 if row["recall"] is None else row["recall"]
+    )
     width = max(5, *(len(row["class"]) for row in rows))
-    lines.append(f"{'class':<{width}}  pictures  recall  precision  taken for")
-    for row in rows[:most]:
+    lines.append(f"{'class':<{width}}    images  recall  precision  confused with")
+    for row in rows[:max_rows]:
         recall, precision = (
             "     -" if row[key] is None else f"{row[key]:6.1%}" for key in ("recall", "precision")
         )
-        line = f"{row['class']:<{width}}  {row['pictures']:>8,}  {recall}  {precision:>9}"
-        lines.append(f"{line}  {row['taken for']}".rstrip())
-    lines += [f"and {len(rows) - most} classes more, all at least as good"] * (len(rows) > most)
-    return "\n".join(lines + [f"left out: {problem}" for problem in result.failed])
+        line = f"{row['class']:<{width}}  {row['images']:>8,}  {recall}  {precision:>9}"
+        lines.append(f"{line}  {row['confused_with']}".rstrip())
+    n_hidden = len(rows) - max_rows
+    lines += [f"and {n_hidden} more classes with the same or higher recall"] * (n_hidden > 0)
+    return "\n".join(lines + [f"skipped: {error}" for error in result.failed])
+
+
+def report_result(result: Result, folder: Path | None) -> None:
+    """Print the table; with a folder, also write the confusion matrix and the figures there."""
+    print(format_table(result))
+    if folder is not None:
+        draw_confusion(result, folder / CONFUSION)
+        low, high = result.interval
+        figures = result.values() | {"interval": [low, high], "images": len(result.expected)}
+        figures |= {"classes": class_metrics(result)}
+        write_atomic(folder / RESULT, json.dumps(figures, indent=2) + "\n")
+        print(f"confusion matrix in {folder / CONFUSION}, figures in {folder / RESULT}")
 
 
 def draw_confusion(result: Result, path: Path) -> None:
-    """Write the confusion matrix, shares of each class's pictures; needs matplotlib."""
+    """Draw the confusion matrix, normalized per class; raises `InputError` without matplotlib."""
     try:
         import matplotlib
     except ImportError:
         raise InputError(
-            "a picture of the confusion needs matplotlib, so run `pip install matplotlib`."
+            "the confusion matrix needs the package matplotlib; run `pip install matplotlib`."
         ) from None
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
@@ -156,7 +182,7 @@ def draw_confusion(result: Result, path: Path) -> None:
     side = min(14.0, 2.5 + 0.35 * K)
     figure, axis = plt.subplots(figsize=(side, side), constrained_layout=True)
     axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    axis.set(xlabel="answer", ylabel="class", title=f"accuracy {result.accuracy:.1%}")
+    axis.set(xlabel="prediction", ylabel="class", title=f"accuracy {result.accuracy:.1%}")
     if K <= 60:
         axis.set_xticks(range(K), result.labels, rotation=90)
         axis.set_yticks(range(K), result.labels)
@@ -167,25 +193,25 @@ def draw_confusion(result: Result, path: Path) -> None:
     plt.close(figure)
 
 
-# --- Answers ------------------------------------------------------------------------------------
+# --- Predictions --------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
 def predict(
-    model: Classifier, pictures: Sequence, k: int, batch_size: int = 64
+    model: Classifier, images: Sequence, k: int, batch_size: int = 64
 ) -> Iterator[tuple[object, list[tuple[str, float]], str]]:
-    """(picture, its `k` most probable classes with probabilities, what is wrong with it), in order.
+    """Yield (image, its `k` most probable (class, probability), error), in order.
 
-    A picture that cannot be opened has no classes; nothing is wrong with the others.
+    An image that cannot be opened has no classes; the error of the others is empty.
     """
     k = min(k, len(model.labels))
-    for start in range(0, len(pictures), batch_size):
-        part = pictures[start : start + batch_size]
-        views, problems = whole_views(part, model.cfg)
-        images = normalise(views, model.cfg).to(model.device) if views else None
-        found = iter(() if images is None else _top(model, images, k))
-        for picture, problem in zip(part, problems):
-            yield picture, [] if problem else next(found), problem
+    for start in range(0, len(images), batch_size):
+        part = images[start : start + batch_size]
+        opened, errors = open_and_resize(part, model.cfg)
+        pixels = normalise(opened, model.cfg).to(model.device) if opened else None
+        predictions = iter(() if pixels is None else _top(model, pixels, k))
+        for image, error in zip(part, errors):
+            yield image, [] if error else next(predictions), error
 
 
 def _top(model: nn.Module, images: torch.Tensor, k: int) -> list[list[tuple[str, float]]]:
@@ -194,3 +220,19 @@ def _top(model: nn.Module, images: torch.Tensor, k: int) -> list[list[tuple[str,
         [(model.labels[c], p) for c, p in zip(row, shares)]
         for row, shares in zip(classes.tolist(), probabilities.tolist())
     ]
+
+
+def write_predictions(rows: list[tuple[str, list[tuple[str, float]]]], path: Path) -> None:
+    """Write a .csv or .jsonl file: each image with its classes and probabilities, best first."""
+    file = io.StringIO()
+    if path.suffix == ".jsonl":
+        for image, classes in rows:
+            predictions = [{"class": name, "probability": round(p, 6)} for name, p in classes]
+            file.write(json.dumps({"image": image, "classes": predictions}) + "\n")
+    else:
+        writer = csv.writer(file, lineterminator="\n")
+        ranks = range(1, 1 + len(rows[0][1]))
+        writer.writerow(["image", *(f"{what}_{i}" for i in ranks for what in ("class", "p"))])
+        for image, classes in rows:
+            writer.writerow([image, *(v for name, p in classes for v in (name, f"{p:.6f}"))])
+    write_atomic(path, file.getvalue())

@@ -1,10 +1,11 @@
-"""Pictures as vectors of length one: build an index that can be resumed, find what is alike.
+"""Image embeddings: build a resumable index, search it, find near-duplicates.
 
-An index is a folder: `index.jsonl` (a line a picture), `embeddings.safetensors` (a row a picture),
-`skipped.jsonl` and `about.json`. While it grows, the rows stand in `embeddings.part`. Search is one
-matrix product; with many pictures faiss does it. Not here: the command line (embed.py).
+An index is a folder with `index.jsonl` (a line per image), `embeddings.safetensors` (a unit
+vector per image), `skipped.jsonl` and `about.json`. During a build, the vectors are in
+`embeddings.part`.
+Not here: the command line (embed.py).
 
-Letters: N pictures, Q queries, D width.
+Letters: N images, Q queries, D embedding dimension.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from safetensors.numpy import load_file
 from tqdm import tqdm
 
 from config_tools import InputError, read_json
-from data.classification.loader import normalise, whole_views
+from data.classification.loader import normalise, open_and_resize
 from models.pretrained.load import open_vit
 from models.pretrained.safetensors_io import save_tensors
 from models.vision_transformer import ViT
@@ -30,19 +31,21 @@ from models.vision_transformer import ViT
 ROWS, PART, LINES, SKIPPED, ABOUT = (
     "embeddings.safetensors", "embeddings.part", "index.jsonl", "skipped.jsonl", "about.json",
 )  # fmt: skip
-AT_ONCE = 1 << 24  # similarities held in memory together
+MAX_SIMILARITIES = 1 << 24  # held in memory at once
 
 
 @dataclass(frozen=True)
 class Index:
+    """Files and their embeddings."""
+
     folder: Path
     files: list[str]
-    rows: np.ndarray  # [N, D] float32, each of length one
-    about: dict  # which encoder, which pool
+    rows: np.ndarray  # [N, D] float32 unit vectors
+    about: dict  # encoder and pooling
 
 
 def open_encoder(name: str, pool: str) -> ViT:
-    """The encoder `name`, pooled into one vector: by `pool`, auto means CLS, else the mean."""
+    """Load the encoder `name` with pooling; auto: CLS if there is one, else the mean."""
     vit = open_vit(name, pool)
     if vit.cfg.vit_pooling == "none":
         vit = open_vit(name, "mean")
@@ -50,7 +53,7 @@ def open_encoder(name: str, pool: str) -> ViT:
 
 
 def describe(vit: ViT, name: str) -> dict:
-    """What an index is made by; `weights` tells two states of one run folder apart."""
+    """Encoder, pooling, image size and a hash of the weights."""
     digest = hashlib.sha256()
     for tensor in vit.state_dict().values():
         digest.update(tensor.cpu().contiguous().numpy())
@@ -59,9 +62,9 @@ def describe(vit: ViT, name: str) -> dict:
 
 
 @torch.inference_mode()
-def embed(vit: ViT, pictures: Sequence) -> tuple[np.ndarray, list[str]]:
-    """Pictures -> (vectors [N, D] of those that open, what is wrong with each; "" if nothing)."""
-    views, problems = whole_views(pictures, vit.cfg)
+def embed(vit: ViT, images: Sequence) -> tuple[np.ndarray, list[str]]:
+    """Embed images: (unit vectors [N, D] of those that open, error of each; "" if none)."""
+    views, problems = open_and_resize(images, vit.cfg)
     if not views:
         return np.zeros((0, vit.cfg.vit_hidden_dim), np.float32), problems
     device = vit.patch_embedding.conv.weight.device
@@ -73,7 +76,7 @@ def embed(vit: ViT, pictures: Sequence) -> tuple[np.ndarray, list[str]]:
 
 
 def _lines(path: Path) -> list[dict]:
-    """A JSON object a line; a last line that was cut off counts for nothing."""
+    """The JSON objects of a file; a last line that was cut off is ignored."""
     if not path.is_file():
         return []
     *whole, _cut = path.read_text("utf-8", "replace").split("\n")  # names may hold U+2028
@@ -83,24 +86,24 @@ def _lines(path: Path) -> list[dict]:
             return lines
     except (ValueError, KeyError, TypeError):
         pass
-    raise InputError(f"{path}: not the lines of an index; build it anew in another folder.")
+    raise InputError(f"{path}: not the lines of an index; build the index again in another folder.")
 
 
 def _append(path: Path, lines: list[dict]) -> None:
     with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)  # ASCII: names may be no text
+        file.writelines(json.dumps(line) + "\n" for line in lines)  # ASCII, as names may be bytes
 
 
 def require_same(folder: Path, before: dict, now: dict) -> None:
-    """Raise `InputError` unless an index that was made by `before` fits what `now` makes."""
+    """Raise `InputError` unless an index's description `before` matches `now`."""
     changed = [f"{key}: {before.get(key)!r} then, {value!r} now" for key, value in now.items()
                if before.get(key) != value]  # fmt: skip
     if changed:
-        raise InputError(f"{folder} was made otherwise ({'; '.join(changed)}); build a new one.")
+        raise InputError(f"{folder}: built otherwise ({'; '.join(changed)}); build a new one.")
 
 
-def stamp(name: str) -> str:
-    """Size and time of a file, which change with it; empty where it is gone."""
+def file_signature(name: str) -> str:
+    """Size and modification time of a file; empty if it does not exist."""
     try:
         found = Path(name).stat()
     except OSError:
@@ -109,13 +112,13 @@ def stamp(name: str) -> str:
 
 
 def _resume(folder: Path, about: dict, width: int) -> list[dict]:
-    """What an earlier start has done, both files cut to what is whole in both."""
+    """Lines of an interrupted build; both files are truncated to the images that are in both."""
     done = _lines(folder / LINES)
     (folder / SKIPPED).unlink(missing_ok=True)
     if (folder / ABOUT).is_file():
         require_same(folder, read_json(folder / ABOUT), about)
     part = folder / PART
-    if done and not part.is_file():  # a whole index that grows
+    if done and not part.is_file():  # a finished index that grows
         part.write_bytes(open_index(folder).rows.tobytes())
     n = min(len(done), part.stat().st_size // (4 * width)) if part.is_file() else 0
     (folder / LINES).unlink(missing_ok=True)
@@ -126,10 +129,10 @@ def _resume(folder: Path, about: dict, width: int) -> list[dict]:
 
 
 def build(vit: ViT, files: Sequence[str], folder: Path, about: dict, batch_size: int) -> Index:
-    """Add the pictures that `folder` lacks, batch by batch; raises `InputError`.
+    """Embed the images that the index in `folder` does not have yet; resumes if interrupted.
 
-    Stopped, it goes on where it was. Pictures that cannot be opened are listed and passed over, and
-    tried again by the next build. One that was changed since is refused: its row is of the old one.
+    Images that cannot be opened are listed in skipped.jsonl and tried again by the next build.
+    Raises `InputError`, also if an indexed image has changed or is gone.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"out = {folder}: is a file; name a folder.")
@@ -137,59 +140,61 @@ def build(vit: ViT, files: Sequence[str], folder: Path, about: dict, batch_size:
     width = vit.cfg.vit_hidden_dim
     done = _resume(folder, about, width)
     for line in done:
-        now = stamp(line["file"])
-        if line.get("stamp", now) != now:  # indexes of earlier versions have none
-            what = "was changed" if now else "is no longer there"
+        now = file_signature(line["file"])
+        before = line.get("signature", line.get("stamp", now))  # earlier versions: stamp, or none
+        if before != now:
+            change = "has changed" if now else "is gone"
             raise InputError(
-                f"{folder}: {line['file']} {what} since it was read; build the index anew."
+                f"{folder}: {line['file']} {change} since it was indexed; build the index again."
             )
     (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     known = {line["file"] for line in done}
-    left = [name for name in files if name not in known]
-    with tqdm(total=len(files), initial=len(files) - len(left), unit="picture") as bar:
-        for start in range(0, len(left), batch_size):
-            part = left[start : start + batch_size]
-            rows, problems = embed(vit, part)
-            found = list(zip(part, problems))
+    remaining = [name for name in files if name not in known]
+    with tqdm(total=len(files), initial=len(files) - len(remaining), unit="image") as bar:
+        for start in range(0, len(remaining), batch_size):
+            part = remaining[start : start + batch_size]
+            rows, errors = embed(vit, part)
             with open(folder / PART, "ab") as file:
                 file.write(rows.tobytes())
-            lines = [{"file": n, "stamp": stamp(n)} for n, problem in found if not problem]
+            new = [name for name, error in zip(part, errors) if not error]
+            lines = [{"file": name, "signature": file_signature(name)} for name in new]
             _append(folder / LINES, lines)
-            if any(problems):
-                _append(folder / SKIPPED, [{"file": n, "reason": p} for n, p in found if p])
+            skipped = [{"file": n, "reason": e} for n, e in zip(part, errors) if e]
+            if skipped:
+                _append(folder / SKIPPED, skipped)
             bar.update(len(part))
     rows = np.fromfile(folder / PART, np.float32).reshape(-1, width)  # [N, D]
     if len(rows) == 0:
-        raise InputError(f"none of {len(files)} pictures can be opened; see {folder / SKIPPED}.")
+        raise InputError(f"none of {len(files)} images can be opened; see {folder / SKIPPED}.")
     save_tensors({"embeddings": torch.from_numpy(rows)}, folder / ROWS)
     (folder / PART).unlink()
     return open_index(folder)
 
 
 def open_index(folder: Path) -> Index:
-    """An index as `build` left it; raises `InputError`."""
+    """Load a finished index; raises `InputError`."""
     if (folder / PART).is_file():
         raise InputError(f"{folder}: not finished; run the same `embed.py build` again.")
     if not (folder / ROWS).is_file():
-        raise InputError(f"{folder}: no index; make one with `embed.py build`.")
+        raise InputError(f"{folder}: not an index; build one with `embed.py build`.")
     try:
         rows = load_file(folder / ROWS)["embeddings"]
     except (SafetensorError, KeyError, OSError) as error:
-        raise InputError(f"{folder / ROWS}: not a whole index ({error}).") from None
+        raise InputError(f"{folder / ROWS}: damaged ({error}); build the index again.") from None
     files = [line["file"] for line in _lines(folder / LINES)]
     if len(files) != len(rows):
         raise InputError(f"{folder}: {len(files)} lines in {LINES}, {len(rows)} rows in {ROWS}.")
     about = read_json(folder / ABOUT)
     if not {"model", "pool"} <= about.keys():
-        raise InputError(f"{folder / ABOUT}: does not say which encoder and pool made it.")
+        raise InputError(f"{folder / ABOUT}: names no encoder and pooling; build the index again.")
     return Index(folder, files, rows, about)
 
 
-# --- Finding ------------------------------------------------------------------------------------
+# --- Search -------------------------------------------------------------------------------------
 
 
-def nearest(queries: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """For each query [Q, D] its `k` most similar rows: (numbers, cosines), each [Q, k]."""
+def search_exact(queries: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The `k` most similar rows of each query [Q, D]: (indices, cosines), each [Q, k]."""
     k = min(k, len(rows))
     scores = queries @ rows.T  # [Q, N]
     best = np.argpartition(-scores, k - 1, axis=1)[:, :k]
@@ -198,28 +203,28 @@ def nearest(queries: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, 
     return np.take_along_axis(best, order, 1), np.take_along_axis(cosines, order, 1)
 
 
-def nearest_by_faiss(queries: np.ndarray, rows: np.ndarray, k: int):
-    """The same from faiss, by a graph of neighbours: nearly always the same, sooner."""
+def search_faiss(queries: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """`search_exact`, approximated by faiss (HNSW); raises `InputError` without faiss."""
     try:
         import faiss
     except ImportError:
-        raise InputError("engine = 'faiss': needs it, so run `pip install faiss-cpu`.") from None
+        raise InputError("engine = 'faiss': needs faiss; run `pip install faiss-cpu`.") from None
     index = faiss.IndexHNSWFlat(rows.shape[1], 32, faiss.METRIC_INNER_PRODUCT)
     index.hnsw.efSearch = max(64, 2 * k)
     index.add(rows)
-    cosines, numbers = index.search(queries, min(k, len(rows)))
-    return numbers, cosines
+    cosines, indices = index.search(queries, min(k, len(rows)))
+    return indices, cosines
 
 
-ENGINES = {"exact": nearest, "faiss": nearest_by_faiss}
+ENGINES = {"exact": search_exact, "faiss": search_faiss}
 
 
-def alike(
+def similar_pairs(
     one: np.ndarray, other: np.ndarray | None, threshold: float
 ) -> Iterator[tuple[int, int, float]]:
-    """(i, j, cosine) of all pairs at least `threshold` alike, within `one` or between two."""
+    """Yield (i, j, cosine) of all pairs with at least `threshold`, in `one` or between both."""
     rows = one if other is None else other
-    step = max(1, AT_ONCE // len(rows))
+    step = max(1, MAX_SIMILARITIES // len(rows))
     for start in range(0, len(one), step):
         scores = one[start : start + step] @ rows.T  # [step, N]
         for i, j in np.argwhere(scores >= threshold):

@@ -1,124 +1,128 @@
-"""What torch.compile makes of a model: few kernels of each block while it trains, and of a token.
+"""torch.compile for the blocks of a model in training, and for a decoding step.
 
-Not here: whether that pays (engine/training/distributed.py), and the blocks, which do not know of it.
+Not here: whether compiling pays (engine/training/distributed.py).
+
+Letters: R rows, K inputs, N outputs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models.inference.cuda_graph import cuda_graph
 from models.inference.kv_cache import KVCache, StaticCache
-from models.ops import packed
+from models.vision_language_model import VisionLanguageModel
 
-MAX_ROWS_FOR_LOOP = 8  # rows that meet a matrix in a loop; with more, products are faster
-MIN_ROWS_FOR_PACKED_GEMM = (
-    5  # rows from which oneDNN's products in bf16 are, of matrices that it packs beforehand
-)
-MIN_WIDTH_FOR_PACKED_GEMM = (
-    384  # channels, too: the rows of a narrow model are over before oneDNN has begun
-)
+MAX_ROWS_FOR_LOOP = 8  # up to this batch size a loop over the matrix is faster than a GEMM
+# From this batch size and width on, oneDNN's pre-packed bf16 GEMM is faster than the loop.
+MIN_ROWS_FOR_PACKED_GEMM = 5
+MIN_WIDTH_FOR_PACKED_GEMM = 384
 
 
-def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
-    """Compile the blocks of all parts, in place: no name changes.
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks of all parts of a model."""
+    parts = [getattr(part, "blocks", None) for part in model.modules()]
+    return [block for blocks in parts if isinstance(blocks, nn.ModuleList) for block in blocks]
 
-    A block rather than the model, as they are alike: one is compiled for all, and other processes
-    get gradients as soon as a block has them. Behind the hooks that a block has or gets: FSDP
-    gathers its weights first. In evaluation it runs as it is, as lengths change with every token.
+
+def compile_blocks(model: nn.Module, backend: str | Callable = "inductor") -> None:
+    """Compile every block for training, in place, by `nn.Module.compile`.
+
+    Blocks rather than the model: they are alike, so that one compilation serves all, and other
+    processes receive gradients as soon as a block has them.
     """
     from torch._dynamo import config
 
-    config.optimize_ddp = False  # it would cut a block at DDP's buckets, and refuses our gradients
-    config.recompile_limit = 64  # of 8, drop-path alone takes one for every block
-    # How many segments of which length there are differs in every batch.
-    packed.segment_attention = torch.compiler.disable(packed.segment_attention)
-    for part in list(model.modules()):
-        for block in getattr(part, "blocks", ()):
-            block.forward = _while_training(block, torch.compile(block.forward, backend=backend))
+    config.optimize_ddp = False  # it would cut blocks at DDP's buckets, and refuses our gradients
+    config.recompile_limit = 64  # the default, 8, is too low: drop-path takes one for each block
+    for block in blocks_of(model):
+        block.compile(backend=backend)
 
 
-def _while_training(block: nn.Module, compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    plain = block.forward
-    return lambda *args, **named: (compiled if block.training else plain)(*args, **named)
+def eager_blocks(model: nn.Module) -> contextlib.AbstractContextManager:
+    """Run compiled blocks as they are: in evaluation lengths change with every token."""
+    if any(block._compiled_call_impl is not None for block in blocks_of(model)):
+        return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()
 
 
 def materialize(x: Tensor) -> Tensor:
-    """x, which a compiler would else make again in every round of a loop that reads it.
+    """x, computed once: a compiler would fuse it into every iteration of a loop that reads it.
 
-    What makes it may be a norm; and a loop over bf16 beside words of int8 is 10 times as slow.
+    A fused norm, or bf16 beside int8 words, makes such a loop ten times slower.
     """
     from torch._inductor.inductor_prims import force_stride_order
 
     return force_stride_order(x, x.stride())
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """[R, K] @ [K, N] as R sums in one loop over b, which is read once: half of MKL's time."""
+def _few_row_product(a: Tensor, b: Tensor) -> Tensor:
+    """[R, K] @ [K, N] as R sums in one loop that reads b once: half of MKL's time."""
     if len(a) > MAX_ROWS_FOR_LOOP:
-        return NotImplemented  # as it was
-    wide, weight = materialize(a.float()), b.t().float()  # bf16 is made wide once for all rows
-    return torch.stack([(weight * row).sum(-1) for row in wide.unbind()]).to(a.dtype)  # [R, N]
+        return NotImplemented  # keeps the GEMM
+    x, weight = materialize(a.float()), b.t().float()  # bf16 is cast once for all rows
+    return torch.stack([(weight * row).sum(-1) for row in x.unbind()]).to(a.dtype)  # [R, N]
 
 
-def _inductor_with_row_loops(graph: torch.fx.GraphModule, inputs: list) -> Callable:
-    """inductor, with `_product` in place of products of few rows."""
+def _inductor_with_row_loops(graph: torch.fx.GraphModule, inputs: list) -> Any:
+    """inductor, with `_few_row_product` in place of matrix products of few rows."""
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table
 
-    table = select_decomp_table() | {torch.ops.aten.mm.default: _product}
-    # Matrices in 8 bits are four sums each: made again for whatever reads them, compiling takes
-    # minutes.
-    once = {"realize_reads_threshold": 1}
-    return compile_fx(graph, inputs, config_patches=once, decompositions=table)
+    table = select_decomp_table() | {torch.ops.aten.mm.default: _few_row_product}
+    # An int8 product is four sums. Unless they are realized, each reader fuses them again, and
+    # compiling takes minutes.
+    patches = {"realize_reads_threshold": 1}
+    return compile_fx(graph, inputs, config_patches=patches, decompositions=table)
 
 
-def _takes_packed(model: nn.Module, n_rows: int) -> bool:
-    """Whether a step of `n_rows` is faster with a packed copy of all matrices: in bf16 alone.
-
-    Matrices in 8 bits would be made wide for it.
-    """
-    in_bf16 = {x.dtype for x in model.decoder.state_dict().values()} == {torch.bfloat16}
-    is_large = (
-        n_rows >= MIN_ROWS_FOR_PACKED_GEMM and model.cfg.lm_hidden_dim >= MIN_WIDTH_FOR_PACKED_GEMM
-    )
-    return in_bf16 and is_large and torch.cpu._is_avx512_bf16_supported()
+def _uses_packed_gemm(model: VisionLanguageModel, n_rows: int) -> bool:
+    """Whether oneDNN's packed copies of all matrices speed up a step of `n_rows`: bf16 only."""
+    is_bf16 = {x.dtype for x in model.decoder.state_dict().values()} == {torch.bfloat16}
+    is_wide = model.cfg.lm_hidden_dim >= MIN_WIDTH_FOR_PACKED_GEMM
+    is_large = n_rows >= MIN_ROWS_FOR_PACKED_GEMM and is_wide
+    return is_bf16 and is_large and torch.cpu._is_avx512_bf16_supported()
 
 
-def compile_decoding(model: nn.Module, backend: str | Callable | None = None) -> float:
-    """From here on each token of an answer is one function of `model`; returns seconds.
+def compile_decoding(model: VisionLanguageModel, backend: str | Callable | None = None) -> float:
+    """Compile the step that makes a token, in place; returns the seconds it took.
 
-    They pass in here, for one row; the first answer to another number of rows compiles again. A GPU
-    records what was compiled. Rows that are refilled (generation.serve) stay as they are: with many
-    the products outweigh calling them, which is what this saves. Weights must not change any more,
-    as a step may have a copy of them.
+    Compiles for one row now, and again at the first answer to another number of rows. A GPU
+    captures the compiled step as a CUDA graph. Continuous batching stays uncompiled: with many rows
+    its products outweigh the calls that compiling saves. The weights must not change afterwards,
+    because a step may hold a packed copy of them.
     """
     from torch._inductor import config
 
     on_cpu = model.device.type == "cpu"
-    loops = backend or (_inductor_with_row_loops if on_cpu else "inductor")
-    step = torch.compile(model.decode, fullgraph=True, backend=loops)
+    inductor = backend or (_inductor_with_row_loops if on_cpu else "inductor")
+    step = torch.compile(model.decode, fullgraph=True, backend=inductor)
     packed = torch.compile(model.decode, fullgraph=True, backend=backend or "inductor")
-    packed = config.patch(freezing=True)(packed)  # matrices are constants of what a call traces
+    packed = config.patch(freezing=True)(packed)  # weights become constants, packed when compiled
 
-    def decoder(cache: KVCache, tokens: Tensor, positions: Tensor) -> Callable[..., Tensor]:
+    def compiled_decode(
+        cache: KVCache, tokens: Tensor, positions: Tensor
+    ) -> Callable[[Tensor, Tensor], Tensor]:
         for x in (*cache.k, *cache.v):
-            torch._dynamo.mark_dynamic(x, 2)  # slots: one function for caches of every length
-        for x in cache.turns:
+            torch._dynamo.mark_dynamic(x, 2)  # slots: one compilation for caches of every length
+        for x in (cache.cos, cache.sin):
             torch._dynamo.mark_dynamic(x, 1)
         if not on_cpu:
             return cuda_graph(step, cache, tokens, positions)
-        static, own = StaticCache(cache), packed if _takes_packed(model, len(tokens)) else step
-        return lambda tokens, positions: own(tokens, positions, static)
+        static = StaticCache(cache)
+        decode = packed if _uses_packed_gemm(model, len(tokens)) else step
+        return lambda tokens, positions: decode(tokens, positions, static)
 
-    model.compiled_decoder, start = decoder, time.perf_counter()
+    model.compiled_decode, start = compiled_decode, time.perf_counter()
     with torch.inference_mode():
         cache = KVCache(model.cfg, 1, 64, model.device, model.decoder.norm.weight.dtype)
-        # Two tensors, as later: of one that is both a function of its own would be made.
+        # Two tensors, as in later calls: one tensor for both would compile a step of its own.
         token, position = torch.zeros(2, 1, dtype=torch.long, device=model.device)
-        decoder(cache, token, position)(token, position)
+        compiled_decode(cache, token, position)(token, position)
     return time.perf_counter() - start

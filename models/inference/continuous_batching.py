@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,17 +22,17 @@ SLOT_MULTIPLE = 64  # a cache grows to a multiple of so many slots
 
 
 class Completion(NamedTuple):
-    """What the model said to a prompt: tokens up to and with the end of turn, if it came."""
+    """The answer to a prompt: its tokens, up to and including the end of turn if there is one."""
 
     index: int  # the number of the prompt
     tokens: list[int]
-    logprobs: list[float]  # of each token, under the model alone: no sampling option changes them
+    logprobs: list[float]  # of each token, before any sampling option
 
 
 @dataclass
 class _Row:
-    said: Completion
-    n_new: int  # most tokens it may say
+    completion: Completion
+    max_tokens: int  # of the completion
     position: int  # of the next token
     generator: torch.Generator
     seen: Tensor | None  # [1, V]
@@ -46,25 +47,27 @@ def generate_continuous(
     stop: Callable[[list[int]], bool] = lambda tokens: False,
     number: Callable[[int], int] = int,
 ) -> Iterator[Completion]:
-    """Answers in the order in which they are done, read from `prompts` as rows become free.
+    """Yield completions as they finish; prompts are read as rows become free.
 
-    A row that has finished takes the next prompt, so that short answers do not wait for long ones;
-    an eighth of the rows must be free, as a prefill costs a step or more. `stop` ends an answer
-    early. The i-th prompt is called `number(i)` and samples with the seed + that, whatever the rows
-    are.
+    A finished row takes the next prompt, so that short answers do not wait for long ones. A prefill
+    waits until an eighth of the rows are free, because it costs a step or more. `stop(tokens)` ends
+    an answer early. The i-th prompt has the index `number(i)` and samples with seed + index, so
+    that its answer does not depend on the other rows.
     """
-    waiting, hand = ((number(i), prompt) for i, prompt in enumerate(prompts)), []
-    rows: list[_Row | None] = []
-    cache, logits = None, None  # logits [rows, V]
+    waiting, pending = ((number(i), prompt) for i, prompt in enumerate(prompts)), []
+    rows: list[Any] = []  # a _Row or None each
+    cache: Any = None
+    logits: Any = None  # [rows, V]
     while True:
         n_busy = sum(row is not None for row in rows)
         if n_busy <= len(rows) - max(1, len(rows) // 8) or not rows:
-            hand += _take(waiting, n_rows - n_busy - len(hand))
-            room = _allocate(model, cache, rows, logits, hand, sampling, n_rows)
-            cache, rows, logits, n_new = room
+            pending += islice(waiting, n_rows - n_busy - len(pending))
+            cache, rows, logits, n_new = _allocate(
+                model, cache, rows, logits, pending, sampling, n_rows
+            )
             if n_new:
-                _admit(model, cache, rows, logits, hand[:n_new], sampling)
-            hand = hand[n_new:]
+                _admit(model, cache, rows, logits, pending[:n_new], sampling)
+            pending = pending[n_new:]
         live = [r for r, row in enumerate(rows) if row is not None]
         if not live:
             return
@@ -72,14 +75,14 @@ def generate_continuous(
         logprobs = logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
         for r, token, logprob in zip(live, tokens[live].tolist(), logprobs[live].tolist()):
             row = rows[r]
-            row.said.tokens.append(token)
-            row.said.logprobs.append(logprob)
+            row.completion.tokens.append(token)
+            row.completion.logprobs.append(logprob)
             if (
                 token == model.cfg.vlm_eos_token_id
-                or len(row.said.tokens) == row.n_new
-                or stop(row.said.tokens)
+                or len(row.completion.tokens) == row.max_tokens
+                or stop(row.completion.tokens)
             ):
-                yield row.said
+                yield row.completion
                 rows[r] = None
             elif row.seen is not None:
                 row.seen[0, token] = True
@@ -90,27 +93,21 @@ def generate_continuous(
                 row.position += 1
 
 
-def _take(waiting: Iterator, n: int) -> list:
-    return [item for _, item in zip(range(n), waiting)]
+def _allocate(model, cache, rows, logits, pending, sampling: Sampling, n_rows: int):
+    """(cache, rows, logits, n): resized so that the first n of the `pending` prompts get a row.
 
-
-def _allocate(model, cache, rows, logits, hand, sampling: Sampling, n_rows: int):
-    """(cache, rows, logits, how many of `hand` get a row): larger where the next ones need it.
-
-    Rows times slots stay below MOST_SLOTS: while prompts are long there are fewer rows.
+    Rows times slots stay below MAX_SLOTS, so that there are fewer rows while prompts are long.
     """
     cfg, kept = model.cfg, [r for r, row in enumerate(rows) if row is not None]
     slots, n_new = 0 if cache is None else cache.n_slots, 0
-    for _, prompt in hand:
+    for _, prompt in pending:
         n_tokens = len(prompt.ids)
         need = max(slots, n_tokens + max_answer_tokens(cfg, n_tokens, sampling.max_new_tokens))
         fits = max(1, min(n_rows, MAX_SLOTS // need))
         if len(kept) + n_new >= fits:
             break
-        slots, n_new = (
-            need if need == slots else -(-need // SLOT_MULTIPLE) * SLOT_MULTIPLE,
-            n_new + 1,
-        )
+        slots = need if need == slots else -(-need // SLOT_MULTIPLE) * SLOT_MULTIPLE
+        n_new += 1
     wanted = max(1, len(kept) + n_new)
     if cache is not None and slots == cache.n_slots and wanted <= len(rows) < 2 * wanted:
         return cache, rows, logits, n_new
@@ -125,14 +122,15 @@ def _allocate(model, cache, rows, logits, hand, sampling: Sampling, n_rows: int)
 
 
 def _admit(model, cache: KVCache, rows: list, logits: Tensor, new, sampling: Sampling) -> None:
-    """Prefill prompts together and put them into free rows of the cache, of `rows` and `logits`."""
+    """Prefill new prompts together and put them into free rows of cache, `rows` and `logits`."""
     cfg, device = model.cfg, model.device
     lengths = torch.tensor([len(p.ids) for _, p in new], device=device)  # [B]
     ids = torch.full((len(new), int(lengths.max())), cfg.vlm_pad_token_id, device=device)
     for b, (_, prompt) in enumerate(new):
         ids[b, : len(prompt.ids)] = prompt.ids
     images = torch.cat([prompt.images for _, prompt in new]).to(device)
-    part = KVCache(cfg, *ids.shape, device, cache.k[0].dtype)
+    n_prompts, n_slots = ids.shape
+    part = KVCache(cfg, n_prompts, n_slots, device, cache.k[0].dtype)
     first = model.prefill(ids, images, lengths, part)  # [B, V]
     free = [r for r, row in enumerate(rows) if row is None][: len(new)]
     at = torch.tensor(free, device=device)
@@ -152,7 +150,7 @@ def _admit(model, cache: KVCache, rows: list, logits: Tensor, new, sampling: Sam
 
 
 def _sample_rows(logits: Tensor, rows: list, live: list[int], sampling: Sampling) -> Tensor:
-    """The next token of every row, [rows]; one by one where each draws or remembers by itself."""
+    """The next token of every row, [rows]; each draws from its own generator."""
     tokens = logits.argmax(-1)
     if sampling.temperature > 0 or sampling.repetition_penalty != 1:
         for r in live:

@@ -1,9 +1,9 @@
-"""Decoding on a GPU as one launch a token: a CUDA graph over a cache whose shapes never change.
+"""Decoding on a GPU as one launch per token: a CUDA graph over a cache whose shapes never change.
 
-A step of one row is some thousand small kernels; starting one takes longer than most of them run.
-Not here: which token comes next (generation.py).
+A step of one row is about a thousand small kernels; launching one takes longer than most of them
+run. Not here: which token comes next (sampling.py).
 
-Letters: B batch, T tokens, S slots, K key-value heads, C channels of a head, V vocabulary.
+Letters: B batch, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,24 +17,23 @@ from models.inference.kv_cache import KVCache, StaticCache
 
 
 def capture(run: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
-    """(what starts all kernels of one call of `run` again, the tensor that they fill).
+    """Record one call of `run`: (a function that replays its kernels, the tensor they fill).
 
-    `run` takes its input from tensors that stay where they are, on `device`. It is called twice
-    before it is recorded, aside, as kernels and libraries set themselves up in their first calls
-    (torch's notes on CUDA graphs).
+    `run` reads its input from tensors that stay in place on `device`. Two calls on a side stream
+    come first, because kernels and libraries initialise themselves then (torch's CUDA graph notes).
     """
-    with torch.cuda.device(device):  # streams are of the current device, not of what runs in them
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+    with torch.cuda.device(device):  # streams belong to the current device
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
             for _ in range(2):
                 run()
-        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # Its own default would be a stream of the device that somebody recorded on first.
-        with torch.cuda.graph(graph, stream=aside):
-            filled = run()
-    return graph.replay, filled
+        # The default stream would belong to the device of the first capture in this process.
+        with torch.cuda.graph(graph, stream=side):
+            output = run()
+    return graph.replay, output
 
 
 def cuda_graph(
@@ -43,10 +42,10 @@ def cuda_graph(
     tokens: Tensor,
     positions: Tensor,
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """`step`, a model's `decode` or what a compiler made of it, over `cache`, as one launch a call.
+    """`step` (a model's `decode`, compiled or not) over `cache`, as one launch a call.
 
-    (tokens [B], positions [B]) -> logits [B, V]. `tokens` and `positions` are those of the first
-    call: what is recorded writes them to the cache.
+    Returns (tokens [B], positions [B]) -> logits [B, V]. The given `tokens` and `positions` must be
+    those of the first call, because recording writes them to the cache.
     """
     static, tokens, positions = StaticCache(cache), tokens.clone(), positions.clone()
     replay, logits = capture(lambda: step(tokens, positions, static), tokens.device)

@@ -18,17 +18,24 @@ from models.inference.kv_cache import KVCache
 from models.inference.sampling import Sampling, new_generator, sample, seen_tokens
 
 
-def pad_at_end(input_ids: Tensor, attention_mask: Tensor | None, pad: int) -> tuple[Tensor, Tensor]:
-    """Move each row's real tokens [B, T] to its front; also their number [B].
+class Prompt(NamedTuple):
+    """An encoded prompt: placeholders in `ids` stand for the tiles, in reading order."""
 
-    Accepts padding on either side. Raises ValueError on a row of nothing else.
+    ids: Tensor  # [T]
+    images: Tensor  # [N, 3, H, W]
+
+
+def pad_at_end(input_ids: Tensor, attention_mask: Tensor | None, pad: int) -> tuple[Tensor, Tensor]:
+    """Move each row's tokens [B, T] before its padding; also return their number [B].
+
+    Accepts padding on either side. Raises ValueError on a row that is all padding.
     """
     if attention_mask is None:
         return input_ids, input_ids.new_full((len(input_ids),), input_ids.shape[1])
     attention_mask = attention_mask.long()
     lengths = attention_mask.sum(1)  # [B]
     if int(lengths.min()) == 0:
-        raise ValueError(f"row {int(lengths.argmin())} is nothing but padding")
+        raise ValueError(f"row {int(lengths.argmin())} is all padding")
     order = torch.argsort(attention_mask, dim=1, descending=True, stable=True)  # [B, T]
     rows = input_ids.gather(1, order)[:, : int(lengths.max())]  # [B, T]
     steps = torch.arange(rows.shape[1], device=rows.device)
@@ -36,18 +43,18 @@ def pad_at_end(input_ids: Tensor, attention_mask: Tensor | None, pad: int) -> tu
 
 
 def max_answer_tokens(cfg, n_tokens: int, max_new_tokens: int) -> int:
-    """How many new tokens fit behind so many; ValueError when none does."""
-    room = cfg.lm_max_position_embeddings - n_tokens
-    if room <= 0:
+    """How many new tokens fit after a prompt of `n_tokens`. Raises ValueError when none does."""
+    n_free = cfg.lm_max_position_embeddings - n_tokens
+    if n_free <= 0:
         raise ValueError(
-            f"a prompt of {n_tokens} tokens leaves no room in a context of "
+            f"a prompt of {n_tokens} tokens leaves no space for an answer in a context of "
             f"{cfg.lm_max_position_embeddings}"
         )
-    return min(max_new_tokens, room)
+    return min(max_new_tokens, n_free)
 
 
 class Step(NamedTuple):
-    """One token of every row, and the logits it was chosen from, before any sampling option."""
+    """One token of every row, and the logits it was sampled from, before any sampling option."""
 
     tokens: Tensor  # [B]
     logits: Tensor  # [B, V]
@@ -59,17 +66,17 @@ def steps(
     input_ids: Tensor,
     images: Tensor | None,
     attention_mask: Tensor | None,
-    sampling: Sampling,
+    sampling: Sampling | None = None,
     cache: KVCache | None = None,
     start: int = 0,
 ) -> Iterator[Step]:
-    """Yield the next token of every row until all have stopped; pad for rows that had.
+    """Yield the next token of every row until all have stopped; rows that have, yield padding.
 
-    Prompts are [B, T] with padding marked in `attention_mask`. Of a `cache` of enough slots their
-    first `start` tokens are taken as they stand there; `images` are those of the rest. Raises
-    ValueError when prompt and answer cannot fit the context.
+    Prompts are [B, T] with padding marked in `attention_mask`. A `cache` of enough slots may hold
+    their first `start` tokens already; `images` are then those of the rest. Raises ValueError when
+    a prompt fills the context.
     """
-    cfg = model.cfg
+    cfg, sampling = model.cfg, sampling or Sampling()
     rows, lengths = pad_at_end(input_ids, attention_mask, cfg.vlm_pad_token_id)
     n_new = max_answer_tokens(cfg, int(lengths.max()), sampling.max_new_tokens)
     generator = new_generator(rows.device, sampling.seed)
@@ -99,43 +106,13 @@ def steps(
 def decode_function(
     model, cache: KVCache, tokens: Tensor, positions: Tensor
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """(tokens [B], positions [B]) -> logits [B, V], of which these are the first; the device's way.
+    """The fastest way from (tokens [B], positions [B]) to logits [B, V]; these are the first ones.
 
-    Where somebody listens to the model's modules, they run one by one.
+    A model with hooks runs module by module, so that the hooks are called.
     """
-    on_gpu, is_compiled = tokens.device.type == "cuda", model.compiled_decoder is not None
-    if not (on_gpu or is_compiled) or any(
-        m._forward_hooks or m._forward_pre_hooks for m in model.modules()
-    ):
-        return lambda tokens, positions: model.decode(tokens, positions, cache)
-    if is_compiled:
-        return model.compiled_decoder(cache, tokens, positions)
-    return cuda_graph(model.decode, cache, tokens, positions)
-
-
-def stream(
-    model,
-    input_ids: Tensor,
-    images: Tensor | None,
-    attention_mask: Tensor | None,
-    sampling: Sampling,
-) -> Iterator[Tensor]:
-    """The tokens of `steps`, [B] each."""
-    for step in steps(model, input_ids, images, attention_mask, sampling):
-        yield step.tokens
-
-
-def generate(
-    model,
-    input_ids: Tensor,
-    images: Tensor | None,
-    attention_mask: Tensor | None,
-    sampling: Sampling,
-) -> Tensor:
-    """All tokens of `stream` as [B, n]: each row ends with the end of turn, then pad."""
-    return torch.stack(list(stream(model, input_ids, images, attention_mask, sampling)), dim=1)
-
-
-class Prompt(NamedTuple):
-    ids: Tensor  # [T]
-    images: Tensor  # [N, 3, H, W]
+    has_hooks = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    if model.compiled_decode is not None and not has_hooks:
+        return model.compiled_decode(cache, tokens, positions)
+    if tokens.device.type == "cuda" and not has_hooks:
+        return cuda_graph(model.decode, cache, tokens, positions)
+    return lambda tokens, positions: model.decode(tokens, positions, cache)

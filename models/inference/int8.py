@@ -1,8 +1,7 @@
-"""A decoder's matrices in 8 bits, for answering alone: a quarter of the bytes that a token reads.
+"""A decoder's matrices in 8 bits, for inference: a token reads a quarter of the bytes.
 
-Only weights are rounded, to 255 steps of a scale for each row; what they multiply stays as it is.
-Not here: compiling the step that makes a token (models/inference/compile.py), without which this saves
-memory, and little or no time.
+Only weights are rounded, to 255 steps of a scale for each row; activations keep their dtype.
+Not here: compiling the decoding step (compile.py), without which this saves memory but little time.
 
 Letters: N outputs, K inputs, R rows of x.
 """
@@ -17,21 +16,18 @@ from torch import Tensor, nn
 
 from models.inference.compile import MAX_ROWS_FOR_LOOP, materialize
 
-LANES = (0xFF, 0xFF00, 0xFF0000, -0x1000000)  # the bytes of a word, the last with its sign
-UNSIGNED = 0x808080  # what is flipped of a word to add 128 to its other bytes
-MAX_WEIGHT_BYTES = (
-    1 << 19
-)  # weights made wide together: their 2 MiB stay in the cache until they are used
+LANES = (0xFF, 0xFF00, 0xFF0000, -0x1000000)  # masks of a word's four bytes; the last is signed
+UNSIGNED = 0x808080  # flipping these bits adds 128 to the three lower bytes
+MAX_WEIGHT_BYTES = 1 << 19  # weights cast at a time: as fp32 they are 2 MiB, which stay in cache
 
 
 class Int8Linear(nn.Module):
     """`x @ weight.T` of a linear layer without bias, whose K is a multiple of 4.
 
-    Word i of a row holds columns i, i + K/4, i + K/2 and i + 3K/4, so that one byte of all words
-    meets neighbours of x. A compiler makes of that a loop that reads words at the memory's rate and
-    masks, converts, multiplies. What it makes of plain int8 is twenty times slower, of int32 words
-    five times, as torch 2.13 loads both through a buffer: hence words that are stored as float32,
-    which they are not.
+    Word i of a row holds columns i, i + K/4, i + K/2 and i + 3K/4, so that the same byte of all
+    words multiplies neighbours in x. Compiled, that is a loop that reads words at the memory's rate
+    and masks, converts and multiplies them. torch 2.13 loads int8 and int32 through a buffer, which
+    is twenty and five times slower; therefore the words are stored as float32 bits.
     """
 
     def __init__(self, weight: Tensor):
@@ -44,38 +40,38 @@ class Int8Linear(nn.Module):
         self.register_buffer("scale", scale)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
-        """Words and their scale move to another device, but are never rounded."""
+        """Move words and scales to another device; a change of dtype is ignored."""
         for name, x in self.named_buffers():
             setattr(self, name, fn(x.view(torch.int32)).view(torch.float32))
         return self
 
     @property
     def weight(self) -> Tensor:
-        """What the matrix was rounded to, [N, K]."""
+        """The rounded matrix, [N, K]."""
         steps = self.words.view(torch.int8).unflatten(1, (-1, 4)).transpose(1, 2)  # [N, 4, K/4]
         return steps.flatten(1) * self.scale[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # [R, K]
         if torch.compiler.is_compiling() and len(rows) <= MAX_ROWS_FOR_LOOP:
-            found = self._by_lanes(materialize(rows.float()))
+            out = self._by_lanes(materialize(rows.float()))
         else:
-            # Before the scale a sum of fp16 would soon be infinite; a CPU's bf16 is slow with few.
+            # Unscaled fp16 sums overflow, and bf16 is slow on a CPU for few rows: use fp32.
             is_few = rows.device.type == "cpu" and len(rows) <= MAX_ROWS_FOR_LOOP
             rows = rows.float() if rows.dtype == torch.float16 or is_few else rows
-            lanes = rows.unflatten(1, (4, -1)).transpose(1, 2).flatten(1)  # [R, K], as words are
+            lanes = rows.unflatten(1, (4, -1)).transpose(1, 2).flatten(1)  # [R, K], word order
             parts = self.words.view(torch.int8).split(max(1, MAX_WEIGHT_BYTES // lanes.shape[1]))
-            found = torch.cat([F.linear(lanes, part.to(rows.dtype)) for part in parts], 1).float()
-        return (found * self.scale).to(x.dtype).view(*x.shape[:-1], len(self.scale))
+            out = torch.cat([F.linear(lanes, part.to(rows.dtype)) for part in parts], 1).float()
+        return (out * self.scale).to(x.dtype).view(*x.shape[:-1], len(self.scale))
 
     def _by_lanes(self, rows: Tensor) -> Tensor:
         """[R, K] -> [R, N], before the scale."""
         words = self.words.view(torch.int32) ^ UNSIGNED  # [N, K/4]
         parts = rows.unflatten(1, (4, -1))  # [R, 4, K/4]
-        found = -128 * parts[:, :3].sum((1, 2))[:, None]  # [R, 1]
+        out = -128 * parts[:, :3].sum((1, 2))[:, None]  # [R, 1]
         for i, lane in enumerate(LANES):
-            found = found + ((words & lane).float() * parts[:, i, None]).sum(-1) * 2.0 ** (-8 * i)
-        return found
+            out = out + ((words & lane).float() * parts[:, i, None]).sum(-1) * 2.0 ** (-8 * i)
+        return out
 
 
 def quantize_int8(decoder: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""The key-value cache: preallocated, owned by the caller.
+"""The key-value cache: preallocated tensors that the caller owns.
 
 Letters: B batch, T tokens, S slots, K key-value heads, C head width.
 """
@@ -13,89 +13,89 @@ from models.ops.rope import rope_frequencies, rope_tables
 
 
 class KVCache:
-    """Keys and values of every block, preallocated; the caller owns it.
+    """Keys and values of every block. A token at position p fills slot p of its row.
 
-    A token at position p stands in slot p of its row, whatever the other rows hold, and sees slots
-    0..p. Prompts of unequal length are padded at the end: the padding's slots are overwritten
-    before any later token can see them. So is what a conversation that goes back leaves behind.
+    A step is `begin_step(positions)`, then `write` once in every block. Prompts of unequal length
+    are padded at the end: later tokens overwrite the padding's slots before any query sees them.
     """
 
     def __init__(
         self, cfg: LMConfig, n_rows: int, n_slots: int, device: torch.device, dtype: torch.dtype
     ):
         shape = (n_rows, cfg.lm_n_kv_heads, n_slots, cfg.lm_head_width)
-        blocks = range(cfg.lm_n_blocks)
-        # A tensor a block: were they views of one, a compiled step would copy all to write to one.
-        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in blocks]  # [B, K, S, C]
-        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in blocks]
-        self.rows = torch.arange(n_rows, device=device)[:, None]  # [B, 1]
+        # A tensor for each block: a compiled step would copy a tensor that holds all of them.
+        self.k, self.v = (
+            [torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.lm_n_blocks)]
+            for _ in "kv"
+        )  # one [B, K, S, C] for each block
         slots = torch.arange(n_slots, device=device)[None]  # [1, S]
-        self.turns = rope_tables(rope_frequencies(cfg, device), slots, dtype)  # two of [1, S, 1, C]
-        self.used = 0  # slots the rows of this pass reach
-        self.at: slice | None = None  # where this pass writes, if at the same place in every row
-        self.views: list[list[Tensor]] = []  # k and v of this pass: a [B, K, S, C] a block
-        self.places: list[list[Tensor]] = []  # their slots `at`, a [B, K, T, C] a block
+        self.cos, self.sin = rope_tables(rope_frequencies(cfg, device), slots, dtype)
+        self.rows = torch.arange(n_rows, device=device)[:, None]  # [B, 1]
+        # Set by begin_step:
+        self.positions: Tensor | None = None  # [B, T]
+        self.mask: Tensor | None = None  # [B, 1, T, S]; None: causal, or a lone query sees all
+        self.n_used: int | None = 0  # slots in use after the step
+        self.span: slice | None = None  # the slots written, where they are the same in every row
 
     @property
     def n_slots(self) -> int:
         return self.k[0].shape[2]
 
-    def visible(self, positions: Tensor) -> Tensor | None:
-        """[B, 1, T, S] for tokens about to be written at `positions` [B, T], which rise by one.
+    def begin_step(self, positions: Tensor) -> None:
+        """Prepare to write at `positions` [B, T], consecutive in each row.
 
-        None where no mask is needed: contiguous prompts from position 0 on, and a lone token of
-        every row where all rows are as long, which sees all slots.
+        No mask is needed for prompts from position 0 on, and for a lone token in each row where
+        all rows have the same length. Raises ValueError beyond the last slot.
         """
-        T = positions.shape[1]
-        self.used = int(positions.max()) + 1
-        start = self.used - T
-        self.at = slice(start, self.used) if bool((positions[:, 0] == start).all()) else None
-        both = self.k, self.v
-        self.views = [[x[:, :, : self.used] for x in kept] for kept in both]
-        self.places = [[x[:, :, self.at] for x in kept] for kept in both if self.at]
-        if self.at is not None and (T == 1 or start == 0):
-            return None
-        return (torch.arange(self.used, device=positions.device) <= positions[:, :, None])[:, None]
+        T, n_used = positions.shape[1], int(positions.max()) + 1
+        if n_used > self.n_slots:
+            raise ValueError(f"position {n_used - 1} exceeds a cache of {self.n_slots} slots")
+        start = n_used - T
+        same = bool((positions[:, 0] == start).all())
+        self.positions, self.n_used, self.mask = positions, n_used, None
+        self.span = slice(start, n_used) if same else None
+        if not same or (T > 1 and start > 0):
+            slots = torch.arange(n_used, device=positions.device)
+            self.mask = (slots <= positions[:, :, None])[:, None]  # [B, 1, T, S]
 
-    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """The rotary tables at `positions` [B, T] of a pass, each [B or 1, T, 1, C]."""
-        cos, sin = self.turns
-        if self.at is not None:
-            return cos[:, self.at], sin[:, self.at]
-        return cos[0, positions], sin[0, positions]
+    def rope(self) -> tuple[Tensor, Tensor]:
+        """cos and sin at the step's positions, each [B or 1, T, 1, C]."""
+        if self.span is not None:
+            return self.cos[:, self.span], self.sin[:, self.span]
+        return self.cos[0, self.positions], self.sin[0, self.positions]
 
-    def write(self, block: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Store [B, K, T, C] at their positions; return all used slots, each [B, K, S, C]."""
-        slots = self.views[0][block], self.views[1][block]
-        if self.at is not None:
-            self.places[0][block].copy_(k)
-            self.places[1][block].copy_(v)
-            return slots
-        for kept, new in zip(slots, (k, v)):
-            kept[self.rows, :, positions] = new.transpose(1, 2).to(kept.dtype)
-        return slots
+    def write(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store [B, K, T, C] of a block; return all its used slots, each [B, K, S, C]."""
+        for cache, new in ((self.k[block], k), (self.v[block], v)):
+            if self.span is not None:
+                cache[:, :, self.span] = new
+            else:
+                cache[self.rows, :, self.positions] = new.transpose(1, 2).to(cache.dtype)
+        return self.k[block][:, :, : self.n_used], self.v[block][:, :, : self.n_used]
 
     def keep_rows(self, rows: Tensor) -> None:
-        """Forget all rows but these, as when others have finished; a row named twice is copied."""
-        self.k, self.v = ([x[rows] for x in kept] for kept in (self.k, self.v))
+        """Keep only these rows, in this order; a row named twice is copied."""
+        self.k, self.v = ([x[rows] for x in tensors] for tensors in (self.k, self.v))
         self.rows = torch.arange(len(rows), device=rows.device)[:, None]
 
     def put(self, rows: Tensor, other: KVCache) -> None:
-        """Copy all rows of `other`, which has no more slots, over these."""
-        for mine, others in zip((*self.k, *self.v), (*other.k, *other.v), strict=True):
-            mine[rows, :, : other.n_slots] = others
+        """Copy all rows of `other`, which has no more slots, over these rows."""
+        for mine, new in zip((*self.k, *self.v), (*other.k, *other.v), strict=True):
+            mine[rows, :, : other.n_slots] = new
 
 
 class StaticCache(KVCache):
-    """The slots of another cache, all of which every query is shown behind a mask.
+    """The slots of another cache, where every query gets all slots and a mask.
 
-    So a pass is the same at every position, and asks the device for nothing.
+    A step has the same shapes at every position and reads nothing back from the device, so that it
+    can be compiled or captured as a CUDA graph.
     """
 
     def __init__(self, cache: KVCache):
-        self.views = [cache.k, cache.v]
-        self.turns, self.rows, self.at = cache.turns, cache.rows, None
+        self.k, self.v, self.cos, self.sin = cache.k, cache.v, cache.cos, cache.sin
+        self.rows, self.span, self.n_used = cache.rows, None, None  # all slots are used
+        self.positions = self.mask = None
 
-    def visible(self, positions: Tensor) -> Tensor:
-        slots = torch.arange(self.views[0][0].shape[2], device=positions.device)
-        return (slots <= positions[:, :, None])[:, None]  # [B, 1, T, S]
+    def begin_step(self, positions: Tensor) -> None:
+        slots = torch.arange(self.k[0].shape[2], device=positions.device)
+        self.positions, self.mask = positions, (slots <= positions[:, :, None])[:, None]

@@ -1,4 +1,4 @@
-"""How likely given continuations of a prompt are.
+"""Log-likelihoods of given continuations of a prompt, for multiple choice.
 
 Letters: T tokens, V vocabulary, C continuations.
 """
@@ -18,9 +18,9 @@ from models.inference.kv_cache import KVCache
 def score_continuations(
     model, prompt: Prompt, continuations: Sequence[Sequence[int]]
 ) -> list[Tensor]:
-    """Log-probabilities of each token of each continuation of one prompt.
+    """Log-probabilities of every token of every continuation of a prompt.
 
-    The prompt runs once; its keys and values serve all continuations, which run together.
+    The prompt runs once; all continuations run together on copies of its cache.
     """
     cfg, device = model.cfg, model.device
     n_tokens, longest = len(prompt.ids), max(map(len, continuations))
@@ -39,5 +39,5 @@ def score_continuations(
         x = model.decoder.token_embedding(rows[:, :-1])  # [C, T - 1, D]
         later = model.decoder.logits(model.decoder(x, positions, cache=cache))  # [C, T - 1, V]
         logits = torch.cat((logits, later), dim=1)  # [C, T, V]
-    found = logits.float().log_softmax(-1).gather(2, rows[..., None])[..., 0]  # [C, T]
-    return [row[: len(c)] for row, c in zip(found.cpu(), continuations, strict=True)]
+    log_p = logits.float().log_softmax(-1).gather(2, rows[..., None])[..., 0]  # [C, T]
+    return [row[: len(c)] for row, c in zip(log_p.cpu(), continuations, strict=True)]

@@ -1,10 +1,10 @@
-"""Where the model looks: softmax recomputed from hooked queries and keys.
+"""Attention maps of the decoder: softmax recomputed from the queries and keys that hooks catch.
 
-The model runs as it always does; nothing here is a second way to attend.
-Not here: painting maps onto pictures (engine/inference/attention_overlay.py).
+The model runs unchanged, so that there is one attention path. Not here: drawing maps over images
+(engine/inference/attention_overlay.py).
 
-Letters: T tokens, R of them that look, H heads, K key-value heads, C head width, L blocks,
-N tiles, G image tokens along a side of a tile.
+Letters: T tokens, R query tokens, H heads, K key-value heads, C head width, L blocks, N tiles,
+G image tokens along a side of a tile.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from models.ops.rope import apply_rope, rope_frequencies, rope_tables
 
 @contextmanager
 def outputs(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
-    """A list that the modules' outputs are appended to while the context is open."""
+    """A list to which the modules append their outputs while the context is open."""
     found: list[Tensor] = []
     hooks = [m.register_forward_hook(lambda _m, _in, out: found.append(out)) for m in modules]
     try:
@@ -34,7 +34,7 @@ def outputs(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
 
 @torch.no_grad()
 def attention_weights(model, input_ids: Tensor, images: Tensor | None, first: int) -> Tensor:
-    """How much tokens `first`.. of one sequence [T] look at each token, [L, H, R, T] in fp32.
+    """Attention of tokens `first`, `first + 1`, ... of a sequence [T]: [L, H, R, T] in fp32.
 
     Rows sum to one. images [N, 3, H, W] are the sequence's tiles.
     """
@@ -48,9 +48,9 @@ def attention_weights(model, input_ids: Tensor, images: Tensor | None, first: in
     rope = rope_tables(rope_frequencies(cfg, input_ids.device), positions, torch.float32)
     later = positions > positions[0, first:, None]  # [R, T]
     maps = []
-    for number, (q, k) in enumerate(zip(queries, keys, strict=True), 1):
+    for block, q, k in zip(blocks, queries, keys, strict=True):
         q, k = q.float(), k.float()  # [1, T, H, C], [1, T, K, C]
-        if not cfg.lm_nope_every or number % cfg.lm_nope_every:
+        if block.attn.uses_rope:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         q, k = q.transpose(1, 2), k.transpose(1, 2)  # [1, H, T, C], [1, K, T, C]
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # [1, H, T, C]

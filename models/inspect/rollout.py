@@ -1,12 +1,14 @@
-"""Attention rollout: how much of each patch reaches what the ViT says (Abnar and Zuidema 2020).
+"""Attention rollout of a ViT: each patch's share of the output (Abnar and Zuidema 2020).
 
-Attention is computed again from the queries and keys that hooks catch, so the model has one
-attention path. Not here: pictures of it (engine/vit/figures.py), a language model's attention.
+Attention is recomputed from the queries and keys that hooks catch, so that there is one attention
+path. Not here: figures (engine/vit/figures.py), the decoder's attention (attention_maps.py).
 
 Letters: N images, T tokens, H heads, C head width, P patches.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ def _weights(attn: ViTMultiHeadAttention, q: Tensor, k: Tensor) -> Tensor:
 @torch.no_grad()
 def attention_of(vit: ViT, images: Tensor) -> list[Tensor]:
     """Attention [N, T, T] of every block, mean over heads; of a map pool also its [N, 1, T]."""
-    layers = [block.attn for block in vit.blocks]
+    layers: list[Any] = [block.attn for block in vit.blocks]
     layers += [vit.map_pool.attn] if vit.map_pool is not None else []
     caught: dict[nn.Module, Tensor] = {}
     hooks = [

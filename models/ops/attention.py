@@ -1,43 +1,57 @@
-"""Softmax attention under the one mask rule: causal and same segment.
+"""Softmax attention (Vaswani et al. 2017) for grouped queries, on every device.
 
-Letters: B batch, T tokens, S slots, H heads, K key-value heads, C head width.
+Letters: B batch, T tokens, S slots, H query heads, K key-value heads, C head width.
 """
 
 from __future__ import annotations
 
+import math
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from models.ops import packed
-from models.ops.packed import SegmentBounds, SegmentPlan, varlen_attention
-from models.ops.sdpa import scaled_dot_product_attention
+
+def attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    """The formula: softmax(q k^T / sqrt(C)) v, where each query sees what `mask` allows."""
+    T, S = q.shape[2], k.shape[2]
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # [B, H, S, C]
+    scores = q.float() @ k.float().transpose(2, 3) / math.sqrt(q.shape[3])  # [B, H, T, S]
+    if causal and T > 1:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()  # [T, S]
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return (scores.softmax(-1) @ v.float()).to(v.dtype)  # [B, H, T, C]
 
 
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
-    causal: bool,
-    plan: SegmentPlan | SegmentBounds | None = None,
-    visible: Tensor | None = None,
+    mask: Tensor | None = None,
+    causal: bool = False,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Softmax attention of [B, H, T, C] queries over [B, K, S, C] keys and values -> [B, H, T, C].
+    """Queries [B, H, T, C] over keys and values [B, K, S, C] -> [B, H, T, C].
 
-    `plan` restricts it to each segment; `visible` [B, 1, T, S] says which cache slots a query sees
-    and replaces `causal`. At most one of the two is given. Without either a lone query sees all.
+    `mask` [B, 1, T, S] is True where a query sees a slot. `causal`: query t sees slots 0..t; a
+    lone query sees every slot.
     """
-    if isinstance(plan, SegmentBounds):
-        return varlen_attention(q, k, v, plan)
-    if plan is not None:
-        return packed.segment_attention(q, k, v, plan, dropout)
+    is_grouped = q.shape[1] != k.shape[1]
     if q.shape[2] == 1:
-        # Heads that share keys go as queries of one: apart, a CPU in bf16 is five times as slow.
-        own = q.unflatten(1, (k.shape[1], -1))[..., 0, :]  # [B, K, H / K, C]
-        return scaled_dot_product_attention(
-            own, k, v, attn_mask=visible, dropout_p=dropout
-        ).view_as(q)
-    is_causal = causal and visible is None
-    return scaled_dot_product_attention(
-        q, k, v, attn_mask=visible, dropout_p=dropout, is_causal=is_causal
-    )
+        causal = False
+        if is_grouped:
+            # Heads that share a key-value head become queries of one head: in bf16 the CPU kernel
+            # for grouped heads is five times slower at one token.
+            grouped = q.unflatten(1, (k.shape[1], -1))[..., 0, :]  # [B, K, H / K, C]
+            return attention(grouped, k, v, mask, False, dropout).view_as(q)
+    options = dict(attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=is_grouped)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
+        # The CPU kernel's backward is four times slower in bf16 than in fp32: a bf16 training step
+        # of `tiny` would take twice as long (docs/log/2026-11-30-operations.md).
+        with torch.autocast("cpu", enabled=False):
+            out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
+        return out.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, **options)

@@ -10,24 +10,19 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-
-def parameter_table(parts: dict[str, nn.Module], what: dict[str, str]) -> str:
-    """A line for each part that has parameters, and their sum."""
-    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
-    rows = [(name, n, what.get(name, "")) for name, n in counts.items() if n]
-    rows.append(("all", sum(counts.values()), ""))
-    width = max(len(name) for name, *_ in rows)
-    return "\n".join(f"{name:<{width}}  {n:>13,}  {words}".rstrip() for name, n, words in rows)
+RESIDUAL_OUTPUTS = ("out_proj.weight", "o_proj.weight", "fc2.weight", "down_proj.weight")
 
 
 def init_weights(module: nn.Module, n_residual: int) -> None:
-    """Fill every parameter with its first values.
+    """Initialise every parameter, by the end of its name.
 
-    Matrices N(0, 1/fan_in), those that write to the residual stream smaller by sqrt(n_residual)
-    (Radford et al. 2019), token embeddings N(0, 1/width), which keeps tied logits near N(0, 1) and
-    words from drowning in what attention adds; positions N(0, 0.3), about as large as the patches
-    they are added to, or "where" is learned long after "what"; CLS, registers and probe
-    N(0, 0.02); norms and layer scales one, biases zero.
+    - Matrices: N(0, 1/fan_in); those that write to the residual stream, of which there are
+      `n_residual`, are divided by sqrt(n_residual) (Radford et al. 2019).
+    - Token embeddings: N(0, 1/width). Tied logits then start near N(0, 1), and a token's embedding
+      is as large as what attention adds to it.
+    - Positions: N(0, 0.3), about as large as the patches they are added to. With a smaller value
+      the model learns where things are long after what they are.
+    - CLS, registers and the pooling query: N(0, 0.02). Norms and layer scales: 1. Biases: 0.
     """
     for name, param in module.named_parameters():
         if "norm" in name or ".ln" in name:
@@ -39,15 +34,13 @@ def init_weights(module: nn.Module, n_residual: int) -> None:
         elif not name.endswith("weight"):
             nn.init.normal_(param, std=0.3 if "position" in name else 0.02)
         else:
-            std = math.prod(param.shape[1:]) ** -0.5  # of an embedding, too: [V, D]
-            writes = name.endswith(
-                ("out_proj.weight", "o_proj.weight", "fc2.weight", "down_proj.weight")
-            )
-            nn.init.normal_(param, std=std / math.sqrt(n_residual) if writes else std)
+            std = math.prod(param.shape[1:]) ** -0.5  # [out, in], [V, D] or [D, 3, size, size]
+            std = std / math.sqrt(n_residual) if name.endswith(RESIDUAL_OUTPUTS) else std
+            nn.init.normal_(param, std=std)
 
 
-class _NothingDrawn(TorchFunctionMode):
-    """`nn.init.normal_` leaves a tensor as it is."""
+class _SkipNormal(TorchFunctionMode):
+    """`nn.init.normal_` leaves its tensor as it is."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -56,10 +49,10 @@ class _NothingDrawn(TorchFunctionMode):
 
 @contextlib.contextmanager
 def on_meta_device() -> Iterator[None]:
-    """Models made within have names and shapes and no storage.
+    """Models built inside have names and shapes, and no storage.
 
-    As on the meta device, on which a draw of no numbers makes torch import its compiler: a second
-    at every start.
+    Random initialisation is skipped: on the meta device it makes torch import its compiler, which
+    takes a second.
     """
-    with torch.device("meta"), _NothingDrawn():
+    with torch.device("meta"), _SkipNormal():
         yield

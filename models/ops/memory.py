@@ -1,86 +1,44 @@
-"""Memory: activation checkpointing within a budget, casts and copies made once."""
+"""What is kept, where and in which dtype: activation checkpointing, copies to a GPU, chunks."""
 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-
-@cache
-def memory_budget(device: torch.device) -> float:
-    """Bytes that may be kept for a backward pass; infinite where the system does not tell.
-
-    An eighth of the machine's memory; half of a GPU's, which nobody else needs.
-    """
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory / 2
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 8
-    except (AttributeError, ValueError, OSError):  # not POSIX
-        return math.inf
+# Patches that go through the encoder together. More need memory and are no faster on a CPU. A GPU
+# takes more, because starting a kernel costs its host the same for few patches as for many.
+MAX_PATCHES = {"cpu": 1 << 13, "cuda": 1 << 17}
 
 
-def autocast_dtype(like: Tensor) -> torch.dtype:
-    """The dtype in which matrices meet `like`: autocast's where that is on."""
-    kind = like.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
-
-
-def run_blocks(
-    blocks: Sequence[Callable[[Tensor], Tensor]],
-    x: Tensor,
-    inter_dim: int,
-    training: bool,
-    checkpointing: bool = False,
-) -> Tensor:
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor, *args, checkpointing: bool) -> Tensor:
     """x [..., D] through every block.
 
-    What the backward pass needs is computed again then (Chen et al. 2016) with `checkpointing`, and
-    where keeping it would take more room than there is: about 8 tensors as wide as x and 4 as wide
-    as the MLP, of every block. Results are the same, dropout too; a step takes a third longer.
+    With `checkpointing`, a block keeps only its input and runs again in backward (Chen et al.
+    2016). Results are the same, dropout included; a step takes about a third longer.
     """
-    n_values = len(blocks) * x[..., 0].numel() * (8 * x.shape[-1] + 4 * inter_dim)
-    learns = training and torch.is_grad_enabled()
-    again = learns and (
-        checkpointing or n_values * autocast_dtype(x).itemsize > memory_budget(x.device)
-    )
     for block in blocks:
-        x = checkpoint(block, x, use_reentrant=False) if again else block(x)
+        x = checkpoint(block, x, *args, use_reentrant=False) if checkpointing else block(x, *args)
     return x
 
 
+def split_tiles(images: Tensor, n_patches: int) -> Sequence[Tensor]:
+    """Tiles [N, ...] of `n_patches` each -> chunks of equal size, at most MAX_PATCHES patches."""
+    max_patches = MAX_PATCHES.get(images.device.type, MAX_PATCHES["cpu"])
+    return images.tensor_split(max(1, math.ceil(len(images) * n_patches / max_patches)))
+
+
 def to_device_async(x: Tensor, device: torch.device) -> Tensor:
-    """x on `device`; a copy to a GPU stands in line there, and the host goes on at once."""
+    """x on `device`. A copy to a GPU is queued there, and the host continues at once."""
     if device.type == "cuda" and x.device.type == "cpu":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
 
 
-class _CastOnce(torch.autograd.Function):
-    """Each reader's gradient is added in the dtype of x, as if each had narrowed it for itself."""
-
-    @staticmethod
-    def forward(ctx, x, n, dtype):
-        ctx.dtype, narrow = x.dtype, x.to(dtype)
-        return tuple(narrow.detach() for _ in range(n))
-
-    @staticmethod
-    def backward(ctx, *grads):
-        total = grads[-1].to(ctx.dtype)
-        for grad in grads[-2::-1]:  # the order in which autograd would add them
-            total.add_(grad)
-        return total, None, None
-
-
-def cast_once(x: Tensor, n: int) -> tuple[Tensor, ...]:
-    """x for `n` layers to multiply: in the dtype of autocast once, which makes each a copy."""
-    dtype = autocast_dtype(x)
-    if dtype == x.dtype or not torch.is_grad_enabled():
-        return (x.to(dtype),) * n
-    return _CastOnce.apply(x, n, dtype)
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a matrix product with x: autocast's where autocast is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

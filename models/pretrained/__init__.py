@@ -1,6 +1,5 @@
-"""Other people's names for our tensors: a short table per layout, read both ways by the engine.
+"""Checkpoints: load, save and exchange weights with transformers, nanoVLM and the Hub.
 
-Pure: names, shapes and config fields, no files. A table is a list of (ours, theirs) with `{i}` for
-the layer; both sides store the same values in the same shape, unless a third entry, an op, says how
-one of theirs holds ours. A table of fields does the same for config.json.
+`layouts/` holds one table per published format: parameter names, shapes and config fields, no I/O.
+`mapping.py` applies a table in either direction; `load.py` and `save.py` do so with files.
 """

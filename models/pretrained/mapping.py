@@ -1,7 +1,8 @@
-"""Reads a table in both directions, and says what does not fit.
+"""Applies a layout's tables in either direction, and reports every tensor that does not match.
 
-Not here: any layout's names (siglip.py, llama.py, idefics3.py ...), files
-(models/pretrained/load.py).
+A layout is another library's checkpoint format. Its table pairs our parameter names with the keys
+of a safetensors file; `{i}` stands for the block. Not here: any layout's names (layouts/), files
+(load.py, save.py).
 """
 
 from __future__ import annotations
@@ -9,163 +10,181 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from config_tools import InputError, require
 
-Table = list[tuple]  # (ours or a tuple of ours, theirs) or (ours, theirs, op)
-Fields = list[tuple[str, str, object]]  # (our field, their key, their class's default)
+Table = list[tuple]  # (parameter name or a tuple of them, key) or (names, key, op)
+Fields = list[tuple[str, str, object]]  # (our field, config.json key, its default there)
 
 
 @dataclass(frozen=True)
 class Op:
-    """How one of their tensors holds one or several of ours, and back."""
+    """How one tensor of a file stores one or several parameters."""
 
-    apart: Callable[[Tensor], Sequence[Tensor]]
-    together: Callable[[Sequence[Tensor]], Tensor]
+    split: Callable[[Tensor], Sequence[Tensor]]
+    merge: Callable[[Sequence[Tensor]], Tensor]
 
 
 SAME = Op(lambda t: (t,), lambda ts: ts[0])
-FUSED = Op(lambda t: t.chunk(3), lambda ts: torch.cat(tuple(ts)))  # q, k, v along the rows
-ONE_MORE = Op(lambda t: (t[0],), lambda ts: ts[0][None])  # they keep an axis of length one
-TWO_MORE = Op(lambda t: (t[0, 0],), lambda ts: ts[0][None, None])
+FUSED_QKV = Op(lambda t: t.chunk(3), lambda ts: torch.cat(tuple(ts)))  # along the rows
+UNSQUEEZED = Op(lambda t: (t[0],), lambda ts: ts[0][None])  # the file has a leading axis of 1
+UNSQUEEZED_TWICE = Op(lambda t: (t[0, 0],), lambda ts: ts[0][None, None])
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One of their tensors and the names of ours that it holds."""
+    """A tensor's key in a file, and the parameters it stores."""
 
-    ours: tuple[str, ...]
-    theirs: str
+    params: tuple[str, ...]
+    key: str
     op: Op
 
 
 @dataclass(frozen=True)
-class Family:
-    """A foreign layout of a backbone: its names, its config.json, both read both ways."""
+class Layout:
+    """How transformers stores a backbone: tensor names and config.json, in both directions."""
 
     model_types: tuple[str, ...]
     table: Table
-    top: Table  # names that never carry a prefix
-    prefixes: tuple[str, ...]  # the first is the one we write
-    ignore: tuple[str, ...]  # patterns of names that a backbone has no use for
+    unprefixed: Table  # keys that never carry a prefix
+    prefixes: tuple[str, ...]  # of the other keys; the first one is written
+    ignore: tuple[str, ...]  # patterns of keys that a backbone does not use
     read: Callable[[dict, str], dict]  # config.json, where -> our fields; raises InputError
-    write: Callable[[object], dict]  # our config -> config.json
-    misfit: Callable[[object], str]  # why our config has no place in this family; "" if it has
+    write: Callable[[Any], dict]  # our config -> config.json
+    unsupported_reason: Callable[[Any], str]  # "field = value" that it cannot store, or ""
 
 
-def prefixed(table: Table, ours: str, theirs: str) -> Table:
-    """The same names one level deeper, as a part within a whole."""
+def weight_and_bias(modules: Iterable[tuple[str, str]], param: str = "", key: str = "") -> Table:
+    """A row for the weight and one for the bias of each (our module, its key); with prefixes."""
     return [
-        (_each(names, lambda name: ours + name), theirs + other, *op) for names, other, *op in table
+        (f"{param}{module}.{kind}", f"{key}{other}.{kind}")
+        for module, other in modules
+        for kind in ("weight", "bias")
     ]
 
 
-def _each(names: str | tuple[str, ...], change: Callable[[str], str]):
+def prefixed(table: Table, param: str, key: str) -> Table:
+    """The same table one level deeper, as a part of a whole model."""
+    return [
+        (_each(names, lambda name: param + name), key + other, *op) for names, other, *op in table
+    ]
+
+
+def _each(names: str | tuple[str, ...], change: Callable[[str], str]) -> str | tuple[str, ...]:
     return tuple(map(change, names)) if isinstance(names, tuple) else change(names)
 
 
-def expand(table: Table, n_layers: Mapping[str, int]) -> list[Pair]:
-    """Every row with `{i}` counted through; `n_layers`: how many, by prefix of ours."""
+def expand(table: Table, n_blocks: Mapping[str, int]) -> list[Pair]:
+    """One pair per row and block; `n_blocks` maps a prefix of parameter names to their number."""
     pairs = []
-    for names, theirs, *op in table:
-        ours = names if isinstance(names, tuple) else (names,)
+    for names, key, *op in table:
+        params = names if isinstance(names, tuple) else (names,)
         n = 1
-        if "{i}" in theirs:
-            n = next(n for prefix, n in n_layers.items() if ours[0].startswith(prefix))
+        if "{i}" in key:
+            n = next(n for prefix, n in n_blocks.items() if params[0].startswith(prefix))
         for i in range(n):
-            filled = tuple(name.replace("{i}", str(i)) for name in ours)
-            pairs.append(Pair(filled, theirs.replace("{i}", str(i)), *op or [SAME]))
+            numbered = tuple(name.replace("{i}", str(i)) for name in params)
+            pairs.append(Pair(numbered, key.replace("{i}", str(i)), *op or [SAME]))
     return pairs
 
 
-def pairs_of(family: Family, n_layers: int, prefix: str) -> list[Pair]:
-    """A backbone's pairs where its names start with `prefix`."""
-    return expand(prefixed(family.table, "", prefix) + family.top, {"": n_layers})
+def layout_pairs(layout: Layout, n_blocks: int, prefix: str) -> list[Pair]:
+    """A backbone's pairs, for keys that start with `prefix`."""
+    return expand(prefixed(layout.table, "", prefix) + layout.unprefixed, {"": n_blocks})
 
 
-def prefix_of(found: Iterable[str], family: Family) -> str:
-    """The prefix these names carry: that of the first row; the usual one where it is missing."""
-    first = family.table[0][1]
-    return next((p for p in family.prefixes if p + first in found), family.prefixes[0])
+def prefix_of(found: Iterable[str], layout: Layout) -> str:
+    """The prefix of the first row's key in `found`; the usual prefix where that key is missing."""
+    first = layout.table[0][1]
+    return next((p for p in layout.prefixes if p + first in found), layout.prefixes[0])
 
 
-def to_theirs(tensors: Mapping[str, Tensor], pairs: Iterable[Pair]) -> dict[str, Tensor]:
-    """Our tensors under their names. Raises KeyError on one the table does not know."""
-    used = [pair for pair in pairs if pair.ours[0] in tensors]
-    unknown = set(tensors) - {name for pair in used for name in pair.ours}
+def export_tensors(tensors: Mapping[str, Tensor], pairs: Iterable[Pair]) -> dict[str, Tensor]:
+    """Parameters -> tensors by file key. Raises KeyError on a parameter that `pairs` lacks."""
+    used = [pair for pair in pairs if pair.params[0] in tensors]
+    unknown = set(tensors) - {name for pair in used for name in pair.params}
     if unknown:
         raise KeyError(*sorted(unknown))
-    return {p.theirs: p.op.together([tensors[name] for name in p.ours]) for p in used}
+    return {p.key: p.op.merge([tensors[name] for name in p.params]) for p in used}
 
 
-def to_ours(
+def import_tensors(
     found: Mapping[str, Tensor],
     pairs: Iterable[Pair],
     wanted: Mapping[str, Tensor],
     ignore: Iterable[str],
     where: str,
 ) -> dict[str, Tensor]:
-    """Their tensors under our names: exactly those `wanted`, in shape too.
+    """Tensors by file key -> parameters: exactly the names and shapes of `wanted`.
 
-    Names that match a pattern of `ignore` are passed over. Raises `InputError` listing everything
-    left over, missing or misshapen, or all that is not finite.
+    Keys that match a pattern of `ignore` are skipped. Raises `InputError` listing every tensor that
+    is left over, missing, misshapen or not finite.
     """
-    used = [pair for pair in pairs if pair.ours[0] in wanted]
-    shapes = {p.theirs: list(p.op.together([wanted[n] for n in p.ours]).shape) for p in used}
-    passed_over = [n for n in found if any(fnmatchcase(n, pattern) for pattern in ignore)]
-    extra = [n for n in found if n not in shapes and n not in passed_over]
+    used = [pair for pair in pairs if pair.params[0] in wanted]
+    shapes = {p.key: list(p.op.merge([wanted[n] for n in p.params]).shape) for p in used}
+    ignored = [n for n in found if any(fnmatchcase(n, pattern) for pattern in ignore)]
+    extra = [n for n in found if n not in shapes and n not in ignored]
     missing = [n for n in shapes if n not in found]
-    missing += sorted(set(wanted) - {name for pair in used for name in pair.ours})
+    missing += sorted(set(wanted) - {name for pair in used for name in pair.params})
     misshapen = [
         f"{n} is {list(found[n].shape)}, the config says {shape}"
         for n, shape in shapes.items()
         if n in found and list(found[n].shape) != shape
     ]
     kinds = {"left over:": extra, "missing:": missing, "misshapen:": misshapen}
-    problems = [f"{label} {_few(names)}" for label, names in kinds.items() if names]
+    problems = [f"{label} {_shorten(names)}" for label, names in kinds.items() if names]
     if problems:
         raise InputError(
             f"{where}: the weights do not fit its config.json ({'; '.join(problems)})."
         )
-    # A sum holds the memory of one number, where asking each takes as much again as a table.
+    # The sum is finite if every element is, and needs no mask as large as the tensor.
     broken = [n for n in shapes if not found[n].sum(dtype=torch.float32).isfinite()]
     if broken:
-        raise InputError(f"{where}: NaN or infinite weights in {_few(broken)}; take another copy.")
-    return {name: t for p in used for name, t in zip(p.ours, p.op.apart(found[p.theirs]))}
+        names = _shorten(broken)
+        raise InputError(f"{where}: NaN or infinite weights in {names}; take another copy.")
+    return {name: t for p in used for name, t in zip(p.params, p.op.split(found[p.key]))}
 
 
-def first_of(reasons: Mapping[str, object]) -> str:
-    """The first reason that holds; "" when none does."""
-    return next((words for words, holds in reasons.items() if holds), "")
+def _shorten(names: list[str], maximum: int = 6) -> str:
+    more = f" and {len(names) - maximum} more" if len(names) > maximum else ""
+    return ", ".join(names[:maximum]) + more
 
 
-def _few(names: list[str], most: int = 6) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def first_unsupported(cfg: object, allowed: Mapping[str, object]) -> str:
+    """The first field whose value a layout cannot store, as "field = value"; "" if there is none.
+
+    `allowed` holds a field's only value, or a list of its values.
+    """
+    for name, values in allowed.items():
+        value = getattr(cfg, name)
+        if value not in (values if isinstance(values, list) else [values]):
+            return f"{name} = {value!r}"
+    return ""
 
 
 def read_fields(fields: Fields, config: Mapping) -> dict:
-    """Their config.json -> our fields, their class's defaults where a key is absent."""
-    return {ours: config.get(theirs, default) for ours, theirs, default in fields}
+    """config.json -> our fields, with the defaults of `fields` where a key is absent."""
+    return {field: config.get(key, default) for field, key, default in fields}
 
 
 def write_fields(fields: Fields, cfg: object) -> dict:
-    """Our config -> their keys."""
-    return {theirs: getattr(cfg, ours) for ours, theirs, _ in fields}
+    """Our config -> keys of config.json."""
+    return {key: getattr(cfg, field) for field, key, _ in fields}
 
 
-def refuse_unless(config: Mapping, only: Mapping[str, object], where: str) -> None:
-    """Raise `InputError` where a setting has another value than the one our code computes."""
-    for key, value in only.items():
+def refuse_unless(config: Mapping, supported: Mapping[str, object], where: str) -> None:
+    """Raise `InputError` where a key of config.json has another than its only supported value."""
+    for key, value in supported.items():
         found = config.get(key, value)
         fix = f"is not supported, only {value!r} is"
         require(found == value or found is None, f"{where}: {key}", found, fix)
 
 
-ACTIVATIONS = {
+ACTIVATIONS = {  # vit_hidden_act -> hidden_act of transformers
     "gelu_tanh": "gelu_pytorch_tanh",
     "gelu": "gelu",
     "quick_gelu": "quick_gelu",
@@ -174,20 +193,20 @@ ACTIVATIONS = {
 
 
 def read_activation(name: str, where: str) -> str:
-    """Their name of an activation -> ours."""
-    ours = {theirs: ours for ours, theirs in ACTIVATIONS.items()} | {"gelu_new": "gelu_tanh"}
-    require(name in ours, f"{where}: hidden_act", name, f"must be one of {', '.join(ours)}")
-    return ours[name]
+    """hidden_act of a config.json -> our name."""
+    known = {key: act for act, key in ACTIVATIONS.items()} | {"gelu_new": "gelu_tanh"}
+    require(name in known, f"{where}: hidden_act", name, f"must be one of {', '.join(known)}")
+    return known[name]
 
 
-# --- Weights that must fit another size ---------------------------------------------------------
+# --- Resizing weights ---------------------------------------------------------------------------
 
 
 def resample_positions(table: Tensor, n_prefix: int, grid: int, antialias: bool) -> Tensor:
-    """Positions [n_prefix + P, D] of a square grid -> [n_prefix + grid^2, D], bicubic.
+    """Position embeddings [n_prefix + P, D] of a square grid -> [n_prefix + grid^2, D], bicubic.
 
-    As transformers' interpolate_pos_encoding does, with `antialias` that of DINOv2 with registers;
-    those of CLS stay. Raises `InputError` unless P is a square.
+    Equal to transformers' interpolate_pos_encoding; `antialias` as DINOv2 with registers does. The
+    prefix (CLS) is copied. Raises `InputError` unless P is a square.
     """
     prefix, patches = table[:n_prefix], table[n_prefix:]
     side = round(len(patches) ** 0.5)
@@ -200,6 +219,6 @@ def resample_positions(table: Tensor, n_prefix: int, grid: int, antialias: bool)
 
 
 def extend_rows(table: Tensor, n: int) -> Tensor:
-    """A table [V, D] -> [n, D]: new rows stand at the mean of the old ones (Hewitt 2021)."""
+    """A table [V, D] -> [n, D]; new rows are the mean of the old ones (Hewitt 2021)."""
     new = table.float().mean(0, keepdim=True).to(table.dtype).expand(n - len(table), -1)
     return torch.cat((table, new))

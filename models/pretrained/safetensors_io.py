@@ -1,9 +1,10 @@
-"""Weights and config.json on disk: read, checked, written. Only safetensors, never code."""
+"""Reads and writes safetensors files and config.json. Loads no pickle and runs no code."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -12,36 +13,31 @@ from torch import Tensor, nn
 from config_tools import InputError, read_json, require
 from models.inference.int8 import Int8Linear
 
-WEIGHTS, INDEX, CONFIG, OWN_KEY = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "config.json",
-    "picovlm",
-)
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIG, OWN_KEY = "config.json", "picovlm"
 IMAGES, TOKENS = "preprocessor_config.json", "tokenizer.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 def read_config(directory: Path) -> dict:
-    """config.json; raises `InputError` also where it asks for code of its own."""
+    """config.json. Raises `InputError`, also if it asks for custom code (auto_map)."""
     config = read_json(directory / CONFIG)
     if "auto_map" in config:
         raise InputError(
-            f"{directory / CONFIG}: auto_map asks for code of its own, which is never run; "
-            "only layouts that transformers has built in are read."
+            f"{directory / CONFIG}: auto_map asks for custom code, which is never run; "
+            "only architectures built into transformers are supported."
         )
     return config
 
 
 def read_weights(directory: Path, single: str = WEIGHTS) -> dict[str, Tensor]:
-    """All tensors of a directory, a `single` file or shards, only safetensors.
+    """All tensors of a directory: of the `single` file, else of its shards. Raises `InputError`.
 
-    Each is a copy in memory of its own: those of the mapped file start anywhere, and MKL rounds a
-    product of unaligned matrices otherwise, so that a resumed run would differ from a whole one.
-    Raises `InputError`.
+    Tensors are copied out of the memory-mapped file, where they may be unaligned: MKL rounds a
+    matrix product of unaligned tensors differently, so a resumed run would not be bit for bit.
     """
     if (directory / INDEX).is_file() and not (directory / single).is_file():
-        weight_map = read_json(directory / INDEX).get("weight_map")
+        weight_map: Any = read_json(directory / INDEX).get("weight_map")
         where = f"{directory / INDEX}: weight_map"
         require(isinstance(weight_map, dict), where, weight_map, "must be an object")
         files = sorted(set(map(str, weight_map.values())))
@@ -66,15 +62,15 @@ def read_weights(directory: Path, single: str = WEIGHTS) -> dict[str, Tensor]:
 
 
 def _pickle(directory: Path) -> str:
-    """Words about a file that may have been meant, but could run code when opened."""
+    """A note about a pickle in the directory, for the error on missing weights."""
     found = sorted(path.name for pattern in PICKLES for path in directory.glob(pattern))
-    return f"; {found[0]} is a pickle, which could run code and is never opened" if found else ""
+    return f"; {found[0]} is a pickle, which can run code and is never opened" if found else ""
 
 
 def write(directory: Path, tensors: dict[str, Tensor], config: dict) -> None:
-    """model.safetensors and config.json; an older model's index goes, as it names its shards."""
+    """Write model.safetensors and config.json, and delete the index of an earlier model."""
     directory.mkdir(parents=True, exist_ok=True)
-    # Each its own memory: safetensors refuses tensors that share it.
+    # safetensors refuses tensors that share storage, as tied ones do.
     owners = {t.data_ptr(): name for name, t in tensors.items()}
     tensors = {n: t if owners[t.data_ptr()] == n else t.clone() for n, t in tensors.items()}
     save_tensors(tensors, directory / WEIGHTS)
@@ -84,7 +80,7 @@ def write(directory: Path, tensors: dict[str, Tensor], config: dict) -> None:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """A safetensors file; raises OSError where the disk refuses it."""
+    """Write a safetensors file; raises OSError if it cannot be written."""
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
@@ -96,11 +92,11 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def tensors_and_dtype(model: nn.Module) -> tuple[dict[str, Tensor], str]:
-    """A model's tensors as files want them, and the name of their dtype.
+    """A model's state dict on the CPU, contiguous, and the name of its dtype.
 
-    Raises `InputError` of one in 8 bits, for which no file has a place.
+    Raises `InputError` after `quantize_int8`, whose weights no supported format stores.
     """
     if any(isinstance(module, Int8Linear) for module in model.modules()):
-        raise InputError("a model in 8 bits is for answering alone: save it before quantize_int8.")
+        raise InputError("an int8 model cannot be saved; save it before quantize_int8.")
     state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     return state, str(next(model.parameters()).dtype).removeprefix("torch.")

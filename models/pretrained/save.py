@@ -1,29 +1,20 @@
-"""Models -> checkpoint directories in the Idefics3 format, nanoVLM's, or a backbone's own."""
+"""Models -> checkpoint directories in Idefics3 format, in nanoVLM's, or in a backbone's own."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-
-from torch import nn
+from typing import Any
 
 from config_tools import InputError, to_dict
 from configs import LMConfig, ViTConfig, VLMConfig
+from models.classifier import Classifier
 from models.language_model import LanguageModel
 from models.ops.init import on_meta_device
 from models.ops.rope import rope_frequencies
 from models.pretrained.layouts import idefics3, nanovlm
-from models.pretrained.load import (
-    FAMILIES,
-    HEAD,
-    _pairs,
-    _part,
-    own_pairs,
-)
-from models.pretrained.mapping import (
-    Family,
-    Pair,
-    to_theirs,
-)
+from models.pretrained.load import HEAD, LAYOUTS, backbone_pairs, own_pairs, sub_config
+from models.pretrained.mapping import Layout, Pair, export_tensors
 from models.pretrained.safetensors_io import (
     IMAGES,
     OWN_KEY,
@@ -36,32 +27,31 @@ from models.vision_transformer import ViT
 
 
 def unsupported_reason(cfg: VLMConfig) -> str:
-    """Why a checkpoint of this model is not an Idefics3 directory, in words; "" when it is."""
+    """The first field that Idefics3 format does not support, "field = value"; "" if none."""
     return idefics3.unsupported_reason(cfg)
 
 
-def layout_of(cfg: VLMConfig) -> list[Pair]:
-    """Our names and those on disk: Idefics3's where it has a place for everything."""
-    model = None
-    if idefics3.unsupported_reason(cfg):
-        with on_meta_device():
-            model = VisionLanguageModel(cfg)
-    return idefics3.pairs(cfg) if model is None else own_pairs(model)
+def checkpoint_pairs(cfg: VLMConfig) -> list[Pair]:
+    """Parameter names and file keys of a checkpoint: Idefics3's if it supports `cfg`, or ours."""
+    if not idefics3.unsupported_reason(cfg):
+        return idefics3.pairs(cfg)
+    with on_meta_device():
+        return own_pairs(VisionLanguageModel(cfg))
 
 
 def save_vlm(model: VisionLanguageModel, directory: str | Path) -> None:
-    """Write weights, config.json and generation_config.json: an Idefics3 directory.
+    """Write weights, config.json and generation_config.json in Idefics3 format.
 
-    Our config stands under its own key. An architecture Idefics3 has no place for is written under
-    model_type picovlm with our tensor names.
+    Our config is stored under the key "picovlm". A config that Idefics3 does not support is written
+    as model_type "picovlm" with our parameter names.
     """
     directory, cfg = Path(directory), model.cfg
     tensors, dtype = tensors_and_dtype(model)
     if idefics3.unsupported_reason(cfg):
         config = {"model_type": OWN_KEY, "torch_dtype": dtype}
     else:
-        tensors = to_theirs(tensors, idefics3.pairs(cfg))
-        config = idefics3.config_json(cfg, dtype)
+        config = idefics3.write(cfg, dtype)
+    tensors = export_tensors(tensors, checkpoint_pairs(cfg))
     write(directory, tensors, config | {OWN_KEY: to_dict(cfg)})
     ids = {
         "pad_token_id": cfg.vlm_pad_token_id,
@@ -72,26 +62,28 @@ def save_vlm(model: VisionLanguageModel, directory: str | Path) -> None:
 
 
 def save_nanovlm(model: VisionLanguageModel, directory: str | Path, tokenizer: str = "") -> None:
-    """Write what nanoVLM's own from_pretrained opens; raises `InputError` where it has no place.
+    """Write what nanoVLM's from_pretrained loads. Raises `InputError` if it does not support it.
 
-    `tokenizer`: where it will find one, by default what our config names.
+    `tokenizer` is where nanoVLM will find one, by default what our config names.
     """
     cfg = model.cfg
     reason = idefics3.unsupported_reason(cfg) or nanovlm.unsupported_reason(cfg)
     if reason:
-        raise InputError(f"this model cannot be written for nanoVLM: it has no place for {reason}.")
+        raise InputError(
+            f"nanoVLM does not support {reason}; use save_pretrained, or --to transformers."
+        )
     tensors, _ = tensors_and_dtype(model)
-    tensors = to_theirs(nanovlm.unfold(tensors), nanovlm.pairs(cfg))
+    tensors = export_tensors(nanovlm.unfold(tensors), nanovlm.pairs(cfg))
     if cfg.lm_tie_weights:
-        del tensors[nanovlm.EMBEDDING]  # as its save_model does, and its load_model wants
+        del tensors[nanovlm.EMBEDDING]  # nanoVLM stores a tied pair once, as the head
     tensors[nanovlm.INV_FREQ] = rope_frequencies(cfg)
     config = nanovlm.write(cfg) | {"lm_tokenizer": tokenizer or cfg.lm_tokenizer}
     write(Path(directory), tensors, config)
 
 
 def save_vit(model: ViT, directory: str | Path) -> None:
-    """Write weights, config.json and the image settings, as transformers' own classes do."""
-    cfg = ViTConfig(**_part(ViTConfig, model.cfg))
+    """Write weights, config.json and image settings, as transformers' own class does."""
+    cfg = sub_config(ViTConfig, model.cfg)
     n = 1 if cfg.vit_n_channels == 1 else 3
     mean, std = list(cfg.vit_image_mean[:n]), list(cfg.vit_image_std[:n])
     size = {"height": cfg.vit_img_size, "width": cfg.vit_img_size}
@@ -105,30 +97,49 @@ def save_vit(model: ViT, directory: str | Path) -> None:
 
 
 def save_lm(model: LanguageModel, directory: str | Path) -> None:
-    """Write weights and config.json of a ...ForCausalLM; a tied head is left out, as it does."""
-    _write_backbone(model, LMConfig(**_part(LMConfig, model.cfg)), Path(directory))
+    """Write weights and config.json of a ...ForCausalLM, which leaves out a tied head."""
+    _write_backbone(model, sub_config(LMConfig, model.cfg), Path(directory))
 
 
-def _family_of(model: nn.Module) -> Family | None:
-    """The layout a model is written in; None where no family has a place for all of it."""
-    cfg = model.cfg
-    return next((f for f in FAMILIES[type(model)] if not f.misfit(cfg)), None)
+def save_classifier(model: Classifier, directory: str | Path) -> None:
+    """`save_vit` of its encoder, which holds the classifier."""
+    save_vit(model.vit, directory)
 
 
-def reader_of(model: nn.Module) -> str:
-    """The class of transformers that opens what is written of a model; "" where there is none."""
-    family = _family_of(model)
-    return family.write(model.cfg)["architectures"][0] if family else ""
+SAVERS: dict[type, Callable[[Any, str | Path], None]] = {
+    VisionLanguageModel: save_vlm,
+    ViT: save_vit,
+    LanguageModel: save_lm,
+    Classifier: save_classifier,
+}
 
 
-def _write_backbone(model: nn.Module, cfg, directory: Path) -> None:
+def save_pretrained(model: Any, directory: str | Path) -> None:
+    """What `model.save_pretrained` does (mixin.py), a processor's files apart."""
+    save = next(save for base, save in SAVERS.items() if isinstance(model, base))
+    save(model, directory)
+
+
+def _layout_of(model: ViT | LanguageModel) -> Layout | None:
+    """The layout in which a backbone is written; None where none supports its config."""
+    layouts = LAYOUTS[type(model)]
+    return next((each for each in layouts if not each.unsupported_reason(model.cfg)), None)
+
+
+def transformers_class(model: ViT | LanguageModel) -> str:
+    """The class of transformers that loads a saved backbone; "" if there is none."""
+    layout = _layout_of(model)
+    return layout.write(model.cfg)["architectures"][0] if layout else ""
+
+
+def _write_backbone(model: ViT | LanguageModel, cfg: ViTConfig | LMConfig, directory: Path) -> None:
     tensors, dtype = tensors_and_dtype(model)
-    family = _family_of(model)
+    layout = _layout_of(model)
     if getattr(cfg, "lm_tie_weights", False):
         del tensors[HEAD]
-    if family is None:
+    if layout is None:
         config = {"model_type": f"{OWN_KEY}_{type(model).__name__}", OWN_KEY: to_dict(cfg)}
     else:
-        config = family.write(cfg)
-        tensors = to_theirs(tensors, _pairs(family, model, family.prefixes[0]))
-    write(directory, tensors, config | {"torch_dtype": dtype})
+        config = layout.write(cfg)
+    pairs = backbone_pairs(layout, model, layout.prefixes[0] if layout else "")
+    write(directory, export_tensors(tensors, pairs), config | {"torch_dtype": dtype})

@@ -17,7 +17,7 @@ from transformers import Idefics3ImageProcessorPil
 
 from config_tools import InputError
 from configs import VLMConfig
-from data.images import fit_longest, grid, normalise, open_image, tile
+from data.images import fit_longest, normalise, open_image, tile, tile_grid
 
 ROOT = Path(__file__).parent.parent.parent
 NOT_PICTURES = {"", ".txt", ".json", ".md", ".readme"}
@@ -46,7 +46,7 @@ def test_tiles_and_pixels_are_those_of_transformers(tile_size, longest, noise):
         want = theirs([picture], return_tensors="pt", return_row_col_info=True)
         tiles, (rows, cols) = tile(picture, cfg)
         assert (rows, cols) == (want["rows"][0][0], want["cols"][0][0]), size
-        assert grid(*size, cfg) == (rows, cols), size
+        assert tile_grid(*size, cfg) == (rows, cols), size
         assert tiles.dtype == np.uint8 and tiles.shape[1:] == (tile_size, tile_size, 3)
         ours = normalise(tiles.copy(), cfg)
         assert ours.shape == want["pixel_values"][0].shape, size
@@ -63,7 +63,7 @@ def test_grid_of_the_460m_preset_without_pixels():
     sizes = EXTREME + [(rng.randint(1, 5000), rng.randint(1, 5000)) for _ in range(500)]
     for width, height in sizes:
         _, rows, cols = theirs.get_number_of_image_patches(height, width, {})
-        assert grid(width, height, cfg) == ((rows, cols) if rows * cols > 1 else (0, 0))
+        assert tile_grid(width, height, cfg) == ((rows, cols) if rows * cols > 1 else (0, 0))
 
 
 @pytest.mark.parametrize("size", [(9000, 10), (10, 9000), (9000, 8999), (9000, 9000)])
@@ -228,7 +228,7 @@ def test_bytes_of_a_file_open_as_the_file(tmp_path, shared):
     for name in ("exif_orientation/Portrait_6.jpg", "pillow_modes/hopper.Lab.tif"):
         want = open_image(folder / name)
         assert open_image((folder / name).read_bytes()).tobytes() == want.tobytes()
-    with pytest.raises(InputError, match=r"row 3, picture 2: not a readable picture"):
+    with pytest.raises(InputError, match=r"row 3, picture 2: not a readable image"):
         open_image(b"no picture", "row 3, picture 2")
 
 
@@ -236,7 +236,7 @@ def test_other_programs_are_never_started(tmp_path, monkeypatch):
     """Pillow gives an EPS file to Ghostscript; nobody trains on those."""
     monkeypatch.setattr("subprocess.Popen", None)
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n")
-    with pytest.raises(InputError, match=r"a\.png: not a readable picture \(JPEG, PNG"):
+    with pytest.raises(InputError, match=r"a\.png: not a readable image \(JPEG, PNG"):
         open_image(tmp_path / "a.png")
 
 
@@ -297,14 +297,14 @@ def test_each_corrupt_file_takes_less_than_two_seconds_and_a_gibibyte(shared):
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"])
 def test_not_a_picture(tmp_path, content):
     (tmp_path / "x.png").write_bytes(content)
-    with pytest.raises(InputError, match=r"x\.png: not a readable picture"):
+    with pytest.raises(InputError, match=r"x\.png: not a readable image"):
         open_image(tmp_path / "x.png")
 
 
 def test_missing_file_and_directory(tmp_path):
     with pytest.raises(InputError, match=r"nowhere\.png: no such file"):
         open_image(tmp_path / "nowhere.png")
-    with pytest.raises(InputError, match="not a readable picture"):
+    with pytest.raises(InputError, match="not a readable image"):
         open_image(str(tmp_path))
 
 

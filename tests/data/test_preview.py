@@ -21,17 +21,17 @@ from data import processor as processors
 from data.preview import (  # fmt: skip
     GREEN,
     PLAIN,
-    arrange,
+    arrange_tiles,
     check_before_training,
-    draw_sheet,
+    describe_rows,
+    draw_contact_sheet,
+    evenly_spaced,
     histogram,
-    look,
-    marked,
-    report,
-    spread,
-    tile_places,
+    inspect_row,
+    mark_supervised,
+    tile_spans,
 )
-from data.sources.open import open_source
+from data.sources.open import open_dataset
 
 ROOT = Path(__file__).parent.parent.parent
 TILED = VLMConfig(vit_img_size=16, vit_patch_size=4, max_img_size=64)
@@ -68,7 +68,7 @@ def config(file: Path, **changes) -> DataConfig:
 
 
 def test_answers_are_marked_and_placeholders_counted(tiled, file):
-    source = open_source(config(file), "train")
+    source = open_dataset(config(file), "train")
     tokens = tiled.encode(source[0], 500, 20)
     fake = "<fake_token_around_image>"
     rows = "".join(
@@ -76,8 +76,11 @@ def test_answers_are_marked_and_placeholders_counted(tiled, file):
     )
     view = f"{fake}<global-img><image> x 4{fake}"
     asked = f"<|im_start|>User:{rows}\n{view}Which half is dark?<end_of_utterance>\nAssistant:"
-    assert marked(tokens, tiled, color=False) == f"{asked}[[ left<end_of_utterance>]]\n"
-    assert marked(tokens, tiled, color=True) == f"{asked}{GREEN} left<end_of_utterance>{PLAIN}\n"
+    assert mark_supervised(tokens, tiled, color=False) == f"{asked}[[ left<end_of_utterance>]]\n"
+    assert (
+        mark_supervised(tokens, tiled, color=True)
+        == f"{asked}{GREEN} left<end_of_utterance>{PLAIN}\n"
+    )
 
 
 def test_a_histogram_counts_every_value_once():
@@ -97,16 +100,16 @@ def test_a_histogram_counts_every_value_once():
 
 def test_the_report_adds_up(tiled, file):
     cfg = config(file, max_length=40)
-    source = open_source(cfg, "train")
-    seen = [look(source, tiled, cfg, i) for i in range(len(source))]
-    text = report(source, seen, cfg)
+    source = open_dataset(cfg, "train")
+    seen = [inspect_row(source, tiled, cfg, i) for i in range(len(source))]
+    text = describe_rows(source, seen, cfg)
     whole = [tiled.encode_whole(source[i], 20) for i in range(2, 10)]
     n_all = sum(int(t.supervised.sum()) for t in whole)
     n_kept = sum(int(t.supervised[:40].sum()) for t in whole)
     n_tokens = sum(min(40, len(t)) for t in whole)
     n_long = sum(len(t) > 40 for t in whole)
     assert 0 < n_kept < n_all and n_long == 4
-    assert f"left out: {file} row 11: not JSON" in text
+    assert f"skipped: {file} row 11: not JSON" in text
     assert "checked 10 of 10 training rows" in text
     assert "skipped: 2 of them, 1 more when the source was opened" in text
     assert f"  {file} row 1: its images take" in text and "broken.png: not a readable" in text
@@ -116,9 +119,9 @@ def test_the_report_adds_up(tiled, file):
 
 
 def test_rows_are_spread_over_the_whole_source():
-    assert spread(10, 4) == [0, 3, 6, 9]
-    assert spread(3, 16) == [0, 1, 2]
-    assert len(spread(200_000, 200)) == 200 and spread(200_000, 200)[-1] == 199_999
+    assert evenly_spaced(10, 4) == [0, 3, 6, 9]
+    assert evenly_spaced(3, 16) == [0, 1, 2]
+    assert len(evenly_spaced(200_000, 200)) == 200 and evenly_spaced(200_000, 200)[-1] == 199_999
 
 
 # --- The sheet ----------------------------------------------------------------------------------
@@ -127,28 +130,28 @@ def test_rows_are_spread_over_the_whole_source():
 def test_tiles_lie_on_the_sheet_as_in_the_picture():
     names = ["row_1_col_1", "row_1_col_2", "row_2_col_1", "row_2_col_2", "global-img"]
     grid = [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2)]
-    assert arrange(names) == grid
-    assert arrange(["global-img", *names, "global-img"]) == [
+    assert arrange_tiles(names) == grid
+    assert arrange_tiles(["global-img", *names, "global-img"]) == [
         (0, 0), *((line + 1, column) for line, column in grid), (3, 0)
     ]  # fmt: skip
-    assert arrange([]) == []
+    assert arrange_tiles([]) == []
 
 
 def test_places_are_those_of_the_placeholders(tiled, file):
-    tokens = tiled.encode(open_source(config(file), "train")[0], 500, 20)
-    places = tile_places(tokens, tiled)
-    assert [name for name, _, _ in places][:5] == [
+    tokens = tiled.encode(open_dataset(config(file), "train")[0], 500, 20)
+    spans = tile_spans(tokens, tiled)
+    assert [name for name, _, _ in spans][:5] == [
         "row_1_col_1", "row_1_col_2", "row_1_col_3", "row_1_col_4", "row_2_col_1"
     ]  # fmt: skip
-    assert places[-1][0] == "global-img" and len(places) == len(tokens.tiles) == 9
-    covered = [at for _, first, last in places for at in range(first, last + 1)]
+    assert spans[-1][0] == "global-img" and len(spans) == len(tokens.tiles) == 9
+    covered = [at for _, first, last in spans for at in range(first, last + 1)]
     assert covered == np.flatnonzero(tokens.ids == TILED.vlm_image_token_id).tolist()
 
 
 def test_the_sheet_shows_the_tiles_themselves(tiled, file, tmp_path):
-    source = open_source(config(file), "train")
+    source = open_dataset(config(file), "train")
     shown = [tiled.encode(source[0], 500, 20), tiled.encode(source[2], 500, 20)]
-    draw_sheet(shown, tiled, tmp_path / "sheet.png")
+    draw_contact_sheet(shown, tiled, tmp_path / "sheet.png")
     sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("L"))
     side, step = preview.SIDE, preview.SIDE + preview.GAP
     lines = preview.GAP + 24 + np.arange(2) * (preview.SIDE + 46)
@@ -158,16 +161,17 @@ def test_the_sheet_shows_the_tiles_themselves(tiled, file, tmp_path):
             assert (at == (0 if column < 2 else 255)).mean() > 0.9, column
     view = sheet[lines[0] :][:side, preview.GAP + 4 * step :][:, :side]
     assert view[:, : side // 4].max() < 20 and view[:, -side // 4 :].min() > 235
-    with pytest.raises(InputError, match=r"sheet = .*x\.nothing: cannot be written"):
-        draw_sheet(shown, tiled, tmp_path / "x.nothing")
+    with pytest.raises(InputError, match=r"contact_sheet = .*x\.nothing: cannot be written"):
+        draw_contact_sheet(shown, tiled, tmp_path / "x.nothing")
 
 
 # --- The command --------------------------------------------------------------------------------
 
 
 def test_the_command_end_to_end(file, tmp_path):
-    argv = ["-m", "data.preview", str(file), "tiny", "--sheet", str(tmp_path / "s.png"), "--n", "2",
-            "--data.max-length", "50", "--data.val-fraction", "0"]  # fmt: skip
+    sheet = str(tmp_path / "s.png")
+    argv = ["-m", "data.preview", str(file), "tiny", "--contact-sheet", sheet, "--n", "2"]
+    argv += ["--data.max-length", "50", "--data.val-fraction", "0"]
     done = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert f"{file}: 2 rows of image + question + answer; 8 rows of question" in done.stdout
@@ -184,7 +188,7 @@ def test_the_command_end_to_end(file, tmp_path):
         (["--rows", "abc"], "--rows: invalid literal for int() with base 10: 'abc'; --help"),
         (["--sheat", "x"], "unknown argument '--sheat'"),
         (["--data.max-lenght", "3"], "did you mean --data.max-length?"),
-        (["--sheet", "no/such/place.png"], "must be a file in a folder that exists"),
+        (["--contact-sheet", "no/such/place.png"], "must be a file in a folder that exists"),
         (["tinny"], "did you mean 'tiny'?"),
     ],
 )
@@ -200,7 +204,7 @@ def test_a_checkpoint_and_a_run_bring_their_own_eyes(small_checkpoint, file, tmp
     run.mkdir()
     (run / "step-000010").symlink_to(small_checkpoint)
     for folder in (small_checkpoint, run):
-        preview.main([str(file), "--train.init-from", str(folder), "--sheet",
+        preview.main([str(file), "--train.init-from", str(folder), "--contact-sheet",
                       str(tmp_path / "s.png"), "--n", "1"])  # fmt: skip
         assert "<image> x 4<fake" in capsys.readouterr().out  # the tiny preset has 9
 
@@ -210,8 +214,8 @@ def test_a_checkpoint_and_a_run_bring_their_own_eyes(small_checkpoint, file, tmp
 
 def test_the_check_says_what_it_saw(tiled, file):
     cfg = config(file, max_length=250)
-    line = check_before_training(open_source(cfg, "train"), tiled, cfg)
-    assert line.startswith("looked at 10 rows: ") and line.endswith("0 cut, 1 skipped")
+    line = check_before_training(open_dataset(cfg, "train"), tiled, cfg)
+    assert line.startswith("checked 10 rows: ") and line.endswith("0 cut, 1 skipped")
     assert re.search(r"\d+\.\d% of tokens supervised", line)
 
 
@@ -221,9 +225,9 @@ def test_nothing_supervised_is_refused_and_shown(tiled, tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     cfg = config(tmp_path / "a.jsonl", max_length=40)
     with pytest.raises(InputError) as caught:
-        check_before_training(open_source(cfg, "train"), tiled, cfg)
+        check_before_training(open_dataset(cfg, "train"), tiled, cfg)
     assert str(caught.value).startswith(
-        f"{tmp_path / 'a.jsonl'}: none of 16 rows looked at teaches anything, the first: "
+        f"{tmp_path / 'a.jsonl'}: none of the 16 checked rows can be trained on, the first: "
     )
     assert "row 1: nothing to learn from within 40 tokens" in str(caught.value)
     shown = capsys.readouterr().out
@@ -237,7 +241,7 @@ def test_train_refuses_before_anything_is_written(run_file, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         command(train.main, [str(path)])
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and "none of 16 rows looked at teaches anything" in err
+    assert stop.value.code == 2 and "none of the 16 checked rows can be trained on" in err
     assert not (tmp_path / "run").exists()
 
 
@@ -245,4 +249,4 @@ def test_train_says_what_it_read(run_file, capsys):
     train.main([str(run_file(steps=1))])
     out = capsys.readouterr().out
     assert "24 rows of image + question + answer; 0 of them for validation" in out
-    assert "looked at 16 rows: " in out and "0 cut, 0 skipped" in out
+    assert "checked 16 rows: " in out and "0 cut, 0 skipped" in out

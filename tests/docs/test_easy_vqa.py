@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from configs import DataConfig
-from data.sources.open import open_source
+from data.sources.open import open_dataset
 
 SCRIPT = Path(__file__).parent.parent.parent / "docs" / "easy_vqa.py"
 
@@ -22,8 +22,8 @@ def test_rows_open_as_questions_about_pictures(tmp_path):
     command = [sys.executable, str(SCRIPT), str(tmp_path / "data"), str(tmp_path / "out")]
     subprocess.run(command, check=True, capture_output=True)
     cfg = DataConfig(source=str(tmp_path / "out" / "test.jsonl"))
-    source = open_source(cfg, "test")
-    assert len(source) == 2 and not source.bad
+    source = open_dataset(cfg, "test")
+    assert len(source) == 2 and not source.skipped
     seen = {source[i].turns for i in range(2)}
     assert (("user", "<image>what color is the shape?"), ("assistant", "red")) in seen
     assert (("user", "<image>is there a circle?"), ("assistant", "no")) in seen

@@ -13,7 +13,7 @@ from PIL import Image
 
 from config_tools import read_json
 from configs import DataConfig
-from data.sources.open import open_source
+from data.sources.open import open_dataset
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = (ROOT / "docs" / "own-data.md").read_text(encoding="utf-8")
@@ -74,7 +74,7 @@ def test_the_commands_run_on_fifty_pictures(run, shared, tmp_path):
 def test_a_source_is_read_once_and_kept(run, tmp_path):
     (tmp_path / "my.jsonl").write_text(blocks("json")[0].splitlines()[-1] + "\n")
     run(blocks("bash")[1].strip(), tmp_path)
-    source = open_source(DataConfig(source=str(tmp_path / "runs/data/mine")), "test")
+    source = open_dataset(DataConfig(source=str(tmp_path / "runs/data/mine")), "test")
     assert [turn.text for turn in source[0].turns] == ["2 + 2?", "4"]
 
 
@@ -94,8 +94,8 @@ def test_the_rows_are_read_as_the_page_says(tmp_path):
     for i, block in enumerate(blocks("json")):
         (tmp_path / f"{i}.jsonl").write_text(block)
         rows = [json.loads(line) for line in block.splitlines()]
-        source = open_source(DataConfig(source=str(tmp_path / f"{i}.jsonl")), "test")
-        assert len(source) == len(rows) and source.bad == ()
+        source = open_dataset(DataConfig(source=str(tmp_path / f"{i}.jsonl")), "test")
+        assert len(source) == len(rows) and source.skipped == ()
         seen.append([source[k] for k in range(len(rows))])
     columns, [llava], [cauldron], [trl] = seen
     assert [s.turns[-1].text for s in columns] == ["a cat", "a dog on a lawn", "B", "4"]

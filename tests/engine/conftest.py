@@ -13,14 +13,14 @@ def stop_after(monkeypatch):
     """Sends this process a SIGTERM in the middle of its n-th step from now."""
 
     def arm(n: int) -> None:
-        left, clip = [n], engine.training.loop.clip
+        left, clip_gradients = [n], engine.training.loop.clip_gradients
 
         def counted(*args):
             left[0] -= 1
             if left[0] == 0:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return clip(*args)
+            return clip_gradients(*args)
 
-        monkeypatch.setattr(engine.training.loop, "clip", counted)
+        monkeypatch.setattr(engine.training.loop, "clip_gradients", counted)
 
     return arm

@@ -84,7 +84,7 @@ def like_a_gpu(monkeypatch):
     """Segments go to the GPU's kernel, for which a mask stands."""
     from torch.nn.attention import varlen
 
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
     from models.ops import packed
 
-    monkeypatch.setattr(varlen, "varlen_attn", kernel)
     monkeypatch.setattr(packed, "supports_varlen", lambda *_: True)

@@ -11,7 +11,7 @@ from configs import ViTConfig
 from configs_classify import PATCHES, PRESETS, SIZES
 from models.classifier import Classifier
 from models.pretrained.load import open_vit
-from models.pretrained.save import reader_of
+from models.pretrained.save import transformers_class
 from models.vision_language_model import VisionLanguageModel
 from models.vision_transformer import ViT
 
@@ -50,7 +50,7 @@ def test_presets_are_the_papers(name):
     count = sum(p.numel() for p in ours.parameters())
     assert count == sum(p.numel() for p in theirs.parameters())
     assert count == PAPER.get(name, count)
-    assert f"{count:,}" in str(ours) and "1000 classes" in str(ours)
+    assert f"{count:,}" in str(Classifier(ours)) and "1000 classes" in str(Classifier(ours))
 
 
 def test_a_model_prints_as_a_table(randomise):
@@ -130,7 +130,7 @@ def test_transformers_opens_what_it_has_a_place_for(changes, theirs, randomise, 
     torch.manual_seed(0)
     vit = randomise(ViT(ViTConfig(**SMALL | dict(vit_labels=labels) | changes)))
     vit.save_pretrained(tmp_path)
-    assert reader_of(vit) == theirs
+    assert transformers_class(vit) == theirs
     if theirs:
         out = getattr(hf, theirs).from_pretrained(tmp_path).eval()(images())
         wanted = out.logits if labels else out.last_hidden_state[:, 0]
@@ -234,7 +234,10 @@ def test_another_pool_of_the_same_files(randomise, tmp_path):
         torch.testing.assert_close(found.pool(found.forward_features(images())), wanted)
     cfg = ViTConfig(vit_img_size=16, vit_model_type=str(tmp_path / "map"))
     assert torch.equal(ViT.from_pretrained(cfg)(images()), model(images())[0])
-    for head, says in (("mlp", "has no such pool"), ("linear", "no place for another pool")):
+    for head, says in (
+        ("mlp", "has no such pool"),
+        ("linear", "does not support vit_pool = 'map'"),
+    ):
         classifier(randomise, vit_head=head).save_pretrained(tmp_path / head)
         with pytest.raises(InputError, match=says):
             open_vit(str(tmp_path / head), "map")

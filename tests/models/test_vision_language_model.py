@@ -91,8 +91,36 @@ def test_what_forward_returns(small_model, batch, pad_rows):
 def test_mask_and_segments_together_are_refused(small_model):
     model = small_model()
     ids = torch.full((1, 5), 9)
-    with pytest.raises(ValueError, match=r"attention_mask .* or segments"):
-        model(ids, attention_mask=torch.ones(1, 5), segments=torch.ones(1, 5, dtype=torch.long))
+    for fields in (
+        dict(segments=torch.ones(1, 5, dtype=torch.long)),
+        dict(positions=torch.arange(5)[None]),
+    ):
+        with pytest.raises(ValueError, match="attention_mask excludes segments and positions"):
+            model(ids, attention_mask=torch.ones(1, 5), **fields)
+
+
+def test_holes_wrong_shapes_and_unknown_reductions_are_refused(small_model):
+    model = small_model()
+    ids = torch.full((2, 5), 9)
+    mask = torch.tensor([[0, 1, 1, 1, 0], [1, 1, 0, 1, 1]])
+    with pytest.raises(ValueError, match="attention_mask: row 1 has padding between its tokens"):
+        model(ids, attention_mask=mask)
+    with pytest.raises(ValueError, match=r"targets are \[2, 4\]; hidden states need \[2, 5\]"):
+        model(ids, targets=ids[:, :4])
+    with pytest.raises(ValueError, match="reduction = 'none' must be 'mean' or 'sum'"):
+        model(ids, targets=ids, reduction="none")
+
+
+def test_the_loss_calls_a_head_that_is_wrapped(small_model):
+    """A hook on the head, or an adapter around it, takes part in the loss and its gradient."""
+    model = small_model(lm_tie_weights=False)
+    ids = torch.arange(4, 9)[None]
+    _, plain = model(ids, targets=ids)
+    handle = model.decoder.head.register_forward_hook(lambda _m, _x, out: out * 0)
+    _, hooked = model(ids, targets=ids)
+    handle.remove()
+    torch.testing.assert_close(hooked, torch.tensor(model.cfg.lm_vocab_size).float().log())
+    assert not torch.isclose(plain, hooked)
 
 
 @pytest.mark.parametrize("kind", [torch.long, torch.bool, torch.float32], ids=str)

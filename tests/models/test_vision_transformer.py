@@ -12,8 +12,8 @@ from configs import ViTConfig
 from models import vision_transformer
 from models.ops import init
 from models.pretrained.layouts import siglip
-from models.pretrained.mapping import expand, to_ours
-from models.vision_transformer import ViT, ViTMultiHeadAttention, ViTPatchEmbeddings
+from models.pretrained.mapping import expand, import_tensors
+from models.vision_transformer import ViT, ViTPatchEmbeddings
 
 SIZES = dict(
     vit_img_size=16,
@@ -72,7 +72,7 @@ def siglip_pair(randomise):
     wanted = {k: v for k, v in ours.state_dict().items() if not k.startswith("map_pool")}
     found = {k: v for k, v in theirs.state_dict().items() if not k.startswith("head.")}
     names = expand(siglip.TABLE, {"": 2})
-    tensors = to_ours(found, names, wanted, siglip.IGNORE, "siglip")
+    tensors = import_tensors(found, names, wanted, siglip.IGNORE, "siglip")
     head = theirs.head
     for kind in ("weight", "bias"):
         q, k, v = getattr(head.attention, f"in_proj_{kind}").chunk(3)
@@ -250,27 +250,3 @@ def test_patch_embedding_gradient_reaches_every_position():
     F.mse_loss(patches(images()), torch.zeros(3, 18, 32)).backward()
     for name, p in patches.named_parameters():
         assert (p.grad.flatten(1) if p.ndim > 1 else p.grad).abs().sum(-1).min() > 0, name
-
-
-def inputs_kept_and_gradients(attention: ViTMultiHeadAttention, x: torch.Tensor) -> tuple:
-    """(How many narrow copies of its layers' inputs autograd keeps, output, gradients.)"""
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        with torch.autocast("cpu", torch.bfloat16):
-            out = attention(x * 1)  # of a leaf autocast would share a copy by itself
-    narrow = (t for t in kept if t.dtype == torch.bfloat16 and t.shape[-1] == x.shape[-1])
-    inputs = {t.untyped_storage().data_ptr() for t in narrow if t.numel() == x.numel()}
-    grads = torch.autograd.grad(out.float().square().sum(), (x, *attention.parameters()))
-    return len(inputs), out, grads
-
-
-def test_layers_share_a_narrow_copy_and_gradients_add_as_without(monkeypatch):
-    """Where each layer narrows its input itself, as autocast does, the same bits come out."""
-    torch.manual_seed(0)
-    attention = ViTMultiHeadAttention(ViTConfig(**SIZES))
-    x = torch.randn(2, 9, 32, requires_grad=True)
-    few, ours, mine = inputs_kept_and_gradients(attention, x)
-    monkeypatch.setattr(vision_transformer, "cast_once", lambda x, n: (x,) * n)
-    many, theirs, others = inputs_kept_and_gradients(attention, x)
-    assert few == many - 2
-    assert torch.equal(ours, theirs) and all(map(torch.equal, mine, others))

@@ -13,7 +13,7 @@ from PIL import Image as Pictures
 from config_tools import InputError
 from configs import DataConfig
 from data.world import questions
-from engine.evaluation.evaluate import graded
+from engine.evaluation.evaluate import score_answers
 from tasks.world import CHOICES
 
 TEXT, NUMBER = Value("string"), Value("int64")
@@ -136,9 +136,9 @@ def test_a_public_task(name, tmp_path):
         assert prompt.startswith("<image>") and says in prompt, prompt
         assert (item.expected, item.choices, item.skill) == (expected, choices, skill)
         assert item.sample.images == (row["image"]["bytes"],)
-    assert min(a.score for a in graded(items, right, task.metric)) > 0.9
-    assert max(a.score for a in graded(items, wrong, task.metric)) < 0.1
-    assert task.also(right, [i.right for i in items]).get("f1", 1.0) == 1.0
+    assert min(a.score for a in score_answers(items, right, task.metric)) > 0.9
+    assert max(a.score for a in score_answers(items, wrong, task.metric)) < 0.1
+    assert task.extra_metrics(right, [i.correct for i in items]).get("f1", 1.0) == 1.0
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -148,7 +148,7 @@ def test_rows_of_something_else_are_refused(name, rows_file):
     )
     if name == "coco_captions":
         return  # any picture with an answer is a caption
-    with pytest.raises(InputError, match=r"row .*: not a row of this task .* it has image, quest"):
+    with pytest.raises(InputError, match=r"row .*: not a row of this task .* are image, quest"):
         _ = found[0].sample
 
 
@@ -181,6 +181,6 @@ def test_real_photographs_go_through_the_caption_metric(shared, tmp_path):
     found = task.items(DataConfig(source=str(tmp_path / "rows.parquet")), "test", 99)
     items = sorted(found, key=lambda item: int(item.sample.row.split()[-1]))
     assert all(Path(item.sample.images[0]).is_file() for item in items)
-    mean = lambda answers: sum(task.metric(answers, [i.right for i in items])) / 51  # noqa: E731
+    mean = lambda answers: sum(task.metric(answers, [i.correct for i in items])) / 51  # noqa: E731
     assert 0.6 < mean(people) < 1.6, "what CIDEr gives people on COCO, about 0.9"
     assert mean([*people[1:], people[0]]) < 0.2

@@ -1,14 +1,16 @@
-"""Idefics3 and SmolVLM (transformers' Idefics3ForConditionalGeneration): our own layout on disk.
+"""Idefics3 format (SmolVLM's architecture), in which we save: Idefics3ForConditionalGeneration.
 
-A SigLIP-type encoder, a pixel shuffle, one projection, a Llama-type decoder.
+A SigLIP-type vision encoder, a pixel shuffle, one projection and a Llama-type decoder.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from config_tools import InputError, require
 from configs import VLMConfig
 from models.pretrained.layouts import llama, siglip
-from models.pretrained.mapping import Pair, Table, expand, prefixed
+from models.pretrained.mapping import Pair, Table, expand, first_unsupported, prefixed
 
 TABLE: Table = [
     *prefixed(siglip.TABLE, "vision_encoder.", "model.vision_model."),
@@ -22,7 +24,7 @@ SPECIAL = dict(
     vlm_eos_token_id="<end_of_utterance>", vlm_image_token_id="<image>",
 )  # fmt: skip
 MODEL_TYPES = ("idefics3", "smolvlm")
-# What Idefics3VisionConfig takes for granted where config.json is silent.
+# Defaults of Idefics3VisionConfig, which apply where config.json has no such key.
 VISION_DEFAULTS = dict(
     hidden_size=1152, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=16,
     num_channels=3, image_size=224, patch_size=32,
@@ -30,24 +32,24 @@ VISION_DEFAULTS = dict(
 
 
 def pairs(cfg: VLMConfig) -> list[Pair]:
-    """Every tensor of the model, ours and theirs."""
+    """Every parameter of the model and its key in Idefics3's files."""
     return expand(TABLE, {"vision_encoder.": cfg.vit_n_blocks, "decoder.": cfg.lm_n_blocks})
 
 
 def unsupported_reason(cfg: VLMConfig) -> str:
-    """What Idefics3 has no place for, in words; "" when everything has its place."""
+    """The first field that Idefics3 does not support, "field = value"; "" if none."""
     return (
         siglip.unsupported_reason(cfg)
         or llama.unsupported_reason(cfg)
-        or ("" if cfg.vit_pool in ("auto", "none") else "a pooled encoder")
+        or first_unsupported(cfg, {"vit_pool": ["auto", "none"]})
     )
 
 
-def config_json(cfg: VLMConfig, dtype: str) -> dict:
-    """config.json as transformers 4 and 5, vLLM, llama.cpp and MLX read it; every size explicit.
+def write(cfg: VLMConfig, dtype: str) -> dict:
+    """config.json for transformers 4 and 5, vLLM, llama.cpp and MLX, with every size.
 
-    The head is declared untied and its weight written even when we tie it: v4 and v5 disagree about
-    which of the two flags decides, and a head both sides find in the file needs neither.
+    The head is declared untied, and its weight is saved, even if `cfg` ties it: transformers 4 and
+    5 differ in which of the two tie_word_embeddings they obey.
     """
     ids = {
         "pad_token_id": cfg.vlm_pad_token_id,
@@ -64,16 +66,17 @@ def config_json(cfg: VLMConfig, dtype: str) -> dict:
         "tie_word_embeddings": False,
         **ids,
         "text_config": llama.write(cfg) | ids | {"tie_word_embeddings": False},
-        "vision_config": {"model_type": "idefics3_vision"} | siglip.sizes(cfg),
+        "vision_config": {"model_type": "idefics3_vision"} | siglip.write_sizes(cfg),
     }
 
 
 def read(config: dict, images: dict, tokens: dict[str, int], where: str) -> dict:
-    """A published checkpoint's config.json, image settings and token ids -> a VLMConfig's fields.
+    """config.json, image settings and token ids of a published model -> fields of a VLMConfig.
 
-    Raises `InputError`. The head is tied as the top flag says, else the text flag, else not.
+    `tie_word_embeddings` is read at the top, else in text_config, else False. Raises `InputError`.
     """
-    text, vision = config.get("text_config"), config.get("vision_config")
+    text: Any = config.get("text_config")
+    vision: Any = config.get("vision_config")
     for name, part in (("text_config", text), ("vision_config", vision)):
         require(isinstance(part, dict), f"{where}: {name}", part, "must be an object")
     kind = text.get("model_type")
@@ -92,9 +95,9 @@ def read(config: dict, images: dict, tokens: dict[str, int], where: str) -> dict
 
 
 def _read_tokens(config: dict, tokens: dict[str, int], where: str) -> dict:
-    """Our prompt's special tokens by name; config.json's ids where there is no tokenizer.
+    """Special token ids by name from the tokenizer, or from config.json without a tokenizer.
 
-    Published ids of pad and end of turn are not to be trusted: they differ from file to file.
+    The tokenizer comes first because published configs disagree on the ids of pad and end of turn.
     """
     if not tokens:
         kinds = ("pad", "bos", "eos")
@@ -108,15 +111,15 @@ def _read_tokens(config: dict, tokens: dict[str, int], where: str) -> dict:
 
 
 def special_ids(tokens: dict[str, int]) -> dict[str, int]:
-    """Our config's fields of the special tokens, of a tokenizer that has them all; else empty."""
+    """Our fields of the special tokens; empty unless the tokenizer has all of them."""
     has_all = set(SPECIAL.values()) <= set(tokens)
     return {name: tokens[token] for name, token in SPECIAL.items()} if has_all else {}
 
 
 def _read_images(tile: int, images: dict, where: str) -> dict:
-    """How pictures are cut, from preprocessor_config.json."""
+    """Tile size and normalisation from preprocessor_config.json."""
     size, tiles = (images.get(key, {}).get("longest_edge") for key in ("size", "max_image_size"))
-    fix = f"must be image_size = {tile} of vision_config, as tiles are"
+    fix = f"must equal image_size = {tile} of vision_config, the size of a tile"
     require(tiles == tile, f"{where}: max_image_size", tiles, fix)
     if images.get("do_image_splitting") is False:
         raise InputError(f"{where}: do_image_splitting = False: is not supported, only True is.")

@@ -1,7 +1,6 @@
 """The decoders of Llama, SmolLM2, SmolLM3, Qwen2, Qwen2.5 and Qwen3: transformers' ...ForCausalLM.
 
-All have the same names; which biases and norms exist is the config's business, as names of absent
-parameters are never asked for.
+One table serves all: its rows for biases and norms that a config does not have are skipped.
 """
 
 from __future__ import annotations
@@ -9,23 +8,19 @@ from __future__ import annotations
 from config_tools import require
 from configs import LMConfig
 from models.pretrained.mapping import (
-    Family,
     Fields,
+    Layout,
     Table,
-    first_of,
     read_fields,
     refuse_unless,
+    weight_and_bias,
     write_fields,
 )
 
 BLOCK = [
     ("norm1.weight", "input_layernorm.weight"),
     ("norm2.weight", "post_attention_layernorm.weight"),
-    *(
-        (f"attn.{p}_proj.{kind}", f"self_attn.{p}_proj.{kind}")
-        for p in "qkvo"
-        for kind in ("weight", "bias")
-    ),
+    *weight_and_bias((f"attn.{p}_proj", f"self_attn.{p}_proj") for p in "qkvo"),
     ("attn.q_norm.weight", "self_attn.q_norm.weight"),
     ("attn.k_norm.weight", "self_attn.k_norm.weight"),
     *((f"mlp.{p}_proj.weight", f"mlp.{p}_proj.weight") for p in ("gate", "up", "down")),
@@ -34,7 +29,7 @@ BLOCK = [
 TABLE: Table = [
     ("token_embedding.weight", "embed_tokens.weight"),
     ("norm.weight", "norm.weight"),
-    *((f"blocks.{{i}}.{ours}", f"layers.{{i}}.{theirs}") for ours, theirs in BLOCK),
+    *((f"blocks.{{i}}.{param}", f"layers.{{i}}.{key}") for param, key in BLOCK),
 ]
 HEAD: Table = [("head.weight", "lm_head.weight")]
 IGNORE = ("*rotary_emb.inv_freq",)
@@ -50,7 +45,7 @@ FIELDS: Fields = [
     ("lm_rms_eps", "rms_norm_eps", 1e-6),
     ("lm_max_position_embeddings", "max_position_embeddings", 32768),
 ]
-# What the classes of each kind take for granted where config.json is silent.
+# Defaults of each kind's config class, which apply where config.json has no such key.
 DEFAULTS: dict[str, dict] = {
     "llama": dict(
         vocab_size=32000, intermediate_size=11008, num_key_value_heads=None,
@@ -65,25 +60,29 @@ DEFAULTS: dict[str, dict] = {
     "qwen3": dict(head_dim=128),
 }  # fmt: skip
 CLASS = {"llama": "Llama", "smollm3": "SmolLM3", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+# The field of our config that only this kind has.
+OWN_FIELD = {"smollm3": "lm_nope_every", "qwen3": "lm_qk_norm", "qwen2": "lm_qkv_bias"}
 ROPE: Fields = [
     ("lm_rope_factor", "factor", 1.0),
     ("lm_rope_low_freq_factor", "low_freq_factor", 1.0),
     ("lm_rope_high_freq_factor", "high_freq_factor", 4.0),
     ("lm_rope_original_max_positions", "original_max_position_embeddings", 8192),
 ]
-ONLY = {"hidden_act": "silu", "use_sliding_window": False, "mlp_bias": False,
-        "attention_bias": False, "attention_dropout": 0.0}  # fmt: skip
+SUPPORTED = {
+    "hidden_act": "silu", "use_sliding_window": False, "mlp_bias": False, "attention_bias": False,
+    "attention_dropout": 0.0,
+}  # fmt: skip
 
 
 def read(config: dict, where: str) -> dict:
-    kind = config.get("model_type")
+    kind = config["model_type"]
     config = DEFAULTS[kind] | {key: v for key, v in config.items() if v is not None}
-    refuse_unless(config, ONLY, where)
+    refuse_unless(config, SUPPORTED, where)
     fields = read_fields(FIELDS, config)
     if fields["lm_n_kv_heads"] is None:
         fields["lm_n_kv_heads"] = fields["lm_n_heads"]
     if (fields["lm_head_dim"] or 0) * fields["lm_n_heads"] == fields["lm_hidden_dim"]:
-        fields["lm_head_dim"] = None  # what our field takes for granted
+        fields["lm_head_dim"] = None  # our default
     return fields | _read_rope(config, where) | {
         "lm_qkv_bias": kind == "qwen2",
         "lm_qk_norm": kind == "qwen3",
@@ -93,7 +92,7 @@ def read(config: dict, where: str) -> dict:
 
 
 def _read_rope(config: dict, where: str) -> dict:
-    """transformers 5 has rope_parameters, 4 rope_theta and rope_scaling; the newer name wins."""
+    """Read rope_parameters (transformers 5), else rope_theta and rope_scaling (transformers 4)."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     require(isinstance(rope, dict), f"{where}: rope_parameters", rope, "must be an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -106,7 +105,7 @@ def _read_rope(config: dict, where: str) -> dict:
 
 
 def _read_nope(config: dict, where: str) -> int:
-    """Every so many-th block has no positions; SmolLM3 may also list them one by one."""
+    """SmolLM3's interval of blocks without positions, which it may also list block by block."""
     every, n = config["no_rope_layer_interval"], config.get("num_hidden_layers")
     listed = config.get("no_rope_layers")
     if not listed:
@@ -114,7 +113,7 @@ def _read_nope(config: dict, where: str) -> int:
     listed = [bool(x) for x in listed][:n]
     every = listed.index(False) + 1 if False in listed else 0
     regular = nope_layers(len(listed), every)
-    fix = "must leave out every so many-th block"
+    fix = "must leave out blocks at a fixed interval"
     require(listed == [bool(x) for x in regular], f"{where}: no_rope_layers", listed, fix)
     return every
 
@@ -125,13 +124,12 @@ def nope_layers(n: int, every: int) -> list[int]:
 
 
 def kind_of(cfg: LMConfig) -> str:
-    """The model_type that computes what our config says."""
-    kinds = {"smollm3": cfg.lm_nope_every, "qwen3": cfg.lm_qk_norm, "qwen2": cfg.lm_qkv_bias}
-    return first_of(kinds) or "llama"
+    """The model_type whose architecture is that of our config."""
+    return next((kind for kind, field in OWN_FIELD.items() if getattr(cfg, field)), "llama")
 
 
 def write(cfg: LMConfig) -> dict:
-    """The config of a decoder as transformers 4 and 5, vLLM, llama.cpp and MLX read it."""
+    """config.json of a decoder, for transformers 4 and 5, vLLM, llama.cpp and MLX."""
     rope: dict[str, object] = {"rope_type": cfg.lm_rope_type, "rope_theta": cfg.lm_re_base}
     scaling = write_fields(ROPE, cfg)
     if cfg.lm_rope_type != "default":
@@ -156,17 +154,17 @@ def write(cfg: LMConfig) -> dict:
         config["no_rope_layers"] = nope_layers(cfg.lm_n_blocks, every)
         config["no_rope_layer_interval"] = every
     if cfg.lm_rope_type != "default":
-        # v4's name for it
+        # transformers 4
         config["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
     return config | {f"{name}_token_id": None for name in ("pad", "bos", "eos")}
 
 
 def unsupported_reason(cfg: LMConfig) -> str:
-    """What no decoder of these kinds has together, in words."""
-    special = [bool(cfg.lm_qkv_bias), bool(cfg.lm_qk_norm), bool(cfg.lm_nope_every)]
-    return "more than one of qkv bias, qk norm and blocks without positions" * (sum(special) > 1)
+    """The fields that no decoder of these kinds has together; "" if there are none."""
+    own = [field for field in OWN_FIELD.values() if getattr(cfg, field)]
+    return " together with ".join(own) if len(own) > 1 else ""
 
 
-FAMILY = Family(
+LAYOUT = Layout(
     tuple(DEFAULTS), TABLE, HEAD, ("model.", ""), IGNORE, read, write, unsupported_reason
 )

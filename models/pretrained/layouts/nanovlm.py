@@ -1,7 +1,7 @@
-"""nanoVLM's own checkpoints: today's layout and the one of its first release, the 222M.
+"""nanoVLM's checkpoints: today's layout and that of its first release, the 222M.
 
-Its images are not normalised, ours are: the difference is folded into the patch convolution. Its
-prompts differ, too, which no table can change: a model from there learns ours by further training.
+nanoVLM does not normalise images. We do, and fold the difference into the patch convolution. Its
+prompt format differs too, so an imported model needs further training on ours.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from torch import Tensor
 from config_tools import require
 from configs import VLMConfig
 from models.pretrained.mapping import (
-    FUSED,
-    ONE_MORE,
+    FUSED_QKV,
+    UNSQUEEZED,
     Fields,
     Pair,
     Table,
     expand,
     extend_rows,
-    first_of,
+    first_unsupported,
     read_fields,
     refuse_unless,
     write_fields,
@@ -49,14 +49,14 @@ SAME_NAMES = [
 ]
 TABLE: Table = [
     *((name, name) for name in SAME_NAMES),
-    (POSITION, POSITION, ONE_MORE),
+    (POSITION, POSITION, UNSQUEEZED),
     *(
-        (tuple(f"{QKV}{p}_proj.{kind}" for p in "qkv"), f"{QKV}qkv_proj.{kind}", FUSED)
+        (tuple(f"{QKV}{p}_proj.{kind}" for p in "qkv"), f"{QKV}qkv_proj.{kind}", FUSED_QKV)
         for kind in KINDS
     ),
     ("decoder.blocks.{i}.attn.o_proj.weight", "decoder.blocks.{i}.attn.out_proj.weight"),
 ]
-INV_FREQ = "decoder.rotary_embd.inv_freq"  # a buffer that its loader insists on
+INV_FREQ = "decoder.rotary_embd.inv_freq"  # a buffer that its loader requires
 IGNORE = (INV_FREQ,)
 
 VIT = ["hidden_dim", "inter_dim", "patch_size", "img_size", "n_heads", "n_blocks", "ln_eps"]
@@ -64,27 +64,33 @@ LM = ["hidden_dim", "inter_dim", "rms_eps", "re_base", "max_position_embeddings"
       "n_heads", "n_kv_heads", "n_blocks", "tie_weights", "tokenizer"]  # fmt: skip
 NAMES = [f"vit_{name}" for name in VIT] + [f"lm_{name}" for name in LM]
 NAMES += ["mp_pixel_shuffle_factor", "max_img_size"]
-FIELDS: Fields = [(name, name, None) for name in NAMES]  # it writes all, so none needs a default
+FIELDS: Fields = [(name, name, None) for name in NAMES]  # it writes all of them
 START, END = 1, 2  # SmolLM2's <|im_start|> and <|im_end|>
-# Our tokens behind its base vocabulary, in SmolVLM's order and with its gap before the last.
+# Offsets of our tokens after the base vocabulary, as in SmolVLM; it leaves a gap before the last.
 GLOBAL, TILES, IMAGE, END_OF_TURN, N_NEW = 0, 1, 38, 127, 128
 
 
-def is_one(config: Mapping) -> bool:
-    """Whether a config.json is nanoVLM's: it has no model_type, but its names."""
+def is_config(config: Mapping) -> bool:
+    """Whether a config.json is nanoVLM's, which has no model_type, by its field names."""
     return "vit_hidden_dim" in config and "lm_hidden_dim" in config
 
 
-def read(config: dict, where: str) -> dict:
-    """Its config.json -> the fields of a VLMConfig, with SmolVLM's tokens in place of its own."""
-    only = {"vit_cls_flag": False, "lm_attn_scaling": 1.0, "vit_dropout": 0.0, "lm_dropout": 0.0}
-    refuse_unless(config, only, where)
+def read(config: dict, special_ids: dict[str, int], where: str) -> dict:
+    """Its config.json -> fields of a VLMConfig. Raises `InputError`.
+
+    `special_ids` are those of our tokens where its tokenizer has them, as `write` leaves it. Else
+    the vocabulary is that of `replace_tokens`.
+    """
+    no_dropout = {"vit_dropout": 0.0, "lm_dropout": 0.0}
+    refuse_unless(config, no_dropout | {"vit_cls_flag": False, "lm_attn_scaling": 1.0}, where)
     missing = [name for name in NAMES if name not in config and name != "max_img_size"]
     require(not missing, f"{where}: fields", missing, "are missing")
     fields = read_fields(FIELDS, config)
     fields["lm_re_base"] = float(fields["lm_re_base"])
     if fields["max_img_size"] is None:
         fields["max_img_size"] = fields["vit_img_size"]
+    if special_ids:
+        return fields | special_ids
     base = _base(config)
     return fields | {
         "lm_vocab_size": base + N_NEW,
@@ -96,39 +102,39 @@ def read(config: dict, where: str) -> dict:
 
 
 def _base(config: Mapping) -> int:
-    """Rows of the tokenizer it started from; the 222M has no others."""
+    """Vocabulary size without added tokens; the 222M adds none."""
     return config.get("lm_base_vocab_size", config["lm_vocab_size"])
 
 
-def swap_tokens(table: Tensor, config: Mapping) -> Tensor:
-    """Its embedding or head -> one with SmolVLM's tokens behind the base vocabulary.
+def replace_tokens(table: Tensor, config: Mapping) -> Tensor:
+    """Its embedding or head [V, D] -> [base + 128, D], with SmolVLM's tokens after the base ones.
 
-    Those that mean the same keep their row, the end of turn gets that of <|im_end|>, others the
-    mean.
+    Tokens with the same meaning keep their row, the end of turn copies <|im_end|>, and the others
+    are the mean.
     """
     base = _base(config)
     if len(table) != config["lm_vocab_size"]:
-        return table  # misshapen, as will be found
-    theirs = {name: base + i for i, name in enumerate(config.get("vlm_extra_tokens", {}))}
+        return table  # misshapen: import_tensors reports it
+    old = {name: base + i for i, name in enumerate(config.get("vlm_extra_tokens", {}))}
     new = extend_rows(table[:base], base + N_NEW)
     same = {"global_image_token": GLOBAL, "image_token": IMAGE}
     same |= {f"r{r}c{c}": TILES + 6 * (r - 1) + c - 1 for r in range(1, 7) for c in range(1, 7)}
-    for name, place in same.items():
-        if theirs.get(name, len(table)) < len(table):
-            new[base + place] = table[theirs[name]]
+    for name, offset in same.items():
+        if old.get(name, len(table)) < len(table):
+            new[base + offset] = table[old[name]]
     new[base + END_OF_TURN] = table[END]
     return new
 
 
 def write(cfg: VLMConfig) -> dict:
-    """config.json of today's layout. Its tokenizer gets the names it wants for our tokens."""
+    """config.json of today's layout; vlm_extra_tokens maps its token names to our tokens."""
     tiles = {f"r{r}c{c}": f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7)}
     return write_fields(FIELDS, cfg) | {
         "vit_dropout": 0.0,
         "vit_cls_flag": False,
         "vit_model_type": cfg.vit_model_type,
         "lm_base_vocab_size": cfg.lm_vocab_size,
-        "extra_token_amount": 0,  # they are in the tokenizer already
+        "extra_token_amount": 0,  # the tokenizer has them already
         "lm_dropout": 0.0,
         "lm_attn_scaling": 1.0,
         "lm_use_tokens": False,
@@ -144,27 +150,27 @@ def write(cfg: VLMConfig) -> dict:
 
 
 def unsupported_reason(cfg: VLMConfig) -> str:
-    """What nanoVLM has no place for beyond what Idefics3 has none for, in words."""
-    return first_of(
-        {
-            "another activation than gelu_tanh": cfg.vit_hidden_act != "gelu_tanh",
-            "a bias on queries, keys and values": cfg.lm_qkv_bias,
-            "a norm of queries and keys": cfg.lm_qk_norm,
-            "blocks without positions": cfg.lm_nope_every,
-            "another rope than the default": cfg.lm_rope_type != "default",
-            "a head width of its own": cfg.lm_head_width * cfg.lm_n_heads != cfg.lm_hidden_dim,
-            "another normalisation than 0.5": {*cfg.vit_image_mean, *cfg.vit_image_std} != {0.5},
-        }
-    )
+    """The first field that nanoVLM does not support but Idefics3 does; "" if none."""
+    allowed = {
+        "vit_hidden_act": "gelu_tanh",
+        "lm_qkv_bias": False,
+        "lm_qk_norm": False,
+        "lm_nope_every": 0,
+        "lm_rope_type": "default",
+        "lm_head_dim": [None, cfg.lm_hidden_dim / cfg.lm_n_heads],
+        "vit_image_mean": (0.5, 0.5, 0.5),
+        "vit_image_std": (0.5, 0.5, 0.5),
+    }
+    return first_unsupported(cfg, allowed)
 
 
 def pairs(cfg: VLMConfig) -> list[Pair]:
-    """Every tensor of the model, ours and theirs."""
+    """Every parameter of the model and its key in nanoVLM's files."""
     return expand(TABLE, {"vision_encoder.": cfg.vit_n_blocks, "decoder.": cfg.lm_n_blocks})
 
 
 def fold(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """From pixels in [0, 1] to ours in [-1, 1]: x = (y + 1) / 2, so W x + b = W/2 y + (b + W/2)."""
+    """Weights for pixels x in [0, 1] -> for normalised y = 2 x - 1: W x + b = W/2 y + (b + W/2)."""
     half = tensors[CONV] / 2
     return tensors | {CONV: half, BIAS: tensors[BIAS] + half.sum((1, 2, 3))}
 

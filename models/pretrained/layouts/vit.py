@@ -1,28 +1,31 @@
 """The Vision Transformer with a CLS token: transformers' ViTModel and ViTForImageClassification."""
 
+from __future__ import annotations
+
 from configs import ViTConfig
 from models.pretrained.layouts import siglip
 from models.pretrained.mapping import (
     ACTIVATIONS,
-    ONE_MORE,
-    TWO_MORE,
-    Family,
+    UNSQUEEZED,
+    UNSQUEEZED_TWICE,
     Fields,
+    Layout,
     Table,
-    first_of,
+    first_unsupported,
     read_activation,
     read_fields,
     refuse_unless,
+    weight_and_bias,
     write_fields,
 )
 
-# Up to here DINOv2 has the same names.
+# DINOv2 shares these names, those of the attention and the fields.
 EMBEDDINGS: Table = [
     ("patch_embedding.conv.weight", "embeddings.patch_embeddings.projection.weight"),
     ("patch_embedding.conv.bias", "embeddings.patch_embeddings.projection.bias"),
-    ("patch_embedding.cls_token", "embeddings.cls_token", TWO_MORE),
-    ("patch_embedding.position_embedding", "embeddings.position_embeddings", ONE_MORE),
-    *((f"layer_norm.{kind}", f"layernorm.{kind}") for kind in siglip.KINDS),
+    ("patch_embedding.cls_token", "embeddings.cls_token", UNSQUEEZED_TWICE),
+    ("patch_embedding.position_embedding", "embeddings.position_embeddings", UNSQUEEZED),
+    *weight_and_bias([("layer_norm", "layernorm")]),
 ]
 ATTENTION = [
     ("attn.q_proj", "attention.attention.query"),
@@ -37,25 +40,22 @@ BLOCK = [
     ("mlp.fc1", "intermediate.dense"),
     ("mlp.fc2", "output.dense"),
 ]
-TABLE: Table = EMBEDDINGS + [
-    (f"blocks.{{i}}.{ours}.{kind}", f"encoder.layer.{{i}}.{theirs}.{kind}")
-    for ours, theirs in BLOCK
-    for kind in siglip.KINDS
-]
+TABLE: Table = EMBEDDINGS + weight_and_bias(BLOCK, "blocks.{i}.", "encoder.layer.{i}.")
 FIELDS: Fields = [
-    (ours, theirs, 1e-12 if ours == "vit_ln_eps" else default)
-    for ours, theirs, default in siglip.FIELDS
+    (field, key, 1e-12 if field == "vit_ln_eps" else default)
+    for field, key, default in siglip.FIELDS
 ] + [("vit_qkv_bias", "qkv_bias", True)]
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+OWN = {"vit_cls_flag": True, "vit_qkv_bias": [True, False], "vit_pool": ["auto", "cls"]}
 
 
 def read(config: dict, where: str) -> dict:
     refuse_unless(config, NO_DROPOUT, where)
     classifies = "ViTForImageClassification" in (config.get("architectures") or ())
-    return siglip.PLAIN | read_fields(FIELDS, config) | {
+    return siglip.BASE | read_fields(FIELDS, config) | {
         "vit_cls_flag": True,
         "vit_hidden_act": read_activation(config.get("hidden_act", "gelu"), where),
-    } | (siglip.classes(config) if classifies else {})  # fmt: skip
+    } | (siglip.read_classes(config) if classifies else {})  # fmt: skip
 
 
 def write(cfg: ViTConfig) -> dict:
@@ -66,19 +66,12 @@ def write(cfg: ViTConfig) -> dict:
 
 
 def unsupported_reason(cfg: ViTConfig) -> str:
-    return first_of(
-        {
-            "no CLS token": not cfg.vit_cls_flag,
-            "registers": cfg.vit_n_registers > 0,
-            "CLIP's first norm": cfg.vit_pre_norm,
-            "layer scales": cfg.vit_layer_scale,
-            "swiglu": cfg.vit_hidden_act == "swiglu",
-            "another pool than CLS": cfg.vit_pool not in ("auto", "cls"),
-            "a head with a hidden layer": cfg.vit_n_classes > 0 and cfg.vit_head != "linear",
-        }
-    )
+    """The first field that ViTModel does not support, "field = value"; "" if none."""
+    head = {"vit_head": "linear"} if cfg.vit_n_classes else {}
+    return first_unsupported(cfg, siglip.TRUNK | OWN | head)
 
 
-FAMILY = Family(
-    ("vit",), TABLE, siglip.CLASSIFIER, ("vit.", ""), ("*pooler.*",), read, write, unsupported_reason
+LAYOUT = Layout(
+    ("vit",), TABLE, siglip.CLASSIFIER, ("vit.", ""), ("*pooler.*",), read, write,
+    unsupported_reason,
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the ViT's benchmarks compare is comparable, and their labels are what the pictures show."""
+"""ViT benchmarks compare like with like, and prepared labels match the images."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ RGB = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "black": (
        "yellow": (255, 255, 0)}  # fmt: skip
 
 
-def test_their_vit_learns_as_ours_from_the_same_weights():
-    """Three steps each: the same views, optimizer and rates give the same weights."""
+def test_both_vits_train_alike_from_the_same_weights():
+    """After three steps with the same data, optimizer and rates both give the same logits."""
     pixels, target = digits.digits()
     source = digits.source_of(pixels[:200], target[:200], digits.DATA)
     cfg, logits = replace(digits.TRAIN, steps=3, warmup=1), {}
-    for name in ("ours", "theirs, our first weights"):
+    for name in ("picoVLM", "transformers, same weights"):
         torch.manual_seed(0)
         model = digits.MODELS[name]()
         digits.fit(model, digits.loader_of(source, digits.MODEL, digits.DATA), cfg)
         x = torch.randn(8, 1, 16, 16, generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
             logits[name] = model.eval()(x)[0]
-    assert logits["ours"].std() > 0.1
+    assert logits["picoVLM"].std() > 0.1
     torch.testing.assert_close(*logits.values(), rtol=0, atol=1e-3)
 
 
-def test_what_is_compared_has_as_many_parameters():
+def test_compared_models_have_the_same_number_of_parameters():
     count = lambda model: sum(p.numel() for p in model.parameters())  # noqa: E731
     assert len({count(make()) for make in digits.MODELS.values()}) == 1
     vit, cnn = (count(make()) for make in small_data.MODELS.values())
@@ -51,7 +51,7 @@ def test_every_digit_is_tested_once():
 
 
 @pytest.mark.parametrize(
-    ("question", "answer", "says"),
+    ("question", "answer", "labels"),
     [
         ("what is the blue shape?", "circle", {"colour": "blue", "shape": "circle"}),
         ("what color is the triangle?", "teal", {"colour": "teal", "shape": "triangle"}),
@@ -61,11 +61,11 @@ def test_every_digit_is_tested_once():
         ("does the image not contain a circle?", "yes", {}),
     ],
 )
-def test_questions_tell_what_is_there(question, answer, says):
-    assert prepare.told(question, answer) == says
+def test_questions_give_labels(question, answer, labels):
+    assert prepare.parse_answer(question, answer) == labels
 
 
-def test_colours_that_questions_tell_are_the_pictures(shared, tmp_path):
+def test_colours_of_the_questions_match_the_pixels(shared, tmp_path):
     prepare.easy_vqa(shared / "datasets" / "easy_vqa", tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()]
     assert len(rows) == 880 and {len(row) for row in rows} == {4}
@@ -77,7 +77,7 @@ def test_colours_that_questions_tell_are_the_pictures(shared, tmp_path):
         assert near == row["colour"] and row["label"] == f"{near} {row['shape']}"
 
 
-def test_plants_are_their_picture_and_twins_are_one(tmp_path):
+def test_near_duplicates_show_their_image_and_equal_images_are_one(tmp_path):
     rng = np.random.default_rng(0)
     folder = tmp_path / "set" / "images"
     folder.mkdir(parents=True)
@@ -96,28 +96,28 @@ def test_plants_are_their_picture_and_twins_are_one(tmp_path):
     assert duplicates.rates(cosine, same, 0.5) == (1 / 2, 1 / 3)
 
 
-def test_rates_are_chosen_apart_from_what_is_measured(tmp_path, monkeypatch):
-    """Each way is tested at the rate that did best for it, on pictures nothing was chosen on."""
+def test_learning_rates_are_not_chosen_on_test_images(tmp_path, monkeypatch):
+    """Each method is tested at its best rate, on images that no choice was made on."""
     lines = [json.dumps({"n": n}) + "\n" for n in range(700)]
     (tmp_path / "train.jsonl").write_text("".join(lines))
     transfer.split(tmp_path)
     learn, choose = ((tmp_path / f"{name}.jsonl").read_text() for name in ("learn", "choose"))
     assert learn + choose == "".join(lines) and choose.count("\n") == 500
-    asked = []
+    calls = []
 
-    def run(way, kind, label, rate, seed, val, given):
-        asked.append((kind, rate, seed, val))
+    def run(method, kind, label, rate, seed, val, given):
+        calls.append((kind, rate, seed, val))
         return 1 - abs(rate - (0.016 if kind == "fine-tuned" else 0.01)) + seed / 1000
 
     monkeypatch.setattr(transfer, "run", run)
     found = transfer.compare("shape", 2, {})
-    tested = {(kind, rate) for kind, rate, _, val in asked if val == "test"}
+    tested = {(kind, rate) for kind, rate, _, val in calls if val == "test"}
     assert tested == {("from scratch", 0.008), ("fine-tuned", 0.016), ("linear probe", 0.01)}
     assert [len(values) for values in found.values()] == [2, 2, 2]
-    assert all(val == "choose" for _, _, seed, val in asked if seed == transfer.TRIAL)
+    assert all(val == "choose" for _, _, seed, val in calls if seed == transfer.TRIAL)
 
 
-def test_shrunk_pictures_keep_their_names_apart(tmp_path):
+def test_thumbnails_of_equal_names_stay_apart(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name / "images").mkdir(parents=True)
         Image.new("RGB", (200, 100), "red").save(tmp_path / name / "images" / "a.png")

@@ -1,6 +1,6 @@
-"""The tables of speed: what is timed is equal, what disagrees is not timed, what is counted is so.
+"""Speed tables: only models that compute the same are timed; FLOPs are counted correctly.
 
-On shapes so small that figures mean nothing here.
+The shapes are so small that the figures themselves mean nothing.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from benchmarks.speed import compare, peers, timing
 from config_tools import InputError
 from configs import DataConfig, RunConfig, TrainConfig
 from data import processor as processors
-from engine.training.distributed import lacks_compiler
+from engine.training.distributed import missing_compiler
 from models.vision_language_model import VisionLanguageModel
 
 
 @pytest.fixture(autouse=True)
 def small_machine(monkeypatch, tiny_processor):
-    monkeypatch.setattr(timing, "PRODUCT", 32)
-    monkeypatch.setattr(timing, "READ", 1 << 12)
-    monkeypatch.setattr(compare, "SAID", 4)
-    monkeypatch.setattr(compare, "fast_dtype", lambda *_: torch.float32)
+    monkeypatch.setattr(timing, "MATRIX_SIZE", 32)
+    monkeypatch.setattr(timing, "N_BYTES", 1 << 12)
+    monkeypatch.setattr(compare, "N_NEW_TOKENS", 4)
+    monkeypatch.setattr(compare, "choose_dtype", lambda *_: torch.float32)
     monkeypatch.setattr(processors, "build", lambda cfg: replace(tiny_processor, cfg=cfg))
 
 
@@ -40,20 +40,20 @@ def test_every_row_beside_transformers(run):
     for row in timed:
         assert row.ratio[1] <= row.ratio[0] <= row.ratio[2], row
         assert row.disturbed.endswith(" of 6") and row.share.count("%") == 2, row
-    assert rows[-1].ours == "not measured: no bf16 arithmetic here"
+    assert rows[-1].picovlm == "not measured: not faster on this CPU"
     assert "2 x 1,024 packed" in timed[-1].name
     lines = compare.table(rows).splitlines()
     assert len(lines) == 2 + len(rows) and len({line.count(" | ") for line in lines}) == 1
 
 
-def test_other_weights_are_not_timed(run, tmp_path, monkeypatch):
+def test_models_of_other_weights_are_not_timed(run, tmp_path, monkeypatch):
     VisionLanguageModel(run.model).save_pretrained(tmp_path)
-    theirs = peers.their_model(tmp_path, torch.float32)
-    monkeypatch.setattr(peers, "their_model", lambda *_: theirs)
+    hf_model = peers.load_hf_model(tmp_path, torch.float32)
+    monkeypatch.setattr(peers, "load_hf_model", lambda *_: hf_model)
     case = peers.open_case(run, tmp_path, torch.float32, 0)
     with torch.no_grad():
-        theirs.lm_head.weight.neg_()
-        theirs.model.connector.modality_projection.proj.weight.mul_(1.01)
+        hf_model.lm_head.weight.neg_()
+        hf_model.model.connector.modality_projection.proj.weight.mul_(1.01)
     for rows, says in (
         (compare.encode_rows, "image tokens: differs"),
         (compare.train_rows, "loss, .* nothing was timed"),
@@ -70,78 +70,78 @@ def case(run, tmp_path) -> peers.Case:
     return peers.open_case(run, tmp_path, torch.float32)
 
 
-def test_what_is_not_installed_is_said(case, monkeypatch):
+def test_a_missing_compiler_is_named(case, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     (row,) = compare.compiled_rows(case, 1.0, 1.0)
-    assert row.ratio is None and row.ours == "not measured: torch.compile needs no-such-compiler"
+    assert row.ratio is None and row.picovlm == "not measured: torch.compile needs no-such-compiler"
 
 
-def test_eight_bits_stand_beside_all_of_theirs(case):
+def test_int8_shows_the_share_of_picovlm_only(case):
     (row,) = compare.int8_rows(case, 1.0, 1.0)
-    assert row.ratio[1] <= row.ratio[0] <= row.ratio[2] and row.ours.endswith(" tok/s")
+    assert row.ratio[1] <= row.ratio[0] <= row.ratio[2] and row.picovlm.endswith(" tok/s")
     assert row.share.endswith("%") and "," not in row.share
 
 
-def test_a_static_cache_says_the_same(case, monkeypatch):
-    """Without the compiler, which takes a minute: what it is given computes the same tokens."""
+def test_a_static_cache_gives_the_same_tokens(case, monkeypatch):
+    """Without the compiler, which takes a minute: the uncompiled step stands in for it."""
     made = []
     monkeypatch.setattr(torch, "compile", lambda step, **_: made.append(step) or step)
-    monkeypatch.setattr(compare, "lacks_compiler", lambda _: "")
+    monkeypatch.setattr(compare, "missing_compiler", lambda _: "")
     row, paid, eight, small = compare.compiled_rows(case, 1.0, 1.0)
-    assert row.ratio[0] > 0 and eight.ratio[0] > 0 and " by the wall; " in paid.ours
+    assert row.ratio[0] > 0 and eight.ratio[0] > 0 and " wall time; " in paid.picovlm
     assert small.ratio[0] > 0 and "," in row.share and "," not in small.share
     models = {id(step.__self__) for step in made}  # one as it is, one in 8 bits
-    assert len(models) == 2 and id(case.ours) not in models
+    assert len(models) == 2 and id(case.model) not in models
 
 
 @pytest.mark.slow
-def test_a_compiled_step_says_the_same(case):
-    if why := lacks_compiler(torch.device("cpu")):
+def test_a_compiled_step_gives_the_same_tokens(case):
+    if why := missing_compiler(torch.device("cpu")):
         pytest.skip(why)
     row, _, eight, small = compare.compiled_rows(case, 1.0, 1.0)
     assert row.ratio[0] > 0 and eight.ratio[0] > 0 and small.ratio[0] > 0
-    # Bars of one name would lie on each other.
+    # The chart draws bars of the same name on top of each other.
     assert all(case.kind in found.name for found in (row, eight, small))
 
 
-def test_the_peak_of_a_process(run, tmp_path, capsys, monkeypatch):
+def test_peak_memory_of_a_process(run, tmp_path, capsys, monkeypatch):
     torch.manual_seed(0)
     VisionLanguageModel(run.model).save_pretrained(tmp_path)
     monkeypatch.setitem(compare.PRESETS, "tiny", run)
-    for who in ("ours", "theirs"):
-        compare.main(["tiny", "--folder", str(tmp_path), "--peak-memory", who])
+    for side in ("picoVLM", "transformers"):
+        compare.main(["tiny", "--folder", str(tmp_path), "--peak-memory", side])
         assert 1e7 < int(capsys.readouterr().out) < 1e11
 
 
 @pytest.mark.slow
 def test_the_first_step():
-    seen = timing.watch_run(["--data.batch-size=1", "--data.max-length=128"], steps=2)
-    assert 1 < seen.begins < seen.ends < 200 and 1 < seen.cpu < 60
-    assert [line["step"] for line in seen.log[:2]] == [1, 2]
+    run = timing.run_training(["--data.batch-size=1", "--data.max-length=128"], steps=2)
+    assert 1 < run.begins < run.ends < 200 and 1 < run.cpu < 60
+    assert [line["step"] for line in run.log[:2]] == [1, 2]
 
 
 @pytest.mark.slow
-def test_a_wrong_start_says_why():
+def test_a_run_that_fails_says_why():
     with pytest.raises(InputError, match=r"train\.py: .*batch_size = 0"):
-        timing.watch_run(["--data.batch-size=0"])
+        timing.run_training(["--data.batch-size=0"])
 
 
-def test_picture(tmp_path):
+def test_chart(tmp_path):
     pytest.importorskip("matplotlib")
     rows = [compare.Row("a", "1 s", "2 s", (2.0, 1.9, 2.1)), compare.Row("b", "3 GB/s")]
     compare.draw(rows, tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 1000
 
 
-# --- What all tables share ----------------------------------------------------------------------
+# --- timing.py ----------------------------------------------------------------------------------
 
 
 def test_turns_alternate_and_a_call_may_time_a_part():
-    said = []
+    called = []
     found = timing.alternate(
-        {"a": lambda: said.append("a"), "b": lambda: (said.append("b"), 0.5)[1]}, 0, least=2
+        {"a": lambda: called.append("a"), "b": lambda: (called.append("b"), 0.5)[1]}, 0, min_turns=2
     )
-    assert said == ["a", "b"] * 3, "one round is not measured"
+    assert called == ["a", "b"] * 3, "the first round is the warm-up"
     assert len(found["a"].seconds) == 2 and max(found["b"].seconds) <= 0.5
     slow, fast = timing.Times([4.0, 2.0], [0.0, 0.2]), timing.Times([2.0, 2.0], [0.0, 0.0])
     assert timing.ratios(fast, slow) == (1.5, 1.0, 2.0) and slow.n_disturbed == 1
@@ -152,30 +152,32 @@ def test_a_block_of_a_page_is_replaced(tmp_path):
     page.write_text("before\n<!-- x -->\nold\n<!-- /x -->\nafter\n")
     timing.write_block(page, "x", "new")
     assert page.read_text() == "before\n<!-- x -->\nnew\n<!-- /x -->\nafter\n"
-    with pytest.raises(InputError, match="has no place"):
+    with pytest.raises(InputError, match="expected <!-- y -->"):
         timing.write_block(page, "y", "new")
 
 
 def test_products_are_counted_by_hand():
     layer = torch.nn.Linear(8, 16, bias=False)
     x = torch.randn(4, 8, requires_grad=True)
-    assert timing.count(lambda: layer(x).sum().backward()) == (3 * 2 * 4 * 8 * 16, 0)
+    assert timing.count_flops(lambda: layer(x).sum().backward()) == (3 * 2 * 4 * 8 * 16, 0)
 
 
 @pytest.mark.parametrize("n_kv", [1, 2, 6])
 def test_attention_is_counted_by_hand(n_kv):
-    """Forward 2 products of every query and key, backward 5; so for grouped queries."""
+    """2 products per query and key forward, 5 backward; also for grouped queries."""
     q, k, v = (torch.randn(3, n, 10, 8, requires_grad=True) for n in (6, n_kv, n_kv))
-    attend = torch.nn.functional.scaled_dot_product_attention
+    attention = torch.nn.functional.scaled_dot_product_attention
     forward = 2 * 2 * 3 * 6 * 10 * 10 * 8
-    found = timing.count(lambda: attend(q, k, v, is_causal=True, enable_gqa=True).sum().backward())
+    found = timing.count_flops(
+        lambda: attention(q, k, v, is_causal=True, enable_gqa=True).sum().backward()
+    )
     assert found == (3.5 * forward, 3.5 * forward)
 
 
 def test_segments_are_counted_by_their_squares():
-    """The sum of the squares, not the square of the sum; the kernel is a GPU's, its formula not."""
+    """The sum of squares, not the square of the sum; the kernel needs a GPU, the formula none."""
     q, bounds = torch.randn(12, 6, 8), torch.tensor([0, 3, 4, 12], dtype=torch.int32)
     forward = 2 * 2 * 6 * 8 * (3 * 3 + 1 + 8 * 8)
-    assert timing._bounded(q, q, q, bounds, bounds, 8, 8) == forward
-    assert timing._bounded_backward(q, q, q, q, q, None, bounds, bounds, 8, 8) == 2.5 * forward
+    assert timing._varlen(q, q, q, bounds, bounds, 8, 8) == forward
+    assert timing._varlen_backward(q, q, q, q, q, None, bounds, bounds, 8, 8) == 2.5 * forward
     assert set(timing.attention_formulas()) > {torch.ops.torch_attn._varlen_attn}

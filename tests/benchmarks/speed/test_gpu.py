@@ -1,4 +1,4 @@
-"""The GPU's script, on a CPU with a model so small that its figures mean nothing."""
+"""The GPU benchmark on a CPU, with a model so small that its figures mean nothing."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from models.vision_language_model import VisionLanguageModel
 
 @pytest.fixture
 def small(monkeypatch, minute_config) -> RunConfig:
-    monkeypatch.setattr(timing, "PRODUCT", 32)
-    monkeypatch.setattr(timing, "READ", 1 << 12)
-    monkeypatch.setattr(gpu, "SAID", 4)
-    monkeypatch.setattr(gpu, "ROW", 300)
-    monkeypatch.setattr(gpu, "fast_dtype", lambda *_: torch.float32)
-    monkeypatch.setattr(gpu, "alternate", lambda calls, _: timing.alternate(calls, 0, least=1))
+    monkeypatch.setattr(timing, "MATRIX_SIZE", 32)
+    monkeypatch.setattr(timing, "N_BYTES", 1 << 12)
+    monkeypatch.setattr(gpu, "N_NEW_TOKENS", 4)
+    monkeypatch.setattr(gpu, "ROW_TOKENS", 300)
+    monkeypatch.setattr(gpu, "choose_dtype", lambda *_: torch.float32)
+    monkeypatch.setattr(gpu, "alternate", lambda calls, _: timing.alternate(calls, 0, min_turns=1))
     run = RunConfig(model=minute_config(lm_vocab_size=128))
     monkeypatch.setitem(PRESETS, "tiny", run)
     return run
@@ -31,17 +31,17 @@ def small(monkeypatch, minute_config) -> RunConfig:
 def test_both_sides_of_a_preset(small, capsys, monkeypatch, tmp_path):
     (tmp_path / "page.md").write_text("<!-- gpu tiny -->\nold\n<!-- /gpu tiny -->\n")
     monkeypatch.setattr(gpu, "PAGE", tmp_path / "page.md")
-    gpu.main(["tiny", "--most", "2", "--off-the-record", "--compiled", "--kernels", "3"])
+    gpu.main(["tiny", "--max-rows", "2", "--no-write", "--compiled", "--kernels", "3"])
     out = capsys.readouterr().out
     assert "old" in (tmp_path / "page.md").read_text()
     sides = re.findall(r"\| (picoVLM|transformers) \| [12] \| [\d.]+% \| .* GiB \| .* h \|", out)
     assert sides == ["picoVLM", "transformers"]
     decoded = re.findall(r"\| (\d) (?:\| [\d,]+ tok/s ){4}\| \d+% \|", out)
     assert decoded == ["1", "2"]
-    (busy,) = re.findall(r"works (\d+)% of a step", out)
+    (busy,) = re.findall(r"busy (\d+)% of a step", out)
     slowest = [float(ms) for ms in re.findall(r"\| \S+ \| \d+ \| ([\d.]+) \|", out)]
     assert 50 < int(busy) <= 100 and len(slowest) == 3 and slowest == sorted(slowest)[::-1]
-    gpu.main(["tiny", "--most", "1"])
+    gpu.main(["tiny", "--max-rows", "1"])
     page = (tmp_path / "page.md").read_text()
     assert (
         "old" not in page
@@ -50,23 +50,23 @@ def test_both_sides_of_a_preset(small, capsys, monkeypatch, tmp_path):
     )
 
 
-def test_sides_that_compute_something_else_are_not_timed(small, monkeypatch, tmp_path):
-    theirs = gpu.their_model
+def test_models_of_different_loss_are_not_timed(small, monkeypatch, tmp_path):
+    load_hf_model = gpu.load_hf_model
 
     def other(folder, dtype):
-        model = theirs(folder, dtype)
+        model = load_hf_model(folder, dtype)
         with torch.no_grad():
             model.lm_head.weight.mul_(1.1)
         return model
 
-    monkeypatch.setattr(gpu, "their_model", other)
+    monkeypatch.setattr(gpu, "load_hf_model", other)
     VisionLanguageModel(small.model).save_pretrained(tmp_path)
-    asked = types.SimpleNamespace(least=1, most=1, kernels=0, compiled=False)
+    args = types.SimpleNamespace(min_rows=1, max_rows=1, kernels=0, compiled=False)
     with pytest.raises(InputError, match=r"loss: differs by .*nothing was timed"):
-        gpu.training_rows(small, str(tmp_path), torch.device("cpu"), asked, 1.0)
+        gpu.training_rows(small, str(tmp_path), torch.device("cpu"), args, 1.0)
 
 
-def test_memory_that_ends_keeps_the_best(small):
+def test_out_of_memory_keeps_the_best_batch(small):
     def make(run, model, device, n_rows):
         if n_rows > 2:
             raise torch.OutOfMemoryError

@@ -1,4 +1,4 @@
-"""Packed attention costs the sum of the samples' squares; what grows is counted, and its slope."""
+"""Packed attention costs the sum of squared lengths; axes, counts and exponents are right."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from benchmarks.speed.growth import (
     Point,
     by_packed,
     exponent,
+    make_conversation,
     measure,
-    of_length,
     step_of,
 )
-from benchmarks.speed.timing import count
+from benchmarks.speed.timing import count_flops
 from config_tools import InputError
 from data.batches.packing import collate
 from models.vision_language_model import VisionLanguageModel
@@ -23,17 +23,16 @@ from models.vision_language_model import VisionLanguageModel
 
 @pytest.fixture
 def attention(minute_config):
-    """`attention([[3, 5], [8]])` -> FLOPs of attention in a step on rows of such conversations."""
+    """`attention([[3, 5], [8]])` -> the decoder's attention FLOPs of a step on rows of lengths."""
     cfg = minute_config()
     model = VisionLanguageModel(cfg)
-    blind = VisionLanguageModel(cfg)
 
     def of(rows: list[list[int]]) -> int:
-        samples = [[of_length(cfg, n) for n in row] for row in rows]
-        everything = count(step_of(model, collate(samples, cfg)))[1]
+        samples = [[make_conversation(cfg, n) for n in row] for row in rows]
+        everything = count_flops(step_of(model, collate(samples, cfg)))[1]
         images = collate(samples, cfg).images
-        eyes = count(lambda: blind.embed_images(images).sum().backward())[1]
-        return everything - eyes  # the decoder's alone
+        vision = count_flops(lambda: model.embed_images(images).sum().backward())[1]
+        return everything - vision
 
     return of
 
@@ -43,7 +42,7 @@ def test_packed_attention_costs_the_sum_of_squares(attention):
     assert cost > 0
     for row in ([16] * 8, [32] * 4, [64, 64], [64, 16, 16], [128]):
         assert attention([row]) == cost * sum(n * n for n in row), row
-    # Lengths within a factor of two share a call, which pads them: less than twice the squares.
+    # Lengths within a factor of two are padded into one call: less than twice the squares.
     uneven = [64, 50, 40, 32, 20, 16]
     squares = sum(n * n for n in uneven)
     assert cost * squares <= attention([uneven]) < 2 * cost * squares < cost * sum(uneven) ** 2
@@ -53,13 +52,13 @@ def test_packed_attention_costs_the_sum_of_squares(attention):
 def test_slopes(monkeypatch, minute_config):
     squares = [Point(x, 3.0 * x * x, x, 7) for x in (1, 2, 4, 8)]
     assert exponent(squares, "seconds") == pytest.approx(2)
-    assert exponent(squares, "kept") == pytest.approx(1)
+    assert exponent(squares, "saved") == pytest.approx(1)
     assert exponent(squares, "attention") == pytest.approx(0)
     monkeypatch.setattr(growth, "BASE", minute_config())
-    monkeypatch.setattr(growth, "SAMPLE", 16)
+    monkeypatch.setattr(growth, "PACKED_LENGTH", 16)
     points = measure(Axis(by_packed, [4, 8, 16]), 60)
     assert [p.x for p in points] == [4, 8, 16]
-    assert exponent(points, "kept") == pytest.approx(1, abs=0.1)
+    assert exponent(points, "saved") == pytest.approx(1, abs=0.1)
     assert exponent(points, "attention") == pytest.approx(1, abs=0.01)
     assert len(measure(Axis(by_packed, [2, 4, 8]), 0)) == 1
     assert "| exponent |" in growth.table({"a": points})
@@ -75,8 +74,8 @@ def test_the_first_point_of_every_axis(name):
     )
 
 
-def test_without_a_page_nothing_is_written(monkeypatch, tmp_path):
+def test_a_page_without_the_block_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr(growth, "AXES", {})
     monkeypatch.setattr(growth, "PAGE", tmp_path / "page.md")
-    with pytest.raises(InputError, match="has no place"):
+    with pytest.raises(InputError, match="expected <!-- growth -->"):
         growth.main([])

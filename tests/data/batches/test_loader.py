@@ -21,7 +21,7 @@ from configs import DataConfig
 from data.batches.loader import CHUNK, Loader
 from data.batches.stream_loader import open_loader
 from data.images import open_image
-from data.sources.open import open_source
+from data.sources.open import open_dataset
 from data.types import Batch
 
 ROOT = Path(__file__).parents[3]
@@ -50,7 +50,7 @@ def on(file, cfg: DataConfig) -> DataConfig:
 
 
 def loader(cfg: DataConfig, processor, **changes) -> Loader:
-    return Loader(open_source(cfg, "train"), processor, cfg, **changes)
+    return Loader(open_dataset(cfg, "train"), processor, cfg, **changes)
 
 
 def take(loader: Loader, n: int) -> list[Batch]:
@@ -147,11 +147,11 @@ def test_resume_continues_with_the_very_next_batch(tiny_processor, file, cfg):
     for stop in range(23):
         state = json.loads(json.dumps(whole[stop].state))
         again = loader(cfg, tiny_processor)
-        again.restore(state)
-        assert again.state() == whole[stop].state
+        again.load_state_dict(state)
+        assert again.state_dict() == whole[stop].state
         assert all(map(same, take(again, 3), whole[stop + 1 : stop + 4])), stop
     again = loader(replace(cfg, workers=2), tiny_processor)
-    again.restore(whole[4].state)
+    again.load_state_dict(whole[4].state)
     assert all(map(same, take(again, 6), whole[5:11]))
 
 
@@ -168,7 +168,7 @@ def test_a_state_does_not_move_with_the_loader(tiny_processor, file, tmp_path):
 def test_the_world_resumes_too(tiny_processor):
     whole = take(loader(PACKED, tiny_processor), 5)
     again = loader(PACKED, tiny_processor)
-    again.restore(whole[1].state)
+    again.load_state_dict(whole[1].state)
     assert all(map(same, take(again, 3), whole[2:]))
 
 
@@ -177,7 +177,7 @@ def test_the_world_resumes_too(tiny_processor):
 
 def test_the_world_is_described_before_it_is_asked_about(tiny_processor):
     """Without packing the order is the reading order: 12 descriptions, then questions alone."""
-    cfg = replace(PLAIN, world_first=12, world_described=0.0)
+    cfg = replace(PLAIN, world_captions_first=12, world_caption_fraction=0.0)
     batches = take(loader(cfg, tiny_processor), 12)
     texts = [tiny_processor.decode(ids.tolist()) for b in batches for ids in b.input_ids]
     tasks = [re.search("Describe the picture|List the things", text) for text in texts]
@@ -189,7 +189,7 @@ def test_the_world_is_described_before_it_is_asked_about(tiny_processor):
 def test_two_ranks_interleave_to_the_order_of_one(tiny_processor, file, cfg):
     cfg = on(file, cfg)
     one = take(loader(cfg, tiny_processor), 12)
-    ranks = [take(loader(cfg, tiny_processor, rank=r, world=2), 6) for r in (0, 1)]
+    ranks = [take(loader(cfg, tiny_processor, rank=r, world_size=2), 6) for r in (0, 1)]
     for i, batch in enumerate(one):
         assert same(ranks[i % 2][i // 2], batch, state=False), i
         # Rank 0 alone saves it, so its state has to count the other ranks' batches too.
@@ -200,10 +200,10 @@ def test_a_two_rank_run_resumes(tiny_processor, file):
     """All ranks restore what rank 0 saved; no batch comes twice, none is left out."""
     cfg = on(file, PLAIN)
     one = take(loader(cfg, tiny_processor), 16)
-    saved = take(loader(cfg, tiny_processor, rank=0, world=2), 4)[-1].state
+    saved = take(loader(cfg, tiny_processor, rank=0, world_size=2), 4)[-1].state
     for rank in (0, 1):
-        again = loader(cfg, tiny_processor, rank=rank, world=2)
-        again.restore(saved)
+        again = loader(cfg, tiny_processor, rank=rank, world_size=2)
+        again.load_state_dict(saved)
         for got, want in zip(take(again, 4), one[8 + rank :: 2]):
             assert same(got, want, state=False)
 
@@ -278,7 +278,7 @@ def test_a_resume_remembers_what_was_skipped(tiny_processor, file, tmp_path):
     assert len(whole[-1].state["skipped"]) == 4
     for stop in (2, 9, 20):
         again = loader(cfg, tiny_processor, skipped_file=tmp_path / f"again-{stop}.jsonl")
-        again.restore(whole[stop].state)
+        again.load_state_dict(whole[stop].state)
         assert all(map(same, take(again, 6), whole[stop + 1 : stop + 7]))
 
 
@@ -288,13 +288,13 @@ def test_rows_met_again_after_a_crash_are_listed_once(tiny_processor, file, tmp_
     for stream in (False, True):
         cfg = replace(on(broken, PLAIN), stream=stream, stream_block=5)
         first, again = (
-            open_loader(open_source(cfg, "train"), tiny_processor, cfg, skipped_file=path)
+            open_loader(open_dataset(cfg, "train"), tiny_processor, cfg, skipped_file=path)
             for _ in range(2)
         )
         batches = take(first, 40)
         listed = path.read_text().splitlines()
         assert len(listed) == 4 > len(batches[2].state["skipped"])
-        again.restore(batches[2].state)
+        again.load_state_dict(batches[2].state)
         take(again, 40)
         assert len(again.skipped) == 4 and path.read_text().splitlines() == listed
         path.unlink()
@@ -304,7 +304,10 @@ def test_one_rank_writes_the_list(tiny_processor, file, tmp_path):
     broken = with_bad_pictures(file, {3: None}, tmp_path)
     for rank in (0, 1):
         path = tmp_path / "skipped.jsonl"
-        take(loader(on(broken, PLAIN), tiny_processor, rank=rank, world=2, skipped_file=path), 12)
+        take(
+            loader(on(broken, PLAIN), tiny_processor, rank=rank, world_size=2, skipped_file=path),
+            12,
+        )
     assert len(path.read_text().splitlines()) == 1
 
 
@@ -369,10 +372,10 @@ import os, signal
 from configs import DataConfig, VLMConfig
 from data import processor
 from data.batches.loader import Loader
-from data.sources.open import open_source
+from data.sources.open import open_dataset
 
 cfg = DataConfig(workers=2)
-batches = iter(Loader(open_source(cfg, "train"), processor.build(VLMConfig()), cfg))
+batches = iter(Loader(open_dataset(cfg, "train"), processor.build(VLMConfig()), cfg))
 next(batches)
 os.kill(os.getpid(), signal.SIGKILL)
 """

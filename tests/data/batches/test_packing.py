@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from configs import VLMConfig
 from data.batches.packing import collate, collate_prompts, fill_rows
-from data.types import IGNORE, Tokens
+from data.types import IGNORE_INDEX, Tokens
 from data.world import questions
 
 CFG = VLMConfig()
@@ -130,7 +130,7 @@ def test_a_packed_batch_by_hand():
     batch = collate([[a, b], [c]], CFG)
     pad = CFG.vlm_pad_token_id
     assert batch.input_ids.tolist() == [[11, 12, 13, 21, 22], [31, 32, 33, 34, pad]]
-    no = IGNORE
+    no = IGNORE_INDEX
     assert batch.targets.tolist() == [[12, 13, no, 22, no], [no, no, 34, no, no]]
     assert batch.positions.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0]]
     assert batch.segments.tolist() == [[1, 1, 1, 2, 2], [1, 1, 1, 1, 0]]
@@ -185,7 +185,7 @@ def test_every_sample_is_found_again_in_its_batch(layout):
             if batch.segments is not None:
                 assert batch.segments[r, cut].tolist() == [s + 1] * n
             want = [
-                int(sample.ids[i + 1]) if i + 1 < n and sample.supervised[i + 1] else IGNORE
+                int(sample.ids[i + 1]) if i + 1 < n and sample.supervised[i + 1] else IGNORE_INDEX
                 for i in range(n)
             ]
             assert batch.targets[r, cut].tolist() == want
@@ -194,12 +194,12 @@ def test_every_sample_is_found_again_in_its_batch(layout):
                 assert torch.allclose(next(images), want, atol=1e-6)
             start += n
         assert (batch.input_ids[r, start:] == CFG.vlm_pad_token_id).all()
-        assert (batch.targets[r, start:] == IGNORE).all()
+        assert (batch.targets[r, start:] == IGNORE_INDEX).all()
         if batch.segments is not None:
             assert (batch.segments[r, start:] == 0).all()
     assert next(images, None) is None
     assert (batch.segments is None) == all(len(row) == 1 for row in rows)
-    assert batch.n_targets == int((batch.targets != IGNORE).sum())
+    assert batch.n_targets == int((batch.targets != IGNORE_INDEX).sum())
 
 
 @pytest.mark.parametrize("n_placeholders", [0, PER_TILE - 1, PER_TILE + 1, 2 * PER_TILE])

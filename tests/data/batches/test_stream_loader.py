@@ -12,7 +12,7 @@ import pytest
 from config_tools import InputError
 from configs import DataConfig
 from data.batches.stream_loader import open_loader
-from data.sources.open import open_source
+from data.sources.open import open_dataset
 
 STREAM = DataConfig(stream=True, stream_block=10, batch_size=4, max_length=128, packing=False,
                     val_fraction=0.0)  # fmt: skip
@@ -24,7 +24,7 @@ def test_bad_rows_of_a_stream_are_skipped_listed_and_limited(tiny_processor, tmp
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     cfg = replace(STREAM, source=str(tmp_path / "rows.jsonl"))
     listed = tmp_path / "skipped.jsonl"
-    loader = open_loader(open_source(cfg, "train"), tiny_processor, cfg, skipped_file=listed)
+    loader = open_loader(open_dataset(cfg, "train"), tiny_processor, cfg, skipped_file=listed)
     seen = numbers(islice(iter(loader), 40))
     assert set(seen) == set(range(60)) - {7}
     (line,) = map(json.loads, listed.read_text().splitlines())  # once, not once an epoch
@@ -34,7 +34,7 @@ def test_bad_rows_of_a_stream_are_skipped_listed_and_limited(tiny_processor, tmp
     (tmp_path / "worse.jsonl").write_text("\n".join(map(json.dumps, rows)))
     cfg = replace(cfg, source=str(tmp_path / "worse.jsonl"))
     with pytest.raises(InputError, match="6 rows could not be used"):
-        list(islice(iter(open_loader(open_source(cfg, "train"), tiny_processor, cfg)), 40))
+        list(islice(iter(open_loader(open_dataset(cfg, "train"), tiny_processor, cfg)), 40))
 
 
 def test_a_line_that_is_no_row_is_skipped_and_listed(tiny_processor, tmp_path, numbers):
@@ -44,7 +44,7 @@ def test_a_line_that_is_no_row_is_skipped_and_listed(tiny_processor, tmp_path, n
     (tmp_path / "rows.jsonl").write_text("\n".join(lines), encoding="latin-1")
     cfg = replace(STREAM, source=str(tmp_path / "rows.jsonl"))
     listed = tmp_path / "skipped.jsonl"
-    loader = open_loader(open_source(cfg, "train"), tiny_processor, cfg, skipped_file=listed)
+    loader = open_loader(open_dataset(cfg, "train"), tiny_processor, cfg, skipped_file=listed)
     assert set(numbers(islice(iter(loader), 40))) == set(range(60)) - {7, 9}
     reasons = [json.loads(line)["reason"] for line in listed.read_text().splitlines()]
     assert len(reasons) == 2 and all("not JSON" in reason for reason in reasons)

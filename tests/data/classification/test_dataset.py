@@ -13,8 +13,14 @@ import pytest
 from PIL import Image
 
 from config_tools import InputError
-from configs_classify import ClassesConfig
-from data.classification.dataset import Endless, balance, evenly, label_of, open_classes
+from configs_classify import ClassifyDataConfig
+from data.classification.dataset import (
+    LazyLabels,
+    balanced_subset,
+    describe_balance,
+    label_of,
+    open_classification,
+)
 from data.images import open_image
 from data.sources.idx import read_idx
 from data.world import drawing, scenes
@@ -65,8 +71,8 @@ def saved(tmp_path):
 
 @pytest.mark.parametrize("make", [folder, jsonl, table, saved], ids=lambda f: f.__name__)
 def test_every_format_says_the_same(make, tmp_path):
-    cfg = ClassesConfig(source=str(make(tmp_path)), val_fraction=0.0)
-    source = open_classes(cfg, "train")
+    cfg = ClassifyDataConfig(source=str(make(tmp_path)), val_fraction=0.0)
+    source = open_classification(cfg, "train")
     assert source.names == ("10", "2", "3b") and Counter(source.labels) == Counter(LABELS)
     for i, label in enumerate(source.labels):
         sample = source[i]
@@ -82,26 +88,26 @@ def test_idx_files_plain_and_packed(tmp_path):
         (tmp_path / f"{part}-images-idx3-ubyte{end}").write_bytes(write(idx(pixels)))
         (tmp_path / f"{part}-labels-idx1-ubyte{end}").write_bytes(write(idx(numbers)))
     for name in ("", "@t10k", "/train-images-idx3-ubyte"):
-        cfg = ClassesConfig(source=f"{tmp_path}{name}", val_fraction=0.0)
-        source = open_classes(cfg, "train")
+        cfg = ClassifyDataConfig(source=f"{tmp_path}{name}", val_fraction=0.0)
+        source = open_classification(cfg, "train")
         assert source.names == ("0", "3", "11") and source.labels == ("3", "0", "3", "11", "3")
         assert np.array_equal(np.asarray(source[3].images[0]), pixels[3])
 
 
 def test_another_column_another_source_to_validate(tmp_path):
     rows = jsonl(tmp_path)
-    cfg = ClassesConfig(source=str(rows), label="odd", val=str(rows))
-    source = open_classes(cfg, "train")
+    cfg = ClassifyDataConfig(source=str(rows), label="odd", val=str(rows))
+    source = open_classification(cfg, "train")
     assert source.names == ("0", "1") and len(source) == 6
-    val = open_classes(cfg, "val", source.names)
+    val = open_classification(cfg, "val", source.names)
     assert len(val) == 6 and val.names == source.names
 
 
 def test_splits_are_apart_and_whole(tmp_path):
     for i in range(60):
         save_picture(tmp_path / "ab"[i % 2] / f"{i}.png", i)
-    cfg = ClassesConfig(source=str(tmp_path), val_fraction=0.3)
-    parts = [open_classes(cfg, split) for split in ("train", "val", "test")]
+    cfg = ClassifyDataConfig(source=str(tmp_path), val_fraction=0.3)
+    parts = [open_classification(cfg, split) for split in ("train", "val", "test")]
     names = [{part[i].images[0] for i in range(len(part))} for part in parts]
     assert names[0] | names[1] == names[2] and not names[0] & names[1]
     assert 6 <= len(names[1]) <= 30 and len(names[2]) == 60
@@ -109,38 +115,40 @@ def test_splits_are_apart_and_whole(tmp_path):
 
 def test_a_limit_is_spread_over_the_classes(tmp_path):
     labels = ["a"] * 50 + ["b"] * 30 + ["c"] * 3
-    chosen = evenly(labels, 21, seed=0)
+    chosen = balanced_subset(labels, 21, seed=0)
     assert Counter(labels[i] for i in chosen) == {"a": 9, "b": 9, "c": 3}
     assert list(chosen) == sorted(set(chosen))
-    assert list(chosen) != list(evenly(labels, 21, seed=1))
+    assert list(chosen) != list(balanced_subset(labels, 21, seed=1))
     for i in range(20):
         save_picture(tmp_path / "ab"[i % 2] / f"{i}.png", i)
-    cfg = ClassesConfig(source=str(tmp_path), limit=6, val_fraction=0.0)
-    source = open_classes(cfg, "train")
+    cfg = ClassifyDataConfig(source=str(tmp_path), limit=6, val_fraction=0.0)
+    source = open_classification(cfg, "train")
     assert Counter(source.labels) == {"a": 3, "b": 3}
     assert {label_of(source[i]) for i in range(6)} == {"a", "b"}
-    assert len(open_classes(cfg, "test")) == 20
+    assert len(open_classification(cfg, "test")) == 20
 
 
 def test_the_world_tells_its_most_frequent_shape():
-    source = open_classes(ClassesConfig(), "train")
-    assert isinstance(source.labels, Endless) and source.names == tuple(scenes.SHAPES)
+    source = open_classification(ClassifyDataConfig(), "train")
+    assert isinstance(source.labels, LazyLabels) and source.names == tuple(scenes.SHAPES)
     sample = source[5]
     scene = scenes.make_scene(0, "train", 5)
     assert label_of(sample) == scenes.label(scene)
     assert list(sample.images[0].getdata()) == list(drawing.draw(scene).getdata())
-    val = open_classes(ClassesConfig(), "val")
+    val = open_classification(ClassifyDataConfig(), "val")
     assert val.labels[7] == label_of(val[7]) and set(val.labels) == set(scenes.SHAPES)
 
 
 def test_imbalance_is_said(tmp_path):
     for i in range(13):
         save_picture(tmp_path / ("rare" if i == 0 else "often") / f"{i}.png", i)
-    source = open_classes(ClassesConfig(source=str(tmp_path), val_fraction=0.0), "train")
-    assert "most of 'often' (12), fewest of 'rare' (1); imbalance 12.0" in balance(source)
-    cfg = ClassesConfig(source=str(tmp_path), val_fraction=0.0)
-    with_more = open_classes(cfg, "train", ("often", "rare", "never"))
-    assert "without a picture: never" in balance(with_more)
+    source = open_classification(
+        ClassifyDataConfig(source=str(tmp_path), val_fraction=0.0), "train"
+    )
+    assert "most of 'often' (12), fewest of 'rare' (1); imbalance 12.0" in describe_balance(source)
+    cfg = ClassifyDataConfig(source=str(tmp_path), val_fraction=0.0)
+    with_more = open_classification(cfg, "train", ("often", "rare", "never"))
+    assert "no image of never" in describe_balance(with_more)
 
 
 def test_copies_stay_on_one_side(tmp_path):
@@ -148,8 +156,8 @@ def test_copies_stay_on_one_side(tmp_path):
         save_picture(tmp_path / "ab"[i % 2] / f"{i}.png", i)
     rows = [{"image": f"{'ab'[i % 2]}/{i}.png", "label": "ab"[i % 2]} for i in range(40)]
     (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(r) for r in rows + rows))
-    cfg = ClassesConfig(source=str(tmp_path / "metadata.jsonl"), val_fraction=0.4)
-    train, val = (open_classes(cfg, split) for split in ("train", "val"))
+    cfg = ClassifyDataConfig(source=str(tmp_path / "metadata.jsonl"), val_fraction=0.4)
+    train, val = (open_classification(cfg, split) for split in ("train", "val"))
     shown = [{part[i].images[0] for i in range(len(part))} for part in (train, val)]
     assert not shown[0] & shown[1] and any("40 rows are copies" in note for note in train.notes)
 
@@ -160,8 +168,8 @@ def test_digits_that_end_alike_are_no_copies(tmp_path):
     pixels[np.arange(60), 3 + np.arange(60) % 20, 3 + np.arange(60) // 20] = 255
     (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(pixels))
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(np.arange(60, dtype=np.uint8) % 2))
-    cfg = ClassesConfig(source=str(tmp_path), val_fraction=0.4)
-    train, val = (open_classes(cfg, split) for split in ("train", "val"))
+    cfg = ClassifyDataConfig(source=str(tmp_path), val_fraction=0.4)
+    train, val = (open_classification(cfg, split) for split in ("train", "val"))
     assert len(train) + len(val) == 60 and min(len(train), len(val)) > 12
     assert set(train.labels) == set(val.labels) == {"0", "1"}
     assert not any("copies" in note for note in train.notes)
@@ -199,13 +207,13 @@ def spoil(tmp_path, kind: str) -> str:
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
-        ("empty", "no pictures"),
-        ("loose", "a.png: lies in no class's folder"),
-        ("one class", "one class only ('cat')"),
-        ("no label", "no class in 'label', of its columns image, breed"),
-        ("no picture", "no picture in any of image"),
-        ("unknown", "class 'dog' is none of the 2 of the model (cat, bird)"),
-        ("torn", "not a whole IDX file"),
+        ("empty", "no images"),
+        ("loose", "a.png: expected one folder per class"),
+        ("one class", "only one class ('cat')"),
+        ("no label", "no class in 'label'; its columns are image, breed"),
+        ("no picture", "no image in any of the columns image"),
+        ("unknown", "class 'dog' is none of the model's 2 (cat, bird)"),
+        ("torn", "not a complete IDX file"),
         ("not idx", "not an"),
         ("torn packed", "not an IDX file"),
         ("no labels beside", "no train-labels-idx1-ubyte beside it"),
@@ -215,13 +223,13 @@ def test_what_is_wrong_is_said(tmp_path, kind, says):
     source = spoil(tmp_path, kind)
     names = ("cat", "bird") if kind == "unknown" else ()
     with pytest.raises(InputError) as caught:
-        open_classes(ClassesConfig(source=source), "train", names)
+        open_classification(ClassifyDataConfig(source=source), "train", names)
     assert says in str(caught.value) and "\n" not in str(caught.value), caught.value
 
 
 def test_a_model_that_lacks_the_worlds_classes():
     with pytest.raises(InputError, match="class 'circle' is none of the model's"):
-        open_classes(ClassesConfig(), "train", ("cat", "dog"))
+        open_classification(ClassifyDataConfig(), "train", ("cat", "dog"))
 
 
 def test_an_idx_file_of_floats_is_refused(tmp_path):

@@ -12,16 +12,16 @@ from PIL import Image
 from transformers import ViTImageProcessorPil
 
 from configs import ViTConfig
-from configs_classify import ClassesConfig
+from configs_classify import ClassifyDataConfig
 from data.classification.dataset import from_rows
 from data.classification.loader import (
-    Viewer,
-    ViewLoader,
+    ClassificationLoader,
+    ClassificationProcessor,
     evaluation_batches,
     loader_config,
     normalise,
-    open_picture,
-    whole_view,
+    open_for_vit,
+    resize_square,
 )
 from data.sources.idx import ArrayRows
 
@@ -34,14 +34,16 @@ def source(n: int = 20, **fields):
     """Rows whose red is their number: a view tells which it is of."""
     pixels = np.zeros((n, 12, 10, 3), np.uint8)
     pixels[..., 0] = np.arange(n)[:, None, None] * 10
-    cfg = ClassesConfig(**dict(batch_size=3, val_fraction=0.0) | fields)
+    cfg = ClassifyDataConfig(**dict(batch_size=3, val_fraction=0.0) | fields)
     return from_rows(ArrayRows(pixels, [str(i % 4) for i in range(n)], "rows"), cfg, "train"), cfg
 
 
-def loader(n: int = 20, model: ViTConfig = CFG, **fields) -> ViewLoader:
+def loader(n: int = 20, model: ViTConfig = CFG, **fields) -> ClassificationLoader:
     rows, cfg = source(n, **fields)
     numbers = {name: i for i, name in enumerate(rows.names)}
-    return ViewLoader(rows, Viewer(model, cfg, numbers), loader_config(cfg))
+    return ClassificationLoader(
+        rows, ClassificationProcessor(model, cfg, numbers), loader_config(cfg)
+    )
 
 
 def rows_of(batch) -> list[int]:
@@ -52,7 +54,7 @@ def rows_of(batch) -> list[int]:
 def test_a_whole_view_is_transformers(cfg):
     pixels = np.random.default_rng(0).integers(0, 256, (37, 21, 3), dtype=np.uint8)
     picture = Image.fromarray(pixels)
-    opened = open_picture(picture, cfg)
+    opened = open_for_vit(picture, cfg)
     n = cfg.vit_n_channels
     theirs = ViTImageProcessorPil(
         size={"height": 16, "width": 16}, image_mean=list(cfg.vit_image_mean[:n]),
@@ -60,7 +62,7 @@ def test_a_whole_view_is_transformers(cfg):
     )  # fmt: skip
     channels = np.asarray(opened) if n == 3 else np.asarray(opened)[..., None]
     wanted = theirs(channels, return_tensors="pt", input_data_format="channels_last")
-    found = normalise([whole_view(opened, cfg)], cfg)
+    found = normalise([resize_square(opened, cfg)], cfg)
     assert found.shape == (1, n, 16, 16)
     torch.testing.assert_close(found, wanted["pixel_values"], rtol=0, atol=1e-5)
 
@@ -79,15 +81,26 @@ def test_every_row_once_an_epoch_with_its_class():
 
 def test_each_sight_of_a_picture_is_another_view():
     rng = np.random.default_rng(0)
-    cfg = ClassesConfig(batch_size=1, crop=0.3, val_fraction=0.0)
+    cfg = ClassifyDataConfig(batch_size=1, crop_min_scale=0.3, val_fraction=0.0)
     rows = ArrayRows(rng.integers(0, 256, (2, 20, 20, 3), dtype=np.uint8), ["a", "b"], "rows")
     found = from_rows(rows, cfg, "train")
-    batches = iter(ViewLoader(found, Viewer(CFG, cfg, {"a": 0, "b": 1}), loader_config(cfg)))
+    batches = iter(
+        ClassificationLoader(
+            found, ClassificationProcessor(CFG, cfg, {"a": 0, "b": 1}), loader_config(cfg)
+        )
+    )
     views = [next(batches).images.numpy().tobytes() for _ in range(8)]
     assert len(set(views)) == 8
 
 
-MIXED = dict(crop=0.5, flip=0.5, randaugment=1, erase=0.3, mixup=0.5, cutmix=0.5)
+MIXED = dict(
+    crop_min_scale=0.5,
+    horizontal_flip=0.5,
+    randaugment=1,
+    random_erasing=0.3,
+    mixup=0.5,
+    cutmix=0.5,
+)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -95,7 +108,7 @@ def test_a_resumed_loader_gives_the_same_batches(workers):
     batches = iter(loader(**MIXED, workers=workers))
     first = [next(batches) for _ in range(9)]
     again = loader(**MIXED)
-    again.restore(first[4].state)
+    again.load_state_dict(first[4].state)
     batches = iter(again)
     for wanted in first[5:]:
         found = next(batches)
@@ -116,7 +129,11 @@ def test_ranks_share_a_global_order():
     rows, cfg = source()
     numbers = {name: i for i, name in enumerate(rows.names)}
     ranks = [
-        iter(ViewLoader(rows, Viewer(CFG, cfg, numbers), loader_config(cfg), rank, 2))
+        iter(
+            ClassificationLoader(
+                rows, ClassificationProcessor(CFG, cfg, numbers), loader_config(cfg), rank, 2
+            )
+        )
         for rank in (0, 1)
     ]
     for _ in range(6):
@@ -130,12 +147,14 @@ def test_corrupt_pictures_are_skipped_once_and_listed(tmp_path):
     (tmp_path / "3.png").write_bytes(b"not a picture")
     rows = [{"image": f"{i}.png", "label": "ab"[i % 2]} for i in range(8)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    from data.classification.dataset import open_classes
+    from data.classification.dataset import open_classification
 
-    cfg = ClassesConfig(source=str(tmp_path / "rows.jsonl"), batch_size=7, val_fraction=0.0)
-    found = open_classes(cfg, "train")
-    viewer = Viewer(CFG, cfg, {"a": 0, "b": 1})
-    one = ViewLoader(found, viewer, loader_config(cfg), skipped_file=tmp_path / "skipped.jsonl")
+    cfg = ClassifyDataConfig(source=str(tmp_path / "rows.jsonl"), batch_size=7, val_fraction=0.0)
+    found = open_classification(cfg, "train")
+    viewer = ClassificationProcessor(CFG, cfg, {"a": 0, "b": 1})
+    one = ClassificationLoader(
+        found, viewer, loader_config(cfg), skipped_file=tmp_path / "skipped.jsonl"
+    )
     batches = iter(one)
     for _ in range(3):
         assert sorted(rows_of(next(batches))) == [0, 1, 2, 4, 5, 6, 7]
@@ -149,8 +168,8 @@ def test_corrupt_pictures_are_skipped_once_and_listed(tmp_path):
 
 def test_a_viewer_needs_no_order():
     """The view of a sight follows from its number alone, whichever worker makes it."""
-    rows, cfg = source(crop=0.4, flip=0.5)
-    viewer = Viewer(CFG, cfg, {str(i): i for i in range(4)})
+    rows, cfg = source(crop_min_scale=0.4, horizontal_flip=0.5)
+    viewer = ClassificationProcessor(CFG, cfg, {str(i): i for i in range(4)})
     first = viewer.encode((rows[3], 23))
     random.random()
     again = viewer.encode((rows[3], 23))

@@ -9,16 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
-from configs_classify import ClassesConfig
+from configs_classify import ClassifyDataConfig
 from data.classification.transforms import (
     OPERATIONS,
     augment,
     cutmix,
-    mix,
     mixup,
-    random_crop,
-    random_erase,
-    soften,
+    mixup_or_cutmix,
+    random_erasing,
+    random_resized_crop,
+    smooth_labels,
 )
 
 
@@ -30,7 +30,7 @@ def picture(size: tuple[int, int] = (40, 24), mode: str = "RGB") -> Image.Image:
 
 
 def test_nothing_asked_is_a_plain_resize():
-    cfg = ClassesConfig()
+    cfg = ClassifyDataConfig()
     found = augment(picture(), 16, cfg, random.Random(0))
     wanted = np.asarray(picture().resize((16, 16), Image.Resampling.BILINEAR))
     assert np.array_equal(found, wanted)
@@ -39,7 +39,7 @@ def test_nothing_asked_is_a_plain_resize():
 def test_crops_keep_their_share_and_shape():
     rng, areas, ratios, whole = random.Random(0), [], [], picture((400, 400))
     for _ in range(200):
-        out = np.asarray(random_crop(whole, 64, 0.25, 4 / 3, rng)).astype(float)
+        out = np.asarray(random_resized_crop(whole, 64, 0.25, 4 / 3, rng)).astype(float)
         width, height = np.ptp(out[..., 0]) / 255, np.ptp(out[..., 1]) / 255
         areas.append(width * height)
         ratios.append(width / height)
@@ -49,7 +49,10 @@ def test_crops_keep_their_share_and_shape():
 
 
 def test_mirrors_as_often_as_asked():
-    cfg, plain = ClassesConfig(flip=0.3), augment(picture(), 16, ClassesConfig(), random.Random(0))
+    cfg, plain = (
+        ClassifyDataConfig(horizontal_flip=0.3),
+        augment(picture(), 16, ClassifyDataConfig(), random.Random(0)),
+    )
     flips = 0
     for seed in range(300):
         found = augment(picture(), 16, cfg, random.Random(seed))
@@ -96,18 +99,18 @@ def test_erasing_keeps_the_rest():
     rng, shares = random.Random(1), []
     pixels = np.full((50, 50, 3), 7, np.uint8)
     for _ in range(200):
-        out = random_erase(pixels, rng)
+        out = random_erasing(pixels, rng)
         gone = (out != 7).any(-1)
         rows, columns = np.where(gone)
         box = (np.ptp(rows) + 1) * (np.ptp(columns) + 1)
         assert gone.sum() == box  # one rectangle: three noise bytes are not all 7 here
         shares.append(box / 2500)
     assert (pixels == 7).all() and min(shares) < 0.06 and 0.25 < max(shares) < 0.4
-    assert random_erase(pixels[..., 0], rng).shape == (50, 50)
+    assert random_erasing(pixels[..., 0], rng).shape == (50, 50)
 
 
 def test_soft_targets():
-    found = soften(torch.tensor([2, 0]), 4, 0.2)
+    found = smooth_labels(torch.tensor([2, 0]), 4, 0.2)
     wanted = torch.tensor([[0.05, 0.05, 0.85, 0.05], [0.85, 0.05, 0.05, 0.05]])
     torch.testing.assert_close(found, wanted)
     logits = torch.randn(2, 4)
@@ -122,8 +125,8 @@ def test_mixup_and_cutmix_mix_targets_as_pixels():
     images = values.view(4, 1, 1, 1).expand(4, 2, 12, 8).clone()
     targets = torch.eye(4)
     for seed in range(50):
-        for cfg in (ClassesConfig(mixup=1.0), ClassesConfig(cutmix=1.0)):
-            mixed, soft = mix(images, targets, cfg, random.Random(seed))
+        for cfg in (ClassifyDataConfig(mixup=1.0), ClassifyDataConfig(cutmix=1.0)):
+            mixed, soft = mixup_or_cutmix(images, targets, cfg, random.Random(seed))
             torch.testing.assert_close(mixed.mean((1, 2, 3)), soft @ values, rtol=0, atol=1e-5)
             torch.testing.assert_close(soft.sum(1), torch.ones(4))
     assert torch.equal(images[:, 0, 0, 0], values)
@@ -131,21 +134,23 @@ def test_mixup_and_cutmix_mix_targets_as_pixels():
     assert share == 0.75 and mixed[0].unique().item() == pytest.approx(0.25 * 3)
     mixed, share = cutmix(images, 0.75, random.Random(0))
     assert set(mixed[0].unique().tolist()) == {0.0, 3.0} and share == 1 - 6 * 4 / 96
-    same, soft = mix(images, targets, ClassesConfig(), random.Random(0))
+    same, soft = mixup_or_cutmix(images, targets, ClassifyDataConfig(), random.Random(0))
     assert same is images and soft is targets
 
 
 def test_both_ways_are_drawn():
     images, targets = torch.rand(4, 1, 8, 8), torch.eye(4)
-    cfg, kinds = ClassesConfig(mixup=1.0, cutmix=1.0), set()
+    cfg, kinds = ClassifyDataConfig(mixup=1.0, cutmix=1.0), set()
     for seed in range(30):
-        mixed, _ = mix(images, targets, cfg, random.Random(seed))
+        mixed, _ = mixup_or_cutmix(images, targets, cfg, random.Random(seed))
         from_one = (mixed == images) | (mixed == images.flip(0))
         kinds.add("cutmix" if from_one.all() else "mixup")
     assert kinds == {"cutmix", "mixup"}
 
 
 def test_the_same_state_gives_the_same_picture():
-    cfg = ClassesConfig(crop=0.3, flip=0.5, randaugment=3, erase=0.5)
+    cfg = ClassifyDataConfig(
+        crop_min_scale=0.3, horizontal_flip=0.5, randaugment=3, random_erasing=0.5
+    )
     views = [augment(picture(), 16, cfg, random.Random(s)).tobytes() for s in (1, 1, 2)]
     assert views[0] == views[1] != views[2]

@@ -19,9 +19,8 @@ from config_tools import InputError
 from configs import DataConfig
 from data.images import open_image
 from data.sources import fetch
-from data.sources.fetch import _identity, mark_of
-from data.sources.open import open_source
-from data.sources.rows import open_rows
+from data.sources.fetch import hash_image, image_identity
+from data.sources.open import open_dataset, open_rows
 
 ROOT = Path(__file__).parents[3]
 
@@ -48,7 +47,7 @@ def cauldron(n: int) -> Dataset:
 
 
 def check_cauldron(source, n: int) -> None:
-    assert len(source) == n and source.bad == ()
+    assert len(source) == n and source.skipped == ()
     for i in range(n):
         sample = source[i]
         places = "<image><image>" if i % 3 else ""
@@ -71,28 +70,28 @@ def test_parquet_saved_and_split(tmp_path):
         part.to_parquet(tmp_path / "shards" / f"{k}.parquet")
     names = ("a.parquet", "saved", "parts", "parts@train", "shards")
     for name, n in (*((name, 7) for name in names), ("parts@test", 2)):
-        check_cauldron(open_source(DataConfig(source=str(tmp_path / name)), "test"), n)
+        check_cauldron(open_dataset(DataConfig(source=str(tmp_path / name)), "test"), n)
 
 
 def test_classes_are_named(tmp_path):
     features = Features({"image": ImageFeature(), "label": ClassLabel(names=["cat", "dog"])})
     data = Dataset.from_dict({"image": [noise(0), noise(1)], "label": [1, 0]}, features)
     data.save_to_disk(tmp_path / "pets")
-    source = open_source(DataConfig(source=str(tmp_path / "pets")), "test")
+    source = open_dataset(DataConfig(source=str(tmp_path / "pets")), "test")
     assert [source[i].turns[1].text for i in range(2)] == ["dog", "cat"]
     assert source.notes[0].endswith("2 rows of image + label; 0 of them for validation")
 
 
 def test_the_scan_reads_no_whole_picture(tmp_path, monkeypatch):
     """Of each picture what tells it from others, which decides the split alike."""
-    monkeypatch.setattr(fetch, "WHOLE", 100)
+    monkeypatch.setattr(fetch, "MAX_HASHED", 100)
     cauldron(5).save_to_disk(tmp_path / "saved")
     reader = pickle.loads(pickle.dumps(open_rows(str(tmp_path / "saved"))))
     for k, light in enumerate(reader.scan()):
         whole = reader[k]
         assert light["texts"] == whole["texts"]
         for a, b in zip(light["images"], whole["images"], strict=True):
-            assert a["bytes"] == mark_of(b["bytes"]) and len(a["bytes"]) == 16
+            assert a["bytes"] == hash_image(b["bytes"]) and len(a["bytes"]) == 16
 
 
 def test_pictures_that_end_alike_are_told_apart():
@@ -104,10 +103,12 @@ def test_pictures_that_end_alike_are_told_apart():
         for image, file in zip((one, two), files, strict=True):
             image.save(file, kind)
         a, b = (file.getvalue() for file in files)
-        assert a[-64:] == b[-64:] and len(a) == len(b) and mark_of(a) != mark_of(b), kind
-    assert mark_of(b"\xff" * 20_000) != mark_of(b"\xff" * 20_001)
-    assert mark_of(mark_of(b"\xff" * 20_000)) == mark_of(b"\xff" * 20_000)
-    assert _identity(one) != _identity(two) and _identity(one) == _identity(one.copy())
+        assert a[-64:] == b[-64:] and len(a) == len(b) and hash_image(a) != hash_image(b), kind
+    assert hash_image(b"\xff" * 20_000) != hash_image(b"\xff" * 20_001)
+    assert hash_image(hash_image(b"\xff" * 20_000)) == hash_image(b"\xff" * 20_000)
+    assert image_identity(one) != image_identity(two) and image_identity(one) == image_identity(
+        one.copy()
+    )
 
 
 def test_values_that_datasets_keeps_as_json(tmp_path):
@@ -116,8 +117,8 @@ def test_values_that_datasets_keeps_as_json(tmp_path):
               {"role": "assistant", "content": "cat"}],
              [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x"}]]  # fmt: skip
     Dataset.from_dict({"messages": mixed}, on_mixed_types="use_json").save_to_disk(tmp_path / "a")
-    source = open_source(DataConfig(source=str(tmp_path / "a")), "test")
-    assert source.bad == () and [source[i].turns for i in range(2)] == [
+    source = open_dataset(DataConfig(source=str(tmp_path / "a")), "test")
+    assert source.skipped == () and [source[i].turns for i in range(2)] == [
         (("user", "q"), ("assistant", "cat")), (("user", "q"), ("assistant", "x"))
     ]  # fmt: skip
 
@@ -125,8 +126,8 @@ def test_values_that_datasets_keeps_as_json(tmp_path):
 def test_pictures_in_both_splits_are_reported(tmp_path):
     rows = [{"image": {"bytes": png(i % 5), "path": None}, "caption": f"c{i}"} for i in range(40)]
     Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
-    source = open_source(DataConfig(source=str(tmp_path / "saved"), val_fraction=0.3), "val")
-    assert f"{len(source)} validation rows show a picture" in source.notes[1] and len(source) > 3
+    source = open_dataset(DataConfig(source=str(tmp_path / "saved"), val_fraction=0.3), "val")
+    assert f"{len(source)} validation rows have an image" in source.notes[1] and len(source) > 3
 
 
 def png(seed: int) -> bytes:
@@ -141,7 +142,7 @@ def png(seed: int) -> bytes:
         ("parts@val", r"parts: no split 'val'; add @ and one of train, test"),
         ("twins", r"twins: no split named train; add @ and one of left, right"),
         ("saved@x", r"saved: has no splits; leave out @x"),
-        ("bad.parquet", r"bad\.parquet: cannot be opened as a data set \(Parquet magic bytes"),
+        ("bad.parquet", r"bad\.parquet: cannot be opened as a dataset \(Parquet magic bytes"),
         ("empty.parquet", r"empty\.parquet: no rows"),
         ("none.parquet", r"none\.parquet: no such file"),
         ("other.parquet", r"4 rows are bad, the first: .*row 1: needs a text in 'question'.*img"),
@@ -158,7 +159,7 @@ def test_what_cannot_be_opened_is_said_in_one_sentence(tmp_path, name, says):
         tmp_path / "other.parquet"
     )
     with pytest.raises(InputError, match=says) as caught:
-        open_source(DataConfig(source=str(tmp_path / name)), "train")
+        open_dataset(DataConfig(source=str(tmp_path / name)), "train")
     assert "\n" not in str(caught.value)
 
 
@@ -170,11 +171,11 @@ def test_a_name_on_the_hub_is_asked_of_the_library(monkeypatch):
         asked.append((repository, configuration))
         return DatasetDict({"train": cauldron(3), "validation": cauldron(2)})
 
-    with pytest.raises(InputError, match=r"nobody/nothing: cannot be opened as a data set \(Could"):
-        open_source(DataConfig(source="hf:nobody/nothing"), "train")
+    with pytest.raises(InputError, match=r"nobody/nothing: cannot be opened as a dataset \(Could"):
+        open_dataset(DataConfig(source="hf:nobody/nothing"), "train")
     monkeypatch.setattr(datasets, "load_dataset", load)
-    check_cauldron(open_source(DataConfig(source="hf:owner/name:ai2d"), "test"), 3)
-    check_cauldron(open_source(DataConfig(source="hf:owner/name@validation"), "test"), 2)
+    check_cauldron(open_dataset(DataConfig(source="hf:owner/name:ai2d"), "test"), 3)
+    check_cauldron(open_dataset(DataConfig(source="hf:owner/name@validation"), "test"), 2)
     assert asked == [("owner/name", "ai2d"), ("owner/name", None)]
 
 
@@ -185,9 +186,9 @@ import train
 train.main(sys.argv[1:])
 from configs import DataConfig
 from config_tools import InputError
-from data.sources.open import open_source
+from data.sources.open import open_dataset
 try:
-    open_source(DataConfig(source="a.parquet"), "train")
+    open_dataset(DataConfig(source="a.parquet"), "train")
 except InputError as error:
     print(error)
 """

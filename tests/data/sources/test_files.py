@@ -15,10 +15,10 @@ from PIL import Image
 
 from config_tools import InputError
 from configs import DataConfig
-from configs_classify import ClassesConfig
-from data.classification.dataset import open_classes
-from data.sources.open import open_source
-from data.sources.rows import open_rows
+from configs_classify import ClassifyDataConfig
+from data.classification.dataset import open_classification
+from data.sources.folders import find_images
+from data.sources.open import open_dataset, open_rows
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -168,8 +168,8 @@ def test_a_caption_beside_each_picture(tmp_path):
     assert any("a.txt: not a UTF-8 text" in message for message in errors_of(tmp_path))
     (tmp_path / "a.txt").unlink()
     (tmp_path / "bare.txt").write_text("   ")
-    source = open_source(DataConfig(source=str(tmp_path)), "test")
-    assert len(source) == 2 and len(source.bad) == 2
+    source = open_dataset(DataConfig(source=str(tmp_path)), "test")
+    assert len(source) == 2 and len(source.skipped) == 2
 
 
 def test_what_has_no_splits_and_what_has_no_columns(tmp_path):
@@ -181,7 +181,7 @@ def test_what_has_no_splits_and_what_has_no_columns(tmp_path):
                          ("in@test", "has no splits, so leave out @test"),
                          ("bom.csv", "no rows")):  # fmt: skip
         with pytest.raises(InputError, match=says):
-            open_source(DataConfig(source=str(tmp_path / source)), "train")
+            open_dataset(DataConfig(source=str(tmp_path / source)), "train")
 
 
 def test_names_as_labels(tmp_path):
@@ -191,7 +191,7 @@ def test_names_as_labels(tmp_path):
     assert rows == {"red_panda-001.png": "red panda", "red_panda-002.png": "red panda",
                     "Katze (3).png": "Katze"}  # fmt: skip
     [message] = errors_of(tmp_path)
-    assert message.startswith(f"{tmp_path / '0001.png'}: its name says nothing; put a caption")
+    assert message.startswith(f"{tmp_path / '0001.png'}: its name holds no label; put a caption")
     assert "0001.txt" in message and "metadata.jsonl" in message
 
 
@@ -203,14 +203,26 @@ def test_folders_as_labels(tmp_path):
     assert labels[2:] == [
         ("cat/1.png", "cat"), ("cat/2.png", "cat"), ("red_panda/1.png", "red panda")
     ]  # fmt: skip
-    assert open_classes(ClassesConfig(source=str(tmp_path), val_fraction=0), "train").names == (
-        "boeing_737", "boeing_747", "cat", "red_panda"
-    )  # fmt: skip
+    classes = open_classification(ClassifyDataConfig(source=str(tmp_path), val_fraction=0), "train")
+    assert classes.names == ("boeing_737", "boeing_747", "cat", "red_panda")
     for other in names[3:]:
         (tmp_path / other).unlink()
-    source = open_source(DataConfig(source=str(tmp_path)), "test")
+    source = open_dataset(DataConfig(source=str(tmp_path)), "test")
     assert source[0].turns == (("user", "<image>What is this?"), ("assistant", "cat"))
     assert source[0].images == (str(tmp_path / "cat" / "1.png"),)
+
+
+def test_the_first_folder_is_the_class_however_deep_the_image(tmp_path):
+    """For a VLM and a classifier alike; hidden files and folders are no images."""
+    fill(tmp_path, ["red_panda/zoo/1.png", "red_panda/2.png", "cat/a/b/3.png", "cat/.t/4.png"])
+    found = find_images(tmp_path)
+    assert [str(f) for f in found] == ["cat/a/b/3.png", "red_panda/2.png", "red_panda/zoo/1.png"]
+    assert [row["label"] for row in rows_of(tmp_path)] == ["cat", "red panda", "red panda"]
+    classes = open_classification(ClassifyDataConfig(source=str(tmp_path), val_fraction=0), "train")
+    assert classes.labels == ("cat", "red_panda", "red_panda")
+    fill(tmp_path, ["loose.png"])
+    [message] = errors_of(tmp_path)
+    assert message.startswith(f"{tmp_path / 'loose.png'}: expected one folder per class")
 
 
 def test_metadata_wins_over_names(tmp_path):
@@ -225,7 +237,7 @@ def test_a_folder_of_tables_with_a_picture_beside(tmp_path):
     """As of the Hub, whose cards have pictures."""
     fill(tmp_path, ["assets/teaser.png"])
     Dataset.from_list([{"question": "q", "answer": "a"}] * 2).to_parquet(tmp_path / "a.parquet")
-    with pytest.raises(InputError, match=r"both pictures \(assets/teaser\.png\) and Parquet"):
+    with pytest.raises(InputError, match=r"both images \(assets/teaser\.png\) and Parquet"):
         open_rows(str(tmp_path))
     assert len(rows_of(tmp_path / "a.parquet")) == 2
     (tmp_path / "a.parquet").rename(tmp_path / "metadata.parquet")
@@ -236,7 +248,7 @@ def test_a_folder_without_pictures_and_an_empty_one(tmp_path):
     for name in ("", "notes.md", "a.gz"):
         if name:
             (tmp_path / name).write_text("x")
-        with pytest.raises(InputError, match=r"no pictures .*no metadata\.jsonl, no Pa") as says:
+        with pytest.raises(InputError, match=r"no images .*no metadata\.jsonl, no Pa") as says:
             open_rows(str(tmp_path))
         assert str(says.value).startswith(str(tmp_path))
 
@@ -246,7 +258,7 @@ def test_a_folder_without_pictures_and_an_empty_one(tmp_path):
 
 def test_real_scans_with_their_texts(shared, tiny_processor):
     folder = shared / "images" / "documents" / "tesseract"
-    source = open_source(DataConfig(source=str(folder)), "test")
+    source = open_dataset(DataConfig(source=str(folder)), "test")
     by_name = {Path(sample.row).name: sample for sample in (source[i] for i in range(len(source)))}
     assert set(by_name) == {"8071_093.3B.tif", "8087_054.3B.tif", "eurotext.tif", "phototest.tif"}
     sample = by_name["phototest.tif"]
@@ -265,8 +277,8 @@ def test_real_flags_and_emoji_by_their_tables(shared, tmp_path, tiny_processor):
         _, *lines = (folder / "names.tsv").read_text(encoding="utf-8").splitlines()
         lines = [header] + [f"{folder / 'images'}/{line}" for line in lines]
         (tmp_path / f"{name}.tsv").write_text("\n".join(lines), encoding="utf-8")
-        source = open_source(DataConfig(source=str(tmp_path / f"{name}.tsv")), "test")
-        assert len(source) == n and source.bad == ()
+        source = open_dataset(DataConfig(source=str(tmp_path / f"{name}.tsv")), "test")
+        assert len(source) == n and source.skipped == ()
         tokens = tiny_processor.encode(source[0], 200, 1)
         answer = tiny_processor.decode(tokens.ids[tokens.supervised])
         assert answer == {"flags": "Andorra", "noto_emoji_72": "number sign"}[name]
@@ -279,10 +291,10 @@ def test_real_photographs_as_a_metadata_file(shared, tmp_path):
             for c in i["captions"]]  # fmt: skip
     (tmp_path / "coco.json").write_text(json.dumps(rows))
     train, val = (
-        open_source(DataConfig(source=str(tmp_path / "coco.json"), val_fraction=0.2), split)
+        open_dataset(DataConfig(source=str(tmp_path / "coco.json"), val_fraction=0.2), split)
         for split in ("train", "val")
     )
     assert len(train) + len(val) == 255
     leaked = {s.images for s in map(train.__getitem__, range(len(train)))}
     n_leaked = sum(val[i].images in leaked for i in range(len(val)))
-    assert n_leaked and f"{n_leaked} validation rows show a picture that training" in val.notes[1]
+    assert n_leaked and f"{n_leaked} validation rows have an image that training" in val.notes[1]

@@ -16,7 +16,7 @@ from PIL import Image
 
 from configs import DataConfig
 from data.batches.loader import Loader
-from data.sources.open import open_source
+from data.sources.open import open_dataset
 
 ROOT = Path(__file__).parents[3]
 
@@ -55,7 +55,7 @@ def test_200_000_rows_start_training_in_seconds(many, tmp_path):
         said = []
         for line in process.stdout:
             said.append(line)
-            if line.startswith("looked at 16 rows"):
+            if line.startswith("checked 16 rows"):
                 break
         fields = Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()
     finally:
@@ -79,7 +79,7 @@ def test_200_000_rows_do_not_fill_memory_over_an_epoch(many, tiny_processor, min
     cfg = DataConfig(source=str(many), val_fraction=0.0, batch_size=16, max_length=256)
     processor = replace(tiny_processor, cfg=minute_config())
     early = None
-    for batch in Loader(open_source(cfg, "train"), processor, cfg):
+    for batch in Loader(open_dataset(cfg, "train"), processor, cfg):
         if early is None and batch.state["position"] > 20_000:
             early = anonymous_mib()
         if batch.state["epoch"] > 0:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import io
 import json
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from config_tools import InputError
 from configs import DataConfig
-from data.sources.fetch import _download
-from data.sources.open import open_source
+from configs_classify import ClassifyDataConfig
+from data.classification.dataset import open_classification
+from data.sources.fetch import download
+from data.sources.open import open_dataset
 from data.types import Sample, Turn
-from data.world import questions
 
 
 def write(path: Path, rows: list) -> Path:
@@ -33,7 +33,7 @@ def qa(i: int) -> dict:
 
 
 def open_all(path: Path, split: str = "test", **changes):
-    return open_source(DataConfig(source=str(path), **changes), split)
+    return open_dataset(DataConfig(source=str(path), **changes), split)
 
 
 # --- Good rows ----------------------------------------------------------------------------------
@@ -52,7 +52,7 @@ def test_both_kinds_of_row_become_exact_samples(tmp_path):
         ],
     )
     source = open_all(path)
-    assert source.bad == () and len(source) == 5
+    assert source.skipped == () and len(source) == 5
 
     def sample(question, answer, pictures, number):
         turns = (Turn("user", question), Turn("assistant", answer))
@@ -82,7 +82,7 @@ def test_a_byte_order_mark_costs_no_row(tmp_path):
     """Windows editors put one in front."""
     path = write(tmp_path / "a.jsonl", [b"\xef\xbb\xbf" + json.dumps(qa(0)).encode(), qa(1)])
     source = open_all(path)
-    assert source.bad == () and source[0].turns[1].text == "answer 0"
+    assert source.skipped == () and source[0].turns[1].text == "answer 0"
 
 
 # --- Bad rows -----------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def test_a_bad_row_is_left_out_and_named(tmp_path, row, reason):
     path = write(tmp_path / "a.jsonl", [qa(0), qa(1), row, qa(3)])
     source = open_all(path)
     assert len(source) == 3 and source[2].turns[1].text == "answer 3"
-    [message] = source.bad
+    [message] = source.skipped
     assert message.startswith(f"{path} row 3: ") and reason in message and "\n" not in message
 
 
@@ -125,7 +125,7 @@ def test_five_bad_rows_or_one_percent_are_tolerated(tmp_path, n_rows, n_allowed)
         rows[2 * i] = "broken"
     source = open_all(write(tmp_path / "a.jsonl", rows))
     assert len(source) == n_rows - n_allowed
-    named = [message.split(": ")[0] for message in source.bad]
+    named = [message.split(": ")[0] for message in source.skipped]
     assert named == [f"{tmp_path / 'a.jsonl'} row {2 * i + 1}" for i in range(n_allowed)]
     rows[n_rows - 1] = "broken"
     with pytest.raises(InputError, match=f"{n_allowed + 1} of {n_rows} rows are bad.* row 1: not"):
@@ -135,7 +135,7 @@ def test_five_bad_rows_or_one_percent_are_tolerated(tmp_path, n_rows, n_allowed)
 def test_bad_rows_are_named_in_every_split(tmp_path):
     path = write(tmp_path / "a.jsonl", [qa(i) for i in range(30)] + ["broken"])
     for split in ("train", "val", "test"):
-        [message] = open_all(path, split, val_fraction=0.3).bad
+        [message] = open_all(path, split, val_fraction=0.3).skipped
         assert "row 31" in message
 
 
@@ -158,7 +158,7 @@ def test_unknown_names_and_extensions(tmp_path):
     (tmp_path / "a.xlsx").write_text("image,caption\n")
     for name in (str(tmp_path / "a.xlsx"), "wrld", str(tmp_path / "none"), "owner/name"):
         with pytest.raises(InputError, match=r"data\.source = .*must be `world`, a folder that ex"):
-            open_source(DataConfig(source=name), "train")
+            open_dataset(DataConfig(source=name), "train")
 
 
 @pytest.mark.parametrize("n_rows", [2, 50])
@@ -173,7 +173,7 @@ def test_a_wrong_encoding_is_said(tmp_path, encoding, n_rows):
 def test_latin_1_rows_are_named_where_they_differ(tmp_path):
     rows = [b'{"question": "caf\xe9?", "answer": "a"}', qa(1)]
     source = open_all(write(tmp_path / "a.jsonl", rows))
-    assert len(source) == 1 and "row 1: not JSON ('utf-8' codec" in source.bad[0]
+    assert len(source) == 1 and "row 1: not JSON ('utf-8' codec" in source.skipped[0]
 
 
 # --- Splits -------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def test_copies_stay_together_and_are_counted(tmp_path):
     path = write(tmp_path / "a.jsonl", rows)
     train, val = (open_all(path, s, val_fraction=0.3) for s in ("train", "val"))
     assert not set(answers(train)) & set(answers(val)) and len(train) + len(val) == 200
-    assert "100 rows are copies of others; copies stay on one side" in train.notes
+    assert "100 rows are copies of others; copies stay in one split" in train.notes
     assert train.notes == val.notes
     (tmp_path / "pictures.json").write_text(json.dumps([dict(reversed(r.items())) for r in rows]))
     again = open_all(tmp_path / "pictures.json", "val", val_fraction=0.3)
@@ -235,7 +235,7 @@ def test_pictures_on_both_sides_are_counted(tmp_path):
     shown = {train[i].images for i in range(len(train))}
     n = sum(val[i].images in shown for i in range(len(val)))
     assert 0 < n < len(val)
-    assert f"{n} validation rows show a picture that training rows show too" in val.notes
+    assert f"{n} validation rows have an image that training rows have too" in val.notes
     alone = open_all(write(tmp_path / "b.jsonl", [qa(i) for i in range(100)]), "val")
     assert len(alone.notes) == 1
 
@@ -254,7 +254,7 @@ def test_what_was_found_is_said_aloud(tmp_path):
         f"{path}: 2 rows of image + question + answer; 1 rows of image + caption; 1 rows of "
         "question + answer; 0 of them for validation"
     )
-    assert second.startswith(f"left out: {path} row 5: not JSON")
+    assert second.startswith(f"skipped: {path} row 5: not JSON")
 
 
 def test_a_file_is_indexed_once_until_it_changes(tmp_path, monkeypatch):
@@ -281,7 +281,7 @@ def test_mixed_schemas_are_refused(tmp_path):
 
 def test_images_that_do_not_match_their_placeholders_are_named(tmp_path):
     rows = [qa(0)] * 3 + [{**qa(1), "question": "<image> or <image>?"}]
-    [message] = open_all(write(tmp_path / "a.jsonl", rows)).bad
+    [message] = open_all(write(tmp_path / "a.jsonl", rows)).skipped
     assert message == f"{tmp_path / 'a.jsonl'} row 4: 2 <image> placeholders for 1 images."
 
 
@@ -316,7 +316,7 @@ def test_web_addresses_are_left_alone_unless_allowed(tmp_path, monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", never)
     source = open_all(path)
     assert len(source) == 1
-    assert "https://a.example/1.png is a web address; download it" in source.bad[0]
+    assert "https://a.example/1.png is a web address; download it" in source.skipped[0]
     asked = []
 
     def answer(address, timeout):
@@ -327,12 +327,12 @@ def test_web_addresses_are_left_alone_unless_allowed(tmp_path, monkeypatch):
     source = open_all(path, fetch_images=True)
     assert asked == [] and len(source) == 2  # opening asks for nothing either
     assert source[1].images == (b"bytes of a picture",) and asked == ["https://a.example/1.png"]
-    monkeypatch.setattr("data.sources.fetch.LARGEST_DOWNLOAD", 5)
+    monkeypatch.setattr("data.sources.fetch.MAX_DOWNLOAD", 5)
     with pytest.raises(InputError, match=r"row 2: https://a\.example/1\.png: more than"):
         source[1]
     monkeypatch.undo()
     with pytest.raises(InputError, match=r"127\.0\.0\.1:9/x: cannot be fetched"):
-        _download("http://127.0.0.1:9/x")
+        download("http://127.0.0.1:9/x")
 
 
 @pytest.mark.parametrize("trouble", [TimeoutError("timed out"), 503])
@@ -354,10 +354,10 @@ def test_a_server_that_is_late_is_asked_again(monkeypatch, trouble):
 
     monkeypatch.setattr(urllib.request, "urlopen", answer)
     monkeypatch.setattr(fetch.time, "sleep", waits.append)
-    assert _download("http://x/a.png") == b"a picture" and waits == [1, 4]
+    assert download("http://x/a.png") == b"a picture" and waits == [1, 4]
     left[0] = 9
     with pytest.raises(InputError, match=r"x/a\.png: cannot be fetched"):
-        _download("http://x/a.png")
+        download("http://x/a.png")
     assert waits == [1, 4, 1, 4] and left[0] == 6
 
 
@@ -375,18 +375,23 @@ def test_a_path_is_not_taken_for_base64(tmp_path):
         assert source[0].images == (str(tmp_path / path),)
 
 
-# --- The world ----------------------------------------------------------------------------------
+# --- Row numbers --------------------------------------------------------------------------------
 
 
-def test_the_world_is_drawn_when_asked_for():
-    source = open_source(DataConfig(seed=3, world_questions=2), "val")
-    assert len(source) == 2000
-    a, b = source[5], questions.train_sample(3, "val", 5, 2, 0.25)
-    assert a.turns == b.turns and len(a.turns) == 4
-    assert a.images[0].tobytes() == b.images[0].tobytes()
-    assert a.turns != open_source(DataConfig(seed=4, world_questions=2), "val")[5].turns
-    assert a.turns != open_source(DataConfig(seed=3, world_questions=2), "train")[5].turns
-    fewer = DataConfig(seed=3, world_questions=2, world_shapes=1)  # of training alone
-    assert open_source(fewer, "val")[5].turns == a.turns
-    ours, usual = (open_source(replace(fewer, world_shapes=n), "train") for n in (1, 2))
-    assert any(ours[i].turns != usual[i].turns for i in range(20))
+def test_every_dataset_numbers_the_rows_of_its_file(tmp_path):
+    """From 1, over all splits, as messages do; a mixture as its members."""
+    rows = ["broken"] + [qa(i) for i in range(40)]
+    path = write(tmp_path / "a.jsonl", rows)
+    val = open_all(path, "val", val_fraction=0.3)
+    assert [val[i].row for i in range(len(val))] == [
+        f"{path} row {val.row_number(i)}" for i in range(len(val))
+    ]
+    mixture = open_dataset(DataConfig(source=f"world=0.5 {path}=0.5", val_fraction=0.3), "val")
+    assert mixture.row_number(2000) == val.row_number(0) and mixture.row_number(1999) == 2000
+    assert mixture.n_rows == 2000 + len(rows)
+    for i, row in enumerate(rows[1:]):
+        row["label"] = "ab"[i % 2]
+    write(path, rows)
+    cfg = ClassifyDataConfig(source=str(path), val_fraction=0.3)
+    classes = open_classification(cfg, "val")
+    assert len(classes) and classes[0].row == f"{path} row {classes.row_number(0)}"

@@ -19,8 +19,8 @@ from PIL import Image
 from config_tools import InputError
 from configs import DataConfig
 from data.images import open_image
-from data.sources.open import open_source
-from data.sources.schemas import conversation
+from data.sources.open import open_dataset
+from data.sources.schemas import parse_conversation
 from data.text import START
 from data.types import Turn
 
@@ -245,8 +245,8 @@ def test_a_file_gives_the_conversation_ids_and_mask_derived_by_hand(
 ):
     path = folder / f"{name}.{suffix}"
     WRITERS[suffix](path, rows)
-    source = open_source(DataConfig(source=str(path)), "test")
-    assert source.bad == () and len(source) == len(rows)
+    source = open_dataset(DataConfig(source=str(path)), "test")
+    assert source.skipped == () and len(source) == len(rows)
     for i, (marked, colors) in enumerate(wanted):
         sample = source[i]
         assert reds(sample) == colors, i
@@ -261,14 +261,14 @@ def test_an_integer_is_the_number_of_a_choice_whatever_choices_say():
     """ScienceQA counts so; a text is first of all what a choice says."""
     row = {"question": "How many?", "choices": ["1", "2", "3", "4"]}
     for answer, letter in ((2, "C"), (0, "A"), ("2", "B"), ("0", "A"), ("D", "D")):
-        assert conversation(row | {"answer": answer}).turns[-1].text == letter, answer
+        assert parse_conversation(row | {"answer": answer}).turns[-1].text == letter, answer
 
 
 def test_columns_in_a_csv_are_the_same_conversation(tiny_processor, folder):
     """All of COLUMNS but the number, which a CSV cannot tell from a text."""
     rows = COLUMNS[:3] + COLUMNS[4:]
     write_csv(folder / "a.csv", rows)
-    source = open_source(DataConfig(source=str(folder / "a.csv")), "test")
+    source = open_dataset(DataConfig(source=str(folder / "a.csv")), "test")
     for i, (marked, colors) in enumerate(COLUMNS_WANTED[:3] + COLUMNS_WANTED[4:]):
         tokens = tiny_processor.encode(source[i], 1000, 9)
         ids, mask = derived(tiny_processor.tokenizer, START + marked)
@@ -279,14 +279,16 @@ def test_columns_in_a_csv_are_the_same_conversation(tiny_processor, folder):
 def test_pil_images_and_rows_made_in_python(folder):
     import numpy as np
 
-    from data.sources.rows import ListRows
-    from data.sources.split import choose, index_rows
+    from data.sources.split import index_rows, select_split
+    from data.sources.streaming import ListRows
 
     rows = [{"image": Image.new("RGB", (9, 9), (50, 0, 0)), "caption": "dark"},
             {"image": picture(200), "caption": "light"}]  # fmt: skip
-    source = choose(index_rows(ListRows(rows), "mine", DataConfig()), "mine", "test", DataConfig())
+    source = select_split(
+        index_rows(ListRows(rows), "mine", DataConfig()), "mine", "test", DataConfig()
+    )
     assert [reds(source[i]) for i in range(2)] == [[50], [200]]
-    assert source[1].row == "row 2" and np.array_equal(source.chosen, [0, 1])
+    assert source[1].row == "row 2" and np.array_equal(source.indices, [0, 1])
 
 
 # --- Refusals -----------------------------------------------------------------------------------
@@ -299,9 +301,9 @@ BAD = [
     ({"conversations": "hello"}, "'conversations' must be a list of objects"),
     ({"conversations": "[1"}, "'conversations' is not JSON"),
     ({"conversations": [{"from": "bing", "value": "x"}]}, "'from' is 'bing', must be one of"),
-    ({"conversations": [USER]}, "the assistant must speak last"),
+    ({"conversations": [USER]}, "the last turn must be"),
     ({"conversations": [USER, GPT, {"from": "human", "value": "<image>"}], "image": "a.png"},
-     "the assistant must speak last"),
+     "the last turn must be"),
     ({"conversations": [USER, {"from": "gpt"}]}, "conversations 2: 'value' must be a text"),
     ({"conversations": [{"from": "human", "value": "<image><image>"}, GPT], "image": "a.png"},
      "2 <image> placeholders for 1 images"),
@@ -318,17 +320,17 @@ BAD = [
     ({"question": "q", "choices": ["a", "b"], "answer": 2}, "none of the choices"),
     ({"question": "q", "choices": ["a", "b"], "answer": True}, "none of the choices"),
     ({"question": "q", "choices": ["a", "b"]}, "none of the choices"),
-    ({"image": {"bytes": None, "path": None}, "caption": "c"}, "a picture is dict"),
-    ({"image": "", "caption": "c"}, "a picture is str"),
-    ({"img": "a.png", "cap": "c"}, "needs a text in 'question'.*it has img, cap"),
-    ({}, "it has nothing"),
+    ({"image": {"bytes": None, "path": None}, "caption": "c"}, "an image is dict"),
+    ({"image": "", "caption": "c"}, "an image is str"),
+    ({"img": "a.png", "cap": "c"}, "needs a text in 'question'.*row has img, cap"),
+    ({}, "row has nothing"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("row, says", BAD, ids=[str(i) for i in range(len(BAD))])
 def test_a_row_that_says_too_little_is_refused_in_one_sentence(row, says):
     with pytest.raises(InputError, match=says) as caught:
-        conversation(row)
+        parse_conversation(row)
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
 
 
@@ -366,12 +368,12 @@ def test_any_conversation_is_the_same_in_every_schema(talk, system):
     images = [f"{i}.png" for i in range(sum(q.count("<image>") for q, _ in talk))]
     wanted = [Turn(r, t) for q, a in talk for r, t in (("user", q), ("assistant", a))]
     for i, row in enumerate(forms(talk, system, images)):
-        found = conversation(json.loads(json.dumps(row)))
+        found = parse_conversation(json.loads(json.dumps(row)))
         turns = [turn for turn in found.turns if turn.role != "system"]
         if i == 0:
             plain = [Turn(r, re.sub("<image>\n|\n<image>$", "<image>", t)) for r, t in wanted]
             assert turns == plain
         else:
             assert turns == wanted
-        assert list(found.pictures) == images
+        assert list(found.images) == images
         assert len(found.turns) == len(wanted) + (i < 3)

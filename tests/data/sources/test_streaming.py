@@ -17,8 +17,8 @@ from config_tools import InputError
 from configs import DataConfig
 from data.batches.stream_loader import open_loader
 from data.processor import Processor
-from data.sources.open import open_source
-from data.sources.streaming import StreamSource, may_pass
+from data.sources.open import open_dataset
+from data.sources.streaming import StreamDataset, is_transient
 
 N = 43  # rows: no multiple of the block, of a chunk, or of any number of parts
 STREAM = DataConfig(stream=True, stream_block=10, batch_size=2, max_length=128, packing=False,
@@ -49,7 +49,7 @@ def sides(file) -> tuple[set[int], set[int]]:
     """Rows for training and for validation, as a map-style source tells them."""
     found = []
     for split in ("train", "val"):
-        source = open_source(DataConfig(source=str(file), val_fraction=0.2), split)
+        source = open_dataset(DataConfig(source=str(file), val_fraction=0.2), split)
         found.append({int(source[i].turns[-1].text.split()[-1]) for i in range(len(source))})
     return found[0], found[1]
 
@@ -71,7 +71,7 @@ def test_a_stream_is_told_by_how_it_begins(file, tmp_path):
     for name, rows in (("a", lines), ("b", lines), ("c", [*lines[1:], lines[0]]), ("d", lines[1:])):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
         cfg = replace(STREAM, source=str(tmp_path / f"{name}.jsonl"))
-        name, beginning = open_source(cfg, "train").fingerprint.split(", ")
+        name, beginning = open_dataset(cfg, "train").fingerprint.split(", ")
         assert name == cfg.source
         prints.append(beginning)
     assert prints[0] == prints[1] and len(set(prints)) == 3
@@ -80,15 +80,15 @@ def test_a_stream_is_told_by_how_it_begins(file, tmp_path):
 # --- Every row once -----------------------------------------------------------------------------
 
 
-def parts_see(source: StreamSource, of: int) -> list[int]:
+def parts_see(source: StreamDataset, of: int) -> list[int]:
     """What all parts read in an epoch, training rows alone."""
     seen = []
     for number in range(of):
         part, state, block = source.part(number, of), None, 0
         while True:
-            rows, state = part.block(state)
-            for k, row in part.shuffled(rows, 0, block):
-                if (sample := source.sample(row, part.where(k))) is not None:
+            rows, state = part.read_block(state)
+            for k, row in part.shuffle(rows, 0, block):
+                if (sample := source.make_sample(row, part.where(k))) is not None:
                     seen.append(int(sample.turns[-1].text.split()[-1]))
             if len(rows) < source.cfg.stream_block:
                 break
@@ -102,7 +102,7 @@ def test_every_row_is_in_one_part(file, shards, of):
     train, val = sides(file)
     assert train | val == set(range(N)) and not train & val and len(val) > 3
     for path in (file, shards):
-        source = open_source(replace(STREAM, source=str(path)), "train")
+        source = open_dataset(replace(STREAM, source=str(path)), "train")
         assert sorted(parts_see(source, of)) == sorted(train), path
 
 
@@ -119,12 +119,12 @@ def test_every_row_once_by_ranks_and_workers(tiny_processor, file, stream, world
     """Of the first epoch and no other: parts of a stream begin the next at different moments."""
     train, val = sides(file)
     cfg = replace(STREAM, source=str(file), stream=stream, workers=workers, batch_size=1)
-    source, seen = open_source(cfg, "train"), []
+    source, seen = open_dataset(cfg, "train"), []
     for rank in range(world):
         loader = open_loader(source, tiny_processor, cfg, rank, world)
         if stream:
             samples = loader._samples()
-            while loader.place()["epoch"] == 0:
+            while loader.position_dict()["epoch"] == 0:
                 (_, epoch, _, _), tokens = next(samples)
                 said = tiny_processor.decode(tokens.ids[tokens.supervised].tolist())
                 seen += [int(re.search(r"number (\d+)", said)[1])] if epoch == 0 else []
@@ -138,7 +138,7 @@ def test_every_row_once_by_ranks_and_workers(tiny_processor, file, stream, world
 def test_ranks_with_workers_share_a_stream(tiny_processor, file, numbers):
     train, _ = sides(file)
     cfg = replace(STREAM, source=str(file), workers=2, batch_size=1)
-    source, seen = open_source(cfg, "train"), []
+    source, seen = open_dataset(cfg, "train"), []
     for rank in (0, 1):
         mine = an_epoch(open_loader(source, tiny_processor, cfg, rank, 2), numbers)
         assert set(Counter(mine).values()) <= {1, 2}
@@ -149,7 +149,7 @@ def test_ranks_with_workers_share_a_stream(tiny_processor, file, numbers):
 def test_epochs_differ_and_seeds_do(tiny_processor, file, numbers):
     def first(n: int, **changes) -> list[int]:
         cfg = replace(STREAM, source=str(file), batch_size=1, **changes)
-        loader = open_loader(open_source(cfg, "train"), tiny_processor, cfg)
+        loader = open_loader(open_dataset(cfg, "train"), tiny_processor, cfg)
         return numbers(islice(iter(loader), n))
 
     n = len(sides(file)[0])
@@ -160,7 +160,7 @@ def test_epochs_differ_and_seeds_do(tiny_processor, file, numbers):
 
 def test_validation_rows_of_a_stream_are_those_of_the_hash(file):
     _, val = sides(file)
-    source = open_source(replace(STREAM, source=str(file)), "val")
+    source = open_dataset(replace(STREAM, source=str(file)), "val")
     assert {int(source[i].turns[-1].text.split()[-1]) for i in range(len(source))} == val
 
 
@@ -172,11 +172,11 @@ def test_validation_rows_of_a_stream_are_those_of_the_hash(file):
 def test_a_stream_resumes_with_the_very_next_batch(tiny_processor, file, shards, packing, mixture):
     name = f"{file}=0.7 {shards}=0.3" if mixture else str(file)
     cfg = replace(STREAM, source=name, packing=packing, max_length=128, workers=0)
-    whole = list(islice(iter(open_loader(open_source(cfg, "train"), tiny_processor, cfg)), 30))
+    whole = list(islice(iter(open_loader(open_dataset(cfg, "train"), tiny_processor, cfg)), 30))
     assert whole[-1].state["epoch"] >= 1 or mixture
     for stop in (0, 5, 9, 16, 25):
-        again = open_loader(open_source(cfg, "train"), tiny_processor, cfg)
-        again.restore(json.loads(json.dumps(whole[stop].state)))
+        again = open_loader(open_dataset(cfg, "train"), tiny_processor, cfg)
+        again.load_state_dict(json.loads(json.dumps(whole[stop].state)))
         for got, want in zip(islice(iter(again), 4), whole[stop + 1 :]):
             assert got.input_ids.tolist() == want.input_ids.tolist(), stop
             assert got.state["waiting"] == want.state["waiting"], stop
@@ -184,10 +184,10 @@ def test_a_stream_resumes_with_the_very_next_batch(tiny_processor, file, shards,
 
 def test_a_stream_with_workers_resumes_too(tiny_processor, file):
     cfg = replace(STREAM, source=str(file), workers=2, packing=True)
-    whole = list(islice(iter(open_loader(open_source(cfg, "train"), tiny_processor, cfg)), 9))
+    whole = list(islice(iter(open_loader(open_dataset(cfg, "train"), tiny_processor, cfg)), 9))
     for stop in (2, 5):
-        again = open_loader(open_source(cfg, "train"), tiny_processor, cfg)
-        again.restore(whole[stop].state)
+        again = open_loader(open_dataset(cfg, "train"), tiny_processor, cfg)
+        again.load_state_dict(whole[stop].state)
         for got, want in zip(islice(iter(again), 3), whole[stop + 1 :]):
             assert got.input_ids.tolist() == want.input_ids.tolist()
             assert got.state["waiting"] == want.state["waiting"]
@@ -204,7 +204,7 @@ def test_a_mixture_keeps_its_shares_and_every_row(tiny_processor, tmp_path, numb
     run = parse_run(["tiny", "--data.source", *words.split(), "--data.val-fraction", "0"])
     assert run.data.source == words
     cfg = replace(run.data, packing=False, batch_size=1, max_length=64)
-    source = open_source(cfg, "train")
+    source = open_dataset(cfg, "train")
     assert len(source) == 23 and "a mixture" in source.notes[0]
     loader = open_loader(source, tiny_processor, cfg)
     seen = numbers(islice(iter(loader), 60))
@@ -214,24 +214,24 @@ def test_a_mixture_keeps_its_shares_and_every_row(tiny_processor, tmp_path, numb
     for its, n in ((of_a, 14), (of_b, 9)):
         for start in range(0, len(its) - n + 1, n):
             assert len(set(its[start : start + n])) == n, "every row once before any comes again"
-    assert loader.state()["counts"] == [42, 18]
+    assert loader.state_dict()["counts"] == [42, 18]
 
 
 @pytest.mark.parametrize("words", ["a.jsonl=0.5 a.jsonl=0.5", "a.jsonl=0 b.jsonl=1", "a=1.2.3"])
 def test_shares_that_make_no_sense(words):
     with pytest.raises(InputError, match=r"data\.source"):
-        open_source(DataConfig(source=words), "train")
+        open_dataset(DataConfig(source=words), "train")
 
 
 # --- Trouble ------------------------------------------------------------------------------------
 
 
 def test_time_outs_are_waited_for_and_cost_no_row(file, monkeypatch):
-    waits, opened, really = [], [], data.sources.streaming.open_row_stream
+    waits, opened, really = [], [], data.sources.streaming.load_stream
     monkeypatch.setattr(data.sources.streaming.time, "sleep", waits.append)
 
-    def flaky(name):
-        opened.append(name)
+    def flaky(*args, **options):
+        opened.append(args)
         if len(opened) in (1, 3):
             raise TimeoutError("the Hub does not answer")
 
@@ -240,36 +240,38 @@ def test_time_outs_are_waited_for_and_cost_no_row(file, monkeypatch):
                 raise ConnectionResetError("cut off")
             return row
 
-        return really(name).map(cut)
+        return really(*args, **options).map(cut)
 
     cfg = replace(STREAM, source=str(file), seed=5)
-    source = open_source(cfg, "train")  # its head, before the trouble
-    monkeypatch.setattr(data.sources.streaming, "open_row_stream", flaky)
+    source = open_dataset(cfg, "train")  # its head, before the trouble
+    monkeypatch.setattr(data.sources.streaming, "load_stream", flaky)
     assert sorted(parts_see(source, 1)) == sorted(sides(file)[0])
     assert waits == [1, 1, 2] and len(opened) == 4
 
 
 def test_the_hubs_own_time_outs_may_pass():
     httpx = pytest.importorskip("httpx2")
-    assert may_pass(httpx.ReadTimeout("late")) and may_pass(httpx.ConnectError("lost"))
-    assert may_pass(TimeoutError()) and may_pass(ConnectionResetError())
-    assert not may_pass(FileNotFoundError("gone")) and not may_pass(ValueError("no Parquet"))
+    assert is_transient(httpx.ReadTimeout("late")) and is_transient(httpx.ConnectError("lost"))
+    assert is_transient(TimeoutError()) and is_transient(ConnectionResetError())
+    assert not is_transient(FileNotFoundError("gone")) and not is_transient(
+        ValueError("no Parquet")
+    )
     wrapped = InputError("cannot be opened")
     wrapped.__cause__ = httpx.ReadTimeout("late")
-    assert may_pass(wrapped) and not may_pass(InputError("bad"))
+    assert is_transient(wrapped) and not is_transient(InputError("bad"))
 
 
 def test_a_hub_that_stays_away_ends_in_one_sentence(file, monkeypatch):
-    source = open_source(replace(STREAM, source=str(file)), "train")
+    source = open_dataset(replace(STREAM, source=str(file)), "train")
     waits = []
     monkeypatch.setattr(data.sources.streaming.time, "sleep", waits.append)
 
-    def gone(_name):
+    def gone(*_args, **_options):
         raise TimeoutError("read timed out")
 
-    monkeypatch.setattr(data.sources.streaming, "open_row_stream", gone)
+    monkeypatch.setattr(data.sources.streaming, "load_stream", gone)
     with pytest.raises(InputError, match=r"read timed out.*tried 6 times.*--train\.resume auto"):
-        source.part(0, 1).block(None)
+        source.part(0, 1).read_block(None)
     assert waits == [1, 2, 4, 8, 16]
 
 
@@ -281,13 +283,13 @@ def test_pictures_stand_beside_their_file_and_csv_is_text(tmp_path, monkeypatch)
     (tmp_path / "rows" / "n.csv").write_text(text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     cfg = replace(STREAM, source="rows/n.csv", val_fraction=0.0, stream_block=100)
-    source, whole = (open_source(replace(cfg, stream=s), "train") for s in (True, False))
-    rows, _ = source.part(0, 1).block(None)
+    source, whole = (open_dataset(replace(cfg, stream=s), "train") for s in (True, False))
+    rows, _ = source.part(0, 1).read_block(None)
     for i in (0, 38, 39):
-        passing = source.sample(rows[i], "here")
-        for sample in (source[i], passing):
+        streamed = source.make_sample(rows[i], "here")
+        for sample in (source[i], streamed):
             assert (sample.turns, sample.images) == (whole[i].turns, whole[i].images)
-    assert passing.turns[-1].text == "None" and passing.images == ("rows/w.png",)
+    assert streamed.turns[-1].text == "None" and streamed.images == ("rows/w.png",)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -305,7 +307,7 @@ def test_a_mistake_of_this_code_names_the_row(tiny_processor, file, monkeypatch,
     cfg = replace(STREAM, source=str(file), stream=stream, workers=workers, val_fraction=0.0)
     says = "row 10 of part 1 of 1" if stream else f"row 10 of {file}"
     with pytest.raises(RuntimeError, match=f"{says}.*KeyError.*lost"):
-        list(islice(iter(open_loader(open_source(cfg, "train"), tiny_processor, cfg)), 40))
+        list(islice(iter(open_loader(open_dataset(cfg, "train"), tiny_processor, cfg)), 40))
 
 
 def test_a_stream_says_what_the_same_file_says_at_any_place(tmp_path):
@@ -316,30 +318,34 @@ def test_a_stream_says_what_the_same_file_says_at_any_place(tmp_path):
                           {"role": "assistant", "content": "4"}]}]  # fmt: skip
     lines = [json.dumps(row) for row in rows]
     (tmp_path / "a.jsonl").write_text("\ufeff" + "\n\n".join(lines), encoding="utf-8")
-    (tmp_path / "b.csv").write_text("image;question;answer\n;a, b?;4\nw.png;c?;d\n")
+    for name in ("b.csv", "b.tsv"):
+        (tmp_path / name).write_text("image;question;answer\n;a, b?;4\nw.png;c?;d\n")
     features = Features({"image": Value("string"), "label": ClassLabel(names=["cat", "dog"])})
     table = {"image": ["1.png", "2.png"], "label": [1, 0]}
     Dataset.from_dict(table, features).to_parquet(tmp_path / "c.parquet")
-    for name in ("a.jsonl", "b.csv", "c.parquet"):
+    for name in ("a.jsonl", "b.csv", "b.tsv", "c.parquet"):
         cfg = replace(STREAM, source=str(tmp_path / name), val_fraction=0.0)
-        passing, whole = (open_source(replace(cfg, stream=s), "train") for s in (True, False))
-        found, _ = passing.part(0, 1).block(None)
+        streamed, whole = (open_dataset(replace(cfg, stream=s), "train") for s in (True, False))
+        found, _ = streamed.part(0, 1).read_block(None)
         assert len(found) == len(whole) == 2, name
         for i, row in enumerate(found):
-            assert passing.sample(row, "here") == replace(whole[i], row="here"), name
+            assert streamed.make_sample(row, "here") == replace(whole[i], row="here"), name
 
 
 def test_a_csv_file_that_breaks_off_does_not_say_later(tmp_path):
     (tmp_path / "a.csv").write_text("question,answer\nq,a\nq,a,b\nq,a\n")
     with pytest.raises(InputError, match=r"a\.csv: cannot be read \(.*\), tried 1 times\."):
-        open_source(replace(STREAM, source=str(tmp_path / "a.csv")), "train")
+        open_dataset(replace(STREAM, source=str(tmp_path / "a.csv")), "train")
 
 
 def test_what_is_no_stream_is_named(tmp_path):
+    (tmp_path / "list.json").write_text("[{}]")
+    with pytest.raises(InputError, match=r"list\.json.*save it as \.jsonl"):
+        open_dataset(replace(STREAM, source=str(tmp_path / "list.json")), "train")
     with pytest.raises(InputError, match="leave the flag out"):
-        open_source(replace(STREAM, source="world"), "train")
+        open_dataset(replace(STREAM, source="world"), "train")
     with pytest.raises(InputError, match=r"leave out --data\.stream"):
-        open_source(replace(STREAM, source=str(tmp_path)), "train")
+        open_dataset(replace(STREAM, source=str(tmp_path)), "train")
 
 
 # --- Ratings ------------------------------------------------------------------------------------
@@ -359,9 +365,9 @@ def test_finevision_ratings_filter_turns_and_rows(tmp_path, stream):
     rows.append({"texts": [{"user": "q?", "assistant": "x"}]} | good)
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
-    def answers(**least) -> list[list[str]]:
-        cfg = replace(STREAM, source=str(tmp_path / "rows.jsonl"), stream=stream, **least)
-        source = open_source(replace(cfg, val_fraction=0.0), "train")
+    def answers(**minimum) -> list[list[str]]:
+        cfg = replace(STREAM, source=str(tmp_path / "rows.jsonl"), stream=stream, **minimum)
+        source = open_dataset(replace(cfg, val_fraction=0.0), "train")
         return [[t.text for t in source[i].turns if t.role == "assistant"]
                 for i in range(len(source))]  # fmt: skip
 

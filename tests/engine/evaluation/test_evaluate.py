@@ -13,26 +13,26 @@ from PIL import Image
 from config_tools import InputError
 from configs import DataConfig
 from data.batches.loader import Loader
-from data.sources.open import open_source
+from data.sources.open import open_dataset
 from data.types import Sample, Turn
 from data.world import questions
 from engine.evaluation import evaluate as evaluation
 from engine.evaluation.evaluate import (
     VIEWS,
     Item,
-    answer_items,
-    answer_views,
+    answer_questions,
     choose_views,
+    encode_question,
     evaluate,
-    graded,
-    items,
-    prompt_of,
-    report,
+    generate_views,
+    load_items,
+    score_answers,
+    summarize_skills,
     validation_loss,
 )
-from engine.evaluation.metrics import any_exact, each
+from engine.evaluation.metrics import any_exact, per_answer
 from engine.inference.chat import Chat
-from engine.training.loop import Best
+from engine.training.checkpoint import Best
 
 OFF = torch.autocast("cpu", torch.bfloat16, enabled=False)
 
@@ -47,22 +47,22 @@ def item(expected: str, skill: str = "color", unseen: bool = False) -> Item:
 
 
 def test_items_cover_every_skill_and_repeat():
-    found = items(DataConfig(), "test", 2 * len(questions.SKILLS))
+    found = load_items(DataConfig(), "test", 2 * len(questions.SKILLS))
     assert sorted(i.skill for i in found) == sorted(2 * questions.SKILLS)
-    again = items(DataConfig(), "test", 2 * len(questions.SKILLS))
+    again = load_items(DataConfig(), "test", 2 * len(questions.SKILLS))
     assert [i.sample.turns for i in found] == [i.sample.turns for i in again]
-    assert [i.sample.turns for i in items(DataConfig(seed=1), "test", 20)] != [
+    assert [i.sample.turns for i in load_items(DataConfig(seed=1), "test", 20)] != [
         i.sample.turns for i in found
     ]
 
 
 def test_items_of_a_file_are_its_rows_in_one_order(rows_file):
     cfg = DataConfig(source=str(rows_file), val_fraction=0.0)
-    some, every = items(cfg, "test", 7), items(cfg, "test", 999)
+    some, every = load_items(cfg, "test", 7), load_items(cfg, "test", 999)
     assert [i.sample.row for i in some] == [i.sample.row for i in every[:7]]
     rows = sorted(int(i.sample.row.split()[-1]) for i in every)
     assert rows == list(range(1, 25)) and rows[:7] != [int(i.sample.row.split()[-1]) for i in some]
-    assert {i.skill for i in every} == {"all"} and items(cfg, "val", 5) == []
+    assert {i.skill for i in every} == {"all"} and load_items(cfg, "val", 5) == []
 
 
 def test_report_adds_up():
@@ -73,8 +73,10 @@ def test_report_adds_up():
         "blind": (right, wrong, wrong, wrong),
         "shuffled": (wrong, wrong, wrong, wrong),
     }
-    metric = each(any_exact)
-    result = report({view: graded(asked, given, metric) for view, given in answers.items()})
+    metric = per_answer(any_exact)
+    result = summarize_skills(
+        {view: score_answers(asked, given, metric) for view, given in answers.items()}
+    )
     keys = {"accuracy", "interval", "seen", "unseen", "blind", "shuffled", "n"}
     assert set(result) == keys | {"skills"} and result["shuffled"] == 0
     assert list(result["skills"]) == ["color", "count"]
@@ -91,28 +93,28 @@ def test_report_adds_up():
 
 def test_a_blind_view_blanks_and_a_shuffled_one_exchanges(chat, rows_file):
     cfg = DataConfig(source=str(rows_file), val_fraction=0.0)
-    questions = items(cfg, "test", 6)
-    plain = [prompt_of(chat, questions, i, "answer", 9) for i in range(6)]
+    questions = load_items(cfg, "test", 6)
+    plain = [encode_question(chat, questions, i, "answer", 9) for i in range(6)]
     for i in range(6):
-        blank = prompt_of(chat, questions, i, "blind", 9)
-        other = prompt_of(chat, questions, i, "shuffled", 9)
+        blank = encode_question(chat, questions, i, "blind", 9)
+        other = encode_question(chat, questions, i, "shuffled", 9)
         assert np.array_equal(plain[i].ids, blank.ids) and np.array_equal(plain[i].ids, other.ids)
         assert plain[i].tiles.std() > 10 and (blank.tiles == 128).all()
         assert np.array_equal(other.tiles, plain[(i + 3) % 6].tiles)
     text = Item(Sample((Turn("user", "Yes?"), Turn("assistant", "yes"))), "all")
     mixed = [text, *questions[:2], text]
-    other = prompt_of(chat, mixed, 1, "shuffled", 9)
+    other = encode_question(chat, mixed, 1, "shuffled", 9)
     assert np.array_equal(other.tiles, plain[1].tiles), "never a picture for a question without"
-    assert len(prompt_of(chat, mixed, 0, "shuffled", 9).tiles) == 0
+    assert len(encode_question(chat, mixed, 0, "shuffled", 9).tiles) == 0
 
 
 def test_views_are_answered_together_as_apart(chat, rows_file):
     cfg = DataConfig(source=str(rows_file), val_fraction=0.0)
-    questions = items(cfg, "test", 5)
-    together = dict(answer_views(chat, questions, [4, 1, 2], VIEWS, max_new_tokens=5))
+    questions = load_items(cfg, "test", 5)
+    together = dict(generate_views(chat, questions, [4, 1, 2], VIEWS, max_new_tokens=5))
     assert set(together) == {1, 2, 4}
     for view in VIEWS:
-        apart = answer_items(chat, questions, view, max_new_tokens=5)
+        apart = answer_questions(chat, questions, view, max_new_tokens=5)
         assert [together[i][view] for i in (1, 2, 4)] == [apart[i].answer for i in (1, 2, 4)]
     assert len({found[view] for found in together.values() for view in VIEWS}) > 3
 
@@ -120,20 +122,22 @@ def test_views_are_answered_together_as_apart(chat, rows_file):
 def test_the_likeliest_choice_is_an_answer(chat, rows_file):
     cfg = DataConfig(source=str(rows_file), val_fraction=0.0)
     choices = ("red", "red red", "no")
-    questions = [replace(i, choices=choices) for i in items(cfg, "test", 3)]
+    questions = [replace(i, choices=choices) for i in load_items(cfg, "test", 3)]
     for i, found in choose_views(chat, questions, [0, 2], ("answer", "blind")):
-        shares = chat.choose(prompt_of(chat, questions, i, "answer", 9), choices)
+        shares = chat.choice_probabilities(
+            encode_question(chat, questions, i, "answer", 9), choices
+        )
         assert found["answer"] == choices[int(np.argmax(shares))] and found["blind"] in choices
 
 
 def test_graded_keeps_few_pictures_and_every_reference(rows_file):
     cfg = DataConfig(source=str(rows_file), val_fraction=0.0)
-    questions = items(cfg, "test", 24)
+    questions = load_items(cfg, "test", 24)
     right = [item.expected for item in questions]
-    found = graded(questions, right, each(any_exact))
+    found = score_answers(questions, right, per_answer(any_exact))
     assert [a.score for a in found] == [1.0] * 24 and [a.item.expected for a in found] == right
     assert [bool(a.item.sample.images) for a in found] == [True] * 10 + [False] * 14
-    assert graded([], [], each(any_exact)) == []
+    assert score_answers([], [], per_answer(any_exact)) == []
 
 
 def test_a_blind_model_cannot_tell_pictures_apart(chat, tmp_path):
@@ -143,9 +147,9 @@ def test_a_blind_model_cannot_tell_pictures_apart(chat, tmp_path):
         return Item(Sample(turns, (picture,)), "color", False)
 
     questions = [about("red"), about("blue")]
-    red, blue = answer_items(chat, questions, max_new_tokens=8)
+    red, blue = answer_questions(chat, questions, max_new_tokens=8)
     assert red.answer != blue.answer and red.item is questions[0]
-    red, blue = answer_items(chat, questions, "blind", max_new_tokens=8)
+    red, blue = answer_questions(chat, questions, "blind", max_new_tokens=8)
     assert red.answer == blue.answer
 
 
@@ -153,10 +157,10 @@ def test_a_lost_picture_or_one_over_budget_is_not_scored_around(chat, rows_file,
     turns = (Turn("user", "<image>What?"), Turn("assistant", "red"))
     lost = Item(Sample(turns, (str(tmp_path / "lost.png"),)), "all", False)
     with pytest.raises(InputError, match=r"lost\.png"):
-        answer_items(chat, [lost])
+        answer_questions(chat, [lost])
     cfg = DataConfig(source=str(rows_file))
     with pytest.raises(InputError, match="1 tiles are more than"):
-        answer_items(chat, items(cfg, "test", 1), max_tiles=0)
+        answer_questions(chat, load_items(cfg, "test", 1), max_tiles=0)
 
 
 @pytest.fixture
@@ -181,7 +185,7 @@ def test_evaluate_leaves_the_model_as_it_was(chat, cfg):
 def test_validation_loss_is_a_mean_over_targets(chat, cfg):
     def loader(packing: bool) -> Loader:
         changed = replace(cfg, packing=packing, batch_size=1)
-        return Loader(open_source(changed, "val"), chat.processor, changed)
+        return Loader(open_dataset(changed, "val"), chat.processor, changed)
 
     n = 3
     found = validation_loss(chat.model, loader(False), n, OFF)
@@ -206,14 +210,14 @@ def test_a_broken_picture_is_left_out_and_counted(chat, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     cfg = DataConfig(source=str(path), val_fraction=0.99, batch_size=2, max_length=128)
-    n_val = len(open_source(cfg, "val"))
+    n_val = len(open_dataset(cfg, "val"))
     values = evaluate(chat.model, chat.processor, cfg, 100, OFF)
     assert values["val_left_out"] == 4 and values["val_loss"] > 0
     assert len(values["val_answers"]) == 10 and n_val > 60
     path.write_text("\n".join(map(json.dumps, rows[60:])))
     problem = evaluate(chat.model.train(), chat.processor, cfg, 100, OFF)
     assert list(problem) == ["val_problem"] and "bad.png" in problem["val_problem"]
-    assert chat.model.training and not Best().beaten(problem, 1)
+    assert chat.model.training and not Best().update(problem, 1)
 
 
 def test_a_picture_that_is_no_base64_is_left_out_too(chat, tmp_path):
@@ -227,7 +231,7 @@ def test_a_picture_that_is_no_base64_is_left_out_too(chat, tmp_path):
     values = evaluate(chat.model, chat.processor, cfg, 100, OFF)
     assert values["val_left_out"] == 1 and values["val_loss"] > 0
     with pytest.raises(InputError, match="not base64"):
-        items(cfg, "val", 100)  # a score is of all questions
+        load_items(cfg, "val", 100)  # a score is of all questions
 
 
 def test_without_validation_rows_there_is_nothing_to_log(chat, cfg):
@@ -235,4 +239,4 @@ def test_without_validation_rows_there_is_nothing_to_log(chat, cfg):
 
 
 def test_mean_of_nothing_is_none():
-    assert evaluation.mean([]) is None
+    assert evaluation.mean_score([]) is None

@@ -10,13 +10,13 @@ from engine.evaluation.metrics import (
     any_exact,
     bootstrap_interval,
     cider,
-    each,
     edit_distance,
     exact,
     first_word,
     letter,
     paired_difference,
-    relaxed,
+    per_answer,
+    relaxed_accuracy,
     vqa_accuracy,
     yes_no_figures,
 )
@@ -45,9 +45,9 @@ def test_interval_is_that_of_the_mean():
 
 
 def test_any_reference_will_do():
-    assert each(any_exact)(["Red.", "red"], [["blue", "red"], ["blue"]]) == [1, 0]
+    assert per_answer(any_exact)(["Red.", "red"], [["blue", "red"], ["blue"]]) == [1, 0]
     with pytest.raises(ValueError, match="zip"):
-        each(any_exact)(["red"], [])
+        per_answer(any_exact)(["red"], [])
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_first_word():
     ],
 )  # fmt: skip
 def test_relaxed(answer, reference, score):
-    assert relaxed(answer, (reference,)) == score
+    assert relaxed_accuracy(answer, (reference,)) == score
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,12 @@ def test_cider_is_the_official_one_but_for_the_tokenizer():
 def test_yes_no_figures():
     right = [["yes"], ["no"], ["yes"], ["no"], ["yes"]]
     figures = yes_no_figures(["yes", "Yes.", "no", "no", "maybe"], right)
-    assert figures == {"precision": 0.5, "recall": 1 / 3, "f1": pytest.approx(0.4), "says_yes": 0.4}
+    assert figures == {
+        "precision": 0.5,
+        "recall": 1 / 3,
+        "f1": pytest.approx(0.4),
+        "yes_ratio": 0.4,
+    }
     assert yes_no_figures(["no"], [["yes"]])["f1"] == 0
 
 

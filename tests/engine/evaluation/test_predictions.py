@@ -13,13 +13,13 @@ from data.types import Sample, Turn
 from engine.evaluation.answer_sheet import draw_answer_sheet
 from engine.evaluation.evaluate import Answered, Item
 from engine.evaluation.predictions import (
-    asked,
     fingerprint,
-    keep,
-    parts,
-    read_found,
+    hash_questions,
+    part_files,
+    read_answers,
     read_scores,
-    write_all,
+    record_answers,
+    write_predictions,
 )
 
 FOUND = [(i, {"answer": f"a{i}", "blind": "b"}) for i in range(5)]
@@ -42,14 +42,14 @@ def test_what_is_asked_is_told_by_words_and_pictures():
               [item(picture=red)], [item(picture=blue)], [item(picture=corner)],
               [item(picture=b"1" * 99)], [item(picture=b"2" + b"1" * 98)], [item()] * 2,
               [item(references=("b",))], [item(choices=("a", "b"))], [item("\ud83d")]]  # fmt: skip
-    assert len({asked(questions) for questions in others}) == len(others)
-    assert asked([item(picture=red)]) == asked([item(picture=red.copy())])
+    assert len({hash_questions(questions) for questions in others}) == len(others)
+    assert hash_questions([item(picture=red)]) == hash_questions([item(picture=red.copy())])
 
 
 def test_an_answer_that_nothing_was_asked_for(tmp_path):
     """Plain text to learn: a conversation of one turn."""
     one = Answered(Item(Sample((Turn("assistant", "A cat."),), row="row 1"), "all"), "a", 0.0)
-    write_all(tmp_path / "p.jsonl", "one", {"answer": [one]})
+    write_predictions(tmp_path / "p.jsonl", "one", {"answer": [one]})
     assert read_scores(tmp_path / "p.jsonl", [one.item]) == [0.0]
     draw_answer_sheet([one], tmp_path / "sheet.png")
     assert Image.open(tmp_path / "sheet.png").width > 100
@@ -57,45 +57,47 @@ def test_an_answer_that_nothing_was_asked_for(tmp_path):
 
 def test_what_was_kept_is_found(tmp_path):
     path = tmp_path / "p.jsonl"
-    assert read_found(path, "one") == {} == read_found(None, "one")
-    assert list(keep(None, 0, "one", iter(FOUND))) == FOUND
-    done = keep(path, 0, "one", iter(FOUND))
+    assert read_answers(path, "one") == {} == read_answers(None, "one")
+    assert list(record_answers(None, 0, "one", iter(FOUND))) == FOUND
+    done = record_answers(path, 0, "one", iter(FOUND))
     assert [next(done) for _ in range(3)] == FOUND[:3]
     done.close()  # interrupted; another process was at work, too
-    list(keep(path, 1, "one", iter(FOUND[4:])))
-    assert read_found(path, "one") == dict([*FOUND[:3], FOUND[4]]) and not path.exists()
+    list(record_answers(path, 1, "one", iter(FOUND[4:])))
+    assert read_answers(path, "one") == dict([*FOUND[:3], FOUND[4]]) and not path.exists()
     with open(f"{path}.part1", "a") as file:
         file.write('{"run": "one", "num')
-    assert len(read_found(path, "one")) == 4, "a torn line does not count"
+    assert len(read_answers(path, "one")) == 4, "a torn line does not count"
     with pytest.raises(InputError, match="of another checkpoint or other settings"):
-        read_found(path, "two")
+        read_answers(path, "two")
     path.write_text("a letter")
     with pytest.raises(InputError, match="of another checkpoint or other settings"):
-        read_found(path, "one")
+        read_answers(path, "one")
 
 
 def test_the_file_in_the_end(tmp_path):
     path = tmp_path / "p.jsonl"
-    list(keep(path, 0, "one", iter(FOUND)))
+    list(record_answers(path, 0, "one", iter(FOUND)))
     views = {"answer": [answered(i, i / 4) for i in range(5)],
              "blind": [answered(i) for i in range(5)]}  # fmt: skip
-    write_all(path, "one", views)
+    write_predictions(path, "one", views)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [r["number"] for r in rows] == list(range(5)) and parts(path) == []
+    assert [r["number"] for r in rows] == list(range(5)) and part_files(path) == []
     assert rows[2]["question"] == "What is 2?" and rows[2]["views"] == {"answer": "a2",
                                                                        "blind": "a2"}  # fmt: skip
     assert rows[3]["score"] == 0.75 and rows[3]["expected"] == "red"
-    assert len(read_found(path, "one")) == 5, "a finished file answers everything"
+    assert len(read_answers(path, "one")) == 5, "a finished file answers everything"
     assert read_scores(path, [a.item for a in views["answer"]]) == [0, 0.25, 0.5, 0.75, 1]
 
 
 def test_other_questions_are_not_compared(tmp_path):
     path = tmp_path / "p.jsonl"
-    write_all(path, "one", {"answer": [answered(i) for i in range(5)]})
+    write_predictions(path, "one", {"answer": [answered(i) for i in range(5)]})
     for others in ([answered(i).item for i in range(4)], [answered(i + 1).item for i in range(5)]):
         with pytest.raises(InputError, match="answers 5 other questions"):
             read_scores(path, others)
-    with pytest.raises(InputError, match=r"no such file; it is what score\.py --predictions"):
+    with pytest.raises(
+        InputError, match=r"no such file; expected a file that score\.py --predictions"
+    ):
         read_scores(tmp_path / "no", [])
     path.write_text('{"number": 0}\n')
     with pytest.raises(InputError, match="not a finished file"):

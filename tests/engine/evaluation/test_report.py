@@ -15,7 +15,7 @@ from cli import command
 from config_tools import InputError, from_dict, read_json
 from configs import RunConfig
 from engine.evaluation import report
-from engine.evaluation.evaluate import askable
+from engine.evaluation.evaluate import load_answerable_items
 from engine.inference.chat import Chat
 from engine.training.logger import read_log
 
@@ -64,11 +64,11 @@ def test_what_is_no_event_and_no_score_is_passed_over(run, tmp_path):
         file.write('5\n{"loss": 1}\n')
     half = {"accuracy": 0.5, "interval": [0, 1], "n": 3, "seen": None, "unseen": None}
     (copy / "half.json").write_text(json.dumps(half | {"skills": {"color": {"accuracy": 1}}}))
-    assert "half.json" not in report.write_page([report.about(copy)])
+    assert "half.json" not in report.write_page([report.collect(copy)])
 
 
 def test_the_page_stands_alone_and_fits_a_phone(run):
-    page = report.write_page([report.about(run)])
+    page = report.write_page([report.collect(run)])
     assert not re.findall(r'(?:src|href)="(?!data:)', page) and "http" not in re.sub(
         r"data:[^\"]*", "", page
     )
@@ -94,24 +94,24 @@ def test_answers_stand_beside_their_questions_where_one_could_not_be_asked(run, 
     shutil.copytree(run, copy)
     cfg = from_dict(RunConfig, read_json(copy / "config.json"), "config.json")
     chat = Chat.load(copy)
-    asked, _ = askable(chat.processor, cfg.data, cfg.train.eval_samples)
+    asked, _ = load_answerable_items(chat.processor, cfg.data, cfg.train.eval_samples)
     lines = Path(cfg.data.source).read_text().splitlines()
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     for i in range(24):
         shutil.copy(Path(cfg.data.source).parent / f"{i}.png", tmp_path)
     (tmp_path / Path(asked[0].sample.images[0]).name).write_bytes(b"broken")
     cfg = replace(cfg, data=replace(cfg.data, source=str(tmp_path / "rows.jsonl")))
-    found = report.shown(copy, cfg, [{"step": 1, "val_answers": [""] * (len(asked) - 1)}])
+    found = report.answers_section(copy, cfg, [{"step": 1, "val_answers": [""] * (len(asked) - 1)}])
     wanted = [item.question.replace("<image>", "") for item in asked[1:]]
     assert [answer["question"] for answer in found["answers"]] == wanted
 
 
 def test_what_is_missing_is_said(run, tmp_path):
     with pytest.raises(InputError, match="not a run folder"):
-        report.about(tmp_path)
+        report.collect(tmp_path)
     bare = tmp_path / "bare"
     bare.mkdir()
     for name in ("config.json", "log.jsonl"):
         shutil.copy(run / name, bare)
-    page = report.write_page([report.about(bare)])
+    page = report.write_page([report.collect(bare)])
     assert "none yet: score.py" in page and "not available: " in page, "no checkpoint any more"

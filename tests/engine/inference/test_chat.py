@@ -13,7 +13,7 @@ from PIL import Image
 from config_tools import InputError
 from data.batches.packing import collate
 from data.types import Sample, Turn
-from engine.inference.chat import Chat, alternatives, answer_text, stream_text
+from engine.inference.chat import Chat, answer_text, stream_text, top_tokens
 from models.inference.generate import Step
 from models.inference.sampling import Sampling
 
@@ -41,11 +41,11 @@ def test_pieces_join_to_the_answer(chat):
 
 
 def test_answers_among_others_are_those_alone(chat):
-    prompts = [chat.prompt(*asked) for asked in ASKED]
+    prompts = [chat.encode_prompt(*asked) for asked in ASKED]
     alone = [chat(*asked, SHORT) for asked in ASKED]
     assert len({len(p) for p in prompts}) > 3 and len(set(alone)) == len(alone)
     for batch_size in (1, 2, 64):
-        assert chat.answers(prompts, SHORT, batch_size) == alone
+        assert chat.generate_answers(prompts, SHORT, batch_size) == alone
 
 
 def test_a_checkpoint_that_was_kept_says_what_it_said():
@@ -57,8 +57,8 @@ def test_a_checkpoint_that_was_kept_says_what_it_said():
     ramp = np.indices((16, 16)).sum(0).astype(np.uint8) * 8
     one, two = (Image.fromarray(np.stack((ramp, 255 - ramp, 0 * ramp + c), -1)) for c in (0, 200))
     asked = ("What is it?", [one]), ("Describe both.", [one, two]), ("Hello?", [])
-    prompts = [chat.prompt(*question) for question in asked]
-    said = dict(chat.replies(prompts, Sampling(max_new_tokens=8)))
+    prompts = [chat.encode_prompt(*question) for question in asked]
+    said = dict(chat.generate_replies(prompts, Sampling(max_new_tokens=8)))
     assert [said[i].tokens for i in range(3)] == [
         (5, 5, 610, 339, 610, 415, 150, 247),
         (518, 505, 446, 505, 534, 518, 186, 518),
@@ -67,17 +67,23 @@ def test_a_checkpoint_that_was_kept_says_what_it_said():
 
 
 def test_pictures_precede_a_prompt_that_does_not_place_them(chat):
-    a, b = chat.prompt("Which?", [RED, BLUE]), chat.prompt("<image><image>Which?", [RED, BLUE])
+    a, b = (
+        chat.encode_prompt("Which?", [RED, BLUE]),
+        chat.encode_prompt("<image><image>Which?", [RED, BLUE]),
+    )
     assert a.ids.tolist() == b.ids.tolist()
-    assert chat.prompt("", [RED]).ids.tolist() == chat.prompt("<image>", [RED]).ids.tolist()
+    assert (
+        chat.encode_prompt("", [RED]).ids.tolist()
+        == chat.encode_prompt("<image>", [RED]).ids.tolist()
+    )
     with pytest.raises(InputError, match="1 <image> placeholders for 2 images"):
-        chat.prompt("<image>Which?", [RED, BLUE])
+        chat.encode_prompt("<image>Which?", [RED, BLUE])
     with pytest.raises(InputError, match="prompt is empty"):
-        chat.prompt("\n ")
+        chat.encode_prompt("\n ")
 
 
 def test_no_prompt_at_all_is_no_answer(chat):
-    assert chat.answers([], SHORT) == []
+    assert chat.generate_answers([], SHORT) == []
 
 
 def test_half_characters_are_held_back(chat, monkeypatch):
@@ -133,7 +139,9 @@ def test_it_answers_from_the_newest_checkpoint_of_a_run(small_checkpoint, tmp_pa
 def test_turns_of_a_longer_conversation_are_answered(chat):
     turns = [Turn("user", "<image>What?"), Turn("assistant", "red"), Turn("user", "Sure?")]
     tokens = chat.processor.encode_prompt(turns, [RED])
-    assert chat.answers([tokens], SHORT) == ["".join(p.text for p in chat.watch(tokens, SHORT))]
+    assert chat.generate_answers([tokens], SHORT) == [
+        "".join(p.text for p in chat.stream_chunks(tokens, SHORT))
+    ]
 
 
 # --- Stop strings, log-probabilities, choices ----------------------------------------------------
@@ -142,8 +150,8 @@ def test_turns_of_a_longer_conversation_are_answered(chat):
 def spoken(chat: Chat, monkeypatch, text: str, stop: tuple[str, ...]) -> list[str]:
     ids = [*chat.processor.tokenizer.encode(text).ids, chat.processor.cfg.vlm_eos_token_id]
     monkeypatch.setattr("engine.inference.chat.steps", lambda *_: said(ids))
-    tokens = chat.prompt("What?")
-    return [piece.text for piece in chat.watch(tokens, SHORT, stop)]
+    tokens = chat.encode_prompt("What?")
+    return [piece.text for piece in chat.stream_chunks(tokens, SHORT, stop)]
 
 
 def test_nothing_of_a_stop_string_is_said(chat, monkeypatch):
@@ -156,10 +164,10 @@ def test_nothing_of_a_stop_string_is_said(chat, monkeypatch):
 
 
 def test_stop_strings_stop_rows_of_a_batch(chat):
-    prompts = [chat.prompt(*asked) for asked in ASKED]
-    plain = {i: r.text for i, r in chat.replies(prompts, SHORT)}
+    prompts = [chat.encode_prompt(*asked) for asked in ASKED]
+    plain = {i: r.text for i, r in chat.generate_replies(prompts, SHORT)}
     stop = plain[0][3:5]
-    cut = {i: r for i, r in chat.replies(prompts, SHORT, (stop,))}
+    cut = {i: r for i, r in chat.generate_replies(prompts, SHORT, (stop,))}
     assert {i: r.text for i, r in cut.items()} == {
         i: text.split(stop)[0].rstrip() for i, text in plain.items()
     }
@@ -167,23 +175,23 @@ def test_stop_strings_stop_rows_of_a_batch(chat):
 
 
 def test_logprobs_are_those_of_a_forward_pass(chat):
-    tokens = chat.prompt(*ASKED[0])
-    ((_, reply),) = chat.replies([tokens], SHORT)
+    tokens = chat.encode_prompt(*ASKED[0])
+    ((_, reply),) = chat.generate_replies([tokens], SHORT)
     answer = torch.tensor([[*tokens.ids, *reply.tokens]])
     with torch.no_grad():
-        logits, _ = chat.model(answer, chat.pixels(tokens))
+        logits, _ = chat.model(answer, chat.pixel_values(tokens))
     wanted = logits[0, len(tokens) - 1 : -1].log_softmax(-1)
     wanted = wanted.gather(1, torch.tensor(reply.tokens)[:, None])[:, 0]
     torch.testing.assert_close(torch.tensor(reply.logprobs), wanted, atol=1e-4, rtol=1e-4)
-    pieces = [p for p in chat.watch(tokens, SHORT) if p.token is not None]
+    pieces = [p for p in chat.stream_chunks(tokens, SHORT) if p.token is not None]
     assert [p.token for p in pieces] == list(reply.tokens)
-    (best, share), *_ = alternatives(pieces[0].logits, 3)
+    (best, share), *_ = top_tokens(pieces[0].logits, 3)
     assert best == pieces[0].token and share == pytest.approx(math.exp(reply.logprobs[0]), abs=1e-4)
 
 
 def test_a_choice_is_weighed_as_a_whole_answer(chat):
     """The share of each is the softmax of its loss, computed as in training."""
-    tokens, choices = chat.prompt(*ASKED[0]), ["yes", "no", "a cross", "yes, it"]
+    tokens, choices = chat.encode_prompt(*ASKED[0]), ["yes", "no", "a cross", "yes, it"]
     losses = []
     for choice in choices:
         turns = (Turn("user", "<image>" + ASKED[0][0]), Turn("assistant", choice))
@@ -194,7 +202,7 @@ def test_a_choice_is_weighed_as_a_whole_answer(chat):
         losses.append(loss)
     # The row ends with a newline that no model says; it carries no loss.
     wanted = torch.softmax(-torch.stack(losses), 0).tolist()
-    assert chat.choose(tokens, choices) == pytest.approx(wanted, abs=1e-5)
+    assert chat.choice_probabilities(tokens, choices) == pytest.approx(wanted, abs=1e-5)
     assert len({round(share, 6) for share in wanted}) > 2
     with pytest.raises(InputError, match="name at least one"):
-        chat.choose(tokens, [])
+        chat.choice_probabilities(tokens, [])

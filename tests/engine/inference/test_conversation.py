@@ -9,7 +9,7 @@ from PIL import Image
 from config_tools import InputError
 from data.types import Turn
 from engine.inference.chat import Chat
-from engine.inference.conversation import Conversation, identities, n_common
+from engine.inference.conversation import Conversation, cache_keys, common_prefix_length
 from models.inference.sampling import Sampling
 
 SHORT = Sampling(max_new_tokens=6)
@@ -47,8 +47,8 @@ def anew(conversation: Conversation, prompt: str, images=()) -> str:
     """The naive way: everything said so far, encoded and run again."""
     chat, turns = conversation.chat, list(conversation.turns)
     turns.append(Turn("user", "<image>" * len(images) + prompt))
-    tokens = chat.processor.encode_prompt(turns, [*conversation.pictures, *images])
-    return chat.answers([tokens], SHORT)[0]
+    tokens = chat.processor.encode_prompt(turns, [*conversation.images, *images])
+    return chat.generate_answers([tokens], SHORT)[0]
 
 
 def test_five_turns_encode_the_picture_once(chat, picture, seen):
@@ -107,8 +107,8 @@ def test_a_penalty_counts_what_was_cached(chat, picture):
     for i, question in enumerate(QUESTIONS):
         images = [picture] if i == 0 else []
         turns = [*conversation.turns, Turn("user", "<image>" * len(images) + question)]
-        tokens = chat.processor.encode_prompt(turns, [*conversation.pictures, *images])
-        wanted = chat.answers([tokens], sampling)[0]
+        tokens = chat.processor.encode_prompt(turns, [*conversation.images, *images])
+        wanted = chat.generate_answers([tokens], sampling)[0]
         assert say(conversation, question, images, sampling) == wanted
 
 
@@ -134,12 +134,12 @@ def test_a_stop_string_ends_the_turn(chat, picture):
 def test_an_error_leaves_it_as_it_was(chat, picture):
     conversation = Conversation(chat)
     say(conversation, "What?", [picture])
-    turns, said = list(conversation.turns), list(conversation.said)
+    turns, said = list(conversation.turns), list(conversation.keys)
     with pytest.raises(InputError, match="the model's context ends at 256"):
         say(conversation, "word " * 120)
     with pytest.raises(InputError, match=r"lost\.png"):
         say(conversation, "And this?", ["lost.png"])
-    assert conversation.turns == turns and len(conversation.said) == len(said)
+    assert conversation.turns == turns and len(conversation.keys) == len(said)
     assert anew(conversation, "And?") == say(conversation, "And?")
 
 
@@ -147,9 +147,11 @@ def test_identities_tell_tiles_apart(chat):
     red, blue = Image.new("RGB", (9, 9), "red"), Image.new("RGB", (9, 9), "blue")
     cfg = chat.processor.cfg
     a, b, c = (
-        identities(chat.prompt("Which is it?", pictures), cfg)
+        cache_keys(chat.encode_prompt("Which is it?", pictures), cfg)
         for pictures in ([red, blue], [red, red], [red, blue])
     )
     per_tile = cfg.tokens_per_tile
-    assert (a == c).all() and n_common(a, b) == int(torch.tensor(a < 0).nonzero()[per_tile])
-    assert n_common(a, a[:5]) == 5 and (a < 0).sum() == 2 * per_tile
+    assert (a == c).all() and common_prefix_length(a, b) == int(
+        torch.tensor(a < 0).nonzero()[per_tile]
+    )
+    assert common_prefix_length(a, a[:5]) == 5 and (a < 0).sum() == 2 * per_tile

@@ -32,15 +32,15 @@ def finished(run_file, tmp_path, capsys):
 
 def test_figures_of_somebody_else_and_a_torn_state(finished, tmp_path):
     (finished / "score.json").write_text('{"accuracy": 0.5}')
-    with pytest.raises(InputError, match=r"score\.json: not what score\.py --json writes"):
-        model_card.prepare(finished, tmp_path / "up", "user/name")
+    with pytest.raises(InputError, match=r"score\.json: not a result of score\.py --json"):
+        model_card.write_repository(finished, tmp_path / "up", "user/name")
     (finished / "step-000004" / "state.pt").write_bytes(b"half")
-    with pytest.raises(InputError, match=r"state\.pt: not the whole state of a run"):
-        model_card.prepare(finished, tmp_path / "up", "user/name")
+    with pytest.raises(InputError, match=r"state\.pt: damaged"):
+        model_card.write_repository(finished, tmp_path / "up", "user/name")
 
 
 def test_the_card_of_a_run(finished, tmp_path):
-    model_card.prepare(finished, tmp_path / "up", "user/name")
+    model_card.write_repository(finished, tmp_path / "up", "user/name")
     card = (tmp_path / "up" / "README.md").read_text()
     _, head, body = card.split("---\n", 2)
     head = yaml.safe_load(head)
@@ -69,7 +69,7 @@ def test_the_card_of_a_run(finished, tmp_path):
 
 def test_a_checkpoint_without_a_run(small_checkpoint, tmp_path):
     """No figures, no claims."""
-    model_card.prepare(small_checkpoint, tmp_path / "up", "user/name")
+    model_card.write_repository(small_checkpoint, tmp_path / "up", "user/name")
     card = (tmp_path / "up" / "README.md").read_text()
     assert "## Training" not in card and "## Scores" not in card and "loss.png" not in card
     assert not (tmp_path / "up" / "train_config.json").exists()
@@ -83,7 +83,7 @@ def test_the_fingerprint_changes_with_the_rows(rows_file, tmp_path):
     copy.write_text(copy.read_text() + "\n")
     assert model_card.fingerprint(str(copy), 0) != before
     assert model_card.fingerprint("world", 3) == "the built-in world, seed 3"
-    assert "not at hand" in model_card.fingerprint(str(tmp_path / "gone.jsonl"), 0)
+    assert "not available" in model_card.fingerprint(str(tmp_path / "gone.jsonl"), 0)
 
 
 def test_hours_of_a_resumed_run():

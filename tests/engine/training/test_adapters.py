@@ -42,14 +42,14 @@ def test_merged_is_adapted_and_fresh_is_base(small_model, inputs, parts):
     before, _ = model(**inputs)
     freeze = tuple({"vision", "language"} - set(parts))
     cfg = TrainConfig(**ALL | {"lora": parts}, freeze=freeze)
-    adapters.attach(model, cfg)
+    adapters.attach_adapters(model, cfg)
     with torch.no_grad():
         fresh, _ = model(**inputs)
-        plain = adapters.merged(model)
+        plain = adapters.merge(model)
         assert torch.equal(plain(**inputs)[0], before), "merging zero changes no bit"
         stir(model)
         adapted, _ = model(**inputs)
-        merged, _ = adapters.merged(model)(**inputs)
+        merged, _ = adapters.merge(model)(**inputs)
     assert torch.equal(fresh, before)
     assert (adapted - before).abs().max() > 0.05
     torch.testing.assert_close(merged, adapted, rtol=1e-5, atol=1e-5)
@@ -58,14 +58,14 @@ def test_merged_is_adapted_and_fresh_is_base(small_model, inputs, parts):
 def test_only_what_is_named_gets_adapters(small_model):
     model = small_model()
     cfg = TrainConfig(lora=("language",), lora_targets=("q_proj", "v_proj"), freeze=("vision",))
-    names = adapters.targets(model, cfg)
+    names = adapters.target_modules(model, cfg)
     assert names == [f"decoder.blocks.{i}.attn.{n}_proj" for i in range(3) for n in "qv"]
-    everything = adapters.targets(model, TrainConfig(**ALL))
+    everything = adapters.target_modules(model, TrainConfig(**ALL))
     assert len(everything) == 7 * 3 + 6 * 2 + 1 and "decoder.head" not in everything
-    with pytest.raises(InputError, match=r"none in vision, which has .*out_proj"):
-        adapters.targets(model, TrainConfig(lora=("vision",), lora_targets=("gate",)))
+    with pytest.raises(InputError, match=r"no such layer in vision; it has .*out_proj"):
+        adapters.target_modules(model, TrainConfig(lora=("vision",), lora_targets=("gate",)))
     with pytest.raises(InputError, match=r"vision would train in full.*--train\.freeze"):
-        adapters.attach(model, TrainConfig(lora=("language",)))
+        adapters.attach_adapters(model, TrainConfig(lora=("language",)))
     with pytest.raises(InputError, match="a frozen part trains no adapters"):
         TrainConfig(lora=("language",), freeze=("language", "vision"))
 
@@ -85,26 +85,26 @@ def test_a_run_with_adapters_stops_resumes_merges_and_keeps_its_base(
     for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
         files = (run / "step-000004" / name for run in (one, two))
         assert next(files).read_bytes() == next(files).read_bytes()
-    with pytest.raises(InputError, match=r"does not fit this run's adapters, as of .*lora_A"):
+    with pytest.raises(InputError, match=r"does not match the adapters of this run: .*lora_A"):
         main([str(parts), *flags[:-1], "4", "--train.resume", "auto"])
     given = VisionLanguageModel.from_pretrained(small_checkpoint).state_dict()
     base = VisionLanguageModel.from_pretrained(two / "base")
     assert [n for n, t in base.state_dict().items() if not torch.equal(t, given[n])] == []
     cfg = TrainConfig(lora=("language",), lora_r=2, freeze=("vision",))
-    adapters.attach(base, cfg)
+    adapters.attach_adapters(base, cfg)
     for p in base.vision_encoder.parameters():
         p.requires_grad_(False)
     base.MP.requires_grad_(True)
-    adapters.load(base, two / "step-000004")
-    moved = adapters.merged(base).state_dict()
+    adapters.load_adapter(base, two / "step-000004")
+    moved = adapters.merge(base).state_dict()
     merged = Chat.load(two).model.state_dict()
     assert [n for n, t in merged.items() if not torch.equal(t, moved[n])] == []
     changed = {n for n, t in merged.items() if not torch.equal(t, given[n])}
-    assert changed == {n.replace(".lora_A", "") for n in adapters.trained(base)
+    assert changed == {n.replace(".lora_A", "") for n in adapters.trainable_tensors(base)
                        if "lora_B" not in n}  # fmt: skip
     state = torch.load(two / "step-000004" / "state.pt", weights_only=True)["optimizer"]
     n_state = sum(len(s["state"]) for s in state)
-    assert n_state == len(adapters.trained(base)), "nothing frozen has optimizer state"
+    assert n_state == len(adapters.trainable_tensors(base)), "nothing frozen has optimizer state"
 
 
 @pytest.mark.parametrize("with_projector", [False, True])
@@ -120,17 +120,17 @@ def test_transformers_and_peft_open_the_adapter(
     cfg = TrainConfig(**ALL | {"lora": parts}, out=str(tmp_path))
     (tmp_path / "base").mkdir()
     model.save_pretrained(tmp_path / "base", replace(tiny_processor, cfg=model.cfg))
-    adapters.attach(model, cfg)
+    adapters.attach_adapters(model, cfg)
     stir(model)
     if with_projector:  # trains in full beside them
         model.MP.requires_grad_(True)
         with torch.no_grad():
             model.MP.proj.weight.add_(0.05)
-    adapters.save(model, cfg, tmp_path)
+    adapters.save_adapter(model, cfg, tmp_path)
     said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (said["peft_type"], said["r"], said["lora_alpha"]) == ("LORA", 4, 12.0)
 
-    tokens = chat.prompt("What is it?", [torch_picture()])
+    tokens = chat.encode_prompt("What is it?", [torch_picture()])
     from data.batches.packing import collate_prompts
 
     ids, mask, images = collate_prompts([tokens], model.cfg)

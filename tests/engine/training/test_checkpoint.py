@@ -14,10 +14,10 @@ import torch
 
 from config_tools import InputError, read_json
 from configs import RunConfig, TrainConfig
-from engine.training import checkpoint
+from engine.training import checkpoint, run_folder
 from engine.training.distributed import Dist
 from engine.training.optim import build_optimizer
-from models.pretrained.load import newest
+from models.pretrained.load import newest_checkpoint
 from models.vision_language_model import VisionLanguageModel
 
 
@@ -58,22 +58,22 @@ def test_the_millionth_step_is_newer_than_those_before(made):
     for step in (999000, 999500, 1000000, 1000500):
         save(step)
     assert names(cfg) == ["step-1000000", "step-1000500"]
-    assert checkpoint.resolve(cfg.train.out).name == newest(Path(cfg.train.out)).name
+    assert checkpoint.resolve(cfg.train.out).name == newest_checkpoint(Path(cfg.train.out)).name
     assert checkpoint.resolve(cfg.train.out).name == "step-1000500"
 
 
 def test_a_run_keeps_the_arithmetic_it_began_with(made):
     """Auto is measured: at another moment it might come out otherwise."""
     _, save = made
-    assert checkpoint.precision_of([], "auto") == "auto", "nothing began yet"
+    assert checkpoint.resumed_precision([], "auto") == "auto", "nothing began yet"
     for step, precision in ((5, "fp32"), (6, "bf16")):
         found = [save(step, precision=precision)]
-        assert checkpoint.precision_of(found, "auto") == precision
-        assert checkpoint.precision_of(found, "fp32") == "fp32", "what was asked for"
-    assert checkpoint.precision_of([save(7)], "auto") == "auto", "of an earlier version"
+        assert checkpoint.resumed_precision(found, "auto") == precision
+        assert checkpoint.resumed_precision(found, "fp32") == "fp32", "what was asked for"
+    assert checkpoint.resumed_precision([save(7)], "auto") == "auto", "of an earlier version"
     (found[0] / checkpoint.STATE).write_bytes(b"half")
-    with pytest.raises(InputError, match="not the whole state of a run"):
-        checkpoint.precision_of(found, "auto")
+    with pytest.raises(InputError, match=r"state\.pt: damaged"):
+        checkpoint.resumed_precision(found, "auto")
 
 
 def test_a_state_of_a_gpu_opens_where_there_is_none(made, monkeypatch):
@@ -84,7 +84,7 @@ def test_a_state_of_a_gpu_opens_where_there_is_none(made, monkeypatch):
     with pytest.raises(RuntimeError, match="on a CUDA device"):
         torch.load(folder / checkpoint.STATE, weights_only=True)
     assert checkpoint.load_state(folder, cfg)["extra"].device.type == "cpu"
-    assert checkpoint.precision_of([folder], "auto") == "auto"
+    assert checkpoint.resumed_precision([folder], "auto") == "auto"
 
 
 def test_any_seed_that_is_allowed():
@@ -106,9 +106,9 @@ def test_a_file_system_without_locks(made, monkeypatch, code):
     monkeypatch.setattr("fcntl.lockf", refuse)
     if code == errno.EIO:
         with pytest.raises(InputError, match="cannot be written"):
-            checkpoint.remember_config(cfg)
+            run_folder.claim_run_folder(cfg)
     else:
-        checkpoint.remember_config(cfg).close()
+        run_folder.claim_run_folder(cfg).close()
 
 
 def test_what_a_crash_leaves_is_never_picked_up(made):
@@ -118,7 +118,7 @@ def test_what_a_crash_leaves_is_never_picked_up(made):
     for torn in (".saving-000009-123", "step-000009"):
         (run / torn).mkdir()
         (run / torn / "model.safetensors").write_bytes(b"half")
-    assert [p.name for p in checkpoint.folders(run)] == ["step-000005"]
+    assert [p.name for p in checkpoint.list_checkpoints(run)] == ["step-000005"]
     assert checkpoint.resolve(run).name == "step-000005"
     save(9)  # and the torn folder of the same step is replaced
     assert checkpoint.load_state(checkpoint.resolve(run), cfg)["step"] == 9
@@ -188,9 +188,9 @@ def test_a_run_folder_is_not_overwritten(made):
     cfg, save = made
     save(5)
     with pytest.raises(InputError, match=r"--train\.resume auto"):
-        checkpoint.remember_config(cfg)
+        run_folder.claim_run_folder(cfg)
     resumed = replace(cfg, train=replace(cfg.train, resume="auto"))
-    checkpoint.remember_config(resumed)
+    run_folder.claim_run_folder(resumed)
     assert read_json(Path(cfg.train.out) / "config.json")["train"]["resume"] == "auto"
 
 

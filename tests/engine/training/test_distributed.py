@@ -15,11 +15,11 @@ from engine.training import distributed
 from engine.training.distributed import (
     autocast,
     bf16_is_faster,
-    compiles,
-    fast_dtype,
-    lacks_compiler,
-    precision,
-    settings,
+    choose_dtype,
+    describe_machine,
+    missing_compiler,
+    precision_name,
+    should_compile,
 )
 
 CPU = torch.device("cpu")
@@ -31,9 +31,9 @@ def test_without_bf16_arithmetic_no_product_is_tried(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     monkeypatch.setattr(torch, "ones", lambda *_: 1 / 0)
     assert not bf16_is_faster(CPU)
-    assert fast_dtype(CPU, "auto") == fast_dtype(CPU, "fp32") == torch.float32
-    with pytest.raises(InputError, match=r"train\.precision = 'bf16': .*use fp32, or auto"):
-        fast_dtype(CPU, "bf16")
+    assert choose_dtype(CPU, "auto") == choose_dtype(CPU, "fp32") == torch.float32
+    with pytest.raises(InputError, match=r"train\.precision = 'bf16': .*use fp32 or auto"):
+        choose_dtype(CPU, "bf16")
 
 
 def test_what_is_faster_is_timed(monkeypatch):
@@ -42,27 +42,26 @@ def test_what_is_faster_is_timed(monkeypatch):
         ticks = iter([0, seconds[0]] * 5 + [0, seconds[1]] * 5)
         monkeypatch.setattr(distributed.time, "perf_counter", lambda ticks=ticks: next(ticks))
         monkeypatch.setattr(torch.Tensor, "to", lambda x, _: x[:1, :1])
-        assert fast_dtype(CPU, "auto") == wanted
+        assert choose_dtype(CPU, "auto") == wanted
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        assert fast_dtype(CPU, name) == dtype
-        assert precision(autocast(CPU, dtype)) == name
+        assert choose_dtype(CPU, name) == dtype
+        assert precision_name(autocast(CPU, dtype)) == name
 
 
 def test_settings_in_one_line(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    line = settings(CPU, torch.float32, False)
-    assert line == (
-        "CPU, 2 threads, fp32, blocks not compiled, freed memory kept for the next step"
-    )
+    line = describe_machine(CPU, torch.float32, False)
+    assert line == ("CPU, 2 threads, fp32, blocks not compiled, freed memory is reused")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    assert settings(CPU, torch.bfloat16, True).startswith("CPU, 1 thread, bf16, blocks compiled")
+    line = describe_machine(CPU, torch.bfloat16, True)
+    assert line.startswith("CPU, 1 thread, bf16, blocks compiled")
 
 
 HELD = """
 import resource, torch
-from engine.training.distributed import settings, setup
+from engine.training.distributed import describe_machine, setup
 setup()
-print(settings(torch.device("cpu"), torch.float32, False))
+print(describe_machine(torch.device("cpu"), torch.float32, False))
 tensors = [torch.ones(1 << 20) for _ in range(40)]  # 4 MiB each
 del tensors
 print([int(line.split()[1]) // 1024 for line in open("/proc/self/status") if "VmRSS" in line][0])
@@ -76,7 +75,8 @@ def test_what_the_user_told_glibc_counts(python, tmp_path):
         done = python(["-c", HELD], tmp_path, PYTHONPATH=str(ROOT), **told)
         line, mib = done.stdout.splitlines()
         held[bool(told)] = int(mib)
-        assert line.endswith("as MALLOC_ says" if told else "kept for the next step"), done.stderr
+        ending = "malloc set by MALLOC_*" if told else "freed memory is reused"
+        assert line.endswith(ending), done.stderr
     assert held[False] - held[True] > 100, held
 
 
@@ -90,7 +90,7 @@ def test_the_last_tensor_is_back_before_a_process_ends(monkeypatch):
 
     monkeypatch.setattr(distributed.dist, "all_reduce", all_reduce)
     monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
-    distributed.Dist(rank=0, world=2, device=CPU).close()
+    distributed.Dist(rank=0, world_size=2, device=CPU).shutdown()
     assert dropped.is_set()
 
 
@@ -104,23 +104,23 @@ def test_more_processes_than_gpus(monkeypatch):
 
 def test_blocks_are_compiled_where_asked_and_by_default_on_a_gpu(monkeypatch):
     gpu = torch.device("cuda")
-    monkeypatch.setattr(distributed, "lacks_compiler", lambda _: "")
+    monkeypatch.setattr(distributed, "missing_compiler", lambda _: "")
     asked = ("auto", "on", "off")
-    assert [compiles(CPU, choice) for choice in asked] == [False, True, False]
-    assert [compiles(gpu, choice) for choice in asked] == [True, True, False]
-    monkeypatch.setattr(distributed, "lacks_compiler", lambda _: "torch.compile needs g++")
-    assert not compiles(gpu, "auto")
+    assert [should_compile(CPU, choice) for choice in asked] == [False, True, False]
+    assert [should_compile(gpu, choice) for choice in asked] == [True, True, False]
+    monkeypatch.setattr(distributed, "missing_compiler", lambda _: "torch.compile needs g++")
+    assert not should_compile(gpu, "auto")
     with pytest.raises(InputError, match=r"train\.compile = 'on': torch\.compile needs g\+\+"):
-        compiles(CPU, "on")
+        should_compile(CPU, "on")
 
 
 def test_what_a_compiler_needs(monkeypatch):
     monkeypatch.setenv("CXX", "no-such")
-    assert lacks_compiler(CPU) == "torch.compile needs no-such"
+    assert missing_compiler(CPU) == "torch.compile needs no-such"
     monkeypatch.setenv("CXX", "ls")
-    assert not lacks_compiler(CPU)
+    assert not missing_compiler(CPU)
     triton = importlib.import_module("torch.utils._triton")
     monkeypatch.setenv("CC", "ls")
     for there in (True, False):
         monkeypatch.setattr(triton, "has_triton", lambda there=there: there)
-        assert bool(lacks_compiler(torch.device("cuda"))) != there
+        assert bool(missing_compiler(torch.device("cuda"))) != there

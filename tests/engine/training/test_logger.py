@@ -13,7 +13,7 @@ from PIL import Image
 import train
 from config_tools import InputError, read_json
 from configs import RunConfig, TrainConfig
-from engine.training.logger import Logger, answers_path, plot, read_log
+from engine.training.logger import Logger, answer_sheet_path, plot_curves, read_log
 
 RATES = {"tokens_per_s": 10.0, "images_per_s": 2.0, "data_wait": 0.1}
 
@@ -28,21 +28,21 @@ def test_lines_plot_and_words(tmp_path, capsys):
         logger.advance()
         logger.log({"loss": 4.0 - step / 2, "grad_norm_vision": 0.1 * step, **RATES}, step)
     logger.log({"val_loss": 2.5, "val_accuracy": 0.5, "val_answers": ["red"]}, 4)
-    logger.say("a sentence")
+    logger.write("a sentence")
     logger.close()
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [e["step"] for e in lines] == [1, 2, 3, 4, 4]
     assert lines[0]["loss"] == 3.5 and lines[4]["val_accuracy"] == 0.5 and "seconds" in lines[0]
     assert Image.open(tmp_path / "loss.png").size == (840, 1200)
     out, err = capsys.readouterr()
-    assert "a sentence" in out and "4/4" in err and "loss 2.000, 10 tok/s" in err
+    assert "a sentence" in out and "4/4" in err and "loss 2.000, 10 tokens/s" in err
 
 
 def test_other_processes_are_silent(tmp_path, capsys):
     logger = Logger(config(tmp_path, wandb=True), False)
     logger.advance()
     logger.log({"loss": 1.0} | RATES, 1)
-    logger.say("nothing")
+    logger.write("nothing")
     logger.close()
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr() == ("", "")
 
@@ -68,7 +68,7 @@ def test_no_step_no_plot(tmp_path):
 def test_plot_needs_no_matplotlib(tmp_path, monkeypatch):
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    plot(tmp_path)
+    plot_curves(tmp_path)
     assert not (tmp_path / "loss.png").exists()
 
 
@@ -84,10 +84,10 @@ def test_wandb_is_offline_and_gets_every_value(tmp_path, monkeypatch):
     cfg = config(tmp_path, wandb=True)
     logger = Logger(cfg, True)
     logger.log({"loss": 1.0} | RATES, 3)
-    sheet = answers_path(tmp_path, 3)
+    sheet = answer_sheet_path(tmp_path, 3)
     sheet.touch()
-    logger.evaluated({"val_loss": 0.5, "val_answers": ["red"]}, 3)
-    logger.evaluated({"val_loss": 0.4}, 4)  # no answers were drawn
+    logger.log_evaluation({"val_loss": 0.5, "val_answers": ["red"]}, 3)
+    logger.log_evaluation({"val_loss": 0.4}, 4)  # no answers were drawn
     logger.close()
     init, line, evaluated, later, end = calls
     assert init["mode"] == "offline" and init["dir"] == str(tmp_path)
@@ -109,7 +109,7 @@ def test_wandb_itself_keeps_the_pictures_of_an_offline_run(run_file, monkeypatch
     train.main([str(path)])
     run = Path(read_json(path)["train"]["out"])
     kept = sorted(run.glob("wandb/offline-run-*/files/media/images/answers_*.png"))
-    drawn = [answers_path(run, step).read_bytes() for step in (2, 4)]
+    drawn = [answer_sheet_path(run, step).read_bytes() for step in (2, 4)]
     assert sorted(p.read_bytes() for p in kept) == sorted(drawn)
 
 

@@ -24,7 +24,7 @@ from configs import TrainConfig
 from engine.training import distributed
 from engine.training.distributed import Dist
 from engine.training.logger import read_log
-from engine.training.loop import keep_batches, kept_batches
+from engine.training.loop import find_bad_batches, save_bad_batches
 from models.inference.compile import compile_blocks
 from models.vision_language_model import VisionLanguageModel
 from train import main
@@ -99,7 +99,7 @@ def test_batches_prepared_ahead_change_nothing(run_file, stop_after, monkeypatch
     """As on a GPU, which still works on a step when the next one's batches are made."""
     train, packed = {"accumulate": 2}, {"packing": True}
     whole = go(run_file("whole", {}, packed, **train))
-    monkeypatch.setattr(Dist, "works_apart", True)
+    monkeypatch.setattr(Dist, "is_async", True)
     config = run_file("parts", {}, packed, **train)
     stop_after(3)
     parts = go(config)
@@ -110,7 +110,7 @@ def test_batches_prepared_ahead_change_nothing(run_file, stop_after, monkeypatch
 
 def test_a_run_of_compiled_blocks_goes_on_and_is_the_run(run_file, stop_after, monkeypatch, capsys):
     """What the compiler is given is run as it is, which takes no compiler."""
-    monkeypatch.setattr(distributed, "lacks_compiler", lambda _: "")
+    monkeypatch.setattr(distributed, "missing_compiler", lambda _: "")
     monkeypatch.setattr("train.compile_blocks", partial(compile_blocks, backend="eager"))
     plain, compiled = {"packing": True}, dict(optimizer="adamw", compile="on")
     whole = go(run_file("whole", {}, plain, **compiled))
@@ -203,7 +203,7 @@ def test_a_step_that_is_not_finite_changes_nothing(run_file, monkeypatch, capsys
                       state_of(run, 2)["optimizer"][0]["state"])  # fmt: skip
     (kept,) = torch.load(run / "bad-step-000001.pt", weights_only=True)
     assert kept["images"].isnan().all() and kept["input_ids"].shape[0] == 1
-    assert "skipped, batch kept in" in (out := capsys.readouterr()).out + out.err
+    assert "step skipped, batch saved in" in (out := capsys.readouterr()).out + out.err
     lines = (run / "log.jsonl").read_text().splitlines()
     steps = [e for e in (json.loads(x, parse_constant=refuse) for x in lines) if "loss" in e]
     assert [e["bad_steps"] for e in steps] == [0, 1, 1]
@@ -221,10 +221,10 @@ def refuse(constant: str) -> None:
 def test_every_process_keeps_its_own_bad_batch(tmp_path):
     for rank in (0, 1):
         batch = types.SimpleNamespace(tensors=lambda rank=rank: {"x": torch.full((2,), rank)})
-        path = keep_batches(tmp_path, 7, [batch], rank)
+        path = save_bad_batches(tmp_path, 7, [batch], rank)
         (kept,) = torch.load(path, weights_only=True)
         assert kept["x"].tolist() == [rank, rank]
-    assert len(list(tmp_path.iterdir())) == 2 and len(kept_batches(tmp_path)) == 1
+    assert len(list(tmp_path.iterdir())) == 2 and len(find_bad_batches(tmp_path)) == 1
 
 
 def test_bad_steps_in_a_row_stop_the_run_good_ones_forgive(run_file, monkeypatch):

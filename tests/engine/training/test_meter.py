@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from config_tools import read_json
 from engine.training.distributed import Dist, autocast
-from engine.training.meter import Meter, flops, matmul_peak, part_norms
+from engine.training.meter import Meter, gradient_norms, measure_peak_flops, training_flops
 from train import main
 
 CPU = torch.device("cpu")
@@ -31,7 +31,9 @@ def test_flops_are_what_torch_counts(small_model, make_sample, frozen):
     with FlopCounterMode(display=False) as counter:
         _, loss = model(ids[None], images, targets=ids[None], reduction="sum")
         loss.backward()
-    assert flops(model, len(ids), len(images)) == pytest.approx(counter.get_total_flops(), rel=0.15)
+    assert training_flops(model, len(ids), len(images)) == pytest.approx(
+        counter.get_total_flops(), rel=0.15
+    )
 
 
 def test_norms_of_parts_make_the_norm_of_the_whole(small_model, make_sample):
@@ -40,7 +42,7 @@ def test_norms_of_parts_make_the_norm_of_the_whole(small_model, make_sample):
     model.parts["vision"].requires_grad_(False)
     _, loss = model(ids[None], images, targets=ids[None])
     loss.backward()
-    norms = part_norms(model.parts)
+    norms = gradient_norms(model.parts)
     assert set(norms) == {"grad_norm_projector", "grad_norm_language"}, "nothing of a frozen part"
     whole = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9).item()
     assert sum(n**2 for n in norms.values()) ** 0.5 == pytest.approx(whole, rel=1e-5)
@@ -50,29 +52,29 @@ def test_norms_of_parts_make_the_norm_of_the_whole(small_model, make_sample):
 def test_rates_are_of_the_time_since_last_asked(small_model, monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr("engine.training.meter.matmul_peak", lambda device, dtype: 1e9)
+    monkeypatch.setattr("engine.training.meter.measure_peak_flops", lambda device, dtype: 1e9)
     model = small_model()
     meter = Meter(model, autocast(CPU, torch.float32))
-    with meter.waiting():
+    with meter.waiting_for_data():
         clock[0] += 1
     clock[0] += 3
     meter.tokens, meter.images = 80, 5
     rates = meter.rates(Dist(0, 1, CPU))
     assert (rates["tokens_per_s"], rates["images_per_s"]) == (20, 1.25)
     assert rates["data_wait"] == 0.25
-    assert rates["mfu"] == round(flops(model, 80, 5) / 4 / 1e9, 4) > 0
+    assert rates["mfu"] == round(training_flops(model, 80, 5) / 4 / 1e9, 4) > 0
     clock[0] += 1
     assert meter.rates(Dist(0, 1, CPU))["tokens_per_s"] == 0
 
 
 def test_the_peak_is_a_speed_of_this_machine():
-    peak = matmul_peak(CPU, torch.float32, 256)
+    peak = measure_peak_flops(CPU, torch.float32, 256)
     assert 1e8 < peak < 1e13
 
 
 def test_a_run_logs_parts_rates_answers_and_a_picture(run_file):
     config = run_file("run", data={"val_fraction": 0.3}, steps=4, log_every=2, eval_every=2,
-                      eval_samples=3, freeze=("vision",), answers_every=2)  # fmt: skip
+                      eval_samples=3, freeze=("vision",), answer_sheet_every=2)  # fmt: skip
     main([str(config)])
     run = Path(read_json(config)["train"]["out"])
     lines = list(map(json.loads, (run / "log.jsonl").read_text().splitlines()))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import train
 from config_tools import InputError, read_json
 from configs import TrainConfig
-from engine.training.optim import Muon, build_optimizer, lr_factor, orthogonalise
+from engine.training.optim import Muon, build_optimizer, lr_factor, newton_schulz
 from models.vision_language_model import VisionLanguageModel
 
 RATES = dict(lr_vision=0.001, lr_projector=0.002, lr_language=0.003, lr_muon=0.05, weight_decay=0.1)
@@ -81,7 +81,7 @@ def test_frozen_parts_are_in_no_group(small_model, kind):
 def test_orthogonalise_brings_singular_values_to_about_one(shape):
     torch.manual_seed(0)
     x = torch.randn(3, *shape)
-    y = orthogonalise(x, torch.float32)
+    y = newton_schulz(x, torch.float32)
     values = torch.linalg.svdvals(y)
     # The quintic promises 0.7 to 1.2 from about 0.005 of the norm on; a square has smaller ones.
     low = 0.6 if shape[0] != shape[1] else 0.0
@@ -91,7 +91,7 @@ def test_orthogonalise_brings_singular_values_to_about_one(shape):
     core = u.mT @ y @ vh.mT
     torch.testing.assert_close(core, torch.diag_embed(core.diagonal(dim1=1, dim2=2)),
                                atol=1e-4, rtol=0)  # fmt: skip
-    assert orthogonalise(torch.zeros(1, *shape), torch.float32).eq(0).all()
+    assert newton_schulz(torch.zeros(1, *shape), torch.float32).eq(0).all()
 
 
 def naive_muon(p, grads, lr, mu, decay):

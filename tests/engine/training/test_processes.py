@@ -57,9 +57,9 @@ def mixed_rows(tmp_path, rows_file) -> str:
 
 def few_logits(rank: int) -> None:
     """The loss in chunks, as of a large vocabulary."""
-    import models.language_model
+    import models.ops.token_loss
 
-    models.language_model.AT_ONCE["cpu"] = 640 * 4
+    models.ops.token_loss.MAX_LOGITS["cpu"] = 640 * 4
 
 
 def same_curve(one: Path, two: Path, n: int) -> None:
@@ -100,7 +100,7 @@ def compile_without_a_compiler(rank: int) -> None:
     import engine.training.distributed
     import train
 
-    engine.training.distributed.lacks_compiler = lambda _: ""
+    engine.training.distributed.missing_compiler = lambda _: ""
     train.compile_blocks = partial(train.compile_blocks, backend="aot_eager")
 
 
@@ -143,7 +143,7 @@ def test_parts_of_a_model_resume_and_evaluate(launch, run_file):
         engine.training.loop.clip = counted
 
     together(launch, [str(parts)], said, stop_in_step_2)
-    assert [p.name for p in checkpoint.folders(folder(parts))] == ["step-000002"]
+    assert [p.name for p in checkpoint.list_checkpoints(folder(parts))] == ["step-000002"]
     assert (folder(parts) / "step-000002" / "shards" / ".metadata").is_file()
     together(launch, [str(parts), "--train.resume", "auto"], said)
     x, y = (load_file(folder(c) / "step-000004" / "model.safetensors") for c in (whole, parts))

@@ -11,12 +11,19 @@ from PIL import Image
 
 from config_tools import InputError
 from configs import ViTConfig
-from configs_classify import ClassesConfig
+from configs_classify import ClassifyDataConfig
 from data.classification.dataset import from_rows
 from data.sources.idx import ArrayRows
 from engine.training.distributed import autocast
-from engine.vit.classification import Result, by_class, draw_confusion, evaluate, predict, table
-from engine.vit.figures import heat
+from engine.vit.classification import (
+    Result,
+    class_metrics,
+    draw_confusion,
+    evaluate,
+    format_table,
+    predict,
+)
+from engine.vit.figures import heatmap
 from models.classifier import Classifier
 from models.vision_transformer import ViT
 
@@ -29,21 +36,21 @@ RESULT = Result(
 def test_figures_are_counted_by_hand():
     assert RESULT.accuracy == 3 / 6
     assert RESULT.confusion.tolist() == [[2, 2, 0], [1, 1, 0], [0, 0, 0]]
-    a, b, c = by_class(RESULT)
-    assert a == {"class": "a", "pictures": 4, "recall": 0.5, "precision": 2 / 3, "taken for": "b"}
-    assert (b["recall"], b["precision"], b["taken for"]) == (0.5, 1 / 3, "a")
-    assert (c["pictures"], c["recall"], c["precision"], c["taken for"]) == (0, None, None, "")
+    a, b, c = class_metrics(RESULT)
+    assert a == {"class": "a", "images": 4, "recall": 0.5, "precision": 2 / 3, "confused_with": "b"}
+    assert (b["recall"], b["precision"], b["confused_with"]) == (0.5, 1 / 3, "a")
+    assert (c["images"], c["recall"], c["precision"], c["confused_with"]) == (0, None, None, "")
     low, high = RESULT.interval
     assert low <= 0.5 <= high
     assert RESULT.values() == {"val_loss": 0.5, "val_accuracy": 0.5}  # of three, five is no news
 
 
 def test_the_table_has_the_worst_first_and_names_what_is_missing():
-    lines = table(RESULT).splitlines()
+    lines = format_table(RESULT).splitlines()
     assert lines[0].startswith("accuracy 50.00% (95 % interval ")
     assert [line.split()[0] for line in lines[2:]] == ["a", "b", "c"]
     failed = replace(RESULT, failed=("x.png: torn.",))
-    assert table(failed).splitlines()[-1] == "left out: x.png: torn."
+    assert format_table(failed).splitlines()[-1] == "skipped: x.png: torn."
 
 
 def test_the_confusion_is_drawn(tmp_path):
@@ -66,7 +73,7 @@ def test_evaluate_is_one_forward_over_everything(model):
     pixels = rng.integers(0, 256, (150, 16, 16, 3), dtype=np.uint8)  # two batches
     labels = [str(k) for k in rng.integers(0, 7, 150)]
     rows = ArrayRows(pixels, labels, "rows")
-    source = from_rows(rows, ClassesConfig(val_fraction=0.0), "test", model.labels)
+    source = from_rows(rows, ClassifyDataConfig(val_fraction=0.0), "test", model.labels)
     result = evaluate(model.train(), source, autocast(torch.device("cpu"), torch.float32))
     assert model.training
     x = torch.tensor(pixels).permute(0, 3, 1, 2) / 127.5 - 1
@@ -104,15 +111,16 @@ def test_answers_are_in_order_of_probability_and_of_pictures(model, tmp_path):
 def test_nothing_that_opens_is_said(model, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "torn.png").write_bytes(b"torn")
-    from data.classification.dataset import open_classes
+    from data.classification.dataset import open_classification
 
-    source = open_classes(ClassesConfig(source=str(tmp_path)), "test", ("a", *model.labels))
-    with pytest.raises(InputError, match="no picture can be opened"):
+    cfg = ClassifyDataConfig(source=str(tmp_path))
+    source = open_classification(cfg, "test", ("a", *model.labels))
+    with pytest.raises(InputError, match="no image can be opened"):
         evaluate(model, source, autocast(torch.device("cpu"), torch.float32))
 
 
 def test_a_map_is_dark_where_least_and_bright_where_most():
     values = np.zeros((4, 4))
     values[0, 3] = 1
-    pixels = np.asarray(heat(values)).astype(int)
+    pixels = np.asarray(heatmap(values)).astype(int)
     assert pixels[20, -20].sum() > pixels[-20, 20].sum() + 200

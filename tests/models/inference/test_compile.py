@@ -15,15 +15,20 @@ from torch.profiler import profile
 
 from configs import TrainConfig, ViTConfig
 from engine.training import adapters
-from engine.training.distributed import lacks_compiler
+from engine.training.distributed import missing_compiler
 from models.classifier import Classifier
-from models.inference.compile import _product, _takes_packed, compile_blocks, compile_decoding
+from models.inference.compile import (
+    _few_row_product,
+    _uses_packed_gemm,
+    compile_blocks,
+    compile_decoding,
+    eager_blocks,
+)
 from models.inference.generate import steps
 from models.inference.int8 import quantize_int8
 from models.inference.kv_cache import KVCache, StaticCache
 from models.inference.sampling import Sampling
 from models.language_model import RMSNorm
-from models.ops import packed
 from models.vision_language_model import VisionLanguageModel
 from models.vision_transformer import ViT
 
@@ -39,9 +44,8 @@ def nothing_compiled():
 
 
 @pytest.fixture
-def compiled(monkeypatch):
+def compiled():
     """Compile a model's blocks by what only counts the graphs it is given; the counter."""
-    monkeypatch.setattr(packed, "segment_attention", packed.segment_attention)
     counters.clear()
     graphs = []
 
@@ -98,8 +102,24 @@ def test_evaluation_compiles_nothing(small_config, compiled):
     plain, made = pair(small_config)
     graphs = compiled(made.eval())
     ids = torch.arange(4, 12)[None]
-    assert torch.equal(plain.eval().generate(ids), made.generate(ids))
+    with eager_blocks(made):
+        assert torch.equal(plain.eval().generate(ids), made.generate(ids))
     assert graphs == []
+    made(ids)
+    assert graphs, "outside of it they are compiled"
+
+
+def test_compiled_models_are_copied_and_saved(small_config, compiled, some_rows, tmp_path):
+    """A copy and a file hold the model as it was before it was compiled."""
+    plain, made = pair(small_config)
+    graphs = compiled(made)
+    compile_decoding(made, lambda graph, _: graph.forward)
+    torch.save(made, tmp_path / "model.pt")
+    for other in (deepcopy(made), torch.load(tmp_path / "model.pt", weights_only=False)):
+        n_graphs = len(graphs)
+        assert other.compiled_decode is None and made.compiled_decode is not None
+        assert_same_step(plain, other, some_rows(made.cfg, 1, False))
+        assert len(graphs) == n_graphs
 
 
 def test_adapters_and_recomputed_blocks_compile(small_config, compiled, some_rows):
@@ -107,7 +127,7 @@ def test_adapters_and_recomputed_blocks_compile(small_config, compiled, some_row
     plain, made = pair(small_config)
     for model in (plain, made):
         torch.manual_seed(0)
-        adapters.attach(model, TrainConfig(lora=("vision", "language")))
+        adapters.attach_adapters(model, TrainConfig(lora=("vision", "language")))
         for name in ("vision", "language"):
             model.parts[name].activation_checkpointing = True
     graphs = compiled(made)
@@ -155,9 +175,9 @@ def decoding(small_config):
 
 
 def both_ways(model, *args) -> list[list]:
-    made, model.compiled_decoder = model.compiled_decoder, None
+    made, model.compiled_decode = model.compiled_decode, None
     plain = list(steps(model, *args))
-    model.compiled_decoder = made
+    model.compiled_decode = made
     return [plain, list(steps(model, *args))]
 
 
@@ -168,18 +188,18 @@ def assert_said_the_same(plain: list, made: list) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8])
-def test_a_product_in_loops_is_the_product(rows):
+def test_a_few_row_product_in_loops_is_the_few_row_product(rows):
     """In bf16 it sums in fp32, and rounds once."""
     a, b = torch.randn(rows, 48), torch.randn(20, 48).t()
-    torch.testing.assert_close(_product(a, b), a @ b)
+    torch.testing.assert_close(_few_row_product(a, b), a @ b)
     a, b = a.bfloat16(), b.bfloat16()
-    wanted, found = a.float() @ b.float(), _product(a, b)
+    wanted, found = a.float() @ b.float(), _few_row_product(a, b)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), wanted, rtol=2**-8, atol=1e-5)
 
 
-def test_products_of_many_rows_stay_as_they_are():
-    assert _product(torch.randn(9, 48), torch.randn(48, 20)) is NotImplemented
+def test_few_row_products_of_many_rows_stay_as_they_are():
+    assert _few_row_product(torch.randn(9, 48), torch.randn(48, 20)) is NotImplemented
 
 
 def test_one_step_is_compiled_for_answers_of_every_length(decoding, make_sample):
@@ -228,15 +248,15 @@ def test_which_steps_take_packed_matrices(small_config, monkeypatch):
     """Of some rows in bf16 where there is arithmetic for it; 8 bits would be made wide."""
     model = VisionLanguageModel(small_config(**SMALL, lm_hidden_dim=384))
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    assert not _takes_packed(model, 8)
+    assert not _uses_packed_gemm(model, 8)
     model.bfloat16()
-    assert [_takes_packed(model, n) for n in (1, 4, 5, 64)] == [False, False, True, True]
-    assert not _takes_packed(VisionLanguageModel(small_config(**SMALL)).bfloat16(), 8)
+    assert [_uses_packed_gemm(model, n) for n in (1, 4, 5, 64)] == [False, False, True, True]
+    assert not _uses_packed_gemm(VisionLanguageModel(small_config(**SMALL)).bfloat16(), 8)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    assert not _takes_packed(model, 8)
+    assert not _uses_packed_gemm(model, 8)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     quantize_int8(model.decoder)
-    assert not _takes_packed(model, 8)
+    assert not _uses_packed_gemm(model, 8)
 
 
 def test_a_step_that_packs_is_traced_with_matrices_as_constants(small_config, monkeypatch):
@@ -248,7 +268,7 @@ def test_a_step_that_packs_is_traced_with_matrices_as_constants(small_config, mo
     tokens, positions = torch.arange(6), torch.full((6,), 4)
     cache = KVCache(model.cfg, 6, 9, torch.device("cpu"), torch.bfloat16)
     with torch.inference_mode():
-        found = model.compiled_decoder(cache, tokens, positions)(tokens, positions)
+        found = model.compiled_decode(cache, tokens, positions)(tokens, positions)
         wanted = model.decode(tokens, positions, StaticCache(cache))
     torch.testing.assert_close(found, wanted)
     n_weights = len(list(model.decoder.parameters()))
@@ -260,7 +280,7 @@ def test_a_step_that_packs_is_traced_with_matrices_as_constants(small_config, mo
 @pytest.mark.skipif(not has_bf16, reason="needs a processor with bf16 arithmetic")
 def test_packed_matrices_are_as_near_to_fp32_as_plain_ones(small_config):
     """And are what is multiplied: oneDNN is called, for caches of every length, but not by few."""
-    if why := lacks_compiler(torch.device("cpu")):
+    if why := missing_compiler(torch.device("cpu")):
         pytest.skip(why)
     torch.manual_seed(0)
     narrow = VisionLanguageModel(small_config(**SMALL, lm_hidden_dim=384)).eval().bfloat16()
@@ -275,7 +295,7 @@ def test_packed_matrices_are_as_near_to_fp32_as_plain_ones(small_config):
         in_fp32.k, in_fp32.v = ([x.float() for x in kept] for kept in (cache.k, cache.v))
         with torch.inference_mode():
             with profile() as seen:
-                made = narrow.compiled_decoder(cache, tokens, positions)(tokens, positions)
+                made = narrow.compiled_decode(cache, tokens, positions)(tokens, positions)
             plain = narrow.decode(tokens, positions, StaticCache(cache))
             right = wide.decode(tokens, positions, StaticCache(in_fp32))
         of_packed = "mkldnn::_linear_pointwise"

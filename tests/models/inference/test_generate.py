@@ -102,13 +102,13 @@ def test_rows_stop_at_their_end_and_pad_after(model, prompts, pad_rows):
     assert short.tolist() == [plain[0][: stops[0]]], "the last row to stop ends the batch"
 
 
-def test_stream_is_generate_step_by_step(model, prompts, pad_rows):
+def test_generate_is_all_steps(model, prompts, pad_rows):
     ids, images, mask = pad_rows(model.cfg, prompts, "right")
     sampling = Sampling(max_new_tokens=6, temperature=1.0, seed=3)
-    steps = list(model.stream(ids, images, mask, sampling))
-    assert torch.equal(torch.stack(steps, 1), model.generate(ids, images, mask, sampling))
+    tokens = [step.tokens for step in steps(model, ids, images, mask, sampling)]
+    assert torch.equal(torch.stack(tokens, 1), model.generate(ids, images, mask, sampling))
     model.train()
-    begun = model.stream(ids, images, mask, sampling)
+    begun = steps(model, ids, images, mask, sampling)
     next(begun)
     assert not torch.is_inference_mode_enabled(), "a half-read stream must not leak its mode"
 
@@ -119,7 +119,7 @@ def test_the_answer_is_cut_at_the_context(model, small_config, make_sample):
     got = model.generate(ids[None], images, sampling=Sampling(max_new_tokens=50))
     assert got.tolist() == [naive(model, (ids, images), 8)]
     ids, images = make_sample(cfg, 0, 128, 0)
-    with pytest.raises(ValueError, match="128 tokens leaves no room in a context of 128"):
+    with pytest.raises(ValueError, match="128 tokens leaves no space for an answer in a context"):
         model.generate(ids[None], images)
 
 

@@ -11,9 +11,10 @@ from torch import nn
 
 from config_tools import InputError
 from engine.inference.chat import Chat
-from engine.training.distributed import lacks_compiler
+from engine.training.distributed import missing_compiler
 from models.inference import int8
 from models.inference.compile import compile_decoding
+from models.inference.generate import steps
 from models.inference.int8 import Int8Linear, quantize_int8
 from models.inference.sampling import Sampling
 
@@ -89,7 +90,7 @@ SHORT = Sampling(max_new_tokens=6)
 @pytest.fixture
 def asked(small_checkpoint):
     chat = Chat.load(small_checkpoint)
-    return chat, chat.prompt("What is this?")
+    return chat, chat.encode_prompt("What is this?")
 
 
 def test_a_decoder_answers_with_its_rounded_matrices(asked, small_checkpoint):
@@ -108,17 +109,19 @@ def test_a_decoder_answers_with_its_rounded_matrices(asked, small_checkpoint):
     assert torch.equal(
         layers["decoder.token_embedding"].weight, chat.model.decoder.token_embedding.weight
     )
-    whole, small, plain = (next(iter(c.watch(tokens))).logits for c in (chat, eight, by_hand))
+    whole, small, plain = (
+        next(iter(c.stream_chunks(tokens))).logits for c in (chat, eight, by_hand)
+    )
     torch.testing.assert_close(small, plain, rtol=1e-4, atol=1e-4)
     assert (small - whole).norm() > 1e-3 * whole.norm()
-    assert eight.answers([tokens], SHORT) == by_hand.answers([tokens], SHORT)
+    assert eight.generate_answers([tokens], SHORT) == by_hand.generate_answers([tokens], SHORT)
 
 
 def test_rounded_matrices_are_not_saved(asked, tmp_path):
     model = asked[0].model
     quantize_int8(model.decoder)
     for part in (model, model.decoder):
-        with pytest.raises(InputError, match="in 8 bits is for answering alone: save it before"):
+        with pytest.raises(InputError, match="an int8 model cannot be saved; save it before"):
             part.save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
@@ -136,7 +139,7 @@ def test_a_loss_with_rounded_matrices(asked):
 @pytest.mark.slow
 def test_a_compiled_step_says_the_same(asked, small_checkpoint):
     """For one row, and for two, with which words are read twice."""
-    if why := lacks_compiler(torch.device("cpu")):
+    if why := missing_compiler(torch.device("cpu")):
         pytest.skip(why)
     chat, tokens = asked
     quantize_int8(chat.model.decoder)
@@ -145,5 +148,5 @@ def test_a_compiled_step_says_the_same(asked, small_checkpoint):
     compile_decoding(chat.model)
     for rows in (1, 2):
         ids = torch.as_tensor(tokens.ids)[None].repeat(rows, 1).long()
-        found = [list(c.model.stream(ids, None, None, SHORT)) for c in (chat, plain)]
+        found = [[s.tokens for s in steps(c.model, ids, None, None, SHORT)] for c in (chat, plain)]
         assert len(found[0]) > 2 and all(map(torch.equal, *found))

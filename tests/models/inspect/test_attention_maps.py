@@ -28,9 +28,9 @@ def test_weights_times_values_are_the_attention(changes, small_model, sample):
     assert weights.shape == (3, 4, len(ids) - 4, len(ids))
     torch.testing.assert_close(weights.sum(-1), torch.ones(L, H, R))
     for block, w, v, out in zip(blocks, weights, values, attended, strict=True):
-        v = v.unflatten(-1, (2, -1)).repeat_interleave(2, dim=1).transpose(0, 1)  # [H, T, C]
+        v = v[0].unflatten(-1, (2, -1)).repeat_interleave(2, dim=1).transpose(0, 1)  # [H, T, C]
         mixed = (w @ v).transpose(0, 1).flatten(1)  # [R, H * C]
-        torch.testing.assert_close(block.attn.o_proj(mixed), out[4:], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(block.attn.o_proj(mixed), out[0, 4:], atol=1e-5, rtol=1e-4)
     assert not weights[..., 0, 6:].any() and weights[..., 0, :5].all(), "the first looks back only"
 
 

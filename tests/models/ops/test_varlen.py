@@ -15,8 +15,13 @@ from torch.nn.attention import varlen
 from configs import LMConfig
 from data.types import Batch
 from models.ops import packed
-from models.ops.attention import attention
-from models.ops.packed import bound_segments, plan_packing, supports_varlen, varlen_kernel
+from models.ops.packed import (
+    find_bounds,
+    pack,
+    packed_attention,
+    supports_varlen,
+    varlen_kernel,
+)
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -24,7 +29,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 @pytest.mark.parametrize("n_kv", [1, 4])
 def test_bounded_attention_is_the_dense_mask(like_a_gpu, n_kv):
     segments = torch.tensor([[1] * 5 + [2] * 3 + [0] * 2, [2] * 1 + [1] * 9])
-    plan = bound_segments(segments, CPU)
+    plan = find_bounds(segments, CPU)
     assert plan.bounds.tolist() == [0, 5, 8, 10, 11, 20] and plan.longest == 9
     g = torch.Generator().manual_seed(0)
     ours = [torch.randn(2, h, 10, 8, generator=g, requires_grad=True) for h in (4, n_kv, n_kv)]
@@ -32,7 +37,7 @@ def test_bounded_attention_is_the_dense_mask(like_a_gpu, n_kv):
     mask = segments[:, None, :, None] == segments[:, None, None, :]  # [B, 1, T, T]
     mask &= torch.ones(10, 10, dtype=torch.bool).tril()
     wanted = F.scaled_dot_product_attention(*theirs, attn_mask=mask, enable_gqa=True)
-    out = attention(*ours, causal=True, plan=plan)
+    out = packed_attention(*ours, plan)
     torch.testing.assert_close(out, wanted, rtol=0, atol=1e-5)
     cotangent = torch.randn(out.shape, generator=g)
     out.backward(cotangent)
@@ -77,7 +82,7 @@ def test_matrices_in_bf16_decide_not_the_hidden_states(monkeypatch):
     monkeypatch.setattr(packed, "supports_varlen", lambda *args: asked.append(args[2]))
     for dtype in (torch.float32, torch.bfloat16):
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            plan_packing(LMConfig(), torch.ones(1, 4), torch.zeros(1, 4, 8))
+            pack(LMConfig(), torch.ones(1, 4), torch.zeros(1, 4, 8))
     assert asked == [torch.float32, torch.bfloat16]
 
 

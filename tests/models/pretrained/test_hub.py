@@ -271,9 +271,9 @@ import sys, torch
 from dataclasses import replace
 from models.vision_language_model import VisionLanguageModel
 model = VisionLanguageModel.from_pretrained(sys.argv[1])
-print(model.vision_encoder.push_to_hub("user/eyes"))
-print(model.decoder.push_to_hub("user/mouth", private=False))
-names = dict(vit_model_type="user/eyes", lm_model_type="user/mouth")
+print(model.vision_encoder.push_to_hub("user/vision"))
+print(model.decoder.push_to_hub("user/language", private=False))
+names = dict(vit_model_type="user/vision", lm_model_type="user/language")
 again = VisionLanguageModel.from_backbones(replace(model.cfg, **names)).state_dict()
 print(sorted(n for n, x in model.state_dict().items() if not torch.equal(x, again[n])))
 """
@@ -282,10 +282,12 @@ print(sorted(n for n, x in model.state_dict().items() if not torch.equal(x, agai
 def test_an_encoder_and_a_decoder_alone(hub, run, small_checkpoint):
     """Only the projector, which neither holds, is new."""
     done = run("-c", PARTS, str(small_checkpoint))
-    eyes, mouth, different = done.stdout.splitlines()
-    assert (eyes, mouth) == (f"{hub.url}/user/eyes", f"{hub.url}/user/mouth"), done.stderr
+    vision, language, different = done.stdout.splitlines()
+    assert vision == f"{hub.url}/user/vision", done.stderr
+    assert language == f"{hub.url}/user/language"
     assert different == "['MP.proj.weight']"
-    assert hub.repos["user/eyes"]["private"] and not hub.repos["user/mouth"]["private"]
+    assert hub.repos["user/vision"]["private"]
+    assert not hub.repos["user/language"]["private"]
 
 
 def test_a_public_one_is_asked_for(hub, run, small_checkpoint):
@@ -324,10 +326,10 @@ for name in sys.argv[2:]:
             print(str(error).replace(chr(10), "NEWLINE"))
 """
 SAYS = {
-    "status401": "the login is missing or not valid, so run `hf auth login`",
-    "status403": "the login has no right to it",
-    "status404": "there is none of that name that the login may see",
-    "status500": "the Hub answered 500, try again later",
+    "status401": "the login is missing or not valid; run `hf auth login`",
+    "status403": "the login has no access to it",
+    "status404": "no such repository is visible to this login",
+    "status500": "the Hub answered 500; try again later",
     "dropped": "no connection to http://127.0.0.1",
 }
 
@@ -351,7 +353,7 @@ def test_a_private_repository_and_a_revision_that_is_not_there(hub, run, small_c
     done = run("-c", PULL, "user/secret", str(small_checkpoint), HF_TOKEN="")
     assert "the login is missing or not valid" in done.stderr.splitlines()[-1]
     done = run("-c", PULL, "user/secret", str(small_checkpoint), "v9")
-    assert "from the Hub at revision v9 it cannot be had: it has no such revision" in done.stderr
+    assert "from the Hub at revision v9 failed: it has no such revision" in done.stderr
 
 
 def test_no_login_and_no_network(run, small_checkpoint):

@@ -1,4 +1,4 @@
-"""Checkpoints made to harm: each is refused with one sentence, and nothing of it runs."""
+"""Malicious checkpoints: each raises an InputError, and none of their code runs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def write_header(target, header: dict | bytes, size: int | None = None) -> None:
 def test_a_pickle_instead_of_weights(name, target):
     (target / name).write_bytes(pickle.dumps(Bomb(target.parent / "harm")))
     (target / "model.safetensors").unlink()
-    refused(target, "no such file", f"{name} is a pickle, which could run code and is never opened")
+    refused(target, "no such file", f"{name} is a pickle, which can run code and is never opened")
     shutil.copy(target / name, target / "model.safetensors")  # under the right name, too
     refused(target, "not a whole safetensors file")
 
@@ -75,13 +75,13 @@ def test_a_pickle_in_the_index(target):
 def test_a_pickle_as_the_state_of_a_run(target):
     """Resuming reads tensors and plain values alone."""
     (target / "state.pt").write_bytes(pickle.dumps(Bomb(target.parent / "harm")))
-    with pytest.raises(InputError, match=r"state\.pt: not the whole state of a run"):
+    with pytest.raises(InputError, match=r"state\.pt: damaged"):
         load_state(target, None)
     assert not (target.parent / "harm").exists()
 
 
 @pytest.mark.parametrize(
-    "where", ["top", "text_config of a published one"], ids=["ours", "published"]
+    "where", ["top", "text_config of a published one"], ids=["own", "published"]
 )
 def test_code_of_its_own(where, target, edit_config):
     harm = str(target.parent / "harm")
@@ -91,7 +91,7 @@ def test_code_of_its_own(where, target, edit_config):
         config = json.loads((target / "config.json").read_text())
         del config["picovlm"]
         (target / "config.json").write_text(json.dumps(config))
-    refused(target, "auto_map asks for code of its own, which is never run")
+    refused(target, "auto_map asks for custom code, which is never run")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Published Idefics3 and SmolVLM checkpoints, as transformers writes them, without our key."""
+"""Published Idefics3 and SmolVLM checkpoints, as transformers saves them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def write_json(path, content) -> None:
 
 @pytest.fixture(params=[(kind, tied) for kind in MODELS for tied in (False, True)], ids=str)
 def published(request, lively, tiny_processor, tmp_path):
-    """(theirs, a directory as on the Hub: config, weights, preprocessor_config, tokenizer)."""
+    """(transformers' model, a directory with the files of one on the Hub)."""
     kind, tied = request.param
     cls, config_cls = MODELS[kind]
     config = config_cls(
@@ -55,47 +55,47 @@ def published(request, lively, tiny_processor, tmp_path):
         scale_factor=2, image_token_id=3, tie_word_embeddings=tied,
     )  # fmt: skip
     torch.manual_seed(0)
-    theirs = lively(cls(config))
-    theirs.save_pretrained(tmp_path)
+    reference = lively(cls(config))
+    reference.save_pretrained(tmp_path)
     write_json(tmp_path / "preprocessor_config.json", IMAGES)
     tiny_processor.tokenizer.save(str(tmp_path / "tokenizer.json"))
-    return theirs, tmp_path
+    return reference, tmp_path
 
 
 @torch.no_grad()
-def test_logits_equal_theirs(published, make_sample):
-    theirs, folder = published
-    ours = VisionLanguageModel.from_pretrained(folder)
-    cfg = ours.cfg
+def test_logits_equal_transformers(published, make_sample):
+    reference, folder = published
+    model = VisionLanguageModel.from_pretrained(folder)
+    cfg = model.cfg
     assert (cfg.max_img_size, cfg.vit_image_std, cfg.lm_re_base) == (64, (0.5, 0.6, 0.7), 5000.0)
     assert (cfg.vlm_pad_token_id, cfg.vlm_bos_token_id, cfg.vlm_eos_token_id) == (0, 1, 2)
-    assert cfg.lm_tie_weights == theirs.config.tie_word_embeddings
+    assert cfg.lm_tie_weights == reference.config.tie_word_embeddings
     ids, tiles = make_sample(cfg, 3, 30, seed=1)
-    wanted = theirs(input_ids=ids[None], pixel_values=tiles[None]).logits
+    wanted = reference(input_ids=ids[None], pixel_values=tiles[None]).logits
     assert wanted.std() > 0.3
-    # lively weights make logits of up to 50, so the tolerance is relative to them
-    torch.testing.assert_close(ours(ids[None], tiles)[0], wanted, rtol=1e-5, atol=1e-4)
+    # These weights make logits of up to 50, so the tolerance is relative.
+    torch.testing.assert_close(model(ids[None], tiles)[0], wanted, rtol=1e-5, atol=1e-4)
 
 
-def test_ours_resaved_by_transformers_answers_alike(
+def test_a_checkpoint_resaved_by_transformers_answers_alike(
     small_checkpoint, tmp_path, tiny_processor, minute_config, lively
 ):
     """transformers 5 writes processor_config.json alone and rope_parameters alone."""
     cfg = minute_config(lm_tie_weights=False, vit_img_size=16, max_img_size=64)
     lively(VisionLanguageModel(cfg)).save_pretrained(
-        tmp_path / "ours", replace(tiny_processor, cfg=cfg)
+        tmp_path / "saved", replace(tiny_processor, cfg=cfg)
     )
-    model = hf.AutoModelForImageTextToText.from_pretrained(tmp_path / "ours")
+    model = hf.AutoModelForImageTextToText.from_pretrained(tmp_path / "saved")
     del model.config.picovlm  # which it would carry along
     model.save_pretrained(tmp_path / "again")
-    hf.AutoProcessor.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "again")
+    hf.AutoProcessor.from_pretrained(tmp_path / "saved").save_pretrained(tmp_path / "again")
     assert not (tmp_path / "again" / "preprocessor_config.json").exists()
-    chats = [Chat.load(tmp_path / name) for name in ("ours", "again")]
+    chats = [Chat.load(tmp_path / name) for name in ("saved", "again")]
     assert chats[1].model.cfg == replace(cfg, lm_tokenizer=chats[1].model.cfg.lm_tokenizer)
     rng = np.random.default_rng(0)
     for width, height in ((30, 20), (90, 33), (16, 16)):
-        picture = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-        one, two = (chat("What?", [picture], Sampling(max_new_tokens=12)) for chat in chats)
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        one, two = (chat("What?", [image], Sampling(max_new_tokens=12)) for chat in chats)
         assert one == two and one
 
 
@@ -124,7 +124,7 @@ def edit(path, change) -> None:
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
-def test_what_makes_no_sense(name, change, says, published):
+def test_errors_of_the_configs(name, change, says, published):
     _, folder = published
     edit(folder / name, change)
     with pytest.raises(InputError) as error:

@@ -1,7 +1,7 @@
-"""nanoVLM's checkpoints: its names and its un-normalised pixels, in and out again.
+"""nanoVLM's checkpoints, loaded and saved: its names and its un-normalised pixels.
 
-Its code is not at hand in a test. The files here are made from our tensors by other means than the
-table: renamed word by word, with q, k and v stacked by a loop.
+nanoVLM is not installed, so the files are made from our tensors independently of the table: names
+are replaced one by one, q, k and v are stacked in a loop.
 """
 
 from __future__ import annotations
@@ -75,28 +75,28 @@ def write(small_model, tmp_path):
 @pytest.mark.parametrize(("kind", "vocab"), [(TODAY, BASE + 66), (FIRST_RELEASE, BASE)])
 @torch.no_grad()
 def test_normalised_pixels_give_the_logits_of_raw_ones(kind, vocab, tied, write, make_sample):
-    theirs, folder = write(kind, vocab, lm_tie_weights=tied)
-    ours = VisionLanguageModel.from_pretrained(folder)
-    ids, _ = make_sample(theirs.cfg, 2, 20, seed=0)
+    reference, folder = write(kind, vocab, lm_tie_weights=tied)
+    model = VisionLanguageModel.from_pretrained(folder)
+    ids, _ = make_sample(reference.cfg, 2, 20, seed=0)
     ids = ids.clamp(max=BASE - 1)
     raw = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    wanted, _ = theirs(ids[None], raw)
-    is_image = ids == theirs.cfg.vlm_image_token_id
-    mine = ids.masked_fill(is_image, ours.cfg.vlm_image_token_id)
-    logits, _ = ours(mine[None], (raw - 0.5) / 0.5)
+    wanted, _ = reference(ids[None], raw)
+    is_image = ids == reference.cfg.vlm_image_token_id
+    own_ids = ids.masked_fill(is_image, model.cfg.vlm_image_token_id)
+    logits, _ = model(own_ids[None], (raw - 0.5) / 0.5)
     torch.testing.assert_close(logits[..., :BASE], wanted[..., :BASE], rtol=0, atol=1e-5)
-    assert (ours(mine[None], raw)[0][..., :BASE] - wanted[..., :BASE]).abs().max() > 0.1
-    assert ours.cfg.lm_vocab_size == BASE + 128 and ours.cfg.lm_tie_weights == tied
-    assert ours.cfg.max_img_size == (64 if kind is TODAY else 16)
+    assert (model(own_ids[None], raw)[0][..., :BASE] - wanted[..., :BASE]).abs().max() > 0.1
+    assert model.cfg.lm_vocab_size == BASE + 128 and model.cfg.lm_tie_weights == tied
+    assert model.cfg.max_img_size == (64 if kind is TODAY else 16)
 
 
 @torch.no_grad()
 def test_tokens_that_mean_the_same_keep_their_row(write):
-    theirs, folder = write(TODAY, BASE + 66, lm_tie_weights=False)
-    ours = VisionLanguageModel.from_pretrained(folder)
+    reference, folder = write(TODAY, BASE + 66, lm_tie_weights=False)
+    model = VisionLanguageModel.from_pretrained(folder)
     for before, after in (
-        (theirs.decoder.token_embedding.weight, ours.decoder.token_embedding.weight),
-        (theirs.decoder.head.weight, ours.decoder.head.weight),
+        (reference.decoder.token_embedding.weight, model.decoder.token_embedding.weight),
+        (reference.decoder.head.weight, model.decoder.head.weight),
     ):
         assert torch.equal(after[:BASE], before[:BASE])
         assert torch.equal(after[BASE], before[BASE + 1])  # the global view
@@ -108,7 +108,7 @@ def test_tokens_that_mean_the_same_keep_their_row(write):
 
 @pytest.mark.parametrize("tied", [True, False])
 @torch.no_grad()
-def test_out_again(tied, small_model, tmp_path):
+def test_save_nanovlm(tied, small_model, tmp_path):
     model = small_model(lm_tie_weights=tied)
     save.save_nanovlm(model, tmp_path)
     wanted = nano_tensors(model, BASE)
@@ -118,9 +118,9 @@ def test_out_again(tied, small_model, tmp_path):
     same = found.keys() - {conv + "weight", conv + "bias", "decoder.rotary_embd.inv_freq"}
     assert all(torch.equal(found[name], wanted[name]) for name in same)
     raw = torch.rand(2, 3, 16, 16)
-    ours = model.vision_encoder.patch_embedding.conv((raw - 0.5) / 0.5)
-    theirs = torch.conv2d(raw, found[conv + "weight"], found[conv + "bias"], stride=4)
-    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+    wanted = model.vision_encoder.patch_embedding.conv((raw - 0.5) / 0.5)
+    found_patches = torch.conv2d(raw, found[conv + "weight"], found[conv + "bias"], stride=4)
+    torch.testing.assert_close(found_patches, wanted, rtol=0, atol=1e-5)
     freq = found["decoder.rotary_embd.inv_freq"]
     torch.testing.assert_close(freq, 10000.0 ** (-torch.arange(0, 12, 2) / 12))
     config = json.loads((tmp_path / "config.json").read_text())
@@ -130,20 +130,20 @@ def test_out_again(tied, small_model, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        (dict(vit_cls_flag=True), "a CLS token"),
-        (dict(lm_qk_norm=True), "a norm of queries and keys"),
-        (dict(vit_hidden_act="gelu"), "another activation"),
-        (dict(lm_head_dim=20), "a head width of its own"),
-        (dict(vit_image_mean=(0.5, 0.4, 0.5)), "another normalisation"),
+        (dict(vit_cls_flag=True), "vit_cls_flag = True"),
+        (dict(lm_qk_norm=True), "lm_qk_norm = True"),
+        (dict(vit_hidden_act="gelu"), "vit_hidden_act = 'gelu'"),
+        (dict(lm_head_dim=20), "lm_head_dim = 20"),
+        (dict(vit_image_mean=(0.5, 0.4, 0.5)), r"vit_image_mean = \(0\.5, 0\.4, 0\.5\)"),
     ],
 )
-def test_what_it_has_no_place_for(fields, says, small_model, tmp_path):
+def test_fields_that_nanovlm_does_not_support(fields, says, small_model, tmp_path):
     with pytest.raises(InputError, match=says):
         save.save_nanovlm(small_model(**fields), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_what_does_not_fit(write):
+def test_tensors_and_fields_that_do_not_match(write):
     _, folder = write(TODAY, BASE + 66)
     tensors = load_file(folder / "model.safetensors")
     tensors["decoder.extra"] = torch.zeros(2)

@@ -1,4 +1,4 @@
-"""Encoders of transformers' real classes: in and out again, tensor by tensor."""
+"""Vision encoders: loaded from transformers' classes and saved for them, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import transformers as hf
 
 from config_tools import InputError
 from configs import ViTConfig
-from models.pretrained.load import FAMILIES
+from models.pretrained.load import LAYOUTS
 from models.vision_transformer import ViT
 
 # Large epsilons make a wrong one visible; sizes differ wherever they may.
@@ -41,8 +41,8 @@ def images(n: int = 3, size: int = 16, channels: int = 3) -> torch.Tensor:
     return torch.randn(n, channels, size, size, generator=torch.Generator().manual_seed(5))
 
 
-def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+def close(model: torch.Tensor, reference: torch.Tensor) -> None:
+    torch.testing.assert_close(model, reference, rtol=0, atol=1e-5)
 
 
 def load_vit(folder, **fields) -> ViT:
@@ -51,101 +51,101 @@ def load_vit(folder, **fields) -> ViT:
     )
 
 
-def features(theirs, x: torch.Tensor) -> torch.Tensor:
+def features(reference, x: torch.Tensor) -> torch.Tensor:
     """All tokens after the last norm, which CLIP applies to one token only."""
-    hidden = theirs(x).last_hidden_state
-    norm = getattr(theirs, "post_layernorm", None) or getattr(
-        getattr(theirs, "vision_model", None), "post_layernorm", None
+    hidden = reference(x).last_hidden_state
+    norm = getattr(reference, "post_layernorm", None) or getattr(
+        getattr(reference, "vision_model", None), "post_layernorm", None
     )
-    return norm(hidden) if theirs.config.model_type.startswith("clip") else hidden
+    return norm(hidden) if reference.config.model_type.startswith("clip") else hidden
 
 
 @pytest.fixture(params=VISION)
 def encoder(request, tmp_path, shake):
-    """(theirs, directory of theirs)."""
+    """(transformers' model, the directory it saved)."""
     torch.manual_seed(0)
     cls, config = VISION[request.param]
-    theirs = shake(cls(config))
-    theirs.save_pretrained(tmp_path / "theirs")
-    return theirs, tmp_path / "theirs"
+    reference = shake(cls(config))
+    reference.save_pretrained(tmp_path / "reference")
+    return reference, tmp_path / "reference"
 
 
-# --- In and out again -----------------------------------------------------------------------------
+# --- Load and save --------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_encoders_equal_theirs_both_ways(encoder, tmp_path):
-    theirs, folder = encoder
-    ours = load_vit(folder, vit_dropout=0.1)
-    wanted = features(theirs, images())
+def test_encoders_equal_transformers_both_ways(encoder, tmp_path):
+    reference, folder = encoder
+    model = load_vit(folder, vit_dropout=0.1)
+    wanted = features(reference, images())
     assert wanted.std() > 0.3, "features large enough for the tolerance to mean something"
-    close(ours.forward_features(images()), wanted)
-    assert not ours.training and all(p.requires_grad for p in ours.parameters())
-    assert ours.cfg.vit_dropout == 0.1 and ours.cfg.vit_model_type == str(folder)
+    close(model.forward_features(images()), wanted)
+    assert not model.training and all(p.requires_grad for p in model.parameters())
+    assert model.cfg.vit_dropout == 0.1 and model.cfg.vit_model_type == str(folder)
 
-    ours.save_pretrained(tmp_path / "ours")
-    again, info = type(theirs).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    model.save_pretrained(tmp_path / "model")
+    again, info = type(reference).from_pretrained(tmp_path / "model", output_loading_info=True)
     left = {n for n in info["missing_keys"] if not n.startswith(("head.", "pooler."))}
     assert left <= {"embeddings.mask_token"} and not info["unexpected_keys"]
-    assert again.config.model_type == theirs.config.model_type
+    assert again.config.model_type == reference.config.model_type
     close(features(again.eval(), images()), wanted)
-    twice = load_vit(tmp_path / "ours")
-    for (name, p), q in zip(ours.named_parameters(), twice.parameters(), strict=True):
+    twice = load_vit(tmp_path / "model")
+    for (name, p), q in zip(model.named_parameters(), twice.parameters(), strict=True):
         assert torch.equal(p, q), name
     assert replace(twice.cfg, vit_model_type="") == replace(
-        ours.cfg, vit_model_type="", vit_dropout=0.0
+        model.cfg, vit_model_type="", vit_dropout=0.0
     )
 
 
 @torch.no_grad()
-def test_pooled_outputs_equal_theirs(tmp_path, shake):
+def test_pooled_outputs_equal_transformers(tmp_path, shake):
     for name, pool in (("siglip", "map"), ("clip", "auto"), ("dinov2", "auto")):
-        theirs = shake(VISION[name][0](VISION[name][1]))
-        theirs.save_pretrained(tmp_path / name)
-        ours = load_vit(tmp_path / name, vit_pool=pool)
-        wanted = theirs(images()).pooler_output
-        close(ours(images()), wanted)
-        ours.save_pretrained(tmp_path / "again")
-        again = type(theirs).from_pretrained(tmp_path / "again").eval()
+        reference = shake(VISION[name][0](VISION[name][1]))
+        reference.save_pretrained(tmp_path / name)
+        model = load_vit(tmp_path / name, vit_pool=pool)
+        wanted = reference(images()).pooler_output
+        close(model(images()), wanted)
+        model.save_pretrained(tmp_path / "again")
+        again = type(reference).from_pretrained(tmp_path / "again").eval()
         close(again(images()).pooler_output, wanted)
 
 
 @torch.no_grad()
 def test_a_classifier_comes_along(tmp_path, shake):
     config = hf.ViTConfig(**WIDE, num_labels=5)
-    theirs = shake(hf.ViTForImageClassification(config))
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours = load_vit(tmp_path / "theirs")
-    wanted = theirs(images()).logits
-    close(ours(images()), wanted)
-    ours.save_pretrained(tmp_path / "ours")
-    again = hf.ViTForImageClassification.from_pretrained(tmp_path / "ours").eval()
+    reference = shake(hf.ViTForImageClassification(config))
+    reference.save_pretrained(tmp_path / "reference")
+    model = load_vit(tmp_path / "reference")
+    wanted = reference(images()).logits
+    close(model(images()), wanted)
+    model.save_pretrained(tmp_path / "model")
+    again = hf.ViTForImageClassification.from_pretrained(tmp_path / "model").eval()
     close(again(images()).logits, wanted)
-    other = load_vit(tmp_path / "theirs", vit_n_classes=7, vit_cls_flag=True)
+    other = load_vit(tmp_path / "reference", vit_n_classes=7, vit_cls_flag=True)
     assert other(images()).shape == (3, 7)
     hidden = other.forward_features(images())
-    torch.testing.assert_close(hidden, ours.forward_features(images()), rtol=0, atol=0)
+    torch.testing.assert_close(hidden, model.forward_features(images()), rtol=0, atol=0)
 
 
-# --- The same weights in other clothes ------------------------------------------------------------
+# --- The same weights in other files --------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_eyes_of_two_tower_models(tmp_path, shake):
-    """What the Hub has: both towers, nested configs that list little, names with vision_model."""
+def test_the_vision_encoder_of_two_tower_models(tmp_path, shake):
+    """As on the Hub: both towers, nested configs with few keys, names with vision_model."""
     text = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
     vision = dict(WIDE, layer_norm_eps=1e-6)
-    for name, model, config in (
+    for name, cls, config_cls in (
         ("siglip", hf.SiglipModel, hf.SiglipConfig),
         ("clip", hf.CLIPModel, hf.CLIPConfig),
     ):
-        theirs = shake(model(config(text_config=text, vision_config=vision)))
-        theirs.save_pretrained(tmp_path / name)
-        ours = load_vit(tmp_path / name)
-        wanted = theirs.vision_model(images()).last_hidden_state
+        reference = shake(cls(config_cls(text_config=text, vision_config=vision)))
+        reference.save_pretrained(tmp_path / name)
+        model = load_vit(tmp_path / name)
+        wanted = reference.vision_model(images()).last_hidden_state
         if name == "clip":
-            wanted = theirs.vision_model.post_layernorm(wanted)
-        close(ours.forward_features(images()), wanted)
+            wanted = reference.vision_model.post_layernorm(wanted)
+        close(model.forward_features(images()), wanted)
 
 
 @pytest.mark.parametrize("name", ["siglip", "clip", "vit", "dinov2"])
@@ -154,12 +154,12 @@ def test_either_prefix(name, tmp_path, edit_weights, shake):
     cls, config = VISION[name]
     shake(cls(config)).save_pretrained(tmp_path)
     wanted = load_vit(tmp_path).forward_features(images())
-    family = next(f for f in FAMILIES[ViT] if name in f.model_types[0])
-    for prefix in family.prefixes:
+    layout = next(each for each in LAYOUTS[ViT] if name in each.model_types[0])
+    for prefix in layout.prefixes:
 
         def rename(tensors, prefix=prefix):
             bare = {k.removeprefix("vision_model."): tensors.pop(k) for k in list(tensors)}
-            for other in family.prefixes:
+            for other in layout.prefixes:
                 bare = {k.removeprefix(other): t for k, t in bare.items()}
             tensors |= {prefix + k: t for k, t in bare.items()}
 
@@ -173,10 +173,10 @@ def test_either_prefix(name, tmp_path, edit_weights, shake):
      hf.Dinov2WithRegistersConfig()],
     ids=lambda c: c.model_type,
 )  # fmt: skip
-def test_a_silent_vision_config_means_their_defaults(config):
-    family = next(f for f in FAMILIES[ViT] if config.model_type in f.model_types)
-    silent = family.read({"model_type": config.model_type}, "config.json")
-    assert silent == family.read(config.to_dict(), "config.json")
+def test_absent_keys_mean_the_defaults_of_transformers(config):
+    layout = next(each for each in LAYOUTS[ViT] if config.model_type in each.model_types)
+    absent = layout.read({"model_type": config.model_type}, "config.json")
+    assert absent == layout.read(config.to_dict(), "config.json")
 
 
 # --- Another size ---------------------------------------------------------------------------------
@@ -185,30 +185,30 @@ def test_a_silent_vision_config_means_their_defaults(config):
 @pytest.mark.parametrize("name", ["siglip", "clip", "vit", "dinov2", "dinov2 with registers"])
 @pytest.mark.parametrize("size", [8, 24, 40])
 @torch.no_grad()
-def test_positions_are_resampled_as_theirs(name, size, tmp_path, capsys, shake):
+def test_positions_are_resampled_as_in_transformers(name, size, tmp_path, capsys, shake):
     cls, config = VISION[name]
-    theirs = shake(cls(config))
-    theirs.save_pretrained(tmp_path)
-    ours = load_vit(tmp_path, vit_img_size=size)
+    reference = shake(cls(config))
+    reference.save_pretrained(tmp_path)
+    model = load_vit(tmp_path, vit_img_size=size)
     grid = size // 4
     assert f"4 x 4 patches resampled (bicubic) to {grid} x {grid}" in capsys.readouterr().err
     x = images(2, size)
-    # DINOv2 always does it, the others when asked.
+    # DINOv2 always interpolates, the others on request.
     asked = {} if name.startswith("dinov2") else {"interpolate_pos_encoding": True}
-    wanted = theirs(x, **asked).last_hidden_state
+    wanted = reference(x, **asked).last_hidden_state
     if name == "clip":
-        wanted = theirs.post_layernorm(wanted)
-    close(ours.forward_features(x), wanted)
+        wanted = reference.post_layernorm(wanted)
+    close(model.forward_features(x), wanted)
     load_vit(tmp_path)
     assert capsys.readouterr().err == ""
     with pytest.raises(InputError, match=r"vit_img_size = 18: must be a multiple .* = 4"):
         load_vit(tmp_path, vit_img_size=18, vit_patch_size=6)
 
 
-# --- What does not fit ----------------------------------------------------------------------------
+# --- Error messages -------------------------------------------------------------------------------
 
 
-def test_an_encoder_that_does_not_fit(encoder, damage):
+def test_tensors_that_do_not_match(encoder, damage):
     _, folder = encoder
     missing, misshapen = damage(folder)
     with pytest.raises(InputError) as error:
@@ -229,11 +229,11 @@ def test_an_encoder_that_does_not_fit(encoder, damage):
         ({"hidden_size": 10**30, "num_attention_heads": 1}, "no model has such sizes"),
         ({"num_hidden_layers": 10**9}, "blocks = 1000000000: the file has 37 tensors"),
         ({"attention_dropout": 0.1}, "attention_dropout = 0.1: is not supported"),
-        ({"auto_map": {"AutoModel": "x.py--Y"}}, "auto_map asks for code of its own"),
+        ({"auto_map": {"AutoModel": "x.py--Y"}}, "auto_map asks for custom code"),
         ({"vision_config": 7}, "not the config of such a model"),
     ],
 )
-def test_an_encoder_config_that_makes_no_sense(changes, says, tmp_path, edit_weights, edit_config):
+def test_errors_of_an_encoder_config(changes, says, tmp_path, edit_weights, edit_config):
     cls, config = VISION["siglip"]
     cls(config).save_pretrained(tmp_path)
     edit_weights(tmp_path, lambda t: [t.pop(n) for n in list(t) if "head." in n])
@@ -245,7 +245,7 @@ def test_an_encoder_config_that_makes_no_sense(changes, says, tmp_path, edit_wei
 
 def test_a_map_pool_that_the_source_lacks(tmp_path):
     VISION["vit"][0](VISION["vit"][1]).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="model_type = 'vit': has no place for another pool"):
+    with pytest.raises(InputError, match="model_type = 'vit': does not support vit_pool = 'map'"):
         load_vit(tmp_path, vit_pool="map")
 
 
@@ -266,22 +266,22 @@ def test_a_source_that_is_nowhere(tmp_path):
     ids=str,
 )  # fmt: skip
 @torch.no_grad()
-def test_an_encoder_of_no_family(fields, tmp_path, shake):
-    ours = shake(ViT(ViTConfig(**fields)))
-    ours.save_pretrained(tmp_path)
+def test_an_encoder_that_transformers_does_not_have(fields, tmp_path, shake):
+    model = shake(ViT(ViTConfig(**fields)))
+    model.save_pretrained(tmp_path)
     again = load_vit(tmp_path, vit_img_size=48, vit_pool=fields.get("vit_pool", "auto"))
     x = images(2, 48)
-    assert torch.equal(again(x), ours(x))
+    assert torch.equal(again(x), model(x))
 
 
-# --- Really trained weights -----------------------------------------------------------------------
+# --- Trained weights ------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def test_vit_mnist_gives_the_same_logits(shared):
     folder = shared / "weights" / "vit_mnist" / "hf_3class"
-    theirs = hf.AutoModelForImageClassification.from_pretrained(folder).eval()
-    ours = load_vit(folder, vit_img_size=28, vit_patch_size=7)
-    assert ours.cfg.vit_image_mean == (0.1307,) * 3 and ours.cfg.vit_n_channels == 1
+    reference = hf.AutoModelForImageClassification.from_pretrained(folder).eval()
+    model = load_vit(folder, vit_img_size=28, vit_patch_size=7)
+    assert model.cfg.vit_image_mean == (0.1307,) * 3 and model.cfg.vit_n_channels == 1
     x = images(16, 28, channels=1)
-    close(ours(x), theirs(x).logits)
+    close(model(x), reference(x).logits)

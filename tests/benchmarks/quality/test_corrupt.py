@@ -1,4 +1,4 @@
-"""The cost of corrupt files is that of runs that met them, listed them, came to their end."""
+"""The cost of corrupt images is measured on runs that list them all and finish."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.speed import corrupt
+from benchmarks.quality import corrupt
 from config_tools import InputError
 
 
@@ -16,7 +16,7 @@ from config_tools import InputError
 def folder(tmp_path) -> Path:
     (tmp_path / "corrupt").mkdir()
     for name in ("a.png", "b.jpg"):
-        (tmp_path / "corrupt" / name).write_bytes(b"no picture")
+        (tmp_path / "corrupt" / name).write_bytes(b"no image")
     return tmp_path / "corrupt"
 
 
@@ -27,17 +27,19 @@ def test_a_turn_is_an_epoch_with_and_without(run_file, folder, rows_file, monkey
     (folder / "good.png").write_bytes((rows_file.parent / "0.png").read_bytes())
     corrupt.main([str(folder), str(run_file(data={"batch_size": 4}))])
     out = capsys.readouterr().out
-    assert re.search(r"a good row takes .* ms, a corrupt file .* ms \(most .* ms, 2 files\)", out)
+    files = r"a good row takes .* ms, a corrupt file .* ms \(maximum .* ms, 2 files\)"
+    assert re.search(files, out)
     assert re.search(r"^\d+ steps over 24 rows, 2 of them corrupt: .* without, .* with; in 1 turns",
                      out, re.M)  # fmt: skip
 
 
-def test_a_run_that_did_not_list_them_is_no_measurement(folder, rows_file, tmp_path, run_file):
+def test_a_run_that_does_not_list_them_is_an_error(folder, rows_file, tmp_path, run_file):
     rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
     rows = [row | {"image": str(rows_file.parent / row["image"])} for row in rows]
-    assert corrupt.with_corrupt(rows, corrupt.refused(folder), 0, tmp_path / "b.jsonl") == 0
+    files = corrupt.find_corrupt(folder)
+    assert corrupt.write_with_corrupt(rows, files, 0, tmp_path / "b.jsonl") == 0
     cfg = corrupt.parse_run([str(run_file(steps=1))])
-    with pytest.raises(InputError, match="1 rows are corrupt, 0 were listed"):
+    with pytest.raises(InputError, match="lists 0 rows; expected the 1 corrupt"):
         corrupt.run(cfg, tmp_path / "b.jsonl", "bad", 1)
-    with pytest.raises(InputError, match="holds no corrupt pictures"):
-        corrupt.refused(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="found no corrupt image"):
+        corrupt.find_corrupt(tmp_path / "nowhere")

@@ -1,10 +1,9 @@
-"""What corrupt files among good ones cost a run: 1 % of the rows, beside none, in turns.
+"""What corrupt images cost a training run: 1 % of the rows against none, alternating.
 
-python -m benchmarks.speed.corrupt CORRUPT_FOLDER tiny --data.source my.jsonl
-The words behind the folder are those of train.py. Each turn trains for an epoch on the rows, and on
-the same with other corrupt files in place of every hundredth picture, and checks that the run came
-to its end and listed them all. As one turn differs from the next by more than the cost, the table
-also says how long a corrupt file takes beside a good row.
+python -m benchmarks.quality.corrupt CORRUPT_FOLDER tiny --data.source my.jsonl
+Arguments after the folder are those of train.py. Each turn trains one epoch on the rows, then one
+with corrupt files in place of every hundredth image, and checks that the run finished and listed
+them all. Turns differ by more than the cost, so the time of single files is printed as well.
 """
 
 from __future__ import annotations
@@ -19,21 +18,27 @@ from pathlib import Path
 from statistics import mean
 
 import train
-from benchmarks.speed.timing import alternate, clock, command_line, ratios, readable, where
+from benchmarks.speed.timing import (
+    alternate,
+    clock,
+    command_line,
+    describe_run,
+    format_seconds,
+    ratios,
+)
 from cli import command, parse_run
 from config_tools import InputError, to_dict
 from configs import RunConfig
 from data import processor as processors
 from data.batches.stream_loader import open_loader
 from data.images import open_image
-from data.sources.open import open_source
-from data.sources.rows import open_rows
+from data.sources.open import open_dataset, open_rows
 
 EVERY, TURNS = 100, 5
 
 
-def refused(folder: Path) -> list[Path]:
-    """The files of a folder that are no pictures."""
+def find_corrupt(folder: Path) -> list[Path]:
+    """Files of a folder that cannot be opened as images; raises `InputError` if there are none."""
     found = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         try:
@@ -41,12 +46,12 @@ def refused(folder: Path) -> list[Path]:
         except InputError:
             found.append(path)
     if not found:
-        raise InputError(f"{folder}: holds no corrupt pictures.")
+        raise InputError(f"{folder}: found no corrupt image; expected at least one.")
     return found
 
 
-def with_corrupt(rows: list[dict], corrupt: list[Path], turn: int, path: Path) -> int:
-    """Write the rows with other pictures in every hundredth; returns how many."""
+def write_with_corrupt(rows: list[dict], corrupt: list[Path], turn: int, path: Path) -> int:
+    """Write the rows with corrupt images in every hundredth; returns how many."""
     places = range(EVERY // 2, len(rows), EVERY)
     changed = [dict(row) for row in rows]
     for k, i in enumerate(places):
@@ -55,9 +60,9 @@ def with_corrupt(rows: list[dict], corrupt: list[Path], turn: int, path: Path) -
     return len(places)
 
 
-def each(cfg: RunConfig, corrupt: list[Path]) -> str:
-    """How long a good row and a corrupt file take until they are tokens, or skipped."""
-    processor, source = processors.build(cfg.model), open_source(cfg.data, "train")
+def time_files(cfg: RunConfig, corrupt: list[Path]) -> str:
+    """How long it takes to encode a good row, and to reject a corrupt file."""
+    processor, source = processors.build(cfg.model), open_dataset(cfg.data, "train")
     good, bad = [], []
     for i in range(min(100, len(source))):
         start = clock()
@@ -69,20 +74,19 @@ def each(cfg: RunConfig, corrupt: list[Path]) -> str:
             open_image(file)
         bad.append(clock() - start)
     return (
-        f"a good row takes {readable(mean(good))}, a corrupt file {readable(mean(bad))} "
-        f"(most {readable(max(bad))}, {len(bad)} files)"
+        f"a good row takes {format_seconds(mean(good))}, a corrupt file "
+        f"{format_seconds(mean(bad))} (maximum {format_seconds(max(bad))}, {len(bad)} files)"
     )
 
 
-def epoch(cfg: RunConfig) -> int:
-    """Batches until every row has been read."""
-    source = open_source(cfg.data, "train")
+def batches_per_epoch(cfg: RunConfig) -> int:
+    source = open_dataset(cfg.data, "train")
     loader = open_loader(source, processors.build(cfg.model), cfg.data)
     return next(n for n, batch in enumerate(loader, 1) if batch.state["epoch"] > 0)
 
 
 def run(cfg: RunConfig, path: Path, name: str, n_bad: int) -> float:
-    """Seconds of a whole run on the rows of a file; raises `InputError` if it did not list all."""
+    """Seconds of a run on a file of rows; raises `InputError` unless it lists all corrupt ones."""
     with tempfile.TemporaryDirectory() as folder:
         cfg = replace(cfg, data=replace(cfg.data, source=str(path)),
                       train=replace(cfg.train, out=f"{folder}/{name}"))  # fmt: skip
@@ -94,36 +98,40 @@ def run(cfg: RunConfig, path: Path, name: str, n_bad: int) -> float:
         seconds, listed = clock() - start, Path(cfg.train.out, "skipped.jsonl")
         n_listed = len(listed.read_text().splitlines()) if listed.exists() else 0
     if n_listed != n_bad:
-        raise InputError(f"{path}: {n_bad} rows are corrupt, {n_listed} were listed.")
+        raise InputError(
+            f"{path}: skipped.jsonl lists {n_listed} rows; expected the {n_bad} corrupt."
+        )
     return seconds
 
 
 def main(argv: list[str]) -> None:
     folder, cfg = Path(argv[0]), parse_run(argv[1:])
-    read, corrupt = open_rows(cfg.data.source), refused(folder)
+    read, corrupt = open_rows(cfg.data.source), find_corrupt(folder)
     rows = [dict(row, image=str(read.folder / row["image"])) for row in islice(read, len(read))]
     data = replace(cfg.data, val_fraction=0.0, workers=0)
     cfg = replace(cfg, data=data)
-    steps = epoch(cfg)
+    steps = batches_per_epoch(cfg)
     cfg = replace(cfg, train=replace(cfg.train, steps=steps, log_every=steps, save_every=0))
-    with tempfile.TemporaryDirectory() as beside:
-        turns, clean, bad = iter(range(TURNS + 1)), Path(beside, "a.jsonl"), Path(beside, "b.jsonl")
+    with tempfile.TemporaryDirectory() as temporary:
+        turns = iter(range(TURNS + 1))
+        clean, bad = Path(temporary, "a.jsonl"), Path(temporary, "b.jsonl")
         clean.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
 
-        def with_some() -> float:
-            n_bad = with_corrupt(rows, corrupt, next(turns), bad)
+        def train_with_corrupt() -> float:
+            n_bad = write_with_corrupt(rows, corrupt, next(turns), bad)
             return run(cfg, bad, "bad", n_bad)
 
-        calls = {"clean": lambda: run(cfg, clean, "clean", 0), "corrupt": with_some}
-        times = alternate(calls, 0, least=TURNS, most=TURNS)
-    middle, least, most = ratios(times["clean"], times["corrupt"])
-    print(where(command_line("benchmarks.corrupt", argv)))
-    print(each(cfg, corrupt))
+        calls = {"clean": lambda: run(cfg, clean, "clean", 0), "corrupt": train_with_corrupt}
+        times = alternate(calls, 0, min_turns=TURNS, max_turns=TURNS)
+    median, minimum, maximum = ratios(times["clean"], times["corrupt"])
+    without, with_corrupt = (format_seconds(times[name].median) for name in calls)
+    print(describe_run(command_line("benchmarks.quality.corrupt", argv)))
+    print(time_files(cfg, corrupt))
     n_bad = len(range(EVERY // 2, len(rows), EVERY))
     print(
         f"{steps} steps over {len(rows)} rows, {n_bad} of them corrupt: "
-        f"{readable(times['clean'].median)} without, {readable(times['corrupt'].median)} with; "
-        f"in {TURNS} turns {middle - 1:+.1%} ({least - 1:+.1%} to {most - 1:+.1%})"
+        f"{without} without, {with_corrupt} with; "
+        f"in {TURNS} turns {median - 1:+.1%} ({minimum - 1:+.1%} to {maximum - 1:+.1%})"
     )
 
 

@@ -1,4 +1,4 @@
-"""What is saved loads bit for bit, transformers opens it, a damaged directory is named."""
+"""Saving and loading whole models: bit for bit, with transformers, and damaged directories."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ IDEFICS3 = {
     "qwen3": dict(lm_tie_weights=False, lm_qk_norm=True, lm_head_dim=20, lm_rms_eps=1e-6),
     "gelu": dict(vit_hidden_act="gelu", vit_ln_eps=1e-3, lm_rms_eps=1e-3),
 }
-OURS_ALONE = {
+OWN_LAYOUT = {
     "cls": dict(vit_cls_flag=True),
     "registers": dict(vit_n_registers=2, lm_tie_weights=False),
     "no bias": dict(vit_qkv_bias=False),
@@ -58,18 +58,18 @@ def read_config(directory) -> dict:
     return json.loads((directory / "config.json").read_text())
 
 
-@pytest.mark.parametrize("name", IDEFICS3 | OURS_ALONE)
+@pytest.mark.parametrize("name", IDEFICS3 | OWN_LAYOUT)
 @torch.no_grad()
 def test_save_and_load_is_bit_identical(name, small_model, samples, pad_rows, tmp_path):
-    model = small_model(**(IDEFICS3 | OURS_ALONE)[name])
+    model = small_model(**(IDEFICS3 | OWN_LAYOUT)[name])
     model.save_pretrained(tmp_path / "new" / "folder")
     again = VisionLanguageModel.from_pretrained(tmp_path / "new" / "folder").eval()
     assert again.cfg == model.cfg
     batch = pad_rows(model.cfg, samples, "left")
     assert torch.equal(again(*batch)[0], model(*batch)[0])
-    mine, other = model.state_dict(), again.state_dict()
-    assert mine.keys() == other.keys()
-    assert all(torch.equal(mine[key], other[key]) for key in mine)
+    state, other = model.state_dict(), again.state_dict()
+    assert state.keys() == other.keys()
+    assert all(torch.equal(state[key], other[key]) for key in state)
     assert all(p.requires_grad and not p.is_meta for p in again.parameters())
     tied = again.decoder.head.weight is again.decoder.token_embedding.weight
     assert tied == model.cfg.lm_tie_weights
@@ -77,12 +77,12 @@ def test_save_and_load_is_bit_identical(name, small_model, samples, pad_rows, tm
     assert read_config(tmp_path / "new" / "folder")["model_type"] == kind
 
 
-def test_loaded_tensors_stand_where_new_ones_do(saved):
-    """At whole cache lines: elsewhere MKL rounds otherwise, and a resumed run is not the whole."""
+def test_loaded_tensors_are_aligned(saved):
+    """MKL rounds differently unless tensors are aligned, and resuming is then not bit for bit."""
     _, directory = saved
     with safe_open(directory / "model.safetensors", "pt") as file:
         names = list(file.keys())
-        assert any(file.get_tensor(name).data_ptr() % 64 for name in names), "no reason for this"
+        assert any(file.get_tensor(name).data_ptr() % 64 for name in names), "unaligned in the file"
     model = VisionLanguageModel.from_pretrained(directory)
     assert {p.data_ptr() % 64 for p in model.parameters()} == {0}
 
@@ -108,29 +108,31 @@ def test_bf16_survives(small_model, tmp_path):
 @pytest.mark.parametrize("name", IDEFICS3)
 @torch.no_grad()
 def test_transformers_opens_it(name, small_model, samples, pad_rows, tmp_path):
-    """Alone and as a batch of unequal tile counts, which they pad with all-zero images."""
+    """Alone and as a batch of unequal tile counts, which transformers pads with all-zero images."""
     model = small_model(**IDEFICS3[name])
     model.save_pretrained(tmp_path)
-    theirs, info = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
+    reference, info = AutoModelForImageTextToText.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    theirs.eval()
-    assert theirs.dtype == torch.float32 and type(theirs).__name__.startswith("Idefics3")
+    reference.eval()
+    assert reference.dtype == torch.float32 and type(reference).__name__.startswith("Idefics3")
 
     ids, images, mask = pad_rows(model.cfg, samples, "left")
     padded = torch.zeros(2, 2, 3, 16, 16)
     padded[0], padded[1, 0] = images[:2], images[2]
-    wanted = theirs(input_ids=ids, attention_mask=mask, pixel_values=padded).logits
+    wanted = reference(input_ids=ids, attention_mask=mask, pixel_values=padded).logits
     assert wanted.std() > 0.3, "logits large enough for the tolerance to mean something"
     real = mask.bool()
     torch.testing.assert_close(model(ids, images, mask)[0][real], wanted[real], rtol=0, atol=1e-5)
     one, tiles = samples[0]
-    wanted = theirs(input_ids=one[None], pixel_values=tiles[None]).logits
+    wanted = reference(input_ids=one[None], pixel_values=tiles[None]).logits
     torch.testing.assert_close(model(one[None], tiles)[0], wanted, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("fields", [{}, dict(lm_tie_weights=False), LLAMA3], ids=str)
 def test_config_json_has_every_key_somebody_needs(fields, small_model, tmp_path):
-    """Each key has a reader that falls silently without it."""
+    """Without any of these keys some engine silently uses its default."""
     model = small_model(**fields)
     model.save_pretrained(tmp_path)
     config = read_config(tmp_path)

@@ -1,4 +1,4 @@
-"""Decoders of transformers' real classes: in and out again, tensor by tensor."""
+"""Decoders: loaded from transformers' classes and saved for them, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ LANGUAGE = {
 IDS = torch.randint(3, 101, (2, 70), generator=torch.Generator().manual_seed(3))
 
 
-def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+def close(model: torch.Tensor, reference: torch.Tensor) -> None:
+    torch.testing.assert_close(model, reference, rtol=0, atol=1e-5)
 
 
 def load_lm(folder, **fields) -> LanguageModel:
@@ -65,64 +65,64 @@ def lm_logits(lm: LanguageModel, ids: torch.Tensor) -> torch.Tensor:
 @pytest.fixture(params=LANGUAGE)
 def decoder(request, tmp_path, shake):
     torch.manual_seed(0)
-    theirs = shake(hf.AutoModelForCausalLM.from_config(LANGUAGE[request.param]))
-    theirs.save_pretrained(tmp_path / "theirs")
-    return theirs, tmp_path / "theirs"
+    reference = shake(hf.AutoModelForCausalLM.from_config(LANGUAGE[request.param]))
+    reference.save_pretrained(tmp_path / "reference")
+    return reference, tmp_path / "reference"
 
 
-# --- In and out again -----------------------------------------------------------------------------
+# --- Load and save --------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_decoders_equal_theirs_both_ways(decoder, tmp_path):
-    theirs, folder = decoder
-    ours = load_lm(folder, lm_dropout=0.1)
-    wanted = theirs(IDS).logits
+def test_decoders_equal_transformers_both_ways(decoder, tmp_path):
+    reference, folder = decoder
+    model = load_lm(folder, lm_dropout=0.1)
+    wanted = reference(IDS).logits
     assert wanted.std() > 0.3
-    close(lm_logits(ours, IDS), wanted)
-    tied = ours.head.weight is ours.token_embedding.weight
-    assert tied == theirs.config.tie_word_embeddings == ours.cfg.lm_tie_weights
+    close(lm_logits(model, IDS), wanted)
+    tied = model.head.weight is model.token_embedding.weight
+    assert tied == reference.config.tie_word_embeddings == model.cfg.lm_tie_weights
 
-    ours.save_pretrained(tmp_path / "ours")
+    model.save_pretrained(tmp_path / "model")
     again, info = hf.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "ours", output_loading_info=True
+        tmp_path / "model", output_loading_info=True
     )
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert type(again) is type(theirs)
+    assert type(again) is type(reference)
     close(again.eval()(IDS).logits, wanted)
-    twice = load_lm(tmp_path / "ours")
+    twice = load_lm(tmp_path / "model")
     assert replace(twice.cfg, lm_model_type="") == replace(
-        ours.cfg, lm_model_type="", lm_dropout=0.0
+        model.cfg, lm_model_type="", lm_dropout=0.0
     )
 
 
 @torch.no_grad()
 def test_generation_with_blocks_without_positions(tmp_path, shake):
-    """The cache and packing meet NoPE, too: token by token is all at once."""
+    """With NoPE blocks, decoding token by token equals one forward pass."""
     from models.inference.kv_cache import KVCache
 
     hf.SmolLM3ForCausalLM(LANGUAGE["smollm3"]).save_pretrained(tmp_path)
-    ours = shake(load_lm(tmp_path)).double()
-    cache = KVCache(ours.cfg, 2, 70, torch.device("cpu"), torch.float64)
+    model = shake(load_lm(tmp_path)).double()
+    cache = KVCache(model.cfg, 2, 70, torch.device("cpu"), torch.float64)
     steps = [
-        ours.logits(ours(x, torch.full((2, 1), t), cache=cache))
-        for t, x in enumerate(ours.token_embedding(IDS).split(1, dim=1))
+        model.logits(model(x, torch.full((2, 1), t), cache=cache))
+        for t, x in enumerate(model.token_embedding(IDS).split(1, dim=1))
     ]
-    torch.testing.assert_close(torch.cat(steps, 1), lm_logits(ours, IDS), rtol=0, atol=1e-10)
+    torch.testing.assert_close(torch.cat(steps, 1), lm_logits(model, IDS), rtol=0, atol=1e-10)
 
 
-# --- The same weights in other clothes ------------------------------------------------------------
+# --- The same weights in other files --------------------------------------------------------------
 
 
 @torch.no_grad()
 def test_shards_and_a_decoder_without_its_head(tmp_path, shake, edit_weights):
-    theirs = shake(hf.Qwen3ForCausalLM(LANGUAGE["qwen3"]))
-    theirs.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    reference = shake(hf.Qwen3ForCausalLM(LANGUAGE["qwen3"]))
+    reference.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
-    wanted = theirs(IDS).logits
+    wanted = reference(IDS).logits
     close(lm_logits(load_lm(tmp_path / "shards"), IDS), wanted)
     bare = tmp_path / "bare"
-    theirs.model.save_pretrained(bare)  # names without `model.`
+    reference.model.save_pretrained(bare)  # names without `model.`
     close(lm_logits(load_lm(bare), IDS), wanted)
     edit_weights(bare, lambda t: t.update({"lm_head.weight": t["embed_tokens.weight"].clone()}))
     close(lm_logits(load_lm(bare), IDS), wanted)
@@ -133,30 +133,30 @@ def test_shards_and_a_decoder_without_its_head(tmp_path, shake, edit_weights):
 
 @torch.no_grad()
 def test_config_json_of_transformers_4(tmp_path, shake):
-    """rope_theta and rope_scaling instead of rope_parameters, tied by silence (SmolLM3)."""
-    theirs = shake(hf.LlamaForCausalLM(LANGUAGE["llama3 rope"]))
-    theirs.save_pretrained(tmp_path / "llama")
+    """rope_theta and rope_scaling instead of rope_parameters; SmolLM3 is tied by default."""
+    reference = shake(hf.LlamaForCausalLM(LANGUAGE["llama3 rope"]))
+    reference.save_pretrained(tmp_path / "llama")
     config = json.loads((tmp_path / "llama" / "config.json").read_text())
     rope = config.pop("rope_parameters")
     config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope, "head_dim": None}
     (tmp_path / "llama" / "config.json").write_text(json.dumps(config))
-    ours = load_lm(tmp_path / "llama")
-    close(lm_logits(ours, IDS), theirs(IDS).logits)
-    theirs = shake(hf.SmolLM3ForCausalLM(LANGUAGE["smollm3"]))
-    theirs.save_pretrained(tmp_path / "smollm3")
+    model = load_lm(tmp_path / "llama")
+    close(lm_logits(model, IDS), reference(IDS).logits)
+    reference = shake(hf.SmolLM3ForCausalLM(LANGUAGE["smollm3"]))
+    reference.save_pretrained(tmp_path / "smollm3")
     config = json.loads((tmp_path / "smollm3" / "config.json").read_text())
-    for silent in ("tie_word_embeddings", "no_rope_layers", "rope_parameters"):
-        del config[silent]
+    for key in ("tie_word_embeddings", "no_rope_layers", "rope_parameters"):
+        del config[key]
     (tmp_path / "smollm3" / "config.json").write_text(json.dumps(config))
-    ours = load_lm(tmp_path / "smollm3")
-    close(lm_logits(ours, IDS), theirs(IDS).logits)
+    model = load_lm(tmp_path / "smollm3")
+    close(lm_logits(model, IDS), reference(IDS).logits)
 
 
 @pytest.mark.parametrize("kind", llama.DEFAULTS)
-def test_a_silent_config_means_their_defaults(kind):
-    theirs = hf.AutoConfig.for_model(kind)
-    ours = llama.read({"model_type": kind}, "config.json")
-    assert ours == llama.read(theirs.to_dict(), "config.json")
+def test_absent_keys_mean_the_defaults_of_transformers(kind):
+    reference = hf.AutoConfig.for_model(kind)
+    model = llama.read({"model_type": kind}, "config.json")
+    assert model == llama.read(reference.to_dict(), "config.json")
 
 
 # --- Another size ---------------------------------------------------------------------------------
@@ -164,24 +164,24 @@ def test_a_silent_config_means_their_defaults(kind):
 
 @pytest.mark.parametrize("tied", [True, False])
 @torch.no_grad()
-def test_new_rows_stand_at_the_mean(tied, tmp_path, shake):
+def test_new_rows_are_the_mean(tied, tmp_path, shake):
     config = hf.LlamaConfig(**DECODER, tie_word_embeddings=tied)
-    theirs = shake(hf.LlamaForCausalLM(config))
-    theirs.save_pretrained(tmp_path)
-    ours = LanguageModel.from_pretrained(LMConfig(lm_vocab_size=120, lm_model_type=str(tmp_path)))
-    assert ours.cfg.lm_vocab_size == 120
-    old = theirs.get_input_embeddings().weight, theirs.get_output_embeddings().weight
-    for new, before in zip((ours.token_embedding.weight, ours.head.weight), old):
+    reference = shake(hf.LlamaForCausalLM(config))
+    reference.save_pretrained(tmp_path)
+    model = LanguageModel.from_pretrained(LMConfig(lm_vocab_size=120, lm_model_type=str(tmp_path)))
+    assert model.cfg.lm_vocab_size == 120
+    old = reference.get_input_embeddings().weight, reference.get_output_embeddings().weight
+    for new, before in zip((model.token_embedding.weight, model.head.weight), old):
         assert new.shape == (120, 48) and torch.equal(new[:101], before)
         torch.testing.assert_close(new[101:], before.mean(0).expand(19, -1))
-    assert (ours.head.weight is ours.token_embedding.weight) == tied
-    close(lm_logits(ours, IDS)[..., :101], theirs(IDS).logits)
+    assert (model.head.weight is model.token_embedding.weight) == tied
+    close(lm_logits(model, IDS)[..., :101], reference(IDS).logits)
 
 
-# --- What does not fit ----------------------------------------------------------------------------
+# --- Error messages -------------------------------------------------------------------------------
 
 
-def test_a_decoder_that_does_not_fit(decoder, damage):
+def test_tensors_that_do_not_match(decoder, damage):
     _, folder = decoder
     missing, misshapen = damage(folder)
     with pytest.raises(InputError) as error:
@@ -206,7 +206,7 @@ def test_a_decoder_that_does_not_fit(decoder, damage):
         ({"vocab_size": 10**40}, "no model has such sizes"),
     ],
 )
-def test_a_decoder_config_that_makes_no_sense(changes, says, tmp_path, edit_config):
+def test_errors_of_a_decoder_config(changes, says, tmp_path, edit_config):
     hf.LlamaForCausalLM(LANGUAGE["llama"]).save_pretrained(tmp_path)
     edit_config(tmp_path, **changes)
     with pytest.raises(InputError) as error:
@@ -217,33 +217,33 @@ def test_a_decoder_config_that_makes_no_sense(changes, says, tmp_path, edit_conf
 def test_irregular_blocks_without_positions_are_refused(tmp_path, edit_config):
     hf.SmolLM3ForCausalLM(LANGUAGE["smollm3"]).save_pretrained(tmp_path)
     edit_config(tmp_path, no_rope_layers=[1, 0, 0, 1, 1])
-    with pytest.raises(InputError, match=r"no_rope_layers = .*every so many-th"):
+    with pytest.raises(InputError, match=r"no_rope_layers = .*at a fixed interval"):
         load_lm(tmp_path)
 
 
 # --- Our own layout -------------------------------------------------------------------------------
 
 
-def test_a_decoder_of_no_family(tmp_path, shake):
-    ours = shake(LanguageModel(LMConfig(lm_qkv_bias=True, lm_qk_norm=True, lm_nope_every=2)))
-    ours.save_pretrained(tmp_path)
-    assert torch.equal(lm_logits(load_lm(tmp_path), IDS), lm_logits(ours, IDS))
+def test_a_decoder_that_transformers_does_not_have(tmp_path, shake):
+    model = shake(LanguageModel(LMConfig(lm_qkv_bias=True, lm_qk_norm=True, lm_nope_every=2)))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(lm_logits(load_lm(tmp_path), IDS), lm_logits(model, IDS))
 
 
-# --- Really trained weights -----------------------------------------------------------------------
+# --- Trained weights ------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def test_stories260k_tells_the_same_story(shared):
     folder = shared / "weights" / "stories260k_llama" / "hf"
     tokenizer = hf.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-    theirs = hf.AutoModelForCausalLM.from_pretrained(folder).eval()
-    ours = load_lm(folder)
+    reference = hf.AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = load_lm(folder)
     ids = torch.tensor([[1] + tokenizer("Once upon a time", add_special_tokens=False).input_ids])
     start = ids.shape[1]
-    wanted = theirs.generate(ids, do_sample=False, max_new_tokens=200, eos_token_id=None)
+    wanted = reference.generate(ids, do_sample=False, max_new_tokens=200, eos_token_id=None)
     for _ in range(200):
-        ids = torch.cat((ids, lm_logits(ours, ids)[:, -1:].argmax(-1)), 1)
+        ids = torch.cat((ids, lm_logits(model, ids)[:, -1:].argmax(-1)), 1)
     text = tokenizer.decode(ids[0, start:])
     assert torch.equal(ids, wanted), text
     assert "there was a little girl named Lily" in text

@@ -1,0 +1,222 @@
+"""Measures one source tree, one repetition per request; revisions.py starts two and alternates.
+
+python revision_worker.py TREE          reads a JSON request per line, writes a JSON reply per line
+
+The same file runs on old and new trees, so it uses only names that both have. Inputs and weights
+are random with fixed seeds. Plain AdamW stands in for the tree's optimizer.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+LENGTHS = (128, 160, 96, 128)  # tokens of the conversations, repeated
+IGNORE_INDEX = -100
+PROJECT = ("configs", "config_tools", "models", "data", "engine")
+N_NEW = 32  # decoding steps of one repetition
+SAMPLING = ("models.inference.sampling", "models.generation")  # today's module, the old one
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+# --- Model and inputs ---------------------------------------------------------------------------
+
+
+def build(preset: str, changes: dict, dtype: torch.dtype):
+    """A preset's model with random weights; `changes` replace fields of its config."""
+    from configs import PRESETS
+    from models.vision_language_model import VisionLanguageModel
+
+    torch.manual_seed(0)
+    fields = {"vit_model_type": "", "lm_model_type": ""} | changes
+    return VisionLanguageModel(replace(PRESETS[preset].model, **fields)).to(dtype)
+
+
+@lru_cache(maxsize=1)
+def build_for_inference(preset: str, changes: str, dtype: torch.dtype):
+    """The same in evaluation mode, kept for the next row; `changes` as JSON."""
+    return build(preset, json.loads(changes), dtype).eval()
+
+
+def conversations(cfg, lengths: list[int]) -> tuple[list[Tensor], Tensor]:
+    """Token ids [T] with one image after the first token, and the images [N, 3, H, W]."""
+    g = torch.Generator().manual_seed(0)
+    special = [cfg.vlm_pad_token_id, cfg.vlm_bos_token_id, cfg.vlm_eos_token_id]
+    is_word = torch.ones(cfg.lm_vocab_size, dtype=torch.bool)
+    is_word[[*special, cfg.vlm_image_token_id]] = False
+    words = is_word.nonzero()[:, 0]
+    rows = [words[torch.randint(len(words), (n,), generator=g)] for n in lengths]
+    for ids in rows:
+        ids[1 : 1 + cfg.tokens_per_tile] = cfg.vlm_image_token_id
+    size = cfg.vit_img_size
+    return rows, torch.randn(len(rows), cfg.vit_n_channels, size, size, generator=g)
+
+
+def supervised(ids: Tensor, cfg) -> Tensor:
+    """Targets [T] of a conversation whose last third of words is the answer."""
+    targets = torch.cat([ids[1:], ids.new_tensor([IGNORE_INDEX])])
+    n_words = len(ids) - 1 - cfg.tokens_per_tile
+    targets[: len(ids) - 1 - n_words // 3] = IGNORE_INDEX
+    return targets
+
+
+def training_inputs(cfg, n_samples: int, packed: bool) -> dict[str, Tensor | None]:
+    """Arguments of `forward`: one padded conversation per row, or eight packed in a row."""
+    lengths = [LENGTHS[i % len(LENGTHS)] for i in range(n_samples)]
+    samples, images = conversations(cfg, lengths)
+    n = min(8, n_samples) if packed else 1  # conversations of a row
+    rows = [samples[i : i + n] for i in range(0, n_samples, n)]
+    shape = (len(rows), max(sum(map(len, row)) for row in rows))
+    ids = torch.full(shape, cfg.vlm_pad_token_id)
+    targets, segments = torch.full(shape, IGNORE_INDEX), torch.zeros(shape, dtype=torch.long)
+    positions = torch.arange(shape[1]).repeat(shape[0], 1)
+    for r, row in enumerate(rows):
+        start = 0
+        for k, sample in enumerate(row, 1):
+            where = slice(start, start := start + len(sample))
+            ids[r, where], targets[r, where] = sample, supervised(sample, cfg)
+            segments[r, where], positions[r, where] = k, torch.arange(len(sample))
+    return {"input_ids": ids, "images": images, "targets": targets, "positions": positions,
+            "segments": segments if packed else None}  # fmt: skip
+
+
+# --- Measurements: each returns a function of (seconds, values to compare between trees) ---------
+
+Repetition = Callable[[], tuple[float, list[float]]]
+
+
+def clock() -> float:
+    """CPU time with one thread, which other processes lengthen less; else wall time."""
+    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def training(request: dict, packed: bool) -> Repetition:
+    """Seconds of a whole training step in fp32 weights, and its loss."""
+    model = build(request["preset"], request["changes"], torch.float32).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    inputs = training_inputs(model.cfg, request["samples"], packed)
+    n_targets = int((inputs["targets"] != IGNORE_INDEX).sum())
+    region = torch.autocast("cpu", torch.bfloat16, enabled=request["precision"] == "bf16")
+
+    def step() -> tuple[float, list[float]]:
+        start = clock()
+        with region:
+            loss = model(**inputs, reduction="sum")[1] / n_targets
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return clock() - start, [loss.item()]
+
+    return step
+
+
+def answering(request: dict, n_rows: int, n_words: int, n_steps: int) -> Repetition:
+    """Seconds of a decoding step after a prompt, and the tokens; 0 steps: of the first token."""
+    changes = json.dumps(request["changes"])
+    model = build_for_inference(request["preset"], changes, DTYPES[request["precision"]])
+    length = 1 + model.cfg.tokens_per_tile + n_words
+    rows, images = conversations(model.cfg, [length] * n_rows)
+    ids, eos, starts = torch.stack(rows), model.cfg.vlm_eos_token_id, []
+    sampling = sampling_class()(max_new_tokens=1 + n_steps)
+    prefill, decode = type(model).prefill, type(model).decode
+
+    def without_eos(*args, **options) -> Tensor:
+        """All rows decode to the end: a random model may stop at any token."""
+        logits = prefill(model, *args, **options)
+        logits[:, eos] = -torch.inf
+        return logits
+
+    def timed_decode(*args, **options) -> Tensor:
+        starts.append(clock())
+        logits = decode(model, *args, **options)
+        logits[:, eos] = -torch.inf
+        return logits
+
+    def repetition() -> tuple[float, list[float]]:
+        model.prefill, model.decode = without_eos, timed_decode
+        starts.clear()
+        start = clock()
+        tokens = model.generate(ids, images, sampling=sampling)
+        end = clock()
+        del model.prefill, model.decode
+        if len(starts) != n_steps:
+            raise RuntimeError(f"generate called decode {len(starts)} times, expected {n_steps}")
+        seconds = (end - starts[0]) / n_steps if n_steps else end - start
+        return seconds, tokens.flatten().tolist()
+
+    return repetition
+
+
+ROWS: dict[str, Callable[[dict], Repetition]] = {
+    "first": lambda request: answering(request, 1, 64, 0),
+    "decode1": lambda request: answering(request, 1, 32, N_NEW),
+    "decode8": lambda request: answering(request, 8, 32, N_NEW),
+    "train": lambda request: training(request, packed=False),
+    "packed": lambda request: training(request, packed=True),
+}
+
+
+# --- Process ------------------------------------------------------------------------------------
+
+
+def sampling_class() -> type:
+    for name in SAMPLING:
+        with suppress(ModuleNotFoundError):
+            return importlib.import_module(name).Sampling
+    raise ModuleNotFoundError(f"no Sampling in any of {', '.join(SAMPLING)}")
+
+
+def memory(field: str) -> int:
+    """Bytes of this process now (VmRSS) or their maximum so far (VmHWM)."""
+    with suppress(OSError):
+        found = re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+        if found:
+            return 1024 * int(found[1])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def import_from(tree: Path) -> None:
+    """Import the model of this tree alone; raises ImportError if a module is another tree's."""
+    sys.path[0] = str(tree)
+    sys.path[1:] = [p for p in sys.path[1:] if not Path(p, "configs.py").is_file()]
+    importlib.import_module("models.vision_language_model")
+    sampling_class()
+    for name, module in sys.modules.items():
+        file = getattr(module, "__file__", None)
+        is_project = name.partition(".")[0] in PROJECT
+        if is_project and file and not Path(file).is_relative_to(tree):
+            raise ImportError(f"{name} is {file}, outside {tree}")
+
+
+def main() -> None:
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print is no reply
+    import_from(Path(sys.argv[1]).resolve())
+    at_start, repetition = memory("VmRSS"), None
+    for line in sys.stdin:
+        request, seconds, values = json.loads(line), 0.0, []
+        if request:
+            repetition = None  # frees the last row's model before the next is built
+            repetition = ROWS[request["row"]](request)
+        seconds, values = repetition()
+        peak = memory("VmHWM") - at_start
+        print(json.dumps({"seconds": seconds, "values": values, "peak": peak}), file=replies)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,285 @@
+"""Compares this working tree with another revision: time and memory of training and decoding.
+
+python -m benchmarks.speed.revisions HEAD                        before a commit: what it costs
+python -m benchmarks.speed.revisions v0.1 --presets tiny --rows train decode1
+python -m benchmarks.speed.revisions ../old --against HEAD~3     a folder works like a revision
+
+Each tree runs in a process of its own. Both take turns (A B B A ...), so noise affects both alike.
+Prints a table; a ratio above 1 means that the working tree is slower or needs more memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.speed.timing import ROOT, command_line, describe_run
+from cli import command
+from config_tools import InputError
+from configs import PRESETS
+from engine.training.distributed import is_bf16_emulated
+
+WORKER = Path(__file__).with_name("revision_worker.py")
+ROWS = {
+    "first": "first token, image and 64 words",
+    "decode1": "decoding step, 1 row",
+    "decode8": "decoding step, 8 rows",
+    "train": "training step, padded rows",
+    "packed": "training step, packed rows",
+    "memory": "peak memory of training, padded rows",
+}
+SAMPLES = {"tiny": 16}  # conversations of a training step; 4 for all other presets
+SECONDS = {"tiny": 8.0}  # time of a row; 30 for all other presets
+MIN_TURNS, MAX_TURNS, MEMORY_TURNS = 5, 400, 2
+PAUSE = 0.02  # seconds: after a call, libgomp's idle threads keep the cores busy for a few ms
+SLOWER = 1.03  # ratios above are named below the table
+
+
+# --- Trees and their processes ------------------------------------------------------------------
+
+
+def checkout(source: str, folder: Path) -> Path:
+    """The tree of a folder as it is, or of a git revision, unpacked into `folder`."""
+    if Path(source, "configs.py").is_file():
+        return Path(source).resolve()
+    archive = ["git", "-C", str(ROOT), "archive", "--format=tar", source]
+    done = subprocess.run(archive, capture_output=True, check=False)
+    if done.returncode:
+        raise InputError(
+            f"{source!r}: neither a folder with configs.py nor a git revision; "
+            f"give one of both. git: {done.stderr.decode().strip()}"
+        )
+    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as tar:
+        tar.extractall(folder, filter="data")
+    return folder
+
+
+@dataclass
+class Worker:
+    """The process that measures one tree; see revision_worker.py."""
+
+    tree: Path
+    process: subprocess.Popen
+
+    def ask(self, **request) -> dict:
+        """One repetition: of a new row with a request, of the same row without."""
+        with suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+        if not (reply := self.process.stdout.readline()):
+            raise InputError(
+                f"{self.tree}: its worker ended with status {self.process.wait()}, see above; "
+                f"the last request was {request or 'another repetition'}."
+            )
+        return json.loads(reply)
+
+
+@contextmanager
+def start(tree: Path, n_threads: int) -> Iterator[Worker]:
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    env |= {"OMP_NUM_THREADS": str(n_threads), "PYTHONDONTWRITEBYTECODE": "1",
+            "HF_HUB_OFFLINE": "1"}  # fmt: skip
+    # As train.py sets them: see set_malloc_thresholds in engine/training/distributed.py.
+    env.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 30))
+    env.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 24))
+    argv = [sys.executable, str(WORKER), str(tree)]
+    process = subprocess.Popen(argv, cwd=tree, env=env, stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, text=True)  # fmt: skip
+    try:
+        yield Worker(tree, process)
+    finally:
+        process.kill()
+        with suppress(BrokenPipeError):  # a request that a dead worker has not read
+            process.stdin.close()
+        process.stdout.close()
+        process.wait()
+
+
+# --- Rows ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Result:
+    """One row of the table: a list entry per turn for both trees."""
+
+    preset: str
+    precision: str
+    row: str
+    before: list[float] = field(default_factory=list)  # seconds, or bytes of the row `memory`
+    after: list[float] = field(default_factory=list)
+    values_before: list[list[float]] = field(default_factory=list)  # losses or tokens
+    values_after: list[list[float]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return f"{self.preset} {self.precision}: {ROWS[self.row]}"
+
+    @property
+    def ratio(self) -> float:
+        return float(np.median(self.after) / np.median(self.before))
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % of the ratio of medians over turns drawn again (bootstrap)."""
+        before, after = np.array(self.before), np.array(self.after)
+        turns = np.random.default_rng(0).integers(len(before), size=(2000, len(before)))
+        found = np.median(after[turns], axis=1) / np.median(before[turns], axis=1)
+        low, high = np.quantile(found, (0.025, 0.975))
+        return float(low), float(high)
+
+    def add(self, is_after: bool, number: float, values: list[float]) -> None:
+        (self.after if is_after else self.before).append(number)
+        (self.values_after if is_after else self.values_before).append(values)
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        unit, scale = ("MiB", 2**-20) if self.row == "memory" else ("ms", 1e3)
+        quartiles = [scale * np.quantile(x, (0.5, 0.25, 0.75)) for x in (self.before, self.after)]
+        spreads = ["{:.4g} {} ({:.4g} - {:.4g})".format(q[0], unit, *q[1:]) for q in quartiles]
+        interval = "{:.3f} - {:.3f}".format(*self.interval)
+        return self.name, *spreads, f"{self.ratio:.3f}", interval, str(len(self.before))
+
+
+def in_turns(n_turns: int) -> Iterator[tuple[bool, bool]]:
+    """Which tree comes first, whether it is the one after: A B, B A, A B, ..."""
+    for turn in range(n_turns):
+        yield (False, True) if turn % 2 == 0 else (True, False)
+
+
+def time_row(
+    result: Result, workers: Sequence[Worker], request: dict, seconds: float, turns: int | None
+) -> None:
+    """Fill a row by turns: as many as given, or until `seconds` are over."""
+    for is_after, worker in enumerate(workers):
+        first = worker.ask(**request)["values"]  # not timed: warm-up
+        (result.values_after if is_after else result.values_before).append(first)
+    end = time.perf_counter() + seconds
+    for turn, order in enumerate(in_turns(turns or MAX_TURNS)):
+        if not turns and turn >= MIN_TURNS and time.perf_counter() > end:
+            break
+        for is_after in order:
+            time.sleep(PAUSE)
+            reply = workers[is_after].ask()
+            result.add(is_after, reply["seconds"], reply["values"])
+
+
+def memory_row(result: Result, trees: Sequence[Path], request: dict, n_threads: int) -> None:
+    """Peak memory of two training steps beyond that of the imports, in fresh processes."""
+    for order in in_turns(MEMORY_TURNS):
+        for is_after in order:
+            with start(trees[is_after], n_threads) as worker:
+                worker.ask(**request | {"row": "train"})
+                reply = worker.ask()
+            result.add(is_after, reply["peak"], reply["values"])
+
+
+def measure(
+    trees: Sequence[Path], presets: Sequence[str], precisions: Sequence[str], rows: Sequence[str],
+    n_threads: int, seconds: float | None = None, turns: int | None = None,
+    changes: dict | None = None,
+) -> list[Result]:  # fmt: skip
+    """All rows of two trees (before, after); `changes` replace fields of the presets' models."""
+    results = []
+    with ExitStack() as stack:
+        workers = [stack.enter_context(start(tree, n_threads)) for tree in trees]
+        for preset in presets:
+            for precision in precisions:
+                for row in rows:
+                    request = {"preset": preset, "precision": precision, "row": row,
+                               "samples": SAMPLES.get(preset, 4),
+                               "changes": changes or {}}  # fmt: skip
+                    result = Result(preset, precision, row)
+                    if row == "memory":
+                        memory_row(result, trees, request, n_threads)
+                    else:
+                        limit = SECONDS.get(preset, 30.0) if seconds is None else seconds
+                        time_row(result, workers, request, limit, turns)
+                    print(*result.cells, sep=" | ", file=sys.stderr, flush=True)
+                    results.append(result)
+    return results
+
+
+# --- Report -------------------------------------------------------------------------------------
+
+
+def table(results: Sequence[Result]) -> str:
+    head = ("", "before: median (quartiles)", "after: median (quartiles)", "after / before",
+            "95 % interval", "turns")  # fmt: skip
+    lines = [head, tuple("---" for _ in head), *(result.cells for result in results)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def slower(results: Sequence[Result]) -> str:
+    """Names every row that takes 3 % more time or memory."""
+    found = [r for r in results if r.ratio > SLOWER]
+    if not found:
+        return f"No row is more than {SLOWER - 1:.0%} slower."
+    noise = ", but the interval includes 1"
+    named = (f"{r.name} ({r.ratio - 1:+.1%}{noise if r.interval[0] <= 1 else ''})" for r in found)
+    return f"More than {SLOWER - 1:.0%} slower: {'; '.join(named)}."
+
+
+def difference(results: Sequence[Result]) -> str:
+    """How far losses are apart, and whether greedy tokens are the same."""
+    first, later, differ = [0.0], [0.0], []
+    for r in results:
+        if "decode" in r.row or r.row == "first":
+            if r.values_before != r.values_after:
+                differ.append(r.name)
+            continue
+        pairs = zip(r.values_before, r.values_after, strict=True)
+        apart = [abs(a - b) for (a,), (b,) in pairs]
+        if r.row != "memory":
+            first.append(apart[0])
+        later += apart
+    tokens = f"differ in {'; '.join(differ)}" if differ else "are equal"
+    return (
+        f"Largest difference of the loss: {max(first):.1e} in first steps, {max(later):.1e} in all "
+        f"steps. Greedy tokens {tokens}."
+    )
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.revisions")
+    parser.add_argument("base", help="git revision or folder to compare with: before")
+    parser.add_argument("--against", default=str(ROOT), help="after; default: this working tree")
+    parser.add_argument("--presets", nargs="+", choices=list(PRESETS), default=["tiny", "222m"])
+    parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"])
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--turns", type=int, help="exact number of turns of a timed row")
+    time_help = f"time of a row, at least {MIN_TURNS} turns; default: 8 for tiny, 30 for others"
+    length.add_argument("--seconds", type=float, help=time_help)
+    args = parser.parse_args(argv)
+    for flag in ("turns", "threads"):
+        if (value := getattr(args, flag)) is not None and value < 1:
+            raise InputError(f"--{flag} {value}: must be at least 1.")
+    torch.set_num_threads(args.threads)
+    is_slow = is_bf16_emulated(torch.device("cpu"))  # this CPU emulates bf16: minutes a step
+    precisions = args.precisions or (["fp32"] if is_slow else ["fp32", "bf16"])
+    with tempfile.TemporaryDirectory() as folder:
+        trees = [checkout(source, Path(folder, name))
+                 for source, name in ((args.base, "before"), (args.against, "after"))]  # fmt: skip
+        line = describe_run(command_line("benchmarks.speed.revisions", argv))
+        results = measure(trees, args.presets, precisions, args.rows, args.threads, args.seconds,
+                          args.turns)  # fmt: skip
+    print(f"{line}\n\n{table(results)}\n\n{slower(results)}\n{difference(results)}")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,153 @@
+"""Every fast operation is its plain reference: value, gradients, under autocast and compiled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from models.ops.attention import attention, attention_reference
+from models.ops.packed import (
+    group_segments,
+    packed_attention,
+    packed_attention_reference,
+)
+from models.ops.rms_norm import rms_norm, rms_norm_reference
+from models.ops.token_loss import token_loss, token_loss_reference
+
+SEGMENTS = torch.tensor([[1, 1, 1, 2, 2, 3, 3, 3, 3], [1, 1, 1, 1, 1, 1, 1, 2, 2]])
+
+
+def tensors(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=g, requires_grad=True) for shape in shapes]
+
+
+def qkv(n_tokens: int = 9) -> list[torch.Tensor]:
+    return tensors((2, 4, n_tokens, 8), (2, 2, 9, 8), (2, 2, 9, 8))
+
+
+TARGETS = torch.arange(7) * 3 % 11
+MASK = torch.rand(2, 1, 9, 9, generator=torch.Generator().manual_seed(1)) > 0.3
+MASK[..., 0] = True
+# name: (operation, reference, inputs)
+OPS = {
+    "rms_norm": (
+        lambda x, w: rms_norm(x, w, 1e-3),
+        lambda x, w: rms_norm_reference(x, w, 1e-3),
+        lambda: tensors((5, 3, 16), (16,)),
+    ),
+    "attention": (attention, attention_reference, qkv),
+    "causal": (
+        lambda *x: attention(*x, causal=True),
+        lambda *x: attention_reference(*x, causal=True),
+        qkv,
+    ),
+    "masked": (lambda *x: attention(*x, MASK), lambda *x: attention_reference(*x, MASK), qkv),
+    "lone query": (
+        lambda *x: attention(*x, causal=True),
+        lambda *x: attention_reference(*x, causal=True),
+        lambda: qkv(1),
+    ),
+    "packed": (
+        lambda *x: packed_attention(*x, group_segments(SEGMENTS, x[0].device)),
+        lambda *x: packed_attention_reference(*x, SEGMENTS),
+        qkv,
+    ),
+    "token_loss": (
+        lambda x, w: token_loss(x, Head(w), TARGETS),
+        lambda x, w: token_loss_reference(x, Head(w), TARGETS),
+        lambda: tensors((7, 6), (11, 6)),
+    ),
+}
+
+
+class Head(nn.Linear):
+    """A plain linear head around a given weight."""
+
+    def __new__(cls, weight: torch.Tensor) -> nn.Linear:
+        with torch.device("meta"):
+            head = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        del head._parameters["weight"]
+        head.weight = weight
+        return head
+
+
+def value_and_gradients(operation, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    out = operation(*inputs)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
+    grads = torch.autograd.grad(out, inputs, cotangent.to(out.dtype))
+    assert [g.dtype for g in grads] == [x.dtype for x in inputs]
+    return [out.detach().float(), *(g.float() for g in grads)]
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_value_and_gradients(name):
+    operation, reference, inputs = OPS[name]
+    found, expected = (value_and_gradients(f, inputs()) for f in (operation, reference))
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        x = inputs()
+        torch.testing.assert_close(operation(*x), reference(*x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_under_autocast_and_in_bf16(name):
+    """As near to the fp32 reference as rounding to 8 bits allows."""
+    operation, reference, inputs = OPS[name]
+    expected = value_and_gradients(reference, inputs())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [value_and_gradients(operation, inputs())]
+    if name != "token_loss":  # its weights stay in fp32 in training
+        x = [t.detach().bfloat16().requires_grad_() for t in inputs()]
+        found.append(value_and_gradients(operation, x))
+    for values in found:
+        for mine, other in zip(values, expected, strict=True):
+            assert (mine - other).norm() <= 0.02 * other.norm() + 1e-6
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_compiled(name):
+    torch._dynamo.reset()
+    operation, _, inputs = OPS[name]
+    if name == "token_loss":  # a module made inside cannot be traced; the head of a model is not
+        pytest.skip("the loss runs outside of compiled blocks")
+    plain, made = (
+        value_and_gradients(f, inputs())
+        for f in (operation, torch.compile(operation, backend="aot_eager"))
+    )
+    for mine, other in zip(made, plain, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "token_loss"])
+def test_a_second_derivative_is_refused(name):
+    """Hand-written gradients would silently be constants in it."""
+    operation, _, inputs = OPS[name]
+    x = inputs()
+    (grad, *_) = torch.autograd.grad(operation(*x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
+        torch.autograd.grad(grad.sum(), x)
+
+
+def test_a_head_with_a_hook_or_another_class_is_called():
+    """LoRA on the head and forward hooks act in training, too; the loss and gradient are right."""
+    x, w = tensors((7, 6), (11, 6))
+    calls = []
+    hooked = Head(w)
+    hooked.register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(
+        token_loss(x, hooked, TARGETS), token_loss(x, Head(w), TARGETS), rtol=1e-5, atol=1e-5
+    )
+    assert calls == [1]
+
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    doubled = Doubled(6, 11, bias=False)
+    doubled.weight = nn.Parameter(w.detach())
+    expected = token_loss_reference(2 * x, Head(w), TARGETS)
+    torch.testing.assert_close(token_loss(x, doubled, TARGETS), expected, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,68 @@
+"""RoPE is transformers', for every rope type."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from configs import LMConfig
+from models.ops.rope import apply_rope, rope_frequencies, rope_tables
+
+ROPES = {
+    "default": (dict(rope_type="default"), {}),
+    "linear": (dict(rope_type="linear", factor=4.0), dict(lm_rope_factor=4.0)),
+    "llama3": (  # of the 8 wavelengths some are kept, some blended, some stretched
+        dict(
+            rope_type="llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=512,
+        ),
+        dict(
+            lm_rope_factor=8.0,
+            lm_rope_low_freq_factor=1.0,
+            lm_rope_high_freq_factor=4.0,
+            lm_rope_original_max_positions=512,
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_rope_is_transformers(kind):
+    parameters, fields = ROPES[kind]
+    cfg = LMConfig(lm_hidden_dim=64, lm_n_heads=4, lm_re_base=5000.0, lm_rope_type=kind, **fields)
+    theirs = LlamaRotaryEmbedding(
+        LlamaConfig(
+            hidden_size=64,
+            num_attention_heads=4,
+            max_position_embeddings=4096,
+            rope_parameters=parameters | {"rope_theta": 5000.0},
+        )
+    )
+    freq = rope_frequencies(cfg)
+    torch.testing.assert_close(freq, theirs.inv_freq, rtol=1e-6, atol=0)
+
+    positions = torch.tensor([[0, 1, 2, 3, 50], [7, 8, 0, 1, 100]])
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 4, 5, 16, generator=g), torch.randn(2, 2, 5, 16, generator=g)
+    cos, sin = rope_tables(freq, positions, torch.float32)
+    wanted = apply_rotary_pos_emb(q, k, *theirs(q, positions))
+    found = (apply_rope(x.transpose(1, 2), cos, sin).transpose(1, 2) for x in (q, k))
+    for mine, others in zip(found, wanted, strict=True):
+        # Positions to 100 amplify the last bit of a frequency to 100 * 6e-8.
+        torch.testing.assert_close(mine, others, rtol=0, atol=2e-5)
+    if kind == "llama3":
+        plain = rope_frequencies(LMConfig(lm_hidden_dim=64, lm_n_heads=4, lm_re_base=5000.0))
+        ratio = plain / freq
+        inside = (ratio > 1.01) & (ratio < 7.99)
+        assert ratio.min() == 1 and ratio.max() == 8 and inside.any()
+
+
+def test_rope_tables_are_computed_in_fp32_then_cast():
+    freq, positions = rope_frequencies(LMConfig()), torch.tensor([[1999]])
+    cos, _ = rope_tables(freq, positions, torch.bfloat16)
+    assert torch.equal(cos, rope_tables(freq, positions, torch.float32)[0].bfloat16())
