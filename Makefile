@@ -30,6 +30,8 @@ test-all: .venv/installed
 
 lint: .venv/installed
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyrefly check
 
 clean:
 	rm -rf .venv runs *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
 
     source = open_dataset(cfg.data, "train")
     cfg, model, processor = build(cfg, checkpoints)
-    sample_report = check_before_training(source, processor, cfg.data)
+    data_report = check_before_training(source, processor, cfg.data)
     prepare_model(model, cfg, dist, dtype, compiled)
     optimizer = build_optimizer(model.parts, cfg.train, dtype)
     if checkpoints and cfg.train.lora:
@@ -75,13 +75,13 @@ def main(argv: list[str]) -> None:
         )
 
     if dist.is_main and not cfg.train.dry_run:
-        lock = claim_run_folder(cfg)  # held until the file is closed below
+        lock = claim_run_folder(cfg)  # an open file; other processes are refused until it closes
         if not checkpoints:
             adapters.save_base(model, processor, cfg.train)
     if dist.is_main:
         describe_run(cfg, model, source, step)
         print(f"machine: {describe_machine(dist.device, dtype, compiled)}")
-        print(sample_report)
+        print(data_report)
     if cfg.train.dry_run:
         summary = dry_run(cfg, model, processor, loader, optimizer, dist, autocast_context)
         if dist.is_main:
@@ -101,7 +101,7 @@ def main(argv: list[str]) -> None:
 
 
 def find_checkpoints(cfg: RunConfig, dist: Dist) -> list[Path]:
-    """The run's checkpoints to resume from; none unless `train.resume` is auto."""
+    """The run's checkpoints, oldest first; none if `train.resume` is no."""
     if cfg.train.resume == "no":
         return []
     return checkpoint.list_shared_checkpoints(Path(cfg.train.out), dist)
@@ -116,10 +116,11 @@ def build(
     weights are combined with the built-in tokenizer.
     """
     torch.manual_seed(cfg.train.seed)
-    weights = adapters.initial_weights(checkpoints[-1]) if checkpoints else cfg.train.init_from
-    if weights:
-        model, processor = open_checkpoint(weights)
-        model = model.float()
+    # With LoRA, a checkpoint's adapter belongs to the weights that the run started from.
+    source = adapters.initial_weights(checkpoints[-1]) if checkpoints else cfg.train.init_from
+    if source:
+        model, processor = open_checkpoint(source)
+        model = model.float()  # autocast casts; the optimizer needs fp32
     elif cfg.model.lm_model_type and cfg.model.lm_tokenizer == "world":
         raise InputError(
             f"lm_tokenizer = 'world': {cfg.model.lm_model_type} was trained with another "
@@ -128,7 +129,8 @@ def build(
     else:
         model = VisionLanguageModel.from_backbones(cfg.model)
         processor = processors.build(model.cfg)
-    # A resumed run keeps its config, as `restore` compares the two.
+    # Sizes may come from the weights. A run with sizes of its own keeps its config, which
+    # `restore` compares with the checkpoint's.
     if cfg.train.init_from or cfg.model.vit_model_type or cfg.model.lm_model_type:
         cfg = replace(cfg, model=model.cfg)
     return cfg, model, processor
@@ -137,7 +139,7 @@ def build(
 def prepare_model(
     model: VisionLanguageModel, cfg: RunConfig, dist: Dist, dtype: torch.dtype, compiled: bool
 ) -> None:
-    """Add adapters and activation checkpointing, move to the device, shard, compile; in place."""
+    """Change the model in place: adapters, activation checkpointing, device, FSDP, compiling."""
     adapters.attach_adapters(model, cfg.train)
     checkpointed = choose_checkpointing(cfg, dtype, memory_budget(dist.device))
     for name in checkpointed:
@@ -145,7 +147,7 @@ def prepare_model(
     if checkpointed and dist.is_main:
         print(f"activation checkpointing: {', '.join(checkpointed)}")
     if checkpointed and dist.device.type == "cpu":
-        set_malloc_thresholds(1 << 23)  # a lower limit: fragmentation took a third of the memory
+        set_malloc_thresholds(1 << 23)  # frees tensors above 8 MiB at once; slower, but no holes
     model.to(dist.device)
     dist.shard(model, dtype)
     if compiled:
@@ -160,7 +162,7 @@ def evaluate_at(
     autocast_context: torch.autocast,
     step: int,
 ) -> dict:
-    """Evaluate; the main process also draws an answer sheet at every `answer_sheet_every`-th."""
+    """Evaluate; every `answer_sheet_every`-th time, draw questions and answers as an image."""
     t = cfg.train
     n_evaluations = step // t.eval_every if t.eval_every else 0
     is_due = t.answer_sheet_every and (step == t.steps or n_evaluations % t.answer_sheet_every == 0)

@@ -3,7 +3,8 @@
 Embeddings in, hidden states out; `logits` and `loss` apply the head. Not here: sampling
 (models/inference), images (vision_language_model.py).
 
-Letters: B batch, T tokens, S cache slots, D width, H query heads, K key-value heads, C head width,
+Letters: B batch, T tokens, S cache slots, D width, H query heads, K key-value heads, C head
+dimension,
 V vocabulary.
 """
 
@@ -20,7 +21,7 @@ from configs import LMConfig
 from models.ops.attention import attention
 from models.ops.init import init_weights
 from models.ops.memory import run_blocks, to_device_async
-from models.ops.packed import Packing, pack, packed_attention
+from models.ops.packed import Packing, build_packing, packed_attention
 from models.ops.rms_norm import rms_norm
 from models.ops.rope import apply_rope, rope_frequencies, rope_tables
 from models.ops.token_loss import token_loss
@@ -32,13 +33,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """What all blocks of one forward pass share. Without mask or packing, attention is causal."""
+    """What all blocks of one forward pass share. Attention is causal in every case."""
 
     cos: Tensor  # [B, T, 1, C]
     sin: Tensor  # [B, T, 1, C]
-    packing: Packing | None = None  # keeps the samples of packed rows apart
+    packing: Packing | None = None  # restricts it to one sample of a packed row
     cache: KVCache | None = None
-    mask: Tensor | None = None  # [B, 1, T, S]: the slots of the cache that each query sees
+    mask: Tensor | None = None  # [B, 1, T, S]: the cache slots that each query sees
 
 
 class RMSNorm(nn.Module):
@@ -56,7 +57,8 @@ class LanguageModelGroupedQueryAttention(nn.Module):
     def __init__(self, cfg: LMConfig, layer_idx: int):
         super().__init__()
         D, C = cfg.lm_hidden_dim, cfg.lm_head_width
-        self.head_width, self.dropout, self.layer_idx = C, cfg.lm_dropout, layer_idx
+        self.head_dim, self.dropout, self.layer_idx = C, cfg.lm_dropout, layer_idx
+        # SmolLM3: every n-th block has no position embedding (NoPE).
         self.uses_rope = not cfg.lm_nope_every or (layer_idx + 1) % cfg.lm_nope_every != 0
         self.q_proj = nn.Linear(D, cfg.lm_n_heads * C, bias=cfg.lm_qkv_bias)
         self.k_proj = nn.Linear(D, cfg.lm_n_kv_heads * C, bias=cfg.lm_qkv_bias)
@@ -66,9 +68,9 @@ class LanguageModelGroupedQueryAttention(nn.Module):
         self.k_norm = RMSNorm(C, cfg.lm_rms_eps) if cfg.lm_qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
-        q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_width)))  # [B, T, H, C]
-        k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_width)))  # [B, T, K, C]
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_width))  # [B, T, K, C]
+        q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))  # [B, T, H, C]
+        k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim)))  # [B, T, K, C]
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # [B, T, K, C]
         if self.uses_rope:
             q, k = apply_rope(q, ctx.cos, ctx.sin), apply_rope(k, ctx.cos, ctx.sin)
         # Norms and RoPE compute in fp32 under autocast; attention takes the dtype of v.
@@ -135,7 +137,7 @@ class LanguageModel(PretrainedMixin, nn.Module):
 
         `positions` [B, T] default to 0..T-1. `segments` [B, T] keep packed samples apart. With a
         `cache`, x continues what it holds, and `positions` are the slots that x fills. Raises
-        ValueError beyond the context length, and when segments and a cache come together.
+        ValueError if x is longer than the context, and for segments together with a cache.
         """
         B, T, _ = x.shape
         if self.cfg.lm_max_position_embeddings < T:
@@ -152,12 +154,12 @@ class LanguageModel(PretrainedMixin, nn.Module):
     def attention_context(
         self, x: Tensor, positions: Tensor, segments: Tensor | None, cache: KVCache | None
     ) -> AttentionContext:
-        """What all blocks share for x [B, T, D]. Begins the next step of the cache, if given."""
+        """The context of x [B, T, D]; begins the next step of the cache, if there is one."""
         if cache is not None:
             cache.begin_step(positions)
             return AttentionContext(*cache.rope(), cache=cache, mask=cache.mask)
         cos, sin = rope_tables(rope_frequencies(self.cfg, x.device), positions, x.dtype)
-        packing = None if segments is None else pack(self.cfg, segments, x)
+        packing = None if segments is None else build_packing(self.cfg, segments, x)
         return AttentionContext(cos, sin, packing)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -168,17 +170,17 @@ class LanguageModel(PretrainedMixin, nn.Module):
         """Cross-entropy of hidden states [B, T, D] where `targets` [B, T] are not -100.
 
         `mean` divides by the number of such targets, `sum` does not. Without any target the loss
-        is 0, not NaN. Raises ValueError for another reduction or shape. With `targets` on the CPU,
-        a GPU waits for nothing.
+        is 0, not NaN. Raises ValueError for another reduction or shape. Keep `targets` on the CPU,
+        as `Batch.to` does, to avoid a GPU synchronisation.
         """
         if targets.shape != hidden.shape[:-1]:
             expected = list(hidden.shape[:-1])
             raise ValueError(f"targets are {list(targets.shape)}; hidden states need {expected}")
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction = {reduction!r} must be 'mean' or 'sum'")
-        supervised = (targets.flatten() != -100).nonzero()[:, 0]  # [N]
+        supervised = (targets.flatten() != -100).nonzero()[:, 0]  # [n] of B * T
         rows = to_device_async(supervised, hidden.device)
-        hidden = hidden.flatten(0, 1).index_select(0, rows)  # [N, D]
-        targets = to_device_async(targets.flatten()[supervised], hidden.device)  # [N]
-        total = token_loss(hidden, self.head, targets)
+        hidden = hidden.flatten(0, 1).index_select(0, rows)  # [n, D]
+        targets = to_device_async(targets.flatten()[supervised], hidden.device)  # [n]
+        total = token_loss(hidden, self.head, targets)  # cross-entropy, in chunks
         return total / max(1, len(supervised)) if reduction == "mean" else total

@@ -1,4 +1,4 @@
-"""From patches to tokens: fold neighbouring patches, project to the language model's width.
+"""From patches to image tokens: pixel shuffle (space to depth), then one linear layer.
 
 Letters: N tiles, P patches, G patches per side, F shuffle factor, D width.
 """
@@ -36,7 +36,7 @@ class ModalityProjector(nn.Module):
         super().__init__()
         self.factor = cfg.mp_pixel_shuffle_factor
         self.proj = nn.Linear(cfg.vit_hidden_dim * self.factor**2, cfg.lm_hidden_dim, bias=False)
-        nn.init.normal_(self.proj.weight, std=self.proj.in_features**-0.5)
+        nn.init.normal_(self.proj.weight, std=self.proj.in_features**-0.5)  # keeps the variance
 
     def forward(self, patches: Tensor) -> Tensor:
-        return self.proj(pixel_shuffle(patches, self.factor))
+        return self.proj(pixel_shuffle(patches, self.factor))  # [N, P / F^2, D]

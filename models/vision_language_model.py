@@ -2,8 +2,7 @@
 
 Not here: files and the Hub (models/pretrained), tokenizer and pixels (data/processor.py).
 
-Letters: B batch, T tokens, N tiles, Q image tokens per tile, D width of the language model,
-V vocabulary.
+Letters: B batch, T tokens, N tiles, Q image tokens per tile, D decoder width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class VisionLanguageModel(PretrainedMixin, nn.Module):
-    """`logits, loss = model(input_ids, images, attention_mask, targets)`. New parts are random."""
+    """`logits, loss = model(input_ids, images, attention_mask, targets)`."""
 
     def __init__(
         self, cfg: VLMConfig, vision: ViT | None = None, decoder: LanguageModel | None = None
@@ -41,7 +40,7 @@ class VisionLanguageModel(PretrainedMixin, nn.Module):
         self.compiled_decode: Callable | None = None  # set by compile_decoding
 
     def __getstate__(self) -> dict:
-        """Like `nn.Module.compile`'s, a compiled step is neither copied nor pickled."""
+        """Leaves the compiled step out of copies and pickles, as `nn.Module` does."""
         return {**super().__getstate__(), "compiled_decode": None}
 
     @property
@@ -56,27 +55,29 @@ class VisionLanguageModel(PretrainedMixin, nn.Module):
     def embed_images(self, images: Tensor | None) -> Tensor:
         """Tiles [N, 3, H, W] -> image tokens [N, Q, D]; without images [0, Q, D].
 
-        In training, a batch without images runs one blank tile and drops it: every process of a
-        distributed run then builds the same graph, and text-only rows train.
+        With gradients, a batch without images runs one blank tile and drops its tokens. Every
+        parameter then gets a gradient (zero), which DDP and FSDP wait for on every process.
         """
         cfg, weight = self.cfg, self.MP.proj.weight
         if images is None or len(images) == 0:
             if not torch.is_grad_enabled():
                 return weight.new_zeros(0, cfg.tokens_per_tile, cfg.lm_hidden_dim)  # [0, Q, D]
             blank = weight.new_zeros(1, cfg.vit_n_channels, cfg.vit_img_size, cfg.vit_img_size)
-            return (self.MP(self.vision_encoder.patches(blank)) * 0)[:0]  # [0, Q, D]
+            return self.MP(self.vision_encoder.patches(blank))[:0]  # [0, Q, D]
+        # In chunks, which bounds the memory of a batch with many tiles.
         chunks = split_tiles(images.to(weight.dtype), cfg.vit_n_patches)
-        return torch.cat([self.MP(self.vision_encoder.patches(chunk)) for chunk in chunks])
+        tokens = [self.MP(self.vision_encoder.patches(chunk)) for chunk in chunks]
+        return torch.cat(tokens)  # [N, Q, D]
 
     def embed(self, input_ids: Tensor, images: Tensor | None) -> Tensor:
         """Token embeddings [B, T, D] with image tokens at their placeholders, in reading order.
 
-        Raises ValueError, naming the row, unless the placeholders of every row are a multiple of Q
-        and those of all rows N x Q. With `input_ids` on the CPU, checking waits for no GPU.
+        Raises ValueError, naming the row, unless the number of placeholders is a multiple of Q in
+        every row and N * Q in all. Keep `input_ids` on the CPU to check without a GPU wait.
         """
         image_tokens = self.embed_images(images)  # [N, Q, D]
-        # Embed tokens after images: the embedding gradient, as large as the table, is then created
-        # early in backward and does not add to the peak.
+        # Embed tokens after images. Backward then creates the embedding gradient, as large as the
+        # table, before the encoder's gradients, and it does not add to the memory peak.
         x = self.decoder.token_embedding(to_device_async(input_ids, self.device))  # [B, T, D]
         is_image = input_ids == self.cfg.vlm_image_token_id  # [B, T]
         n_placeholders, Q = is_image.sum(1), self.cfg.tokens_per_tile
@@ -91,10 +92,9 @@ class VisionLanguageModel(PretrainedMixin, nn.Module):
                 f"rows have placeholders for {(n_placeholders // Q).tolist()} tiles, "
                 f"but {len(image_tokens)} tiles were given"
             )
-        slots = to_device_async(is_image.flatten().nonzero()[:, 0], self.device)  # [N * Q]
-        flat = x.flatten(0, 1)  # [B * T, D]
-        flat = flat.index_copy(0, slots, image_tokens.flatten(0, 1).to(x.dtype))  # [B * T, D]
-        return flat.view_as(x)  # [B, T, D]
+        where = to_device_async(is_image.flatten().nonzero()[:, 0], self.device)  # [N * Q]
+        image_tokens = image_tokens.flatten(0, 1).to(x.dtype)  # [N * Q, D]
+        return x.flatten(0, 1).index_copy(0, where, image_tokens).view_as(x)  # [B, T, D]
 
     def forward(
         self,
@@ -112,17 +112,17 @@ class VisionLanguageModel(PretrainedMixin, nn.Module):
 
         `input_ids` [B, T]. `images` [N, 3, H, W]: normalised tiles in the reading order of their
         placeholders. `targets` [B, T]: already shifted, -100 = no loss; with targets, logits are
-        None unless `return_logits`. `attention_mask` [B, T]: 0 marks padding at the ends of a row.
+        None unless `return_logits`. `attention_mask` [B, T]: 0 is padding, left or right.
         `segments` [B, T] keep packed samples apart (0 = padding); `positions` [B, T] restart with
-        every sample. Raises ValueError when attention_mask comes with segments or positions.
+        every sample. Raises ValueError for inner padding, and for a mask with either of the two.
         """
         if attention_mask is not None:
             if segments is not None or positions is not None:
                 raise ValueError("attention_mask excludes segments and positions: it implies both")
             segments = attention_mask.long()
-            n_runs = (F.pad(segments, (1, 0)).diff(dim=1) == 1).sum(1)  # [B] runs of tokens
-            if (n_runs > 1).any():
-                row = int((n_runs > 1).nonzero()[0])
+            n_starts = (F.pad(segments, (1, 0)).diff(dim=1) == 1).sum(1)  # [B] 0 followed by 1
+            if (n_starts > 1).any():
+                row = int((n_starts > 1).nonzero()[0])
                 raise ValueError(f"attention_mask: row {row} has padding between its tokens")
             positions = (segments.cumsum(1) - 1).clamp(min=0)  # [B, T]
         hidden = self.decoder(self.embed(input_ids, images), positions, segments)  # [B, T, D]
@@ -141,7 +141,7 @@ class VisionLanguageModel(PretrainedMixin, nn.Module):
         positions = positions.expand(input_ids.shape)  # [B, T]
         hidden = self.decoder(self.embed(input_ids, images), positions, cache=cache)  # [B, T, D]
         rows = torch.arange(len(lengths), device=hidden.device)
-        return self.decoder.logits(hidden[rows, lengths - 1])
+        return self.decoder.logits(hidden[rows, lengths - 1])  # of the last token of each row
 
     def decode(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
         """One more token in each row, [B] at positions [B] -> next logits [B, V]."""
@@ -158,13 +158,13 @@ class VisionLanguageModel(PretrainedMixin, nn.Module):
         """New tokens [B, n], greedy by default; a row ends with its end of turn, then padding."""
         from models.inference.generate import steps
 
-        tokens = [step.tokens for step in steps(self, input_ids, images, attention_mask, sampling)]
-        return torch.stack(tokens, dim=1)
+        answer = steps(self, input_ids, images, attention_mask, sampling)
+        return torch.stack([step.tokens for step in answer], dim=1)
 
     @classmethod
     def from_backbones(cls, cfg: VLMConfig) -> VisionLanguageModel:
         """A model on the encoder and decoder that `cfg` names; `model.cfg` holds their sizes."""
         vision = ViT.from_pretrained(cfg) if cfg.vit_model_type else None
-        sizes: Any = getattr(vision, "cfg", cfg)  # `cfg` with the sizes of the weights
-        decoder = LanguageModel.from_pretrained(sizes) if cfg.lm_model_type else None
-        return cls(getattr(decoder, "cfg", sizes), vision, decoder)
+        loaded: Any = vision.cfg if vision else cfg  # `cfg` with the sizes of the weights
+        decoder = LanguageModel.from_pretrained(loaded) if cfg.lm_model_type else None
+        return cls(getattr(decoder, "cfg", loaded), vision, decoder)

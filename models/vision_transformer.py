@@ -3,8 +3,8 @@
 One ViT does three jobs through `forward_features -> pool -> head`: the encoder of a VLM, a
 classifier, image embeddings. Not here: resizing (data/images.py), loading (models/pretrained).
 
-Letters: N tiles, P patches, T tokens (CLS and registers, then patches), D width, H heads,
-C head width.
+Letters: N tiles, P patches, T tokens (CLS and registers, then patches), M pooling queries,
+D width, H heads, C head dimension.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from models.pretrained.mixin import PretrainedMixin
 
 
 class ViTPatchEmbeddings(nn.Module):
-    """Images [N, 3, H, W] -> tokens [N, T, D]: one strided convolution, then learned positions."""
+    """Tiles [N, channels, size, size] -> tokens [N, T, D], with learned positions."""
 
     def __init__(self, cfg: ViTConfig):
         super().__init__()
         self.cfg = cfg
         size, D = cfg.vit_patch_size, cfg.vit_hidden_dim
-        bias = not cfg.vit_pre_norm  # CLIP's first norm would remove a bias again
+        bias = not cfg.vit_pre_norm  # CLIP has a norm here and no bias
         self.conv = nn.Conv2d(cfg.vit_n_channels, D, kernel_size=size, stride=size, bias=bias)
-        n_positions = int(cfg.vit_cls_flag) + cfg.vit_n_patches  # registers have none
+        n_positions = int(cfg.vit_cls_flag) + cfg.vit_n_patches  # registers have no position
         self.position_embedding = nn.Parameter(torch.empty(n_positions, D))
         self.cls_token = nn.Parameter(torch.empty(D)) if cfg.vit_cls_flag else None
         n_registers = cfg.vit_n_registers
@@ -65,22 +65,22 @@ class ViTMultiHeadAttention(nn.Module):
         self.out_proj = nn.Linear(D, D)
 
     def forward(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
-        """Cross-attention from `queries` [N, Q, D] to x [N, T, D]; by default self-attention."""
+        """Self-attention of x [N, T, D]; with `queries` [N, M, D], cross-attention to x."""
         queries = x if queries is None else queries
         q, k, v = (
-            y.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # [N, H, T, C]
+            y.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # q [N, H, T or M, C]; k, v with T
             for y in (self.q_proj(queries), self.k_proj(x), self.v_proj(x))
         )
-        out = attention(q, k, v, dropout=self.dropout if self.training else 0.0)  # [N, H, T, C]
-        return self.out_proj(out.transpose(1, 2).flatten(2))  # [N, T, D]
+        out = attention(q, k, v, dropout=self.dropout if self.training else 0.0)
+        return self.out_proj(out.transpose(1, 2).flatten(2))  # [N, T or M, D]
 
 
 class ViTMLP(nn.Module):
     def __init__(self, cfg: ViTConfig):
         super().__init__()
         self.activation = ACTIVATIONS[cfg.vit_hidden_act]
-        n_inputs = cfg.vit_inter_dim * (2 if cfg.vit_hidden_act == "swiglu" else 1)
-        self.fc1 = nn.Linear(cfg.vit_hidden_dim, n_inputs)
+        n_hidden = cfg.vit_inter_dim * (2 if cfg.vit_hidden_act == "swiglu" else 1)  # gate, value
+        self.fc1 = nn.Linear(cfg.vit_hidden_dim, n_hidden)
         self.fc2 = nn.Linear(cfg.vit_inter_dim, cfg.vit_hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ class ViTBlock(nn.Module):
 
 
 class ViTMapPool(nn.Module):
-    """A learned query attends to all tokens (transformers' SiglipMultiheadAttentionPoolingHead)."""
+    """Multihead attention pooling: a learned query, the probe, attends to all tokens (SigLIP)."""
 
     def __init__(self, cfg: ViTConfig):
         super().__init__()
@@ -147,7 +147,8 @@ class ViTMapPool(nn.Module):
 def build_head(cfg: ViTConfig) -> nn.Module:
     """Pooled features [N, D] -> logits [N, vit_n_classes]; without classes, the identity.
 
-    `mlp` is the ViT paper's head for pretraining: a hidden layer with tanh.
+    `mlp` is the ViT paper's head for pretraining: a hidden layer with tanh. Layers have names,
+    because checkpoints use them.
     """
     D, n_classes = cfg.vit_hidden_dim, cfg.vit_n_classes
     if not n_classes:
@@ -159,7 +160,7 @@ def build_head(cfg: ViTConfig) -> nn.Module:
 
 
 class ViT(PretrainedMixin, nn.Module):
-    """`forward_features(images)`: all tokens. `vit(images)`: pooled, and classified if asked."""
+    """`forward_features(images)`: all tokens. `vit(images)`: pooled; logits if it has classes."""
 
     def __init__(self, cfg: ViTConfig):
         super().__init__()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,8 +37,10 @@ class Case:
     model: VisionLanguageModel
     hf_model: nn.Module
     dtype: torch.dtype
-    seconds: float  # of a row
+    seconds: float = 0  # of a row
     turns: int = 3  # minimum
+    peak: float = 1  # FLOP/s of the machine
+    bandwidth: float = 1  # bytes/s of its memory
 
     @property
     def cfg(self) -> VLMConfig:
@@ -64,16 +67,14 @@ def load_hf_model(folder: Path, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def open_case(
-    run: RunConfig, folder: Path, dtype: torch.dtype, seconds: float = 0, turns: int = 3
-) -> Case:
+def open_case(run: RunConfig, folder: Path, dtype: torch.dtype, **options: float) -> Case:
     model = VisionLanguageModel.from_pretrained(folder).to(dtype)
-    return Case(run, folder, model, load_hf_model(folder, dtype), dtype, seconds, turns)
+    return Case(run, folder, model, load_hf_model(folder, dtype), dtype, **options)
 
 
-def random_conversations(cfg: VLMConfig, lengths: Sequence[int], seed: int = 0) -> list[Tokens]:
+def random_conversations(cfg: VLMConfig, lengths: Sequence[int]) -> list[Tokens]:
     """Conversations of one image and random words; the last third of the words is supervised."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     special = (cfg.vlm_pad_token_id, cfg.vlm_bos_token_id, cfg.vlm_eos_token_id,
                cfg.vlm_image_token_id)  # fmt: skip
     words = np.setdiff1d(np.arange(cfg.lm_vocab_size, dtype=np.int32), special)
@@ -109,10 +110,7 @@ def hf_inputs(batch: Batch, pad: int) -> dict:
 
 
 def train_step(
-    loss: Callable[[], Tensor],
-    optimizer: torch.optim.Optimizer,
-    region: torch.autocast,
-    max_norm: float = 0,
+    loss: Callable[[], Tensor], optimizer: Any, region: torch.autocast, max_norm: float = 0
 ) -> None:
     """One optimizer step on `loss()`, computed in `region`; max_norm 0: gradients not clipped."""
     with region:
@@ -126,11 +124,7 @@ def train_step(
 
 
 def hf_train_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    region: torch.autocast,
-    pad: int,
+    model: nn.Module, optimizer: Any, batch: Batch, region: torch.autocast, pad: int
 ) -> None:
     """A training step of transformers' model as its users usually write it."""
     inputs = hf_inputs(batch, pad)

@@ -18,18 +18,37 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 LENGTHS = (128, 160, 96, 128)  # tokens of the conversations, repeated
 IGNORE_INDEX = -100
 PROJECT = ("configs", "config_tools", "models", "data", "engine")
-N_NEW = 32  # decoding steps of one repetition
 SAMPLING = ("models.inference.sampling", "models.generation")  # today's module, the old one
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def clock() -> float:
+    """Seconds of CPU time with one thread, which other processes lengthen less; else wall time."""
+    is_single = torch.get_num_threads() == 1 and not torch.cuda.is_available()
+    return time.thread_time() if is_single else time.perf_counter()
+
+
+def memory(field: str) -> int:
+    """Resident bytes of this process now (VmRSS) or their maximum so far (VmHWM).
+
+    `ru_maxrss` is second choice, as it may include the parent's memory on Linux.
+    """
+    with suppress(OSError):
+        found = re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+        if found:
+            return 1024 * int(found[1])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 # --- Model and inputs ---------------------------------------------------------------------------
@@ -54,10 +73,9 @@ def build_for_inference(preset: str, changes: str, dtype: torch.dtype):
 def conversations(cfg, lengths: list[int]) -> tuple[list[Tensor], Tensor]:
     """Token ids [T] with one image after the first token, and the images [N, 3, H, W]."""
     g = torch.Generator().manual_seed(0)
-    special = [cfg.vlm_pad_token_id, cfg.vlm_bos_token_id, cfg.vlm_eos_token_id]
-    is_word = torch.ones(cfg.lm_vocab_size, dtype=torch.bool)
-    is_word[[*special, cfg.vlm_image_token_id]] = False
-    words = is_word.nonzero()[:, 0]
+    special = {cfg.vlm_pad_token_id, cfg.vlm_bos_token_id, cfg.vlm_eos_token_id,
+               cfg.vlm_image_token_id}  # fmt: skip
+    words = torch.tensor(sorted(set(range(cfg.lm_vocab_size)) - special))
     rows = [words[torch.randint(len(words), (n,), generator=g)] for n in lengths]
     for ids in rows:
         ids[1 : 1 + cfg.tokens_per_tile] = cfg.vlm_image_token_id
@@ -65,42 +83,32 @@ def conversations(cfg, lengths: list[int]) -> tuple[list[Tensor], Tensor]:
     return rows, torch.randn(len(rows), cfg.vit_n_channels, size, size, generator=g)
 
 
-def supervised(ids: Tensor, cfg) -> Tensor:
-    """Targets [T] of a conversation whose last third of words is the answer."""
-    targets = torch.cat([ids[1:], ids.new_tensor([IGNORE_INDEX])])
-    n_words = len(ids) - 1 - cfg.tokens_per_tile
-    targets[: len(ids) - 1 - n_words // 3] = IGNORE_INDEX
-    return targets
-
-
 def training_inputs(cfg, n_samples: int, packed: bool) -> dict[str, Tensor | None]:
-    """Arguments of `forward`: one padded conversation per row, or eight packed in a row."""
-    lengths = [LENGTHS[i % len(LENGTHS)] for i in range(n_samples)]
-    samples, images = conversations(cfg, lengths)
-    n = min(8, n_samples) if packed else 1  # conversations of a row
-    rows = [samples[i : i + n] for i in range(0, n_samples, n)]
-    shape = (len(rows), max(sum(map(len, row)) for row in rows))
-    ids = torch.full(shape, cfg.vlm_pad_token_id)
-    targets, segments = torch.full(shape, IGNORE_INDEX), torch.zeros(shape, dtype=torch.long)
-    positions = torch.arange(shape[1]).repeat(shape[0], 1)
-    for r, row in enumerate(rows):
-        start = 0
-        for k, sample in enumerate(row, 1):
-            where = slice(start, start := start + len(sample))
-            ids[r, where], targets[r, where] = sample, supervised(sample, cfg)
-            segments[r, where], positions[r, where] = k, torch.arange(len(sample))
-    return {"input_ids": ids, "images": images, "targets": targets, "positions": positions,
-            "segments": segments if packed else None}  # fmt: skip
+    """Arguments of `forward`: one padded conversation per row, or eight packed in a row.
+
+    The last third of a conversation's words is supervised.
+    """
+    samples, images = conversations(cfg, list(islice(cycle(LENGTHS), n_samples)))
+    per_row = min(8, n_samples) if packed else 1
+
+    def rows(parts: list[Tensor], padding: int = 0) -> Tensor:
+        """A part [T] per conversation -> [R, T]."""
+        rows = [torch.cat(parts[i : i + per_row]) for i in range(0, n_samples, per_row)]
+        return pad_sequence(rows, batch_first=True, padding_value=padding)
+
+    targets = [torch.cat([ids[1:], ids.new_tensor([IGNORE_INDEX])]) for ids in samples]
+    for x in targets:
+        n_words = len(x) - 1 - cfg.tokens_per_tile
+        x[: len(x) - 1 - n_words // 3] = IGNORE_INDEX
+    segments = [torch.full_like(ids, 1 + i % per_row) for i, ids in enumerate(samples)]
+    return {"input_ids": rows(samples, cfg.vlm_pad_token_id), "images": images,
+            "targets": rows(targets, IGNORE_INDEX), "segments": rows(segments) if packed else None,
+            "positions": rows([torch.arange(len(ids)) for ids in samples])}  # fmt: skip
 
 
 # --- Measurements: each returns a function of (seconds, values to compare between trees) ---------
 
 Repetition = Callable[[], tuple[float, list[float]]]
-
-
-def clock() -> float:
-    """CPU time with one thread, which other processes lengthen less; else wall time."""
-    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def training(request: dict, packed: bool) -> Repetition:
@@ -126,47 +134,42 @@ def training(request: dict, packed: bool) -> Repetition:
 
 def answering(request: dict, n_rows: int, n_words: int, n_steps: int) -> Repetition:
     """Seconds of a decoding step after a prompt, and the tokens; 0 steps: of the first token."""
-    changes = json.dumps(request["changes"])
-    model = build_for_inference(request["preset"], changes, DTYPES[request["precision"]])
-    length = 1 + model.cfg.tokens_per_tile + n_words
-    rows, images = conversations(model.cfg, [length] * n_rows)
+    dtype = torch.bfloat16 if request["precision"] == "bf16" else torch.float32
+    model = build_for_inference(request["preset"], json.dumps(request["changes"]), dtype)
+    rows, images = conversations(model.cfg, [1 + model.cfg.tokens_per_tile + n_words] * n_rows)
     ids, eos, starts = torch.stack(rows), model.cfg.vlm_eos_token_id, []
     sampling = sampling_class()(max_new_tokens=1 + n_steps)
-    prefill, decode = type(model).prefill, type(model).decode
 
-    def without_eos(*args, **options) -> Tensor:
+    def without_eos(call: Callable, *args, **options) -> Tensor:
         """All rows decode to the end: a random model may stop at any token."""
-        logits = prefill(model, *args, **options)
-        logits[:, eos] = -torch.inf
-        return logits
-
-    def timed_decode(*args, **options) -> Tensor:
         starts.append(clock())
-        logits = decode(model, *args, **options)
+        logits = call(model, *args, **options)
         logits[:, eos] = -torch.inf
         return logits
 
     def repetition() -> tuple[float, list[float]]:
-        model.prefill, model.decode = without_eos, timed_decode
+        model.prefill = partial(without_eos, type(model).prefill)
+        model.decode = partial(without_eos, type(model).decode)
         starts.clear()
         start = clock()
         tokens = model.generate(ids, images, sampling=sampling)
         end = clock()
         del model.prefill, model.decode
-        if len(starts) != n_steps:
-            raise RuntimeError(f"generate called decode {len(starts)} times, expected {n_steps}")
-        seconds = (end - starts[0]) / n_steps if n_steps else end - start
+        if len(starts) != 1 + n_steps:
+            n = len(starts) - 1
+            raise RuntimeError(f"generate called decode {n} times, expected {n_steps}")
+        seconds = (end - starts[1]) / n_steps if n_steps else end - start
         return seconds, tokens.flatten().tolist()
 
     return repetition
 
 
 ROWS: dict[str, Callable[[dict], Repetition]] = {
-    "first": lambda request: answering(request, 1, 64, 0),
-    "decode1": lambda request: answering(request, 1, 32, N_NEW),
-    "decode8": lambda request: answering(request, 8, 32, N_NEW),
-    "train": lambda request: training(request, packed=False),
-    "packed": lambda request: training(request, packed=True),
+    "first": partial(answering, n_rows=1, n_words=64, n_steps=0),
+    "decode1": partial(answering, n_rows=1, n_words=32, n_steps=32),
+    "decode8": partial(answering, n_rows=8, n_words=32, n_steps=32),
+    "train": partial(training, packed=False),
+    "packed": partial(training, packed=True),
 }
 
 
@@ -178,16 +181,6 @@ def sampling_class() -> type:
         with suppress(ModuleNotFoundError):
             return importlib.import_module(name).Sampling
     raise ModuleNotFoundError(f"no Sampling in any of {', '.join(SAMPLING)}")
-
-
-def memory(field: str) -> int:
-    """Bytes of this process now (VmRSS) or their maximum so far (VmHWM)."""
-    with suppress(OSError):
-        found = re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())
-        if found:
-            return 1024 * int(found[1])
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def import_from(tree: Path) -> None:
@@ -208,8 +201,7 @@ def main() -> None:
     os.dup2(2, 1)  # what libraries print is no reply
     import_from(Path(sys.argv[1]).resolve())
     at_start, repetition = memory("VmRSS"), None
-    for line in sys.stdin:
-        request, seconds, values = json.loads(line), 0.0, []
+    for request in map(json.loads, sys.stdin):
         if request:
             repetition = None  # frees the last row's model before the next is built
             repetition = ROWS[request["row"]](request)

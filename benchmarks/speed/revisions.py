@@ -22,18 +22,18 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks.speed.timing import ROOT, command_line, describe_run
+from benchmarks.speed.timing import ROOT, describe_run, markdown
 from cli import command
 from config_tools import InputError
 from configs import PRESETS
 from engine.training.distributed import is_bf16_emulated
 
-WORKER = Path(__file__).with_name("revision_worker.py")
 ROWS = {
     "first": "first token, image and 64 words",
     "decode1": "decoding step, 1 row",
@@ -42,10 +42,7 @@ ROWS = {
     "packed": "training step, packed rows",
     "memory": "peak memory of training, padded rows",
 }
-SAMPLES = {"tiny": 16}  # conversations of a training step; 4 for all other presets
-SECONDS = {"tiny": 8.0}  # time of a row; 30 for all other presets
 MIN_TURNS, MAX_TURNS, MEMORY_TURNS = 5, 400, 2
-PAUSE = 0.02  # seconds: after a call, libgomp's idle threads keep the cores busy for a few ms
 SLOWER = 1.03  # ratios above are named below the table
 
 
@@ -96,7 +93,7 @@ def start(tree: Path, n_threads: int) -> Iterator[Worker]:
     # As train.py sets them: see set_malloc_thresholds in engine/training/distributed.py.
     env.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 30))
     env.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 24))
-    argv = [sys.executable, str(WORKER), str(tree)]
+    argv = [sys.executable, str(ROOT / "benchmarks/speed/revision_worker.py"), str(tree)]
     process = subprocess.Popen(argv, cwd=tree, env=env, stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE, text=True)  # fmt: skip
     try:
@@ -114,15 +111,13 @@ def start(tree: Path, n_threads: int) -> Iterator[Worker]:
 
 @dataclass
 class Result:
-    """One row of the table: a list entry per turn for both trees."""
+    """One row of the table: `numbers` and `values` hold lists of (before, after), one per turn."""
 
     preset: str
     precision: str
     row: str
-    before: list[float] = field(default_factory=list)  # seconds, or bytes of the row `memory`
-    after: list[float] = field(default_factory=list)
-    values_before: list[list[float]] = field(default_factory=list)  # losses or tokens
-    values_after: list[list[float]] = field(default_factory=list)
+    numbers: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
+    values: tuple[list, list] = field(default_factory=lambda: ([], []))  # losses or tokens
 
     @property
     def name(self) -> str:
@@ -130,61 +125,60 @@ class Result:
 
     @property
     def ratio(self) -> float:
-        return float(np.median(self.after) / np.median(self.before))
+        before, after = np.median(self.numbers, axis=1)
+        return float(after / before)
 
     @property
     def interval(self) -> tuple[float, float]:
         """95 % of the ratio of medians over turns drawn again (bootstrap)."""
-        before, after = np.array(self.before), np.array(self.after)
-        turns = np.random.default_rng(0).integers(len(before), size=(2000, len(before)))
-        found = np.median(after[turns], axis=1) / np.median(before[turns], axis=1)
-        low, high = np.quantile(found, (0.025, 0.975))
+        numbers = np.array(self.numbers)  # [2, turns]; seconds, or bytes of the row `memory`
+        n = numbers.shape[1]
+        turns = np.random.default_rng(0).integers(n, size=(2000, n))
+        before, after = np.median(numbers[:, turns], axis=2)
+        low, high = np.quantile(after / before, (0.025, 0.975))
         return float(low), float(high)
-
-    def add(self, is_after: bool, number: float, values: list[float]) -> None:
-        (self.after if is_after else self.before).append(number)
-        (self.values_after if is_after else self.values_before).append(values)
 
     @property
     def cells(self) -> tuple[str, ...]:
         unit, scale = ("MiB", 2**-20) if self.row == "memory" else ("ms", 1e3)
-        quartiles = [scale * np.quantile(x, (0.5, 0.25, 0.75)) for x in (self.before, self.after)]
-        spreads = ["{:.4g} {} ({:.4g} - {:.4g})".format(q[0], unit, *q[1:]) for q in quartiles]
+        quartiles = scale * np.quantile(self.numbers, (0.5, 0.25, 0.75), axis=1).T
+        spreads = [f"{mid:.4g} {unit} ({low:.4g} - {high:.4g})" for mid, low, high in quartiles]
         interval = "{:.3f} - {:.3f}".format(*self.interval)
-        return self.name, *spreads, f"{self.ratio:.3f}", interval, str(len(self.before))
+        return self.name, *spreads, f"{self.ratio:.3f}", interval, str(len(self.numbers[0]))
 
 
-def in_turns(n_turns: int) -> Iterator[tuple[bool, bool]]:
-    """Which tree comes first, whether it is the one after: A B, B A, A B, ..."""
+def in_turns(n_turns: int) -> Iterator[tuple[int, int]]:
+    """The order of before (0) and after (1): A B, B A, A B, ..."""
     for turn in range(n_turns):
-        yield (False, True) if turn % 2 == 0 else (True, False)
+        yield (0, 1) if turn % 2 == 0 else (1, 0)
 
 
 def time_row(
     result: Result, workers: Sequence[Worker], request: dict, seconds: float, turns: int | None
 ) -> None:
     """Fill a row by turns: as many as given, or until `seconds` are over."""
-    for is_after, worker in enumerate(workers):
-        first = worker.ask(**request)["values"]  # not timed: warm-up
-        (result.values_after if is_after else result.values_before).append(first)
+    for worker, values in zip(workers, result.values):
+        values.append(worker.ask(**request)["values"])  # not timed: warm-up
     end = time.perf_counter() + seconds
     for turn, order in enumerate(in_turns(turns or MAX_TURNS)):
         if not turns and turn >= MIN_TURNS and time.perf_counter() > end:
             break
-        for is_after in order:
-            time.sleep(PAUSE)
-            reply = workers[is_after].ask()
-            result.add(is_after, reply["seconds"], reply["values"])
+        for side in order:
+            time.sleep(0.02)  # libgomp's idle threads keep the cores busy for a few ms
+            reply = workers[side].ask()
+            result.numbers[side].append(reply["seconds"])
+            result.values[side].append(reply["values"])
 
 
 def memory_row(result: Result, trees: Sequence[Path], request: dict, n_threads: int) -> None:
     """Peak memory of two training steps beyond that of the imports, in fresh processes."""
     for order in in_turns(MEMORY_TURNS):
-        for is_after in order:
-            with start(trees[is_after], n_threads) as worker:
+        for side in order:
+            with start(trees[side], n_threads) as worker:
                 worker.ask(**request | {"row": "train"})
                 reply = worker.ask()
-            result.add(is_after, reply["peak"], reply["values"])
+            result.numbers[side].append(reply["peak"])
+            result.values[side].append(reply["values"])
 
 
 def measure(
@@ -196,20 +190,17 @@ def measure(
     results = []
     with ExitStack() as stack:
         workers = [stack.enter_context(start(tree, n_threads)) for tree in trees]
-        for preset in presets:
-            for precision in precisions:
-                for row in rows:
-                    request = {"preset": preset, "precision": precision, "row": row,
-                               "samples": SAMPLES.get(preset, 4),
-                               "changes": changes or {}}  # fmt: skip
-                    result = Result(preset, precision, row)
-                    if row == "memory":
-                        memory_row(result, trees, request, n_threads)
-                    else:
-                        limit = SECONDS.get(preset, 30.0) if seconds is None else seconds
-                        time_row(result, workers, request, limit, turns)
-                    print(*result.cells, sep=" | ", file=sys.stderr, flush=True)
-                    results.append(result)
+        for preset, precision, row in product(presets, precisions, rows):
+            request = {"preset": preset, "precision": precision, "row": row,
+                       "samples": 16 if preset == "tiny" else 4, "changes": changes or {}}  # fmt: skip
+            result = Result(preset, precision, row)
+            if row == "memory":
+                memory_row(result, trees, request, n_threads)
+            else:
+                default = 8.0 if preset == "tiny" else 30.0
+                time_row(result, workers, request, default if seconds is None else seconds, turns)
+            print(*result.cells, sep=" | ", file=sys.stderr, flush=True)
+            results.append(result)
     return results
 
 
@@ -219,8 +210,7 @@ def measure(
 def table(results: Sequence[Result]) -> str:
     head = ("", "before: median (quartiles)", "after: median (quartiles)", "after / before",
             "95 % interval", "turns")  # fmt: skip
-    lines = [head, tuple("---" for _ in head), *(result.cells for result in results)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown(head, (result.cells for result in results))
 
 
 def slower(results: Sequence[Result]) -> str:
@@ -237,15 +227,13 @@ def difference(results: Sequence[Result]) -> str:
     """How far losses are apart, and whether greedy tokens are the same."""
     first, later, differ = [0.0], [0.0], []
     for r in results:
-        if "decode" in r.row or r.row == "first":
-            if r.values_before != r.values_after:
-                differ.append(r.name)
+        before, after = r.values
+        if r.row.startswith(("decode", "first")):
+            differ += [r.name] if before != after else []
             continue
-        pairs = zip(r.values_before, r.values_after, strict=True)
-        apart = [abs(a - b) for (a,), (b,) in pairs]
-        if r.row != "memory":
-            first.append(apart[0])
-        later += apart
+        apart = np.abs(np.subtract(before, after))[:, 0]  # [turns]
+        first += apart[:1].tolist() if r.row != "memory" else []
+        later += apart.tolist()
     tokens = f"differ in {'; '.join(differ)}" if differ else "are equal"
     return (
         f"Largest difference of the loss: {max(first):.1e} in first steps, {max(later):.1e} in all "
@@ -275,7 +263,7 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         trees = [checkout(source, Path(folder, name))
                  for source, name in ((args.base, "before"), (args.against, "after"))]  # fmt: skip
-        line = describe_run(command_line("benchmarks.speed.revisions", argv))
+        line = describe_run("benchmarks.speed.revisions", argv)
         results = measure(trees, args.presets, precisions, args.rows, args.threads, args.seconds,
                           args.turns)  # fmt: skip
     print(f"{line}\n\n{table(results)}\n\n{slower(results)}\n{difference(results)}")

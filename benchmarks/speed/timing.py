@@ -19,15 +19,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.speed.revision_worker import clock
 from config_tools import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -39,12 +40,6 @@ MATRIX_SIZE, N_BYTES = 1024, 1 << 28  # of the product and the read that measure
 # --- Turns --------------------------------------------------------------------------------------
 
 
-def clock() -> float:
-    """Seconds of CPU time with one thread, else of wall time."""
-    is_single = torch.get_num_threads() == 1 and not torch.cuda.is_available()
-    return time.thread_time() if is_single else time.perf_counter()
-
-
 def seconds_waiting() -> float:
     """Seconds this thread has waited for a core so far; 0 if the system does not count them."""
     with suppress(OSError, ValueError, IndexError):
@@ -52,25 +47,12 @@ def seconds_waiting() -> float:
     return 0.0
 
 
-def peak_memory() -> int:
-    """Maximum resident bytes of this process.
-
-    VmHWM comes first, as `ru_maxrss` may include the parent's memory on Linux.
-    """
-    with suppress(OSError):
-        kib = re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
-        if kib:
-            return 1024 * int(kib[0])
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 @dataclass
 class Times:
     """Repetitions of one call: seconds, and the share of each spent waiting for a core."""
 
-    seconds: list[float]
-    waits: list[float]
+    seconds: list[float] = field(default_factory=list)
+    waits: list[float] = field(default_factory=list)
 
     @property
     def median(self) -> float:
@@ -95,7 +77,7 @@ def alternate(
     """
     for call in calls.values():
         call()
-    found = {name: Times([], []) for name in calls}
+    found = {name: Times() for name in calls}
     end = time.perf_counter() + seconds
     for turn in range(max_turns):
         if turn >= min_turns and time.perf_counter() > end:
@@ -120,18 +102,18 @@ def ratios(times: Times, baseline: Times) -> tuple[float, float, float]:
 # --- Hardware peaks and FLOPs -------------------------------------------------------------------
 
 
-def measure_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
+def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product: the fastest of its repetitions."""
     n = MATRIX_SIZE * (8 if device.type == "cuda" else 1)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    times = alternate({"": lambda: (a @ b, None)[1]}, seconds)[""]
+    times = alternate({"": lambda: a @ b}, seconds=1)[""]
     return 2 * n**3 / min(times.seconds)
 
 
-def measure_bandwidth(device: torch.device, seconds: float = 1.0) -> float:
+def measure_bandwidth(device: torch.device) -> float:
     """Bytes/s of a sum over a tensor larger than any cache: the fastest of its repetitions."""
     x = torch.ones(N_BYTES // 4 * (8 if device.type == "cuda" else 1), device=device)
-    times = alternate({"": lambda: (x.sum(), None)[1]}, seconds)[""]
+    times = alternate({"": x.sum}, seconds=1)[""]
     return 4 * x.numel() / min(times.seconds)
 
 
@@ -164,12 +146,9 @@ def attention_formulas() -> dict:
 
     names = [f"_scaled_dot_product_{kernel}" for kernel in KERNELS]
     aten, bounded = torch.ops.aten, torch.ops.torch_attn
-    return {
-        **{getattr(aten, name): _forward for name in names},
-        **{getattr(aten, f"{name}_backward"): _backward for name in names},
-        bounded._varlen_attn: _varlen,
-        bounded._varlen_attn_backward: _varlen_backward,
-    }
+    found = {getattr(aten, name): _forward for name in names}
+    found |= {getattr(aten, f"{name}_backward"): _backward for name in names}
+    return found | {bounded._varlen_attn: _varlen, bounded._varlen_attn_backward: _varlen_backward}
 
 
 def count_flops(call: Callable[[], object]) -> tuple[int, int]:
@@ -184,46 +163,40 @@ def count_flops(call: Callable[[], object]) -> tuple[int, int]:
 # --- Pages and processes ------------------------------------------------------------------------
 
 
-def describe_run(command: str) -> str:
+def describe_run(module: str, argv: Sequence[str]) -> str:
     """One line with date, commit, versions, machine and command."""
     git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
-    model = platform.processor() or platform.machine()
+    cpu = platform.processor() or platform.machine()
     with suppress(OSError):
         names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        model = names[0] if names else model
-    if torch.cuda.is_available():
-        model = torch.cuda.get_device_name()
-    flags = torch.backends.cpu.get_cpu_capability()
-    day = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+        cpu = names[0] if names else cpu
+    model = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+    threads = os.environ.get("OMP_NUM_THREADS")
+    prefix = f"OMP_NUM_THREADS={threads} " if threads else ""
     return (
-        f"{day}, commit {commit}, torch {torch.__version__}, Python "
-        f"{platform.python_version()}, {model} ({flags}), {torch.get_num_threads()} of "
-        f"{os.cpu_count()} cores used, load {os.getloadavg()[0]:.1f}: `{command}`"
+        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC, commit {commit}, "
+        f"torch {torch.__version__}, Python {platform.python_version()}, "
+        f"{model} ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} of "
+        f"{os.cpu_count()} cores used, load {os.getloadavg()[0]:.1f}: "
+        f"`{prefix}{' '.join(['python -m', module, *argv])}`"
     )
 
 
-def command_line(module: str, argv: list[str]) -> str:
-    threads = os.environ.get("OMP_NUM_THREADS")
-    return " ".join([*([f"OMP_NUM_THREADS={threads}"] if threads else []), "python", "-m", module,
-                     *argv])  # fmt: skip
-
-
-def write_block(page: Path, name: str, text: str) -> None:
-    """Replace the text between `<!-- name -->` and `<!-- /name -->`; raises `InputError`."""
+def write_block(name: str, text: str) -> None:
+    """Replace what PAGE has between `<!-- name -->` and `<!-- /name -->`; raises `InputError`."""
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    whole = page.read_text(encoding="utf-8") if page.is_file() else ""
+    whole = PAGE.read_text(encoding="utf-8") if PAGE.is_file() else ""
     if start not in whole or end not in whole:
-        raise InputError(f"{page}: expected {start} and {end} to write between; add both.")
+        raise InputError(f"{PAGE}: expected {start} and {end} to write between; add both.")
     before, rest = whole.split(start, 1)
-    page.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")
+    PAGE.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")
 
 
 def run_in_process(argv: list[str]) -> str:
     """Run `python -m *argv` in a new process; returns the last line it prints."""
-    done = subprocess.run(
-        [sys.executable, "-m", *argv], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    line = [sys.executable, "-m", *argv]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise InputError(f"python -m {' '.join(argv)}: {done.stderr.strip().splitlines()[-1:]}")
     return done.stdout.strip().splitlines()[-1]
@@ -290,11 +263,16 @@ class Row:
         return self.name, self.picovlm, self.transformers, ratio, self.share, self.disturbed
 
 
+def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table of Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
+
+
 def table(rows: Sequence[Row]) -> str:
     head = ("", "picoVLM", "transformers", "ratio (minimum - maximum)",
             "share of peak: picoVLM, transformers", "disturbed")  # fmt: skip
-    lines = [head, tuple("---" for _ in head), *(row.cells for row in rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown(head, (row.cells for row in rows))
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ class ClassificationDataset:
     """One split of images with one class each. A `Dataset`."""
 
     samples: RowDataset | WorldShapes
-    labels: tuple[str, ...] | LazyLabels  # of each sample
+    labels: Sequence[str] | range  # of each sample; a range: known only when its scene is drawn
     names: tuple[str, ...]  # the classes, in order
     notes: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
@@ -51,7 +52,6 @@ class ClassificationDataset:
 
 
 def label_of(sample: Sample) -> str:
-    """The class: the answer of the sample's conversation."""
     return sample.turns[-1].text
 
 
@@ -99,9 +99,6 @@ class WorldShapes:
     seed: int
     split: str
 
-    def label(self, i: int) -> str:
-        return scenes.label(scenes.make_scene(self.seed, self.split, i))
-
     def __getitem__(self, i: int) -> Sample:
         scene = scenes.make_scene(self.seed, self.split, i)
         turns = Turn("user", f"<image>{LABEL_PROMPT}"), Turn("assistant", scenes.label(scene))
@@ -109,16 +106,6 @@ class WorldShapes:
 
     def row_number(self, i: int) -> int:
         return i + 1
-
-
-@dataclass(frozen=True)
-class LazyLabels:
-    """The labels of so many scenes, each known only when its scene is drawn."""
-
-    n: int
-
-    def __len__(self) -> int:
-        return self.n
 
 
 def _open_rows(source: str, label: str) -> Rows:
@@ -140,11 +127,10 @@ def open_classification(
     `names`: the allowed classes in order; by default those found. Raises `InputError`.
     """
     if split == "val" and cfg.val:
-        return open_classification(replace(cfg, source=cfg.val, val="", limit=0), "test", names)
+        cfg, split = replace(cfg, source=cfg.val, val="", limit=0), "test"
     if cfg.source == "world":
         return _world(cfg, split, names)
-    rows = _open_rows(cfg.source, cfg.label)
-    return from_rows(rows, cfg, split, names)
+    return from_rows(_open_rows(cfg.source, cfg.label), cfg, split, names)
 
 
 def from_rows(
@@ -153,41 +139,33 @@ def from_rows(
     """`open_classification` of opened rows with a `label`."""
     index = index_rows(rows, cfg.source, DataConfig(fetch_images=cfg.fetch_images))
     labels = {k: row["label"] for k, row in enumerate(rows.scan()) if isinstance(row, dict)}
-    found = sort_classes({labels[k] for k in index.good.tolist()})
-    for k in index.good.tolist() if names else ():
-        if labels[k] not in names:
-            raise InputError(
-                f"{rows.where(k)}: class {labels[k]!r} is none of the model's {len(names)} "
-                f"({list_names(names)})."
-            )
+    good = index.good.tolist()
+    found = sort_classes({labels[k] for k in good})
+    if names and (others := [k for k in good if labels[k] not in names]):
+        where, other = rows.where(others[0]), labels[others[0]]
+        known = f"none of the model's {len(names)} ({list_names(names)})"
+        raise InputError(f"{where}: class {other!r} is {known}.")
     if split == "train" and len(found) < 2:
         raise InputError(f"{cfg.source}: only one class ({found[0]!r}); a classifier needs two.")
     fraction = 0.0 if cfg.val and split == "train" else cfg.val_fraction
-    data = DataConfig(val_fraction=fraction)
-    samples = select_split(index, cfg.source, split, data)
+    chosen = select_split(index, cfg.source, split, DataConfig(val_fraction=fraction))
     if split == "train" and cfg.limit:
-        kept = balanced_subset([labels[k] for k in samples.indices.tolist()], cfg.limit, cfg.seed)
-        samples = replace(samples, indices=samples.indices[kept])
-    return ClassificationDataset(
-        samples,
-        tuple(labels[k] for k in samples.indices.tolist()),
-        tuple(names) or found,
-        samples.notes,
-        samples.skipped,
-        samples.fingerprint,
-    )
+        kept = balanced_subset([labels[k] for k in chosen.indices.tolist()], cfg.limit, cfg.seed)
+        chosen = replace(chosen, indices=chosen.indices[kept])
+    of_samples = tuple(labels[k] for k in chosen.indices.tolist())
+    about = chosen.notes, chosen.skipped, chosen.fingerprint
+    return ClassificationDataset(chosen, of_samples, tuple(names) or found, *about)
 
 
 def _world(cfg: ClassifyDataConfig, split: str, names: Sequence[str]) -> ClassificationDataset:
     found = tuple(scenes.SHAPES)
-    if names and set(found) - set(names):
-        missing = sorted(set(found) - set(names))[0]
-        raise InputError(f"world: class {missing!r} is none of the model's ({list_names(names)}).")
+    if names and (missing := set(found) - set(names)):
+        known = f"none of the model's ({list_names(names)})"
+        raise InputError(f"world: class {min(missing)!r} is {known}.")
     n = min(cfg.limit or N_SCENES["train"], N_SCENES["train"]) if split == "train" else 1000
-    rows = WorldShapes(cfg.seed, split)
-    is_short = n <= 1000  # else finding all labels takes long
-    labels = tuple(rows.label(i) for i in range(n)) if is_short else LazyLabels(n)
-    return ClassificationDataset(rows, labels, tuple(names) or found)
+    drawn = (scenes.make_scene(cfg.seed, split, i) for i in range(n))
+    labels = tuple(map(scenes.label, drawn)) if n <= 1000 else range(n)  # all would take long
+    return ClassificationDataset(WorldShapes(cfg.seed, split), labels, tuple(names) or found)
 
 
 def sort_classes(names: set[str]) -> tuple[str, ...]:
@@ -196,25 +174,22 @@ def sort_classes(names: set[str]) -> tuple[str, ...]:
     return tuple(sorted(names, key=(lambda name: (int(name), name)) if numbers else None))
 
 
-def list_names(names: Sequence[str], n_max: int = 5) -> str:
-    """The first `n_max` names, for messages."""
-    more = f" and {len(names) - n_max} more" if len(names) > n_max else ""
-    return ", ".join(names[:n_max]) + more
+def list_names(names: Sequence[str]) -> str:
+    """The first five names, for messages."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def balanced_subset(labels: Sequence[str], n: int, seed: int) -> np.ndarray:
     """`n` random indices in order, spread over the classes as evenly as possible."""
-    order = np.random.default_rng(seed).permutation(len(labels))
-    seen, turns = Counter(), []
-    for i in order.tolist():
-        turns.append((seen[labels[i]], len(turns), i))  # the index within its class first
-        seen[labels[i]] += 1
-    return np.array(sorted(i for _, _, i in sorted(turns)[:n]), dtype=int)
+    of_class = defaultdict(count)
+    order = np.random.default_rng(seed).permutation(len(labels)).tolist()
+    turns = sorted(order, key=lambda i: next(of_class[labels[i]]))  # the number within its class
+    return np.array(sorted(turns[:n]), dtype=int)
 
 
 def describe_balance(source: ClassificationDataset) -> str:
     """One line about the number of samples per class."""
-    if isinstance(source.labels, LazyLabels):
+    if isinstance(source.labels, range):
         return f"{len(source):,} scenes, {len(source.names)} classes"
     times = Counter(source.labels)
     ordered = sorted(source.names, key=lambda name: (-times[name], name))

@@ -71,12 +71,14 @@ def resize_square(image: Image.Image, cfg: ViTConfig) -> np.ndarray:
     return np.array(image if image.size == size else image.resize(size, RESAMPLE))
 
 
-def open_and_resize(images: Iterable, cfg: ViTConfig) -> tuple[list[np.ndarray], list[str]]:
+def open_and_resize(
+    images: Iterable, cfg: ViTConfig, names: Iterable[str] = repeat("image")
+) -> tuple[list[np.ndarray], list[str]]:
     """(pixels of the images that can be opened, an error for each image; "" if there is none)."""
     pixels, errors = [], []
-    for image in images:
+    for image, name in zip(images, names):
         try:
-            pixels.append(resize_square(open_for_vit(image, cfg), cfg))
+            pixels.append(resize_square(open_for_vit(image, cfg, name), cfg))
             errors.append("")
         except InputError as error:
             errors.append(str(error))

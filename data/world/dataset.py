@@ -33,12 +33,10 @@ class WorldDataset:
         return N_SCENES[self.split]
 
     def __getitem__(self, i: int) -> Sample:
-        cfg = self.cfg
-        caption_fraction = 1.0 if i < self.n_first else cfg.world_caption_fraction
-        min_shapes = cfg.world_min_shapes if self.split == "train" else DataConfig.world_min_shapes
-        return train_sample(
-            cfg.seed, self.split, i, cfg.world_questions, caption_fraction, min_shapes
-        )
+        cfg, split = self.cfg, self.split
+        captions = 1.0 if i < self.n_first else cfg.world_caption_fraction
+        min_shapes = cfg.world_min_shapes if split == "train" else DataConfig.world_min_shapes
+        return train_sample(cfg.seed, split, i, cfg.world_questions, captions, min_shapes)
 
     def row_number(self, i: int) -> int:
         return i + 1

@@ -13,18 +13,9 @@ from data.world.scenes import BACKGROUNDS, COLORS, SHAPES, SIZES, Scene
 CELL, SIDE, SUPERSAMPLE = 16, 48, 4  # pixels of a cell, of an image; samples per pixel and axis
 SLOPE = np.linspace(-1, 1, SIDE, dtype=np.float32)  # across the image
 # A font of 3 x 5 pixels, row by row.
-DIGITS = (
-    "111101101101111",
-    "010110010010111",
-    "111001111100111",
-    "111001111001111",
-    "101101111001001",
-    "111100111001111",
-    "111100111101111",
-    "111001001001001",
-    "111101111101111",
-    "111101111001111",
-)
+DIGITS = ("111101101101111", "010110010010111", "111001111100111", "111001111001111",
+          "101101111001001", "111100111001111", "111100111101111", "111001001001001",
+          "111101111101111", "111101111001111")  # fmt: skip
 
 
 def draw(scene: Scene) -> Image.Image:
@@ -36,7 +27,8 @@ def draw(scene: Scene) -> Image.Image:
         _blend(image, thing.cell, _coverage(thing.shape, thing.size, thing.dx, thing.dy), tint)
     if scene.number is not None:
         ink = 0 if sum(BACKGROUNDS[scene.background]) > 3 * 128 else 255
-        _blend(image, scene.number_cell, _digits(scene.number, rng), [ink] * 3)
+        digits = _digits(scene.number, 3 + rng.randint(-1, 1), 1 + rng.randint(-1, 1))
+        _blend(image, scene.number_cell, digits, [ink] * 3)
     return Image.fromarray(image.clip(0, 255).astype(np.uint8))
 
 
@@ -55,13 +47,9 @@ def _coverage(shape: str, size: str, dx: float, dy: float) -> np.ndarray:
     return inside.reshape(CELL, SUPERSAMPLE, CELL, SUPERSAMPLE).mean((1, 3))
 
 
-def _digits(number: str, rng: random.Random) -> np.ndarray:
-    """Two digits at twice the font's size, at most one pixel off the center. [16, 16], 0 or 1"""
-    return _ink(number, 3 + rng.randint(-1, 1), 1 + rng.randint(-1, 1))
-
-
 @cache
-def _ink(number: str, top: int, left: int) -> np.ndarray:
+def _digits(number: str, top: int, left: int) -> np.ndarray:
+    """Two digits at twice the font's size. [16, 16], 0 or 1"""
     rows = [np.array(list(DIGITS[int(digit)]), np.float32).reshape(5, 3) for digit in number]
     ink = np.hstack([rows[0], np.zeros((5, 1), np.float32), rows[1]])
     ink = ink.repeat(2, 0).repeat(2, 1)  # [10, 14]

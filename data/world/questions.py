@@ -4,40 +4,19 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, combinations, count, permutations, product, takewhile
 
 from data.types import Sample, Turn
 from data.world.drawing import draw
-from data.world.scenes import (
-    COLORS,
-    HELD_NUMBERS,
-    HELD_PAIRS,
-    PLURAL,
-    POSITIONS,
-    SHAPES,
-    Scene,
-    Thing,
-    held_counts,
-    make_scene,
-    theme_of,
-)
+from data.world.scenes import (COLORS, HELD_NUMBERS, HELD_PAIRS, PLURAL, POSITIONS, SHAPES, Scene,
+                               Thing, held_counts, make_scene, theme_of)  # fmt: skip
 
 # Relative frequency of each skill in training; those that take longest to learn come most often.
-WEIGHTS = {
-    "color": 2,
-    "shape": 1,
-    "count": 2,
-    "where": 4,
-    "what": 2,
-    "exist": 2,
-    "relation": 4,
-    "compare": 3,
-    "read": 2,
-    "sum": 3,
-}
+WEIGHTS = {"color": 2, "shape": 1, "count": 2, "where": 4, "what": 2, "exist": 2, "relation": 4,
+           "compare": 3, "read": 2, "sum": 3}  # fmt: skip
 SKILLS = (*(skill for skill in WEIGHTS if skill != "sum"), "caption")  # in the test
 
 
@@ -77,7 +56,7 @@ def _sum(scene: Scene) -> Iterator[tuple[str, str, bool]]:
     rng = random.Random(scene.noise)
     for of, names in (("shape", PLURAL), ("color", {c: f"{c} things" for c in COLORS})):
         times = Counter(getattr(t, of) for t in scene.things)
-        for few in chain(combinations(names, 2), combinations(names, 3)):
+        for few in (few for n in (2, 3) for few in combinations(names, n)):
             *rest, last = rng.sample([names[x] for x in few], len(few))
             if total := sum(times[x] for x in few):
                 yield f"How many {', '.join(rest)} and {last} are there?", str(total), False
@@ -89,9 +68,7 @@ def _exist(scene: Scene) -> Iterator[tuple[str, str, bool]]:
     colors, shapes = ({kind[i] for kind in here} for i in (0, 1))
     for unseen in (False, True):
         kinds = [kind for kind in product(COLORS, SHAPES) if (kind in HELD_PAIRS) == unseen]
-        n_matches = {
-            kind: (kind[0] in colors) + (kind[1] in shapes) for kind in kinds if kind not in here
-        }
+        n_matches = {(c, s): (c in colors) + (s in shapes) for c, s in kinds if (c, s) not in here}
         negatives = {kind for kind in n_matches if n_matches[kind] == max(n_matches.values())}
         for color, shape in here.intersection(kinds) | negatives:
             article = "an" if color == "orange" else "a"
@@ -129,12 +106,8 @@ def _describe(text: str, order: Callable, scene: Scene) -> Iterator[tuple[str, s
     if scene.number is not None:
         parts.append((scene.number_cell, f"the number {scene.number}"))
     *rest, last = [f"{what} at the {POSITIONS[cell]}" for cell, what in order(parts)]
-    unseen = (
-        bool(held_counts(scene.things))
-        or any(t.held for t in scene.things)
-        or scene.number in HELD_NUMBERS
-    )
-    yield text, f"{', '.join(rest)} and {last}", unseen
+    unseen = any(t.held for t in scene.things) or scene.number in HELD_NUMBERS
+    yield text, f"{', '.join(rest)} and {last}", unseen or bool(held_counts(scene.things))
 
 
 def _shuffled(parts: list) -> list:
@@ -148,18 +121,12 @@ def _single(scene: Scene, of: str) -> list[Thing]:
     return [t for t in scene.things if times[getattr(t, of)] == 1]
 
 
+WHERE = {"kind": "Where is the {0.kind}?", "shape": "Where is the {0.shape}?",
+         "color": "Where is the {0.color} thing?"}  # fmt: skip
 ASK = {
     "color": partial(_lookup, {"shape": "What color is the {0.shape}?"}, "{0.color}"),
     "shape": partial(_lookup, {"color": "What shape is the {0.color} thing?"}, "{0.shape}"),
-    "where": partial(
-        _lookup,
-        {
-            "kind": "Where is the {0.kind}?",
-            "shape": "Where is the {0.shape}?",
-            "color": "Where is the {0.color} thing?",
-        },
-        "{1}",
-    ),
+    "where": partial(_lookup, WHERE, "{1}"),
     "what": partial(_lookup, {"cell": "What is at the {1}?"}, "a {0.size} {0.kind}"),
     "count": _count,
     "sum": _sum,
@@ -189,22 +156,20 @@ def ask(
     return Question(skill, text, wanted, heldout)
 
 
-def _conversation(
-    seed: int,
-    split: str,
-    index: int,
-    n_questions: int,
-    caption_fraction: float,
+def train_sample(
+    seed: int, split: str, index: int, n_questions: int, caption_fraction: float,
     min_shapes: int = 2,
-) -> tuple[Scene, tuple[Turn, ...]]:
-    """A scene with its caption, or with up to `n_questions` distinct questions.
+) -> Sample:  # fmt: skip
+    """A scene with its caption (a share `caption_fraction` of them), or up to `n_questions`.
 
     Never both: a caption before a question would answer it, and the image would not be needed.
+    Questions are distinct, and nothing held out occurs.
     """
     scene = make_scene(seed, split, index, min_shapes)
     rng = random.Random(f"{seed}/{split}/{index}/ask")
     asked: dict[str, Question] = {}
-    skills = (rng.choices(list(WEIGHTS), WEIGHTS.values())[0] for _ in range(50 * n_questions))
+    weights = list(WEIGHTS.values())
+    skills = (rng.choices(list(WEIGHTS), weights)[0] for _ in range(50 * n_questions))
     if rng.random() < caption_fraction:
         skills, n_questions = chain([rng.choice(("caption", "list"))], skills), 1
     for skill in skills:
@@ -212,26 +177,14 @@ def _conversation(
             asked.setdefault(question.text, question)
         if len(asked) == n_questions:
             break
-    turns = [
-        turn for q in asked.values() for turn in (Turn("user", q.text), Turn("assistant", q.answer))
-    ]
-    return scene, (Turn("user", f"<image>{turns[0].text}"), *turns[1:])
+    return _sample(scene, asked.values(), f"world {split} {index}")
 
 
-def train_sample(
-    seed: int,
-    split: str,
-    index: int,
-    n_questions: int,
-    caption_fraction: float,
-    min_shapes: int = 2,
-) -> Sample:
-    """One conversation without held-out content.
-
-    It is a caption for a share `caption_fraction` of the scenes, else `n_questions` questions.
-    """
-    scene, turns = _conversation(seed, split, index, n_questions, caption_fraction, min_shapes)
-    return Sample(turns, (draw(scene),), row=f"world {split} {index}")
+def _sample(scene: Scene, asked: Iterable[Question], row: str) -> Sample:
+    """Questions and answers in turn, the image before the first one."""
+    turns = [Turn(*turn) for q in asked for turn in (("user", q.text), ("assistant", q.answer))]
+    turns[0] = Turn("user", f"<image>{turns[0].text}")
+    return Sample(tuple(turns), (draw(scene),), row)
 
 
 def questions(seed: int, split: str, n_per_skill: int) -> Iterator[tuple[Sample, Question]]:
@@ -240,11 +193,8 @@ def questions(seed: int, split: str, n_per_skill: int) -> Iterator[tuple[Sample,
     Answers are balanced. Half of `test` is unseen: it asks about held-out content.
     """
     n_unseen = n_per_skill // 2 if split == "test" else 0
-    missing = {
-        (skill, unseen): n_unseen if unseen else n_per_skill - n_unseen
-        for skill in SKILLS
-        for unseen in (False, True)
-    }
+    wanted = {False: n_per_skill - n_unseen, True: n_unseen}
+    missing = {(skill, unseen): n for skill in SKILLS for unseen, n in wanted.items()}
     given: dict[tuple[str, bool], Counter[str]] = {key: Counter() for key in missing}
     for index in takewhile(lambda _: any(missing.values()), count()):
         scene, unseen = make_scene(seed, split, index), theme_of(split, index) is not None
@@ -254,8 +204,7 @@ def questions(seed: int, split: str, n_per_skill: int) -> Iterator[tuple[Sample,
             if question := ask(scene, skill, rng, unseen, given[skill, unseen]):
                 missing[skill, unseen] -= 1
                 given[skill, unseen][question.answer] += 1
-                turns = Turn("user", f"<image>{question.text}"), Turn("assistant", question.answer)
-                yield Sample(turns, (draw(scene),), row=f"world {split} {index}"), question
+                yield _sample(scene, [question], f"world {split} {index}"), question
                 break
 
 
@@ -265,7 +214,7 @@ def corpus(n: int = 2000) -> Iterator[str]:
     The first question comes once more by itself: after an image no space precedes it.
     """
     for index in range(n):
-        _, turns = _conversation(0, "train", index, 8, 0.25)
+        turns = train_sample(0, "train", index, 8, 0.25).turns
         yield turns[0].text.removeprefix("<image>")
         said = [f"{role.capitalize()}: {text.removeprefix('<image>')}" for role, text in turns]
         yield "\n".join(said) + "\n\n"

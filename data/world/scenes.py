@@ -12,17 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-POSITIONS = (
-    "top left",
-    "top",
-    "top right",
-    "left",
-    "center",
-    "right",
-    "bottom left",
-    "bottom",
-    "bottom right",
-)
+POSITIONS = ("top left", "top", "top right", "left", "center", "right",
+             "bottom left", "bottom", "bottom right")  # fmt: skip
 # Whether a point is inside, in units of the radius, y pointing down.
 SHAPES = {
     "circle": lambda x, y: x * x + y * y <= 1,
@@ -32,34 +23,16 @@ SHAPES = {
     "ring": lambda x, y: abs(x * x + y * y - 0.66) <= 0.34,
 }
 PLURAL = {shape: shape + ("es" if shape == "cross" else "s") for shape in SHAPES}
-COLORS = {
-    "red": (215, 35, 40),
-    "green": (30, 180, 70),
-    "blue": (35, 80, 225),
-    "yellow": (245, 215, 30),
-    "purple": (145, 45, 185),
-    "orange": (250, 130, 20),
-}
-BACKGROUNDS = {
-    "white": (245, 245, 245),
-    "light gray": (200, 200, 200),
-    "dark gray": (70, 70, 70),
-    "black": (14, 14, 14),
-    "beige": (235, 222, 195),
-    "light blue": (190, 215, 240),
-}
+COLORS = {"red": (215, 35, 40), "green": (30, 180, 70), "blue": (35, 80, 225),
+          "yellow": (245, 215, 30), "purple": (145, 45, 185), "orange": (250, 130, 20)}  # fmt: skip
+BACKGROUNDS = {"white": (245, 245, 245), "light gray": (200, 200, 200), "dark gray": (70, 70, 70),
+               "black": (14, 14, 14), "beige": (235, 222, 195),
+               "light blue": (190, 215, 240)}  # fmt: skip
 # Radius and largest offset of the center, in pixels. Their sum is below half a cell (8).
 SIZES = {"small": (4.5, 1.5), "large": (6.75, 0.75)}
 # Held out of train and val: never drawn, and in no question, even one answered with no.
-HELD_PAIRS = frozenset(
-    {
-        ("blue", "circle"),
-        ("yellow", "square"),
-        ("green", "triangle"),
-        ("red", "cross"),
-        ("purple", "ring"),
-    }
-)
+HELD_PAIRS = frozenset({("blue", "circle"), ("yellow", "square"), ("green", "triangle"),
+                        ("red", "cross"), ("purple", "ring")})  # fmt: skip
 HELD_COUNTS = frozenset({(3, "circle"), (2, "cross")})  # exactly so many in one scene
 HELD_NUMBERS = frozenset({"17", "24", "39", "41", "56", "62", "78", "85", "93"})
 # Every other test scene has held-out content of one of these kinds, in the ratio the test needs.
@@ -92,7 +65,7 @@ class Scene:
 
     things: tuple[Thing, ...]  # in reading order
     number: str | None
-    number_cell: int | None
+    number_cell: int  # -1 without a number
     background: str
     noise: int  # seed of tints, gradient and grain, which no question is about
 
@@ -109,11 +82,9 @@ def make_scene(seed: int, split: str, index: int, min_shapes: int = 2) -> Scene:
     things = _place_things(rng, theme, min_shapes)
     while bool(held_counts(things)) != (theme == "count"):
         things = _place_things(rng, theme, min_shapes)
-    number = number_cell = None
-    if theme == "number" or rng.random() < 0.5:
-        held = theme == "number"
-        numbers = [n for n in map(str, range(10, 100)) if (n in HELD_NUMBERS) == held]
-        number = rng.choice(numbers)
+    number, number_cell, held = None, -1, theme == "number"
+    if held or rng.random() < 0.5:
+        number = rng.choice([n for n in map(str, range(10, 100)) if (n in HELD_NUMBERS) == held])
         number_cell = rng.choice(sorted(set(range(9)) - {thing.cell for thing in things}))
     return Scene(things, number, number_cell, rng.choice(list(BACKGROUNDS)), rng.getrandbits(32))
 

@@ -29,16 +29,19 @@ from models.inference.compile import eager_blocks
 
 
 def due(step: int, every: int, last: int) -> bool:
-    """Whether a periodic action (log, evaluate, save) runs after this step.
+    """Whether to log, evaluate or save after this step.
 
-    It runs after every `every`-th step (0: never) and always after the last one.
+    True for the last step, and for multiples of `every`; with `every` 0 only for the last one.
     """
     return step == last or (every > 0 and step % every == 0)
 
 
 @contextlib.contextmanager
 def save_on_error(save: Callable[[], None]) -> Iterator[None]:
-    """If an `InputError` is raised inside (on all processes), save a checkpoint, then re-raise."""
+    """Save before an `InputError` ends training, for example of a validation file that has gone.
+
+    All processes meet such an error, so that all can save.
+    """
     try:
         yield
     except InputError:
@@ -74,15 +77,16 @@ def clip_gradients(params: list[Tensor], max_norm: float) -> float:
 def accumulate_gradients(
     model: nn.Module, micro_batches: list[Batch], dist: Dist, autocast_context: torch.autocast
 ) -> Tensor:
-    """Run forward and backward on all micro-batches of a step; return this process's loss, [].
+    """Run forward and backward on all micro-batches; return this process's share of the loss.
 
     The loss is a sum over supervised tokens, divided by their number in all micro-batches of all
-    processes. So every token has the same weight, whichever batch it is in.
+    processes. So every token has the same weight, whichever batch it is in. Scalar.
     """
     n_targets = dist.sum(sum(batch.n_targets for batch in micro_batches))
     loss = torch.zeros((), device=dist.device)
     for i, batch in enumerate(micro_batches):
         is_last = i == len(micro_batches) - 1
+        # DDP decides in forward whether the following backward communicates.
         with dist.gradient_sync(model, is_last), autocast_context:
             _, loss_sum = model(**batch.tensors(), reduction="sum")
         # DDP and FSDP average gradients over processes; world_size turns the mean into a sum.
@@ -106,9 +110,9 @@ def train(
 ) -> int:
     """Train from `step` to `cfg.train.steps`, or until a stop signal; return the step reached.
 
-    `save_model(model, folder)` writes the weights. `evaluate(step)` returns values to log; they
-    decide which checkpoint is the best. If loss or gradient norm is NaN or Inf, the step is skipped
-    and its batches are saved; `max_bad_steps` such steps in a row raise `InputError`.
+    `save_model(model, folder)` writes the weights. `evaluate(step)` returns values to log; the
+    checkpoint with the highest `val_accuracy` is the best. If loss or gradient norm is NaN or Inf,
+    the step is skipped and its batches are saved; `max_bad_steps` in a row raise `InputError`.
     """
     t, best = cfg.train, best or Best()
     stop, logger = StopSignal(), Logger(cfg, dist.is_main, step)
@@ -123,9 +127,9 @@ def train(
             return [next(batches).to(dist.device) for _ in range(t.accumulate)]
 
     def save() -> None:
-        with optimizer.averaged():
+        with optimizer.averaged():  # the average of the weights over steps, if train.ema is set
             checkpoint.save(cfg, step, model, save_model, optimizer, dist, {
-                "loader": dist.all_gather(micro_batches[-1].state),  # each process's position
+                "loader": dist.all_gather(micro_batches[-1].state),  # position after the step
                 "best": (best.step, best.score), "world": dist.world_size,
                 "data": data_fingerprint, "precision": precision_name(autocast_context),
             })  # fmt: skip
@@ -139,10 +143,10 @@ def train(
             prefetched = fetch() if dist.is_async and step + 1 < t.steps else []
             is_log_step = due(step + 1, t.log_every, t.steps)
             norms = gradient_norms(model.parts) if is_log_step else {}
-            # The only wait for the GPU in a step; the guard needs both numbers.
+            # The host waits for the GPU here only: the guard needs both numbers.
             grad_norm = clip_gradients(params, t.grad_clip)
             loss = dist.sum(loss_tensor.item())
-            if guard.is_finite_step(step, loss, grad_norm, micro_batches):
+            if guard.check_step(step, loss, grad_norm, micro_batches):
                 optimizer.step()
             optimizer.zero_grad()
             step += 1
@@ -154,12 +158,14 @@ def train(
                 values |= {"bad_rows": len(loader.skipped), "bad_steps": guard.n_saved}
                 logger.log(values | meter.rates(dist), step)
             is_best = False
-            if due(step, t.eval_every, t.steps):  # all processes take part: FSDP needs them
+            # All processes evaluate, as FSDP needs them; eagerly, because lengths vary too much.
+            if due(step, t.eval_every, t.steps):
                 with save_on_error(save), optimizer.averaged(), eager_blocks(model):
                     values = evaluate(step)
                 logger.log_evaluation(values, step)
+                # Sums tell all processes what one of them knows.
                 is_best = dist.sum(dist.is_main and best.update(values, step)) > 0
-            is_stopping = dist.sum(stop.received) > 0  # all processes stop after the same step
+            is_stopping = dist.sum(stop.received) > 0
             if is_stopping or is_best or due(step, t.save_every, t.steps):
                 save()
             if is_stopping:
@@ -178,10 +184,10 @@ class NonFiniteGuard:
         self.cfg, self.logger, self.rank, self.n_in_a_row = cfg, logger, rank, 0
         self.n_saved = len(find_bad_batches(Path(cfg.out)))  # includes those before a resume
 
-    def is_finite_step(
+    def check_step(
         self, step: int, loss: float, grad_norm: float, micro_batches: list[Batch]
     ) -> bool:
-        """Whether the optimizer may step; if not, save the batches.
+        """Whether loss and gradient are finite; if not, save the batches.
 
         Raises `InputError` after `max_bad_steps` steps in a row that were not finite.
         """

@@ -61,11 +61,12 @@ def packed_attention(
     return _grouped_attention(q, k, v, packing, dropout)
 
 
-def pack(cfg: LMConfig, segments: Tensor, x: Tensor) -> Packing:
-    """How to keep segments [B, T] apart for hidden states x.
+def build_packing(cfg: LMConfig, segments: Tensor, x: Tensor) -> Packing:
+    """The structure with which `packed_attention` keeps segments [B, T] apart.
 
-    Runs of one id are a segment; so is padding (id 0), whose output nobody reads. With `segments`
-    on the CPU, a GPU waits for nothing.
+    Device and dtype of the hidden states x decide between the two kinds. A run of equal ids is a
+    segment; so is padding (id 0), whose output nobody reads. Keep `segments` on the CPU to avoid a
+    GPU synchronisation.
     """
     varlen = supports_varlen(cfg, x.device, autocast_dtype(x))
     return (find_bounds if varlen else group_segments)(segments, x.device)

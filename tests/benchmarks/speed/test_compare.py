@@ -14,7 +14,7 @@ from benchmarks.speed import compare, peers, timing
 from config_tools import InputError
 from configs import DataConfig, RunConfig, TrainConfig
 from data import processor as processors
-from engine.training.distributed import missing_compiler
+from engine.training import distributed
 from models.vision_language_model import VisionLanguageModel
 
 
@@ -23,7 +23,7 @@ def small_machine(monkeypatch, tiny_processor):
     monkeypatch.setattr(timing, "MATRIX_SIZE", 32)
     monkeypatch.setattr(timing, "N_BYTES", 1 << 12)
     monkeypatch.setattr(compare, "N_NEW_TOKENS", 4)
-    monkeypatch.setattr(compare, "choose_dtype", lambda *_: torch.float32)
+    monkeypatch.setattr(distributed, "choose_dtype", lambda *_: torch.float32)
     monkeypatch.setattr(processors, "build", lambda cfg: replace(tiny_processor, cfg=cfg))
 
 
@@ -42,7 +42,7 @@ def test_every_row_beside_transformers(run):
         assert row.disturbed.endswith(" of 6") and row.share.count("%") == 2, row
     assert rows[-1].picovlm == "not measured: not faster on this CPU"
     assert "2 x 1,024 packed" in timed[-1].name
-    lines = compare.table(rows).splitlines()
+    lines = timing.table(rows).splitlines()
     assert len(lines) == 2 + len(rows) and len({line.count(" | ") for line in lines}) == 1
 
 
@@ -50,7 +50,7 @@ def test_models_of_other_weights_are_not_timed(run, tmp_path, monkeypatch):
     VisionLanguageModel(run.model).save_pretrained(tmp_path)
     hf_model = peers.load_hf_model(tmp_path, torch.float32)
     monkeypatch.setattr(peers, "load_hf_model", lambda *_: hf_model)
-    case = peers.open_case(run, tmp_path, torch.float32, 0)
+    case = peers.open_case(run, tmp_path, torch.float32)
     with torch.no_grad():
         hf_model.lm_head.weight.neg_()
         hf_model.model.connector.modality_projection.proj.weight.mul_(1.01)
@@ -60,7 +60,7 @@ def test_models_of_other_weights_are_not_timed(run, tmp_path, monkeypatch):
         (compare.first_rows, "greedy tokens differ"),
     ):
         with pytest.raises(InputError, match=says):
-            rows(case, 1.0, 1.0)
+            rows(case)
 
 
 @pytest.fixture
@@ -72,12 +72,12 @@ def case(run, tmp_path) -> peers.Case:
 
 def test_a_missing_compiler_is_named(case, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    (row,) = compare.compiled_rows(case, 1.0, 1.0)
+    (row,) = compare.compiled_rows(case)
     assert row.ratio is None and row.picovlm == "not measured: torch.compile needs no-such-compiler"
 
 
 def test_int8_shows_the_share_of_picovlm_only(case):
-    (row,) = compare.int8_rows(case, 1.0, 1.0)
+    (row,) = compare.int8_rows(case)
     assert row.ratio[1] <= row.ratio[0] <= row.ratio[2] and row.picovlm.endswith(" tok/s")
     assert row.share.endswith("%") and "," not in row.share
 
@@ -86,8 +86,8 @@ def test_a_static_cache_gives_the_same_tokens(case, monkeypatch):
     """Without the compiler, which takes a minute: the uncompiled step stands in for it."""
     made = []
     monkeypatch.setattr(torch, "compile", lambda step, **_: made.append(step) or step)
-    monkeypatch.setattr(compare, "missing_compiler", lambda _: "")
-    row, paid, eight, small = compare.compiled_rows(case, 1.0, 1.0)
+    monkeypatch.setattr(distributed, "missing_compiler", lambda _: "")
+    row, paid, eight, small = compare.compiled_rows(case)
     assert row.ratio[0] > 0 and eight.ratio[0] > 0 and " wall time; " in paid.picovlm
     assert small.ratio[0] > 0 and "," in row.share and "," not in small.share
     models = {id(step.__self__) for step in made}  # one as it is, one in 8 bits
@@ -96,9 +96,9 @@ def test_a_static_cache_gives_the_same_tokens(case, monkeypatch):
 
 @pytest.mark.slow
 def test_a_compiled_step_gives_the_same_tokens(case):
-    if why := missing_compiler(torch.device("cpu")):
+    if why := distributed.missing_compiler(torch.device("cpu")):
         pytest.skip(why)
-    row, _, eight, small = compare.compiled_rows(case, 1.0, 1.0)
+    row, _, eight, small = compare.compiled_rows(case)
     assert row.ratio[0] > 0 and eight.ratio[0] > 0 and small.ratio[0] > 0
     # The chart draws bars of the same name on top of each other.
     assert all(case.kind in found.name for found in (row, eight, small))
@@ -129,7 +129,7 @@ def test_a_run_that_fails_says_why():
 def test_chart(tmp_path):
     pytest.importorskip("matplotlib")
     rows = [compare.Row("a", "1 s", "2 s", (2.0, 1.9, 2.1)), compare.Row("b", "3 GB/s")]
-    compare.draw(rows, tmp_path / "a.png")
+    timing.draw(rows, tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 1000
 
 
@@ -147,13 +147,14 @@ def test_turns_alternate_and_a_call_may_time_a_part():
     assert timing.ratios(fast, slow) == (1.5, 1.0, 2.0) and slow.n_disturbed == 1
 
 
-def test_a_block_of_a_page_is_replaced(tmp_path):
+def test_a_block_of_a_page_is_replaced(tmp_path, monkeypatch):
     page = tmp_path / "page.md"
+    monkeypatch.setattr(timing, "PAGE", page)
     page.write_text("before\n<!-- x -->\nold\n<!-- /x -->\nafter\n")
-    timing.write_block(page, "x", "new")
+    timing.write_block("x", "new")
     assert page.read_text() == "before\n<!-- x -->\nnew\n<!-- /x -->\nafter\n"
     with pytest.raises(InputError, match="expected <!-- y -->"):
-        timing.write_block(page, "y", "new")
+        timing.write_block("y", "new")
 
 
 def test_products_are_counted_by_hand():

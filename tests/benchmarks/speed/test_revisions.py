@@ -53,17 +53,17 @@ def test_a_slow_tree_is_found(other_tree, minute_config, monkeypatch):
     for row in ("train", "packed"):
         result = by_row[row]
         assert result.ratio > 2 and result.interval[0] > 1
-        assert len(result.before) == len(result.after) == 3
-        for (a,), (b,) in zip(result.values_before, result.values_after, strict=True):
+        assert [len(numbers) for numbers in result.numbers] == [3, 3]
+        for (a,), (b,) in zip(*result.values, strict=True):
             assert b == pytest.approx(a / 2, rel=1e-3)
-        losses = [loss for (loss,) in result.values_before]
+        losses = [loss for (loss,) in result.values[0]]
         assert losses[-1] < losses[0] and losses[0] > 3, "random weights, then training"
     for row, n_tokens in (("first", 1), ("decode1", 33), ("decode8", 8 * 33)):
         result = by_row[row]
-        assert result.values_before == result.values_after
-        assert {len(tokens) for tokens in result.values_before} == {n_tokens}
-    more = by_row["memory"].after[0] - by_row["memory"].before[0]
-    assert 48 < more / 2**20 < 200
+        assert result.values[0] == result.values[1]
+        assert {len(tokens) for tokens in result.values[0]} == {n_tokens}
+    (before,), (after,) = by_row["memory"].numbers
+    assert 48 < (after - before) / 2**20 < 200
     assert "tiny fp32: training step, padded rows (+" in revisions.slower(found)
     assert "tokens are equal" in revisions.difference(found)
     assert "loss: 0.0e+00" not in revisions.difference(found)
@@ -79,16 +79,16 @@ def test_the_same_tree_computes_the_same(capsys):
 
 
 def test_turns_alternate():
-    assert list(revisions.in_turns(3)) == [(False, True), (True, False), (False, True)]
+    assert list(revisions.in_turns(3)) == [(0, 1), (1, 0), (0, 1)]
 
 
 def test_ratio_and_interval():
-    result = Result("tiny", "fp32", "train", [1.0, 1.0, 1.0, 1.0, 9.0], [1.1, 1.1, 1.1, 1.1, 1.1])
+    result = Result("tiny", "fp32", "train", ([1.0] * 4 + [9.0], [1.1] * 5))
     assert result.ratio == pytest.approx(1.1)
     low, high = result.interval
     assert 1.1 / 9 <= low < 1 and high == pytest.approx(1.1)
     assert "(+10.0%, but the interval includes 1)" in revisions.slower([result])
-    result.after = [1.02] * 5
+    result.numbers = ([1.0] * 4 + [9.0], [1.02] * 5)
     assert revisions.slower([result]) == "No row is more than 3% slower."
     lines = revisions.table([result]).splitlines()
     assert len({line.count("|") for line in lines}) == 1

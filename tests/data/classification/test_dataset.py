@@ -15,7 +15,6 @@ from PIL import Image
 from config_tools import InputError
 from configs_classify import ClassifyDataConfig
 from data.classification.dataset import (
-    LazyLabels,
     balanced_subset,
     describe_balance,
     label_of,
@@ -130,7 +129,7 @@ def test_a_limit_is_spread_over_the_classes(tmp_path):
 
 def test_the_world_tells_its_most_frequent_shape():
     source = open_classification(ClassifyDataConfig(), "train")
-    assert isinstance(source.labels, LazyLabels) and source.names == tuple(scenes.SHAPES)
+    assert isinstance(source.labels, range) and source.names == tuple(scenes.SHAPES)
     sample = source[5]
     scene = scenes.make_scene(0, "train", 5)
     assert label_of(sample) == scenes.label(scene)

@@ -326,7 +326,7 @@ def test_held_out_by_design():
 
 
 def test_ask_gives_none_where_there_is_nothing():
-    scene = replace(scenes.make_scene(0, "train", 0), number=None, number_cell=None)
+    scene = replace(scenes.make_scene(0, "train", 0), number=None, number_cell=-1)
     assert questions.ask(scene, "read", random.Random(0), heldout=False) is None
     assert questions.ask(scene, "where", random.Random(0), heldout=True) is None
 

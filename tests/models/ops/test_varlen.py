@@ -16,8 +16,8 @@ from configs import LMConfig
 from data.types import Batch
 from models.ops import packed
 from models.ops.packed import (
+    build_packing,
     find_bounds,
-    pack,
     packed_attention,
     supports_varlen,
     varlen_kernel,
@@ -82,7 +82,7 @@ def test_matrices_in_bf16_decide_not_the_hidden_states(monkeypatch):
     monkeypatch.setattr(packed, "supports_varlen", lambda *args: asked.append(args[2]))
     for dtype in (torch.float32, torch.bfloat16):
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            pack(LMConfig(), torch.ones(1, 4), torch.zeros(1, 4, 8))
+            build_packing(LMConfig(), torch.ones(1, 4), torch.zeros(1, 4, 8))
     assert asked == [torch.float32, torch.bfloat16]
 
 
