@@ -24,7 +24,7 @@ import torch
 import tyro
 
 from cli import command, parse, parse_classify, run_command
-from config_tools import InputError
+from config_tools import InputError, check
 from configs_classify import ClassifyConfig, ClassifyDataConfig
 from data.classification.dataset import open_classification
 from data.classification.loader import open_for_vit
@@ -75,8 +75,8 @@ def evaluate_main(argv: list[str]) -> None:
     model = open_classifier(args.checkpoint).to(device)
     data = ClassifyDataConfig(source=args.source, label=args.label, val_fraction=0.0)
     source = open_classification(data, "test", model.labels)
-    autocast_context = autocast(device, torch.float32)
-    report_result(classification.evaluate(model, source, autocast_context), args.out)
+    no_autocast = autocast(device, torch.float32)
+    report_result(classification.evaluate(model, source, no_autocast), args.out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +111,7 @@ def expand_paths(names: Iterable[str]) -> list[str]:
 
 def predict_main(argv: list[str]) -> None:
     args = parse(Predict, argv)
-    if args.k < 1:
-        raise InputError(f"k = {args.k}: must be at least 1.")
+    check(args.k >= 1, args, "k", "must be at least 1")
     if args.out is not None and args.out.suffix not in (".csv", ".jsonl"):
         raise InputError(f"out = {args.out}: must end in .csv or .jsonl.")
     if args.out is not None and (args.out.is_dir() or not args.out.absolute().parent.is_dir()):

@@ -68,10 +68,7 @@ def parse(cls: type, argv: list[str], **options):
 
 
 def parse_preset(cls: type, presets: dict, argv: list[str]):
-    """Parse `[preset | run.json] [--field value ...]`; the first preset is the default.
-
-    Raises `InputError`.
-    """
+    """Parse `[preset | run.json] [--field value ...]`; the first preset is the default."""
     base = next(iter(presets))
     if argv and not argv[0].startswith("-"):
         base, *argv = argv
@@ -143,9 +140,8 @@ def command(main, argv: list[str] | None = None) -> None:
     """
     streams: tuple[Any, Any] = sys.stdin, sys.stdout
     for stream in streams:
-        with contextlib.suppress(
-            AttributeError, io.UnsupportedOperation
-        ):  # replaced, or already read
+        # It may be replaced, or already read.
+        with contextlib.suppress(AttributeError, io.UnsupportedOperation):
             stream.reconfigure(errors="surrogateescape")
     try:
         main(sys.argv[1:] if argv is None else argv)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 import json
 import math
 from pathlib import Path
@@ -83,6 +84,18 @@ def require_seed(config: Any) -> None:
     check(0 <= config.seed < 2**63, config, "seed", "must be from 0 to 2**63 - 1")
 
 
+def import_optional(module: str, user: str, package: str = "") -> Any:
+    """Import a module that may be missing; the `InputError` names what uses it and its package."""
+    top = module.partition(".")[0]
+    package = package or top
+    try:
+        importlib.import_module(top)
+        return importlib.import_module(module)
+    except ImportError:
+        fix = f"run `pip install {package}`"
+        raise InputError(f"{user} needs the package {package}; {fix}.") from None
+
+
 def to_dict(config: Any) -> dict:
     """A config as JSON values, with `format_version`."""
     return {"format_version": FORMAT_VERSION} | dataclasses.asdict(config)
@@ -131,7 +144,7 @@ def _migrate(cls: type, values: dict, where: str) -> dict:
     return migrated
 
 
-def _typed(value: object, hint: type, name: str) -> object:
+def _typed(value: Any, hint: type, name: str) -> object:
     if isinstance(value, list):
         value = tuple(value)
     if get_origin(hint) is tuple:  # (float, float, float), or (a Literal, ...)

@@ -19,7 +19,7 @@ from typing import Annotated
 import tyro
 
 from cli import command, parse
-from config_tools import InputError
+from config_tools import InputError, import_optional
 from engine.inference.chat import Chat
 from engine.inference.web_demo import CSS, MAX_FILE_BYTES, BodyLimit, build_page, example_files
 from models.inference.sampling import Sampling
@@ -53,37 +53,25 @@ def main(argv: list[str]) -> None:
         raise InputError(f"{error}.") from None
     chat = Chat.load(args.checkpoint, args.device)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it on import
-    try:
-        import gradio as gr
-        import uvicorn
-        from fastapi import FastAPI
-    except ImportError:
-        raise InputError("demo.py needs the package gradio; run `pip install gradio`.") from None
+    gr = import_optional("gradio", "demo.py")
+    uvicorn, fastapi = (import_optional(x, "demo.py", "gradio") for x in ("uvicorn", "fastapi"))
     try:
         sock = socket.create_server((args.host, args.port))
     except OSError as error:
-        raise InputError(
-            f"{args.host}:{args.port}: cannot bind to this address ({error})."
-        ) from None
+        reason = f"cannot bind to this address ({error})"
+        raise InputError(f"{args.host}:{args.port}: {reason}.") from None
     with sock, tempfile.TemporaryDirectory() as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
-        blocks = build_page(
-            chat, f"`{args.checkpoint}`", example_files(Path(folder), args.examples), sampling
-        )
+        examples = example_files(Path(folder), args.examples)
+        blocks = build_page(chat, f"`{args.checkpoint}`", examples, sampling)
         fonts = ["system-ui", "sans-serif"]  # Gradio's default fonts would be downloaded
         # Not blocks.launch: it requests its own page, possibly through a proxy, and fails if that
         # takes more than three seconds.
+        theme = gr.themes.Default(font=fonts, font_mono=["monospace"])
         app = gr.mount_gradio_app(
-            FastAPI(),
-            blocks,
-            "/",
-            max_file_size=MAX_FILE_BYTES,
-            show_error=False,
-            css=CSS,
-            theme=gr.themes.Default(font=fonts, font_mono=["monospace"]),
-            footer_links=[],
-            ssr_mode=False,
-        )
+            fastapi.FastAPI(), blocks, "/", max_file_size=MAX_FILE_BYTES, show_error=False,
+            css=CSS, theme=theme, footer_links=[], ssr_mode=False,
+        )  # fmt: skip
         config = uvicorn.Config(BodyLimit(app), log_level="warning", timeout_graceful_shutdown=2)
         host, port = sock.getsockname()[:2]
         print(f"Open http://{host}:{port}; Ctrl-C ends it.", flush=True)

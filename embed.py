@@ -11,28 +11,17 @@ from __future__ import annotations
 import csv
 import io
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TextIO
+from typing import Annotated, Literal
 
 import tyro
 
 from cli import command, parse, run_command
-from config_tools import InputError, write_atomic
+from config_tools import InputError, check, write_atomic
 from data.sources.folders import find_images
 from engine.training.distributed import setup
-from engine.vit.embedding import (
-    ENGINES,
-    SKIPPED,
-    build,
-    describe,
-    embed,
-    open_encoder,
-    open_index,
-    require_same,
-    similar_pairs,
-)
+from engine.vit import embedding
 from engine.vit.figures import draw_files
 
 MAX_PAIRS = 30  # on a contact sheet
@@ -60,18 +49,17 @@ def build_main(argv: list[str]) -> None:
     import numpy as np
 
     args = parse(Build, argv)
-    if args.batch_size < 1:
-        raise InputError(f"batch_size = {args.batch_size}: must be at least 1.")
+    check(args.batch_size >= 1, args, "batch_size", "must be at least 1")
     if not args.folder.is_dir():
         raise InputError(f"{args.folder}: no such folder.")
     inside = [args.folder / name for name in find_images(args.folder)]
-    vit = open_encoder(args.model, args.pool).to(setup().device)
-    about = describe(vit, args.model)
-    index = build(vit, [str(p) for p in inside], args.out, about, args.batch_size)
+    vit = embedding.open_encoder(args.model, args.pool).to(setup().device)
+    about = embedding.describe(vit, args.model)
+    index = embedding.build(vit, [str(p) for p in inside], args.out, about, args.batch_size)
     if args.npz:
         np.savez(args.out / "embeddings.npz", embeddings=index.rows, files=np.array(index.files))
     n_skipped = len(set(map(str, inside)) - set(index.files))
-    skipped = f"; {n_skipped:,} skipped, see {args.out / SKIPPED}" if n_skipped else ""
+    skipped = f"; {n_skipped:,} skipped, see {args.out / embedding.SKIPPED}" if n_skipped else ""
     n, width = index.rows.shape
     print(f"{n:,} images with {width} dimensions in {args.out}{skipped}")
 
@@ -94,15 +82,14 @@ class Search:
 
 def search_main(argv: list[str]) -> None:
     args = parse(Search, argv)
-    if args.k < 1:
-        raise InputError(f"k = {args.k}: must be at least 1.")
-    index = open_index(args.index)
-    vit = open_encoder(index.about["model"], index.about["pool"]).to(setup().device)
-    require_same(args.index, index.about, describe(vit, index.about["model"]))
-    queries, errors = embed(vit, args.image)
+    check(args.k >= 1, args, "k", "must be at least 1")
+    index = embedding.open_index(args.index)
+    vit = embedding.open_encoder(index.about["model"], index.about["pool"]).to(setup().device)
+    embedding.require_same(args.index, index.about, embedding.describe(vit, index.about["model"]))
+    queries, errors = embedding.embed(vit, args.image)
     if error := next((e for e in errors if e), ""):
         raise InputError(error)
-    indices, cosines = ENGINES[args.engine](queries, index.rows, args.k)
+    indices, cosines = embedding.ENGINES[args.engine](queries, index.rows, args.k)
     lines = []
     for name, row, scores in zip(args.image, indices.tolist(), cosines.tolist()):
         found = [(index.files[i], score) for i, score in zip(row, scores)]
@@ -131,26 +118,25 @@ class Duplicates:
 
 def duplicates_main(argv: list[str]) -> None:
     args = parse(Duplicates, argv)
-    if not -1 <= args.threshold <= 1:
-        raise InputError(f"threshold = {args.threshold}: must be between -1 and 1.")
-    one = open_index(args.index)
-    other = open_index(args.other) if args.other else None
+    check(-1 <= args.threshold <= 1, args, "threshold", "must be between -1 and 1")
+    one = embedding.open_index(args.index)
+    other = embedding.open_index(args.other) if args.other else None
     about = [{k: v for k, v in i.about.items() if k != "model"} for i in (one, other) if i]
     if about[0] != about[-1]:
         names = f"{args.index} and {args.other}"
         raise InputError(f"{names}: built with different encoders or pooling.")
     files = other.files if other else one.files
-    pairs = [
-        (one.files[i], files[j], cosine)
-        for i, j, cosine in similar_pairs(one.rows, other.rows if other else None, args.threshold)
-    ]
+    found = embedding.similar_pairs(one.rows, other.rows if other else None, args.threshold)
+    pairs = [(one.files[i], files[j], cosine) for i, j, cosine in found]
     pairs.sort(key=lambda pair: -pair[2])
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["one", "other", "cosine"])
+    writer.writerows([a, b, f"{cosine:.6f}"] for a, b, cosine in pairs)
     if args.out is None:
-        write_pairs(pairs, sys.stdout)
+        sys.stdout.write(file.getvalue())
     else:
         try:
-            file = io.StringIO()
-            write_pairs(pairs, file)
             write_atomic(args.out, file.getvalue())
         except OSError as error:
             raise InputError(f"out = {args.out}: cannot be written ({error.strerror}).") from None
@@ -160,16 +146,7 @@ def duplicates_main(argv: list[str]) -> None:
         draw_files(lines, args.contact_sheet)
 
 
-def write_pairs(pairs: list[tuple[str, str, float]], file: TextIO) -> None:
-    """Write pairs as CSV."""
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["one", "other", "cosine"])
-    writer.writerows([a, b, f"{cosine:.6f}"] for a, b, cosine in pairs)
-
-
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "build": build_main, "search": search_main, "duplicates": duplicates_main,
-}  # fmt: skip
+COMMANDS = {"build": build_main, "search": search_main, "duplicates": duplicates_main}
 
 
 def main(argv: list[str]) -> None:

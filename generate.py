@@ -11,14 +11,14 @@ echo "Describe the picture." | python generate.py runs/demo --image cat.png --pr
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from cli import command, parse
-from config_tools import InputError
+from config_tools import InputError, check
 from engine.evaluation.predictions import fingerprint
 from engine.inference.batch import answer_file
 from engine.inference.chat import Chat
@@ -30,8 +30,7 @@ from models.inference.compile import compile_decoding
 from models.inference.int8 import quantize_int8
 from models.inference.sampling import Sampling
 
-# Arguments that are fields of `Sampling`.
-SAMPLING_FIELDS = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
+SAMPLING_FIELDS = [f.name for f in fields(Sampling)]  # all are arguments, too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +81,7 @@ def main(argv: list[str]) -> None:
     args = parse(Arguments, argv)
     if len(args.choices) == 1:
         args = replace(args, choices=tuple(c.strip() for c in args.choices[0].split(",")))
-    sampling = check(args)
+    sampling = check_arguments(args)
     chat = Chat.load(args.checkpoint, args.device)
     if args.quantize == "int8":
         quantize_int8(chat.model.decoder)
@@ -108,27 +107,23 @@ def main(argv: list[str]) -> None:
         return
     for i in range(args.n):
         # A seed per answer, so that answers differ and are still reproducible.
-        answer_sampling = replace(
-            sampling, seed=None if args.seed is None else (args.seed + i) % 2**63
-        )
-        chunks = list(print_chunks(chat.stream_chunks(tokens, answer_sampling, args.stop)))
+        seed = None if args.seed is None else (args.seed + i) % 2**63
+        answer = chat.stream_chunks(tokens, replace(sampling, seed=seed), args.stop)
+        chunks = list(print_chunks(answer))
         if args.logprobs:
             print(token_table(chat, chunks), file=sys.stderr)
 
 
-def check(args: Arguments) -> Sampling:
+def check_arguments(args: Arguments) -> Sampling:
     """Validate the arguments and return the sampling options; raises `InputError`."""
     try:
         sampling = Sampling(**{name: getattr(args, name) for name in SAMPLING_FIELDS})
     except ValueError as error:
         raise InputError(f"{error}.") from None
     for name in ("n", "batch_size"):
-        if getattr(args, name) < 1:
-            raise InputError(f"{name} = {getattr(args, name)}: must be at least 1.")
+        check(getattr(args, name) >= 1, args, name, "must be at least 1")
     if (args.jsonl is None) != (args.out is None):
-        raise InputError(
-            "jsonl and out: give both, the file of questions and the file for answers."
-        )
+        raise InputError("jsonl and out: give both, the file of questions and that for answers.")
     is_special = args.out is not None and args.out.exists() and not args.out.is_file()
     if args.out is not None and (is_special or not args.out.parent.is_dir()):
         raise InputError(f"out = {args.out}: must be a file in a folder that exists.")
@@ -147,18 +142,14 @@ def check(args: Arguments) -> Sampling:
 def conflicts(args: Arguments) -> dict[str, str]:
     """Arguments that have no effect together with the given ones, and why."""
     if args.jsonl is not None:
-        rows = "not with --jsonl, whose rows have their own; remove it"
-        return {
-            "image": rows,
-            "prompt": rows,
-            "n": "not with --jsonl, which answers each row once; remove it",
-            "compile": "not with --jsonl, which answers in batches; remove it",
-        }
-    if args.prompt is None:
-        names = ("n", "choices", "logprobs")
-        return dict.fromkeys(names, "needs --prompt or --jsonl") | {"batch_size": "needs --jsonl"}
+        whose = "whose rows have their own"
+        reasons = {"image": whose, "prompt": whose, "n": "which answers each row once",
+                   "compile": "which answers in batches"}  # fmt: skip
+        return {name: f"not with --jsonl, {why}; remove it" for name, why in reasons.items()}
     reasons = {"batch_size": "needs --jsonl"}
-    if args.choices:
+    if args.prompt is None:
+        reasons |= dict.fromkeys(("n", "choices", "logprobs"), "needs --prompt or --jsonl")
+    elif args.choices:
         scored = "not with --choices, which are scored, not generated; remove it"
         reasons |= dict.fromkeys(("logprobs", "stop", "n", "compile", *SAMPLING_FIELDS), scored)
     return reasons

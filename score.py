@@ -19,17 +19,12 @@ import tyro
 from PIL import Image
 
 from cli import command, parse
-from config_tools import InputError, write_atomic
+from config_tools import InputError, check, write_atomic
 from configs import DataConfig
+from engine.evaluation import predictions
 from engine.evaluation.answer_sheet import draw_answer_sheet
 from engine.evaluation.evaluate import Answered, Task, summarize_skills
 from engine.evaluation.metrics import paired_difference
-from engine.evaluation.predictions import (
-    fingerprint,
-    hash_questions,
-    read_scores,
-    write_predictions,
-)
 from engine.evaluation.scoring import answer_all, format_result, score_views
 from engine.inference.chat import Chat
 from engine.training.checkpoint import resolve
@@ -70,12 +65,11 @@ class Arguments:
 
 def main(argv: list[str]) -> None:
     args = parse(Arguments, argv)
-    check(args)
-    name = args.task
+    check_arguments(args)
+    name, data = args.task, args.data
     if name == "auto":
-        name = "world" if args.data.source == "world" else "rows"
+        name = "world" if data.source == "world" else "rows"
     task: Task = importlib.import_module(f"tasks.{name}").TASK
-    data = args.data
     if data.source == "world" and task.source:
         data = replace(data, source=task.source)
     dist = setup()
@@ -85,11 +79,11 @@ def main(argv: list[str]) -> None:
         questions = [item for item in questions if item.choices]
     if not questions:
         raise InputError(f"{data.source}: no rows in split {args.split}, or none with choices.")
+    hashed = predictions.hash_questions(questions) if args.predictions is not None else ""
     settings = (name, data.source, data.seed, args.split, args.n, args.by, args.max_new_tokens,
-                data.max_tiles,
-                hash_questions(questions) if args.predictions is not None else "")  # fmt: skip
-    run = fingerprint(resolve(args.checkpoint), settings)
-    others = None if args.against is None else read_scores(args.against, questions)
+                data.max_tiles, hashed)  # fmt: skip
+    run = predictions.fingerprint(resolve(args.checkpoint), settings)
+    others = None if args.against is None else predictions.read_scores(args.against, questions)
     answers = answer_all(
         chat, questions, dist, args.by, args.predictions, run, data.max_tiles, args.max_new_tokens
     )
@@ -105,17 +99,16 @@ def main(argv: list[str]) -> None:
     dist.shutdown()
 
 
-def check(args: Arguments) -> None:
+def check_arguments(args: Arguments) -> None:
     """Raise `InputError` for a number below 1 or a file that cannot be written."""
     for name in ("n", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            raise InputError(f"{name} = {getattr(args, name)}: must be at least 1.")
-    for path in (args.json, args.predictions, args.answer_sheet):
-        if path is not None and not path.parent.is_dir():
+        check(getattr(args, name) >= 1, args, name, "must be at least 1")
+    for path in filter(None, (args.json, args.predictions, args.answer_sheet)):
+        if not path.parent.is_dir():
             raise InputError(f"{path}: its folder does not exist.")
-        if path is not None and path.is_dir():
+        if path.is_dir():
             raise InputError(f"{path}: is a folder; name a file.")
-        if path is not None and not os.access(path.parent, os.W_OK):
+        if not os.access(path.parent, os.W_OK):
             raise InputError(f"{path}: its folder is not writable.")
     sheet = args.answer_sheet
     if sheet is not None and sheet.suffix.lower() not in Image.registered_extensions():
@@ -128,7 +121,7 @@ def write(args: Arguments, result: dict, views: dict[str, list[Answered]], run: 
     if args.json is not None:
         write_atomic(args.json, json.dumps(result, indent=2) + "\n")
     if args.predictions is not None:
-        write_predictions(args.predictions, run, views)
+        predictions.write_predictions(args.predictions, run, views)
     if args.answer_sheet is not None:
         draw_answer_sheet(views["answer"], args.answer_sheet)
 

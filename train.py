@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -74,6 +75,7 @@ def main(argv: list[str]) -> None:
             checkpoints[-1], cfg, model, optimizer, loader, dist, source.fingerprint
         )
 
+    lock = None
     if dist.is_main and not cfg.train.dry_run:
         lock = claim_run_folder(cfg)  # an open file; other processes are refused until it closes
         if not checkpoints:
@@ -97,6 +99,7 @@ def main(argv: list[str]) -> None:
     dist.shutdown()
     if dist.is_main:
         finish(cfg, last_step)
+    if lock:
         lock.close()
 
 
@@ -143,7 +146,8 @@ def prepare_model(
     adapters.attach_adapters(model, cfg.train)
     checkpointed = choose_checkpointing(cfg, dtype, memory_budget(dist.device))
     for name in checkpointed:
-        model.parts[name].activation_checkpointing = True
+        part: Any = model.parts[name]
+        part.activation_checkpointing = True
     if checkpointed and dist.is_main:
         print(f"activation checkpointing: {', '.join(checkpointed)}")
     if checkpointed and dist.device.type == "cpu":

@@ -9,6 +9,7 @@ import io
 import math
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,18 +30,17 @@ def open_image(source: str | Path | bytes | Image.Image, name: str = "image") ->
     Transparency is blended with white; an animation is its first frame.
     Raises `InputError` naming the file, or `name` if there is none, and the problem.
     """
-    name = source if isinstance(source, (str, Path)) else name
+    name = str(source) if isinstance(source, (str, Path)) else name
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # serious problems raise
-            file = io.BytesIO(source) if isinstance(source, bytes) else source
-            image = source if isinstance(source, Image.Image) else Image.open(file, "r", FORMATS)
+            image: Any = io.BytesIO(source) if isinstance(source, bytes) else source
+            if not isinstance(image, Image.Image):
+                image = Image.open(image, "r", FORMATS)
             width, height = image.size
             if width * height > MAX_PIXELS:
-                raise InputError(
-                    f"{name}: {width} x {height} pixels are more than {MAX_PIXELS:,}; "
-                    "resize the image first."
-                )
+                size = f"{width} x {height} pixels are more than {MAX_PIXELS:,}"
+                raise InputError(f"{name}: {size}; resize the image first.")
             return _to_rgb(ImageOps.exif_transpose(image))
     except InputError:
         raise
@@ -48,13 +48,10 @@ def open_image(source: str | Path | bytes | Image.Image, name: str = "image") ->
         raise InputError(f"{name}: no such file.") from None
     except Image.DecompressionBombError:
         raise InputError(f"{name}: more than {MAX_PIXELS:,} pixels; resize it first.") from None
-    except UnidentifiedImageError:
-        raise InputError(f"{name}: not a readable image ({', '.join(FORMATS)}).") from None
     except Exception as error:  # Pillow's plug-ins raise nearly every type on broken files
-        reason = str(error) or type(error).__name__
-        raise InputError(
-            f"{name}: not a readable image ({reason.split(chr(10))[0][:120]})."
-        ) from None
+        reason = (str(error) or type(error).__name__).split("\n")[0][:120]
+        reason = ", ".join(FORMATS) if isinstance(error, UnidentifiedImageError) else reason
+        raise InputError(f"{name}: not a readable image ({reason}).") from None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -78,12 +75,12 @@ def _to_8bit(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.float64)
     values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
     low, high = values.min(), values.max()
-    if image.mode.startswith("I;16"):
+    # Pillow opens some 16-bit files in mode "I".
+    is_16bit = image.mode == "I" and low >= 0 and 255 < high <= 65535
+    if image.mode.startswith("I;16") or is_16bit:
         scaled = values / 257
     elif low >= 0 and high <= 255:
         scaled = values
-    elif low >= 0 and high <= 65535 and image.mode == "I":  # as Pillow opens some 16-bit files
-        scaled = values / 257
     else:
         scaled = (values - low) / max(high - low, 1e-12) * 255
     return Image.fromarray(scaled.round().astype(np.uint8))
@@ -91,12 +88,9 @@ def _to_8bit(image: Image.Image) -> Image.Image:
 
 def fit_longest(width: int, height: int, longest: int) -> tuple[int, int]:
     """The size with longer edge `longest`; the shorter is rounded down, then up to even."""
-    longer, shorter = max(width, height), min(width, height)
     aspect = width / height
     other = int(longest / aspect) if width >= height else int(longest * aspect)
     other = max(1, other + other % 2)
-    if longer == shorter:
-        other = longest + longest % 2
     size = (longest, other) if width >= height else (other, longest)
     if max(size) > MAX_EDGE:
         aspect = size[0] / size[1]
@@ -137,9 +131,8 @@ def tile(image: Image.Image, cfg: VLMConfig) -> tuple[np.ndarray, tuple[int, int
     rows, cols = tile_grid(*image.size, cfg)
     if rows == 0:
         return np.asarray(image)[None], (0, 0)  # [1, size, size, 3]
-    pixels = (
-        np.asarray(image).reshape(rows, size, cols, size, 3).swapaxes(1, 2)
-    )  # [rows, cols, size, size, 3]
+    pixels = np.asarray(image).reshape(rows, size, cols, size, 3)
+    pixels = pixels.swapaxes(1, 2)  # [rows, cols, size, size, 3]
     whole = np.asarray(_resize(image, (size, size)))[None]  # [1, size, size, 3]
     return np.concatenate((pixels.reshape(-1, size, size, 3), whole)), (rows, cols)
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -22,7 +22,7 @@ from config_tools import InputError, write_atomic
 from configs import RATINGS, DataConfig
 from data.sources.fetch import resolve_image
 from data.sources.open import open_rows, stream_reader
-from data.sources.split import max_bad_rows_in_stream, parse_row
+from data.sources.split import max_bad_rows, parse_row
 from data.sources.streaming import StreamPart, require_row
 
 MANIFEST = "prepared.json"  # progress, beside the files
@@ -55,15 +55,10 @@ class Arguments:
 def read_rows(cfg: DataConfig, start: int) -> Iterator[tuple[int, str, dict | InputError, Path]]:
     """(number, name in messages, row or its error, its folder), from row `start` on."""
     if cfg.source.startswith("hf:"):
-        part, state, number = StreamPart(cfg, stream_reader(cfg.source), 0, 1), None, 0
-        while True:
-            rows, state = part.read_block(state)
-            for row in rows:
-                if number >= start:
-                    yield number, part.where(number), row, Path()
-                number += 1
-            if not rows:
-                return
+        part = StreamPart(cfg, stream_reader(cfg.source), 0, 1)
+        for number, row in islice(enumerate(chain.from_iterable(part.blocks())), start, None):
+            yield number, part.where(number), row, Path()
+        return
     rows = open_rows(cfg.source)
     for k in range(start, len(rows)):
         try:
@@ -86,7 +81,7 @@ def prepare_row(row: dict, cfg: DataConfig, folder: Path) -> dict | None:
             except OSError as error:
                 raise InputError(f"{content}: cannot be read ({error.strerror}).") from None
         images.append({"bytes": content, "path": None})
-    turns = [{"role": turn.role, "content": turn.text} for turn in found.conversation.turns]
+    turns = [{"role": role, "content": text} for role, text in found.conversation.turns]
     return {"images": images, "messages": json.dumps(turns, ensure_ascii=False)}
 
 
@@ -111,7 +106,7 @@ def main(argv: list[str]) -> None:
             raise InputError(f"{name} = {getattr(args, name)}: must be at least {minimum}.")
     settings = {name: getattr(args, name) for name in ("fetch_images", *RATINGS)}
     cfg = DataConfig(source=args.source, **settings)
-    done = {"source": args.source, "read": 0, "files": 0, "kept": 0, "bad": []}
+    done: dict[str, Any] = {"source": args.source, "read": 0, "files": 0, "kept": 0, "bad": []}
     note = args.out / MANIFEST
     if note.is_file():
         done = json.loads(note.read_text(encoding="utf-8"))
@@ -130,7 +125,7 @@ def main(argv: list[str]) -> None:
             except InputError as error:
                 done["bad"].append(f"{where}: {error}")
         done["read"] = found[-1][0] + 1
-        if len(done["bad"]) > max_bad_rows_in_stream(done["read"]):
+        if len(done["bad"]) > max_bad_rows(done["read"], is_stream=True):
             n_bad, first = len(done["bad"]), done["bad"][0]
             raise InputError(f"{n_bad} of {done['read']} rows are bad, the first: {first}")
         if content:

@@ -14,8 +14,9 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import tyro
@@ -48,16 +49,12 @@ class Arguments:
     """Image file for the tiles of the shown samples."""
 
 
-# --- Checking -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class InspectedRow:
-    """A row before and after truncation; `truncated` is None if the row is skipped."""
+class InspectedRow(NamedTuple):
+    """A row before and after truncation; None where that failed for a reason."""
 
     encoded: Tokens | None
     truncated: Tokens | None
-    reason: str = ""  # why it is skipped
+    reason: str = ""
 
 
 def inspect_row(dataset: Dataset, processor: Processor, cfg: DataConfig, i: int) -> InspectedRow:
@@ -68,6 +65,11 @@ def inspect_row(dataset: Dataset, processor: Processor, cfg: DataConfig, i: int)
         return InspectedRow(encoded, processor.truncate(encoded, cfg.max_length))
     except InputError as error:
         return InspectedRow(encoded, None, str(error))
+
+
+def kept_rows(seen: Sequence[InspectedRow]) -> list[tuple[Tokens, Tokens]]:
+    """(before, after truncation) of the rows that can be trained on."""
+    return [(s.encoded, s.truncated) for s in seen if s.encoded and s.truncated]
 
 
 def evenly_spaced(n_rows: int, n: int) -> list[int]:
@@ -83,21 +85,19 @@ def check_before_training(
     Raises `InputError` if none of them has supervised tokens, after printing one with its mask.
     """
     seen = [inspect_row(dataset, processor, cfg, i) for i in evenly_spaced(len(dataset), n)]
-    kept = [s.truncated for s in seen if s.truncated is not None]
-    if not kept:
-        for s in [s for s in seen if s.encoded is not None][:1]:
-            print(f"{s.encoded.row}: {mark_supervised(s.encoded, processor, use_color())}")
-        raise InputError(
-            f"{cfg.source}: none of the {len(seen)} checked rows can be trained on, the first: "
-            f"{seen[0].reason}"
-        )
-    n_tokens, n_supervised = sum(map(len, kept)), sum(int(t.supervised.sum()) for t in kept)
-    n_cut = sum(s.truncated is not None and len(s.encoded) > len(s.truncated) for s in seen)
+    pairs = kept_rows(seen)
+    if not pairs:
+        if encoded := next((s.encoded for s in seen if s.encoded), None):
+            print(f"{encoded.row}: {mark_supervised(encoded, processor, use_color())}")
+        none = f"none of the {len(seen)} checked rows can be trained on"
+        raise InputError(f"{cfg.source}: {none}, the first: {seen[0].reason}")
+    n, kept = len(pairs), [truncated for _, truncated in pairs]
+    n_tokens, n_tiles = sum(map(len, kept)), sum(len(t.tiles) for t in kept)
+    n_cut = sum(len(encoded) > len(truncated) for encoded, truncated in pairs)
+    share = sum(int(t.supervised.sum()) for t in kept) / n_tokens
     return (
-        f"checked {len(seen)} rows: {n_tokens / len(kept):.0f} tokens and "
-        f"{sum(len(t.tiles) for t in kept) / len(kept):.1f} tiles each, "
-        f"{n_supervised / n_tokens:.1%} of tokens supervised, {n_cut} cut, "
-        f"{len(seen) - len(kept)} skipped"
+        f"checked {len(seen)} rows: {n_tokens / n:.0f} tokens and {n_tiles / n:.1f} tiles each, "
+        f"{share:.1%} of tokens supervised, {n_cut} cut, {len(seen) - n} skipped"
     )
 
 
@@ -137,25 +137,22 @@ def histogram(title: str, values: Sequence[int], n_bins: int = 8) -> str:
 
 def describe_rows(dataset: Dataset, seen: Sequence[InspectedRow], cfg: DataConfig) -> str:
     """The figures: rows found and skipped, tokens and tiles a row, tokens cut and supervised."""
-    kept = [s for s in seen if s.truncated is not None]
-    skipped = [s.reason for s in seen if s.truncated is None]
-    cut = [s for s in kept if len(s.truncated) < len(s.encoded)]
-    lost = sum(int(s.encoded.supervised.sum() - s.truncated.supervised.sum()) for s in cut)
-    n_all = sum(int(s.encoded.supervised.sum()) for s in kept)
-    n_tokens = sum(len(s.truncated) for s in kept)
-    share = (n_all - lost) / max(1, n_tokens)
-    lines = [*dataset.notes, f"checked {len(seen):,} of {len(dataset):,} training rows"]
-    lines += [
-        f"skipped: {len(skipped)} of them, {len(dataset.skipped)} more when the source was opened"
-    ]
-    lines += [f"  {reason}" for reason in skipped[:10]] + ["  ..."] * (len(skipped) > 10)
-    lines.append(histogram("tokens a row", [len(s.encoded) for s in kept]))
-    lines.append(histogram("tiles a row", [len(s.encoded.tiles) for s in kept]))
-    lines.append(
-        f"cut at data.max_length = {cfg.max_length}: {len(cut)} rows lose {lost} of {n_all} "
-        "supervised tokens"
-    )
-    return "\n".join([*lines, f"supervised: {share:.1%} of {n_tokens:,} tokens"])
+    kept, skipped = kept_rows(seen), [s.reason for s in seen if s.truncated is None]
+    n_cut = sum(len(truncated) < len(encoded) for encoded, truncated in kept)
+    n_all = sum(int(encoded.supervised.sum()) for encoded, _ in kept)
+    n_left = sum(int(truncated.supervised.sum()) for _, truncated in kept)
+    n_tokens = sum(len(truncated) for _, truncated in kept)
+    n_opened, lost = len(dataset.skipped), f"{n_all - n_left} of {n_all} supervised tokens"
+    return "\n".join([
+        *dataset.notes,
+        f"checked {len(seen):,} of {len(dataset):,} training rows",
+        f"skipped: {len(skipped)} of them, {n_opened} more when the source was opened",
+        *[f"  {reason}" for reason in skipped[:10]] + ["  ..."] * (len(skipped) > 10),
+        histogram("tokens a row", [len(encoded) for encoded, _ in kept]),
+        histogram("tiles a row", [len(encoded.tiles) for encoded, _ in kept]),
+        f"cut at data.max_length = {cfg.max_length}: {n_cut} rows lose {lost}",
+        f"supervised: {n_left / max(1, n_tokens):.1%} of {n_tokens:,} tokens",
+    ])  # fmt: skip
 
 
 # --- Contact sheet ------------------------------------------------------------------------------
@@ -165,7 +162,7 @@ def tile_spans(tokens: Tokens, processor: Processor) -> list[tuple[str, int, int
     """For each tile: the special token before it, the positions of its first and last token."""
     size = processor.cfg.tokens_per_tile
     starts = np.flatnonzero(tokens.ids == processor.cfg.vlm_image_token_id)[::size].tolist()
-    names = [processor.tokenizer.id_to_token(int(tokens.ids[at - 1])) for at in starts]
+    names = [str(processor.tokenizer.id_to_token(int(tokens.ids[at - 1]))) for at in starts]
     return [(name.strip("<>"), at, at + size - 1) for name, at in zip(names, starts)]
 
 
@@ -188,12 +185,9 @@ def draw_contact_sheet(shown: Sequence[Tokens], processor: Processor, path: Path
     font, label, step = ImageFont.load_default(15), ImageFont.load_default(12), SIDE + 46
     spans = [tile_spans(tokens, processor) for tokens in shown]
     positions = [arrange_tiles([name for name, _, _ in of_sample]) for of_sample in spans]
-    heights = [
-        24 + step * (1 + max((line for line, _ in position), default=-1)) for position in positions
-    ]
-    n_columns = max(
-        [5] + [column + 1 for position in positions for _, column in position]
-    )  # 5: wide enough for a title
+    lines, columns = ([[at[k] + 1 for at in of_sample] for of_sample in positions] for k in (0, 1))
+    heights = [24 + step * max(of_sample, default=0) for of_sample in lines]
+    n_columns = max([5, *chain.from_iterable(columns)])  # 5: wide enough for a title
     sheet = Image.new("RGB", (n_columns * (SIDE + GAP) + GAP, sum(heights) + GAP), "white")
     pen, top = ImageDraw.Draw(sheet), GAP
     for tokens, of_sample, position, height in zip(shown, spans, positions, heights, strict=True):
@@ -212,42 +206,37 @@ def draw_contact_sheet(shown: Sequence[Tokens], processor: Processor, path: Path
         raise InputError(f"contact_sheet = {path}: cannot be written ({error}).") from None
 
 
-# --- Command ------------------------------------------------------------------------------------
-
-
 def main(argv: list[str]) -> None:
     args, rest = parse_known(Arguments, argv)
     for name, value in (("n", args.n), ("rows", args.rows)):
         if value < 1:
             raise InputError(f"{name} = {value}: must be at least 1.")
-    if args.contact_sheet.is_dir() or not args.contact_sheet.parent.is_dir():
-        raise InputError(
-            f"contact_sheet = {args.contact_sheet}: must be a file in a folder that exists."
-        )
+    sheet = args.contact_sheet
+    if sheet.is_dir() or not sheet.parent.is_dir():
+        raise InputError(f"contact_sheet = {sheet}: must be a file in a folder that exists.")
     if unknown := [word for word in rest if word.startswith("--") and "." not in word]:
         known = ", ".join([*flags(Arguments)][1:])
         raise InputError(f"unknown argument {unknown[0]!r}; known are {known}, and train.py's.")
     cfg = parse_run(rest)
     data = replace(cfg.data, source=args.source)
     dataset = open_dataset(data, "train")
-    folder = Path(cfg.train.init_from)
-    processor = (
-        processors.load(max(folder.glob("step-*"), key=checkpoint_order, default=folder))
-        if cfg.train.init_from
-        else processors.build(cfg.model)
-    )
-    seen = [
-        inspect_row(dataset, processor, data, i) for i in evenly_spaced(len(dataset), args.rows)
-    ]
+    if cfg.train.init_from:
+        folder = Path(cfg.train.init_from)
+        latest = max(folder.glob("step-*"), key=checkpoint_order, default=folder)
+        processor = processors.load(latest)
+    else:
+        processor = processors.build(cfg.model)
+    indices = evenly_spaced(len(dataset), args.rows)
+    seen = [inspect_row(dataset, processor, data, i) for i in indices]
     print(describe_rows(dataset, seen, data))
-    shown = [s.truncated for s in seen if s.truncated is not None][: args.n]
+    shown = [truncated for _, truncated in kept_rows(seen)][: args.n]
     for tokens in shown:
         print(f"\n{tokens.row}\n{mark_supervised(tokens, processor, use_color())}")
     if not shown:
         raise InputError(f"{args.source}: no row to train on; {seen[0].reason}")
-    draw_contact_sheet(shown, processor, args.contact_sheet)
-    print(f"\nsupervised text is {'green' if use_color() else 'in [[ ]]'}; "
-          f"its tiles are in {args.contact_sheet}")  # fmt: skip
+    draw_contact_sheet(shown, processor, sheet)
+    marked = "green" if use_color() else "in [[ ]]"
+    print(f"\nsupervised text is {marked}; its tiles are in {sheet}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,14 +32,10 @@ class Processor:
         return self.truncate(self.encode_whole(sample, max_tiles), max_length)
 
     def encode_whole(self, sample: Sample, max_tiles: int) -> Tokens:
-        """A training sample of any length.
-
-        Raises `InputError` naming the row when its images exceed `max_tiles` or do not match its
-        placeholders.
-        """
+        """A sample of any length; raises `InputError` on too many tiles or missing images."""
         tiles, strings = self._encode_images(sample, max_tiles)
-        ids, supervised = text.encode_runs(self.tokenizer, text.format_turns(sample.turns, strings))
-        return Tokens(ids, supervised, tiles, sample.row)
+        spans = text.format_turns(sample.turns, strings)
+        return Tokens(*text.encode_spans(self.tokenizer, spans), tiles, sample.row)
 
     def truncate(self, tokens: Tokens, max_length: int) -> Tokens:
         """At most `max_length` tokens: text after the last image is cut off, an image never.
@@ -49,108 +45,86 @@ class Processor:
         """
         ids, supervised = tokens.ids[:max_length], tokens.supervised[:max_length]
         placeholders = np.flatnonzero(tokens.ids == self.cfg.vlm_image_token_id)
-        if len(tokens) > max_length and len(placeholders) and placeholders[-1] + 1 >= max_length:
+        end = placeholders[-1] + 1 if len(placeholders) else 0  # a marker token follows it
+        if len(tokens) > max_length and end >= max_length:
+            fix = "raise data.max_length or lower model.max_img_size."
             raise InputError(
-                f"{tokens.row}: its images take {placeholders[-1] + 1} tokens of a row of "
-                f"{max_length}; raise data.max_length or lower model.max_img_size."
+                f"{tokens.row}: its images take {end} tokens of a row of {max_length}; {fix}"
             )
         if not supervised.any():
-            raise InputError(
-                f"{tokens.row}: nothing to learn from within {max_length} tokens; "
-                "it needs an answer, or a larger data.max_length."
-            )
-        return Tokens(ids, supervised, tokens.tiles, tokens.row)
+            nothing = f"nothing to learn from within {max_length} tokens"
+            fix = "it needs an answer, or a larger data.max_length."
+            raise InputError(f"{tokens.row}: {nothing}; {fix}")
+        return replace(tokens, ids=ids, supervised=supervised)
 
     def encode_prompt(
-        self,
-        turns: Sequence[Turn],
-        images: Sequence = (),
-        max_tiles: int = 1 << 30,
+        self, turns: Sequence[Turn], images: Sequence = (), max_tiles: int = 1 << 30,
         opening: str = text.START,
-    ) -> Tokens:
+    ) -> Tokens:  # fmt: skip
         """A conversation up to "Assistant:", nothing supervised.
 
-        With the opening `text.TURN_SEPARATOR`, turns that follow an answer: the ids of the parts
-        are those of the whole conversation. Raises `InputError` past the model's context.
+        `opening` is `text.TURN_SEPARATOR` for turns that follow an answer; encoding turn by turn
+        gives the ids of the whole conversation. Raises `InputError` past the model's context.
         """
         sample = Sample((*turns, Turn("assistant", "")), tuple(images), row="prompt")
         tiles, strings = self._encode_images(sample, max_tiles)
-        *runs, _answer, _newline = text.format_turns(sample.turns, strings, opening)
-        ids, supervised = text.encode_runs(self.tokenizer, runs)
+        # The last two spans are the empty answer and what follows it.
+        *spans, _answer, _newline = text.format_turns(sample.turns, strings, opening)
+        ids, supervised = text.encode_spans(self.tokenizer, spans)
         limit = self.cfg.lm_max_position_embeddings
-        if len(ids) >= limit:
-            n_image = int((ids == self.cfg.vlm_image_token_id).sum())
-            raise InputError(
-                f"the prompt has {len(ids)} tokens, {n_image} of them for images, and the model's "
-                f"context ends at {limit}; shorten it."
-            )
+        if (n := len(ids)) >= limit:
+            n_image = (ids == self.cfg.vlm_image_token_id).sum()
+            has = f"the prompt has {n} tokens, {n_image} of them for images"
+            raise InputError(f"{has}, and the model's context ends at {limit}; shorten it.")
         return Tokens(ids, np.zeros_like(supervised), tiles, "prompt")
 
     def encode_answer(self, answer: str) -> np.ndarray:
         """The ids [T] int32 of `answer` and the end of the turn; raises `InputError`."""
         text.check_turns([Turn("assistant", answer)], 0, self.tokenizer, f"answer {answer[:40]!r}")
-        _, (run, _), _ = text.format_turns([Turn("assistant", answer)], ())
-        return text.encode_runs(self.tokenizer, [(run, True)])[0]
+        _prompt, span, _newline = text.format_turns([Turn("assistant", answer)], ())
+        return text.encode_spans(self.tokenizer, [span])[0]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of an answer, without special tokens and outer spaces."""
-        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True).strip()
+        return self.tokenizer.decode(list(map(int, ids)), skip_special_tokens=True).strip()
 
     def _encode_images(self, sample: Sample, max_tiles: int) -> tuple[np.ndarray, list[str]]:
-        """Tiles [N, size, size, 3] of all images, and the text that replaces each `<image>`."""
+        """Tiles [N, size, size, 3] uint8 of all images, and the text that replaces each `<image>`.
+
+        `collate` (data/batches/packing.py) makes them [N, 3, size, size], normalised.
+        """
         cfg = self.cfg
         text.check_turns(sample.turns, len(sample.images), self.tokenizer, sample.row)
         tiles, strings = [np.zeros((0, cfg.vit_img_size, cfg.vit_img_size, 3), dtype=np.uint8)], []
         for number, source in enumerate(sample.images, 1):
             image = images.open_image(source, f"{sample.row}, image {number}")
-            new, (rows, cols) = images.tile(image, cfg)
+            new, (rows, cols) = images.tile(image, cfg)  # [n, size, size, 3]
             tiles.append(new)
             strings.append(text.image_string(rows, cols, cfg.tokens_per_tile))
-        n_tiles = sum(map(len, tiles))
-        if n_tiles > max_tiles:
-            raise InputError(
-                f"{sample.row}: {n_tiles} tiles are more than data.max_tiles = {max_tiles}."
-            )
+        if (n := sum(map(len, tiles))) > max_tiles:
+            raise InputError(f"{sample.row}: {n} tiles are more than data.max_tiles = {max_tiles}.")
         return np.concatenate(tiles), strings
 
     def save(self, directory: str | Path) -> None:
-        """Write tokenizer, chat template and image settings.
+        """Write the files that transformers 4 and 5, vLLM and llama.cpp read."""
+        files = {"tokenizer.json": self.tokenizer.to_str(True)}
+        files["chat_template.jinja"] = text.CHAT_TEMPLATE
+        for name, content in self._json_files().items():
+            files[name] = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        for name, content in files.items():
+            (Path(directory) / name).write_text(content, encoding="utf-8")
 
-        transformers 4 and 5, vLLM and llama.cpp all read them.
-        """
-        directory = Path(directory)
-        (directory / "tokenizer.json").write_text(self.tokenizer.to_str(True), encoding="utf-8")
-        (directory / "chat_template.jinja").write_text(text.CHAT_TEMPLATE, encoding="utf-8")
-        for name, content in self._files().items():
-            (directory / name).write_text(
-                json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-            )
-
-    def _files(self) -> dict[str, dict]:
+    def _json_files(self) -> dict[str, dict]:
         cfg = self.cfg
-        added = self.tokenizer.get_added_tokens_decoder()
-        token_entries = {
-            str(i): {
-                "content": t.content,
-                "lstrip": False,
-                "normalized": False,
-                "rstrip": False,
-                "single_word": False,
-                "special": t.special,
-            }
-            for i, t in sorted(added.items())
-        }
+        off = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+        added = sorted(self.tokenizer.get_added_tokens_decoder().items())
+        steps = "convert_rgb", "resize", "rescale", "normalize", "pad", "image_splitting"
         image_settings = {
             "image_processor_type": "Idefics3ImageProcessor",
             "processor_class": "Idefics3Processor",
-            "do_convert_rgb": True,
-            "do_resize": True,
-            "do_rescale": True,
-            "do_normalize": True,
-            "do_pad": True,
-            "do_image_splitting": True,
+            **{f"do_{step}": True for step in steps},
             "rescale_factor": 1 / 255,
-            "resample": 1,
+            "resample": 1,  # Pillow's LANCZOS
             "image_mean": list(cfg.vit_image_mean),
             "image_std": list(cfg.vit_image_std),
             "size": {"longest_edge": cfg.max_img_size},
@@ -158,7 +132,7 @@ class Processor:
         }
         return {
             "tokenizer_config.json": {
-                # With other classes, transformers 4 emits token_type_ids, and 5 rebuilds the
+                # With GPT2Tokenizer, transformers 4 emits token_type_ids, and 5 changes the
                 # pre-tokenizer.
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "processor_class": "Idefics3Processor",
@@ -167,11 +141,13 @@ class Processor:
                 "bos_token": self.tokenizer.id_to_token(cfg.vlm_bos_token_id),
                 "eos_token": text.END_OF_TURN,
                 "pad_token": self.tokenizer.id_to_token(cfg.vlm_pad_token_id),
-                "padding_side": "left",
+                "padding_side": "left",  # for generation by transformers
                 "clean_up_tokenization_spaces": False,
                 "model_max_length": cfg.lm_max_position_embeddings,
                 "additional_special_tokens": [text.FAKE, text.IMAGE, text.END_OF_TURN],
-                "added_tokens_decoder": token_entries,
+                "added_tokens_decoder": {
+                    str(i): {"content": t.content, **off, "special": t.special} for i, t in added
+                },
                 "chat_template": text.CHAT_TEMPLATE,
             },
             "chat_template.json": {"chat_template": text.CHAT_TEMPLATE},
@@ -194,11 +170,8 @@ def build(cfg: VLMConfig) -> Processor:
 
 def load(directory: str | Path) -> Processor:
     """The processor saved in a checkpoint directory; raises `InputError`."""
-    settings = read_json(Path(directory) / "config.json").get("picovlm")
+    file = f"{directory}/config.json"
+    settings = read_json(Path(file)).get("picovlm")
     if settings is None:
-        raise InputError(
-            f"{directory}/config.json: no `picovlm` key, so its image settings are unknown."
-        )
-    return Processor(
-        from_dict(VLMConfig, settings, f"{directory}/config.json"), text.load_tokenizer(directory)
-    )
+        raise InputError(f"{file}: no `picovlm` key, so its image settings are unknown.")
+    return Processor(from_dict(VLMConfig, settings, file), text.load_tokenizer(directory))

@@ -1,6 +1,8 @@
 """Text -> token ids: tokenizer, SmolVLM's chat template, image strings, loss mask.
 
-Ids and mask are made in one pass, turn by turn, so no second tokenisation has to find the answers.
+Ids and mask are made in one pass, turn by turn, so they cannot disagree. For example
+`<|im_start|>User:<image>What is this?<end_of_utterance>\nAssistant:` is not supervised,
+` a cat<end_of_utterance>` is.
 Not here: pixels (images.py), samples from files (sources/).
 """
 
@@ -19,20 +21,20 @@ from config_tools import InputError
 from configs import VLMConfig
 from data.types import Turn
 
-START, END_OF_TURN, PAD = "<|im_start|>", "<end_of_utterance>", "<|im_end|>"
+START, END_OF_TURN, PAD = "<|im_start|>", "<end_of_utterance>", "<|im_end|>"  # as SmolVLM
 TURN_SEPARATOR = "\n"  # between an answer and the next turn
 IMAGE, FAKE, GLOBAL = "<image>", "<fake_token_around_image>", "<global-img>"
-ROWS_COLS = [f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7)]
+ROWS_COLS = [f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7)]  # Idefics3 has 6 x 6
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
-MERGES = Path(__file__).with_name("world") / "merges.txt"  # a test trains them again
+MERGES = Path(__file__).with_name("world") / "merges.txt"  # a test retrains and compares them
 WORLD_SPECIAL = [PAD, START, END_OF_TURN, IMAGE, FAKE, GLOBAL, *ROWS_COLS]
-# GPT-2's pre-tokenizer with single digits, and the role names first: each becomes one token.
-WORDS = (
+# GPT-2's regex with single digits. Role names come first, so that each can be one token.
+PRETOKENIZER_REGEX = (
     r"\n?(?:User|Assistant):|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+"
     r"|\s+(?!\S)|\s+"
 )
-# Common words of questions about images: the world's corpus is too small to fill the vocabulary.
-ENGLISH = """what is the image what color is it
+# Common words of questions about images; the text of the built-in data set lacks them.
+EXTRA_CORPUS = """what is the image what color is it
 does the image contain a black dog or a gray cat
 is there not a brown car in the photo
 how many are in an image of people
@@ -57,23 +59,18 @@ CHAT_TEMPLATE = (
 def train_tokenizer(corpus: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE tokenizer with single digits; special tokens have the first ids."""
     tokenizer = _byte_level(models.BPE())
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=WORLD_SPECIAL,
-        show_progress=False,
-        initial_alphabet=ALPHABET,
-    )
-    tokenizer.train_from_iterator(chain(corpus, ENGLISH.splitlines() * 8), trainer)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=WORLD_SPECIAL,
+                                  show_progress=False, initial_alphabet=ALPHABET)  # fmt: skip
+    # Eight times each, so that the words are frequent enough to be merged.
+    tokenizer.train_from_iterator(chain(corpus, EXTRA_CORPUS.splitlines() * 8), trainer)
     return tokenizer
 
 
 def world_tokenizer(vocab_size: int) -> Tokenizer:
-    """The result of `train_tokenizer` on the world's corpus.
-
-    Its merges are stored in world/merges.txt, as training them took a fifth of the start of a run.
-    """
-    merges = [tuple(line.split()) for line in MERGES.read_text(encoding="utf-8").splitlines()]
-    merges = merges[: max(0, vocab_size - len(WORLD_SPECIAL) - len(ALPHABET))]
+    """The tokenizer of the built-in data set, from stored merges, as training it takes seconds."""
+    n_merges = max(0, vocab_size - len(WORLD_SPECIAL) - len(ALPHABET))
+    lines = MERGES.read_text(encoding="utf-8").splitlines()[:n_merges]
+    merges = [(a, b) for a, b in map(str.split, lines)]
     tokens = [*WORLD_SPECIAL, *ALPHABET, *map("".join, merges)]
     tokenizer = _byte_level(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
     tokenizer.add_special_tokens(WORLD_SPECIAL)
@@ -82,18 +79,18 @@ def world_tokenizer(vocab_size: int) -> Tokenizer:
 
 def _byte_level(model: models.BPE) -> Tokenizer:
     tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORDS), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(Regex(PRETOKENIZER_REGEX), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """tokenizer.json of a directory or Hub id, unchanged: AutoTokenizer rebuilds some wrongly."""
+    """tokenizer.json of a directory or Hub id, unchanged; raises `InputError`.
+
+    Not AutoTokenizer: transformers 5 rebuilds GPT2Tokenizer's pre-tokenizer without its digits.
+    """
     path = Path(source) / "tokenizer.json"
     if not Path(source).is_dir():
         from huggingface_hub import hf_hub_download
@@ -101,10 +98,8 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
         try:
             path = Path(hf_hub_download(str(source), "tokenizer.json"))
         except (OSError, ValueError) as error:
-            raise InputError(
-                f"{source}: neither a directory nor a tokenizer on the Hub that can be reached "
-                f"({type(error).__name__})."
-            ) from None
+            neither = "neither a directory nor a tokenizer on the Hub that can be reached"
+            raise InputError(f"{source}: {neither} ({type(error).__name__}).") from None
     if not path.is_file():
         raise InputError(f"{path}: no such file.")
     try:
@@ -114,65 +109,56 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 
 
 def add_special_tokens(tokenizer: Tokenizer, cfg: VLMConfig) -> Tokenizer:
-    """Add Idefics3's special tokens in SmolVLM's order, so that SmolLM2's tokenizer gets its ids.
+    """Add Idefics3's special tokens; raises `InputError` if an id differs from the config's.
 
-    Reserved tokens fill the gap before the end-of-turn token. Raises `InputError` if an id differs
-    from the config's.
+    SmolLM2's tokenizer gets SmolVLM's ids: row and column tokens from 49152 on, <image> 49190,
+    then reserved tokens up to <end_of_utterance>, 49279.
     """
-    missing = [
-        t for t in (START, PAD, GLOBAL, *ROWS_COLS, FAKE, IMAGE) if tokenizer.token_to_id(t) is None
-    ]
+    names = START, PAD, GLOBAL, *ROWS_COLS, FAKE, IMAGE
+    missing = [token for token in names if tokenizer.token_to_id(token) is None]
     if tokenizer.token_to_id(END_OF_TURN) is None:
         gap = cfg.vlm_eos_token_id - tokenizer.get_vocab_size() - len(missing)
         missing += [f"<|reserved_special_token_{i}|>" for i in range(gap)] + [END_OF_TURN]
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in missing])
-    for name, token in (
-        ("vlm_image_token_id", IMAGE),
-        ("vlm_eos_token_id", END_OF_TURN),
-        ("vlm_bos_token_id", START),
-    ):
-        found = tokenizer.token_to_id(token)
-        if found != getattr(cfg, name):
-            raise InputError(
-                f"{name} = {getattr(cfg, name)}: the tokenizer has {token} at {found}; set that."
-            )
-    if tokenizer.get_vocab_size() > cfg.lm_vocab_size:
-        raise InputError(
-            f"lm_vocab_size = {cfg.lm_vocab_size}: the tokenizer has {tokenizer.get_vocab_size()} "
-            "tokens; set at least that."
-        )
+    for kind, token in (("image", IMAGE), ("eos", END_OF_TURN), ("bos", START)):
+        name, i = f"vlm_{kind}_token_id", tokenizer.token_to_id(token)
+        if i != (given := getattr(cfg, name)):
+            raise InputError(f"{name} = {given}: the tokenizer calls {token} {i}; set {i}.")
+    if (size := tokenizer.get_vocab_size()) > (given := cfg.lm_vocab_size):
+        has = f"the tokenizer has {size} tokens; set at least that."
+        raise InputError(f"lm_vocab_size = {given}: {has}")
     return tokenizer
 
 
 def image_string(rows: int, cols: int, tokens_per_tile: int) -> str:
-    """The text that replaces `<image>`: one tile (0, 0), or a grid of tiles and a global view."""
+    """The text that replaces `<image>`: a grid of tiles, then the whole image as one tile.
+
+    With rows = cols = 0 the image is that one tile only.
+    """
     tokens = IMAGE * tokens_per_tile
-    if rows == 0:
-        return f"{FAKE}{GLOBAL}{tokens}{FAKE}"
-    lines = (
-        "".join(f"{FAKE}<row_{r}_col_{c}>{tokens}" for c in range(1, cols + 1)) + "\n"
-        for r in range(1, rows + 1)
-    )
-    return "".join(lines) + f"\n{FAKE}{GLOBAL}{tokens}{FAKE}"
+    grid = ""
+    for r in range(1, rows + 1):
+        grid += "".join(f"{FAKE}<row_{r}_col_{c}>{tokens}" for c in range(1, cols + 1)) + "\n"
+    return grid + "\n" * (rows > 0) + f"{FAKE}{GLOBAL}{tokens}{FAKE}"
 
 
 def format_turns(
     turns: Iterable[Turn], image_strings: Iterable[str], opening: str = START
 ) -> Iterator[tuple[str, bool]]:
-    """Format a conversation as (text, supervised) runs; an answer includes its end of turn.
+    """Format a conversation as (text, supervised) spans; an answer includes its end of turn.
 
     `opening` comes first; it is TURN_SEPARATOR if the turns continue after an answer.
 
-    Each run is tokenised alone. Runs meet only between ":" and " x" or at a special token, where no
-    tokenizer merges; a test compares with the template on the whole text. Texts are stripped, so
-    that " x" never has two spaces.
+    Each span is tokenised alone, which changes no id: spans meet after a special token or as in
+    "Assistant:" + " a cat", and byte-level BPE does not merge across ": ". A test compares with
+    the chat template on the whole text.
     """
-    fill = iter(image_strings)
+    replacements = iter(image_strings)
     prompt = opening
     for role, text in turns:
         text = text.strip()
         space = "" if text.startswith(IMAGE) else " "
-        text = re.sub(IMAGE, lambda _: next(fill), text)
+        text = re.sub(IMAGE, lambda _: next(replacements), text)
         if role == "assistant":
             yield prompt + "Assistant:", False
             yield space + text + END_OF_TURN, True
@@ -183,13 +169,13 @@ def format_turns(
         yield prompt, False
 
 
-def encode_runs(
-    tokenizer: Tokenizer, runs: Iterable[tuple[str, bool]]
+def encode_spans(
+    tokenizer: Tokenizer, spans: Iterable[tuple[str, bool]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Runs -> ids [T] int32 and supervised [T] bool."""
-    found = [(_ids(tokenizer, text), wanted) for text, wanted in runs]
-    supervised = np.repeat([wanted for _, wanted in found], [len(ids) for ids, _ in found])
-    return np.concatenate([ids for ids, _ in found]), supervised
+    """Spans -> ids [T] int32 and supervised [T] bool."""
+    texts, supervised = zip(*spans)
+    ids = [_ids(tokenizer, text) for text in texts]
+    return np.concatenate(ids), np.repeat(supervised, list(map(len, ids)))  # [T], [T]
 
 
 @lru_cache(maxsize=4096)  # questions and short answers repeat
@@ -199,7 +185,7 @@ def _ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
 
 def check_turns(turns: Iterable[Turn], n_images: int, tokenizer: Tokenizer, where: str) -> None:
     """Raise `InputError` for an unknown role, a special token in a text or a wrong image count."""
-    n_places = 0
+    n_placeholders = 0
     for turn in turns:
         if turn.role not in ("system", "user", "assistant"):
             raise InputError(f"{where}: role {turn.role!r} must be system, user or assistant.")
@@ -207,12 +193,11 @@ def check_turns(turns: Iterable[Turn], n_images: int, tokenizer: Tokenizer, wher
             raise InputError(f"{where}: an answer holds {IMAGE}; images belong in user turns.")
         if re.search("[\ud800-\udfff]", turn.text):  # valid in JSON, but not for a tokenizer
             raise InputError(f"{where}: the text is not UTF-8, or has half a surrogate pair.")
-        n_places += turn.text.count(IMAGE)
+        n_placeholders += turn.text.count(IMAGE)
         if "<" in turn.text.replace(IMAGE, ""):
-            for token in (t.content for t in tokenizer.get_added_tokens_decoder().values()):
-                if token in turn.text and token != IMAGE:
-                    raise InputError(
-                        f"{where}: the text holds the special token {token}; remove it."
-                    )
-    if n_places != n_images:
-        raise InputError(f"{where}: {n_places} {IMAGE} placeholders for {n_images} images.")
+            for t in tokenizer.get_added_tokens_decoder().values():
+                if t.content in turn.text and t.content != IMAGE:
+                    says = f"the text holds the special token {t.content}; remove it."
+                    raise InputError(f"{where}: {says}")
+    if n_placeholders != n_images:
+        raise InputError(f"{where}: {n_placeholders} {IMAGE} placeholders for {n_images} images.")

@@ -120,13 +120,8 @@ class Batch:
 
     def tensors(self) -> dict[str, torch.Tensor | None]:
         """The arguments of `VisionLanguageModel.forward`."""
-        return {
-            "input_ids": self.input_ids,
-            "targets": self.targets,
-            "positions": self.positions,
-            "segments": self.segments,
-            "images": self.images,
-        }
+        names = "input_ids", "targets", "positions", "segments", "images"
+        return {name: getattr(self, name) for name in names}
 
     def to(self, device: torch.device | str) -> Batch:
         """A copy with positions and images on `device`; the host does not wait for it.
@@ -140,5 +135,5 @@ class Batch:
 
 def copy_to(x: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """x on `device`, copied asynchronously to CUDA, which needs pinned memory."""
-    is_cuda = torch.device(device).type == "cuda"
-    return (x.pin_memory() if is_cuda else x).to(device, non_blocking=True)
+    pinned = x.pin_memory() if torch.device(device).type == "cuda" else x
+    return pinned.to(device, non_blocking=True)

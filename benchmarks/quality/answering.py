@@ -1,10 +1,7 @@
 """What the prefix cache, continuous batching, given choices and int8 weights gain.
 
-python -m benchmarks.quality.answering conversation runs/demo
-python -m benchmarks.quality.answering batch runs/demo
-python -m benchmarks.quality.answering choices runs/demo
+python -m benchmarks.quality.answering conversation runs/demo    or batch, choices, int8
 python -m benchmarks.quality.answering int8 222m
-python -m benchmarks.quality.answering int8 runs/demo
 
 Compared calls alternate in one process with one thread. Times are CPU time, as wall time includes
 other processes on a shared machine.
@@ -15,10 +12,10 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 
+from benchmarks.speed.peers import without_pretrained
 from cli import command
 from config_tools import InputError
 from configs import PRESETS, DataConfig
@@ -43,9 +40,6 @@ def timed(call: Callable) -> tuple[float, object]:
     start = time.process_time()
     found = call()
     return time.process_time() - start, found
-
-
-# --- A conversation -------------------------------------------------------------------------------
 
 
 def conversation(chat: Chat, n: int = 20) -> None:
@@ -83,9 +77,6 @@ def conversation(chat: Chat, n: int = 20) -> None:
         print("{:>8} {:>11} {:>11} {:>9}".format(n_images, *cells))
 
 
-# --- Continuous batching --------------------------------------------------------------------------
-
-
 def static_batches(chat: Chat, prompts, sampling: Sampling, n_rows: int) -> list[str]:
     """Static batching: a batch runs until its longest answer has ended."""
     eos, texts = chat.processor.cfg.vlm_eos_token_id, []
@@ -96,52 +87,38 @@ def static_batches(chat: Chat, prompts, sampling: Sampling, n_rows: int) -> list
     return texts
 
 
-def batch(chat: Chat, n: int = 500, n_rows: int = 32, rounds: int = 1) -> None:
+def batch(chat: Chat, n: int = 500) -> None:
     """Questions of all skills in random order, so that short answers and captions mix."""
     questions = [i.sample for i in load_items(DataConfig(), "test", n)]
     random.Random(0).shuffle(questions)
     prompts = [chat.processor.encode_prompt(s.turns[:-1], s.images) for s in questions]
-    sampling, times = Sampling(max_new_tokens=96), {"static": [], "continuous": []}
-    for _ in range(rounds):
-        seconds, static = timed(lambda: static_batches(chat, prompts, sampling, n_rows))
-        times["static"].append(seconds)
-        seconds, continuous = timed(lambda: chat.generate_answers(prompts, sampling, n_rows))
-        times["continuous"].append(seconds)
+    sampling, n_rows = Sampling(max_new_tokens=96), 32
+    slow, static = timed(lambda: static_batches(chat, prompts, sampling, n_rows))
+    fast, continuous = timed(lambda: chat.generate_answers(prompts, sampling, n_rows))
     lengths = [len(chat.processor.encode_answer(text)) for text in static]
-    for name, seconds in times.items():
-        print(f"{name:10} {len(prompts) / min(seconds):7.1f} questions/s")
-    ratio = min(times["static"]) / min(times["continuous"])
-    print(f"ratio {ratio:.2f} on {len(prompts)} questions, {n_rows} rows, "
+    for name, seconds in (("static", slow), ("continuous", fast)):
+        print(f"{name:10} {len(prompts) / seconds:7.1f} questions/s")
+    print(f"ratio {slow / fast:.2f} on {len(prompts)} questions, {n_rows} rows, "
           f"answers of {min(lengths)} to {max(lengths)} tokens; "
           f"{sum(a == b for a, b in zip(static, continuous))} answers equal")  # fmt: skip
-
-
-# --- Choices --------------------------------------------------------------------------------------
 
 
 def choices(chat: Chat, n: int = 3000) -> None:
     """Yes/no and colour questions: free greedy answers against the most likely choice."""
     skills = ("exist", "compare", "color")
     questions = [i for i in TASK.items(DataConfig(), "test", n) if i.skill in skills]
-    free = answer_questions(chat, questions)
-    prompts = [
-        chat.processor.encode_prompt(i.sample.turns[:-1], i.sample.images) for i in questions
-    ]
-    chosen = []
-    for item, tokens in zip(questions, prompts):
-        shares = chat.choice_probabilities(tokens, item.choices)
+    free, chosen = answer_questions(chat, questions), []
+    for item in questions:
+        prompt = chat.processor.encode_prompt(item.sample.turns[:-1], item.sample.images)
+        shares = chat.choice_probabilities(prompt, item.choices)
         chosen.append(float(item.choices[shares.index(max(shares))] == item.expected))
     for skill in skills:
         which = [k for k, i in enumerate(questions) if i.skill == skill]
         a, b = mean_score([free[k] for k in which]), sum(chosen[k] for k in which) / len(which)
         print(f"{skill:8} free {a:.1%}, by choice {b:.1%}, n {len(which)}")
     found = paired_difference(chosen, [f.score for f in free])
-    low, high = found["interval"]
-    print(f"difference {found['difference']:+.2%} ({low:+.2%} to {high:+.2%}), "
-          f"p = {found['p']:.3f}")  # fmt: skip
-
-
-# --- int8 -----------------------------------------------------------------------------------------
+    interval = "({:+.2%} to {:+.2%})".format(*found["interval"])
+    print(f"difference {found['difference']:+.2%} {interval}, p = {found['p']:.3f}")
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
@@ -162,33 +139,29 @@ def speed(model: VisionLanguageModel, n_new: int) -> float:
     return n / seconds
 
 
-def int8_speed(preset: str, n_new: int = 24, rounds: int = 2) -> None:
+def int8_speed(preset: str, n_new: int = 24) -> None:
     """Decoding speed of a preset with random weights: fp32, bf16, and int8 with either.
 
     bf16 is left out where it is not faster: CPUs without it emulate it, which takes minutes.
     """
-    cfg = replace(PRESETS[preset].model, vit_model_type="", lm_model_type="")
-    made, found, names = {}, {}, ["fp32", "int8 over fp32"]
-    if bf16_is_faster(torch.device("cpu")):
-        names += ["bf16", "int8 over bf16"]
-    for name in names:
+    cfg = without_pretrained(PRESETS[preset]).model
+    has_bf16 = bf16_is_faster(torch.device("cpu"))
+    models = {}
+    for name in ("fp32", "int8 over fp32", *(("bf16", "int8 over bf16") if has_bf16 else ())):
         torch.manual_seed(0)
         model = VisionLanguageModel(cfg).eval()
-        model = model.bfloat16() if "bf16" in name else model
+        models[name] = model.bfloat16() if "bf16" in name else model
         if "int8" in name:
             quantize_int8(model.decoder)
-        made[name], found[name] = model, []
-    for _ in range(rounds):
-        for name, model in made.items():
-            found[name].append(speed(model, n_new))
+    rounds = [{name: speed(model, n_new) for name, model in models.items()} for _ in range(2)]
     print(f"{'weights':15} {'tokens/s':>9} {'MiB':>7}")
-    for name, model in made.items():
-        print(f"{name:15} {max(found[name]):9.2f} {weight_bytes(model) / 2**20:7.0f}")
+    for name, model in models.items():
+        fastest = max(found[name] for found in rounds)
+        print(f"{name:15} {fastest:9.2f} {weight_bytes(model) / 2**20:7.0f}")
 
 
-def int8_accuracy(checkpoint: str, n: int = 400) -> None:
+def int8_accuracy(chat: Chat, n: int = 400) -> None:
     """Accuracy on the same questions before and after quantisation."""
-    chat = Chat.load(checkpoint)
     questions = load_items(DataConfig(), "test", n)
     before = [a.score for a in answer_questions(chat, questions)]
     size = weight_bytes(chat.model)
@@ -202,19 +175,18 @@ def int8_accuracy(checkpoint: str, n: int = 400) -> None:
           f"{weight_bytes(chat.model) / 2**20:.1f} MiB")  # fmt: skip
 
 
-MEASURES = {"conversation": conversation, "batch": batch, "choices": choices}
+MEASURES = {"conversation": conversation, "batch": batch, "choices": choices, "int8": int8_accuracy}
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) < 2 or argv[0] not in (*MEASURES, "int8"):
-        raise InputError(
-            f"expected {', '.join(MEASURES)} or int8, then a checkpoint (int8: or preset)."
-        )
+    if len(argv) < 2 or argv[0] not in MEASURES:
+        names = "conversation, batch, choices or int8"
+        raise InputError(f"expected {names}, then a checkpoint (int8: or preset).")
     set_malloc_thresholds()
     torch.set_num_threads(1)
     name, checkpoint, numbers = argv[0], argv[1], [int(n) for n in argv[2:3]]
-    if name == "int8":
-        (int8_speed if checkpoint in PRESETS else int8_accuracy)(checkpoint, *numbers)
+    if name == "int8" and checkpoint in PRESETS:
+        int8_speed(checkpoint, *numbers)
     else:
         MEASURES[name](Chat.load(checkpoint), *numbers)
 

@@ -18,14 +18,8 @@ from pathlib import Path
 from statistics import mean
 
 import train
-from benchmarks.speed.timing import (
-    alternate,
-    clock,
-    command_line,
-    describe_run,
-    format_seconds,
-    ratios,
-)
+from benchmarks.speed import timing
+from benchmarks.speed.timing import clock, format_seconds
 from cli import command, parse_run
 from config_tools import InputError, to_dict
 from configs import RunConfig
@@ -73,16 +67,9 @@ def time_files(cfg: RunConfig, corrupt: list[Path]) -> str:
         with contextlib.suppress(InputError):
             open_image(file)
         bad.append(clock() - start)
-    return (
-        f"a good row takes {format_seconds(mean(good))}, a corrupt file "
-        f"{format_seconds(mean(bad))} (maximum {format_seconds(max(bad))}, {len(bad)} files)"
-    )
-
-
-def batches_per_epoch(cfg: RunConfig) -> int:
-    source = open_dataset(cfg.data, "train")
-    loader = open_loader(source, processors.build(cfg.model), cfg.data)
-    return next(n for n, batch in enumerate(loader, 1) if batch.state["epoch"] > 0)
+    worst = f"maximum {format_seconds(max(bad))}, {len(bad)} files"
+    times = [format_seconds(mean(seconds)) for seconds in (good, bad)]
+    return f"a good row takes {times[0]}, a corrupt file {times[1]} ({worst})"
 
 
 def run(cfg: RunConfig, path: Path, name: str, n_bad: int) -> float:
@@ -98,9 +85,8 @@ def run(cfg: RunConfig, path: Path, name: str, n_bad: int) -> float:
         seconds, listed = clock() - start, Path(cfg.train.out, "skipped.jsonl")
         n_listed = len(listed.read_text().splitlines()) if listed.exists() else 0
     if n_listed != n_bad:
-        raise InputError(
-            f"{path}: skipped.jsonl lists {n_listed} rows; expected the {n_bad} corrupt."
-        )
+        found = f"skipped.jsonl lists {n_listed} rows"
+        raise InputError(f"{path}: {found}; expected the {n_bad} corrupt.")
     return seconds
 
 
@@ -108,9 +94,10 @@ def main(argv: list[str]) -> None:
     folder, cfg = Path(argv[0]), parse_run(argv[1:])
     read, corrupt = open_rows(cfg.data.source), find_corrupt(folder)
     rows = [dict(row, image=str(read.folder / row["image"])) for row in islice(read, len(read))]
-    data = replace(cfg.data, val_fraction=0.0, workers=0)
-    cfg = replace(cfg, data=data)
-    steps = batches_per_epoch(cfg)
+    cfg = replace(cfg, data=replace(cfg.data, val_fraction=0.0, workers=0))
+    source = open_dataset(cfg.data, "train")
+    loader = open_loader(source, processors.build(cfg.model), cfg.data)
+    steps = next(n for n, batch in enumerate(loader, 1) if batch.state["epoch"] > 0)
     cfg = replace(cfg, train=replace(cfg.train, steps=steps, log_every=steps, save_every=0))
     with tempfile.TemporaryDirectory() as temporary:
         turns = iter(range(TURNS + 1))
@@ -122,17 +109,15 @@ def main(argv: list[str]) -> None:
             return run(cfg, bad, "bad", n_bad)
 
         calls = {"clean": lambda: run(cfg, clean, "clean", 0), "corrupt": train_with_corrupt}
-        times = alternate(calls, 0, min_turns=TURNS, max_turns=TURNS)
-    median, minimum, maximum = ratios(times["clean"], times["corrupt"])
+        times = timing.alternate(calls, 0, min_turns=TURNS, max_turns=TURNS)
+    median, minimum, maximum = timing.ratios(times["clean"], times["corrupt"])
     without, with_corrupt = (format_seconds(times[name].median) for name in calls)
-    print(describe_run(command_line("benchmarks.quality.corrupt", argv)))
+    print(timing.describe_run("benchmarks.quality.corrupt", argv))
     print(time_files(cfg, corrupt))
     n_bad = len(range(EVERY // 2, len(rows), EVERY))
-    print(
-        f"{steps} steps over {len(rows)} rows, {n_bad} of them corrupt: "
-        f"{without} without, {with_corrupt} with; "
-        f"in {TURNS} turns {median - 1:+.1%} ({minimum - 1:+.1%} to {maximum - 1:+.1%})"
-    )
+    change = f"{median - 1:+.1%} ({minimum - 1:+.1%} to {maximum - 1:+.1%})"
+    print(f"{steps} steps over {len(rows)} rows, {n_bad} of them corrupt: {without} without, "
+          f"{with_corrupt} with; in {TURNS} turns {change}")  # fmt: skip
 
 
 if __name__ == "__main__":

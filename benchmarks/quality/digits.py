@@ -12,12 +12,11 @@ nothing is chosen on them. Times are CPU time. Needs scikit-learn.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from itertools import islice
 
 import numpy as np
 import torch
@@ -25,13 +24,8 @@ from torch import nn
 
 from configs import ViTConfig
 from configs_classify import ClassifyDataConfig, ClassifyTrainConfig
+from data.classification import loader as loaders
 from data.classification.dataset import ClassificationDataset, from_rows
-from data.classification.loader import (
-    ClassificationLoader,
-    ClassificationProcessor,
-    evaluation_batches,
-    loader_config,
-)
 from data.sources.idx import ArrayRows
 from engine.evaluation.metrics import bootstrap_interval
 from engine.training.optim import build_optimizer, lr_factor
@@ -57,11 +51,11 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
     return (found.images * 255 / 16).round().astype(np.uint8), found.target
 
 
-def folds(target: np.ndarray, n: int = 5, seed: int = 0):
-    """(training rows, test rows) of each fold, stratified by digit."""
+def folds(target: np.ndarray):
+    """(training rows, test rows) of five folds, stratified by digit."""
     from sklearn.model_selection import StratifiedKFold
 
-    return StratifiedKFold(n, shuffle=True, random_state=seed).split(target, target)
+    return StratifiedKFold(5, shuffle=True, random_state=0).split(target, target)
 
 
 def source_of(
@@ -73,36 +67,28 @@ def source_of(
 
 def loader_of(
     source: ClassificationDataset, model: ViTConfig, data: ClassifyDataConfig
-) -> ClassificationLoader:
+) -> loaders.ClassificationLoader:
     numbers = {name: i for i, name in enumerate(source.names)}
-    return ClassificationLoader(
-        source, ClassificationProcessor(model, data, numbers), loader_config(data)
-    )
+    processor = loaders.ClassificationProcessor(model, data, numbers)
+    return loaders.ClassificationLoader(source, processor, loaders.loader_config(data))
 
 
 class HFClassifier(nn.Module):
     """A transformers image classifier with the interface of picoVLM's `Classifier`."""
 
-    def __init__(self, model: nn.Module, cfg: ViTConfig, head: str):
+    def __init__(self, model: nn.Module, cfg: ViTConfig):
         super().__init__()
-        self.model, self.cfg, self.labels, self.head = model, cfg, cfg.vit_labels, head
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
+        self.model, self.cfg, self.labels = model, cfg, cfg.vit_labels
 
     @property
     def parts(self) -> dict[str, nn.Module]:
         children = dict(self.model.named_children())
-        head = children.pop(self.head)
+        head = children.pop("classifier")
         return {"trunk": nn.ModuleDict(children), "head": head}
 
-    def forward(self, images, targets=None, reduction="mean"):
+    def forward(self, images, targets=None):
         logits = self.model(pixel_values=images).logits
-        loss = None
-        if targets is not None:
-            loss = nn.functional.cross_entropy(logits, targets, reduction=reduction)
-        return logits, loss
+        return logits, None if targets is None else nn.functional.cross_entropy(logits, targets)
 
 
 def hf_vit(cfg: ViTConfig) -> HFClassifier:
@@ -116,7 +102,7 @@ def hf_vit(cfg: ViTConfig) -> HFClassifier:
         num_attention_heads=cfg.vit_n_heads, hidden_act="gelu", num_labels=cfg.vit_n_classes,
         layer_norm_eps=cfg.vit_ln_eps,
     )  # fmt: skip
-    return HFClassifier(transformers.ViTForImageClassification(config), cfg, "classifier")
+    return HFClassifier(transformers.ViTForImageClassification(config), cfg)
 
 
 def hf_vit_with_same_weights(cfg: ViTConfig) -> HFClassifier:
@@ -126,7 +112,7 @@ def hf_vit_with_same_weights(cfg: ViTConfig) -> HFClassifier:
     with tempfile.TemporaryDirectory() as folder:
         ViT(cfg).save_pretrained(folder)
         model = transformers.ViTForImageClassification.from_pretrained(folder)
-    return HFClassifier(model, cfg, "classifier")
+    return HFClassifier(model, cfg)
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -136,7 +122,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def fit(model: nn.Module, loader: ClassificationLoader, cfg: ClassifyTrainConfig) -> None:
+def fit(model: nn.Module, loader: loaders.ClassificationLoader, cfg: ClassifyTrainConfig) -> None:
     """Train with the optimizer and schedule of classify.py."""
     optimizer, batches = build_optimizer(model.parts, cfg), iter(loader)
     params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -151,13 +137,13 @@ def fit(model: nn.Module, loader: ClassificationLoader, cfg: ClassifyTrainConfig
         optimizer.zero_grad()
 
 
-def seconds_per_step(models: dict[str, nn.Module], steps: int = 60) -> dict[str, np.ndarray]:
-    """Seconds of training steps without data loading; the models alternate."""
+def seconds_per_step(models: dict[str, nn.Module]) -> dict[str, np.ndarray]:
+    """Seconds [60] of training steps without data loading; the models alternate."""
     optimizers = {name: build_optimizer(model.parts, TRAIN) for name, model in models.items()}
     shape = (DATA.batch_size, MODEL.vit_n_channels, MODEL.vit_img_size, MODEL.vit_img_size)
     images, targets = torch.randn(shape), torch.randint(10, (DATA.batch_size,))
     seconds = {name: [] for name in models}
-    for _ in range(5 + steps):
+    for _ in range(5 + 60):
         for name, model in models.items():
             start = time.process_time()
             model.train()(images, targets)[1].backward()
@@ -171,11 +157,9 @@ def seconds_per_step(models: dict[str, nn.Module], steps: int = 60) -> dict[str,
 def is_correct(model: nn.Module, source: ClassificationDataset) -> np.ndarray:
     """Whether each row is classified correctly, [n] bool."""
     model.eval()
-    found = [
-        (model(batch.images)[0].argmax(-1) == batch.targets).numpy()
-        for batch, _ in evaluation_batches(source, model.cfg, model.labels)
-    ]
-    return np.concatenate(found)
+    batches = loaders.evaluation_batches(source, model.cfg, model.labels)
+    found = [model(batch.images)[0].argmax(-1) == batch.targets for batch, _ in batches]
+    return torch.cat(found).numpy()
 
 
 def main() -> None:
@@ -183,7 +167,6 @@ def main() -> None:
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["picoVLM", "transformers"])
     parser.add_argument("--steps", type=int, default=TRAIN.steps)
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     cfg = replace(TRAIN, steps=args.steps)
     makers = {name: MODELS[name] for name in args.models}
@@ -192,11 +175,8 @@ def main() -> None:
     seconds = seconds_per_step({name: make() for name, make in makers.items()})
     for name, found in seconds.items():
         low, mid, high = 1000 * np.percentile(found, (25, 50, 75))
-        spread = f"quartiles {low:.1f} and {high:.1f}"
-        print(f"{name}: {mid:.1f} ms per step ({spread})", flush=True)
-    for fold, (train_rows, test_rows) in enumerate(folds(target)):
-        if fold == args.folds:
-            break
+        print(f"{name}: {mid:.1f} ms per step (quartiles {low:.1f} and {high:.1f})", flush=True)
+    for fold, (train_rows, test_rows) in enumerate(islice(folds(target), args.folds)):
         source = source_of(pixels[train_rows], target[train_rows], DATA)
         test = source_of(pixels[test_rows], target[test_rows], DATA)
         for name, make in makers.items():
@@ -208,16 +188,11 @@ def main() -> None:
             n = sum(p.numel() for p in model.parameters())
             accuracy = f"{correct[name][-1].mean():.2%} correct"
             print(f"fold {fold} {name}: {accuracy}, {spent:.0f} s, {n:,} parameters", flush=True)
-    report = {}
     for name in makers if args.folds else ():
         every = np.concatenate(correct[name])
         low, high = bootstrap_interval(every.tolist())
-        report[name] = {"accuracy": every.mean(), "low": low, "high": high, "n": len(every),
-                        "ms_per_step": 1000 * float(np.median(seconds[name]))}  # fmt: skip
         interval = f"(95 % interval {low:.2%} to {high:.2%})"
         print(f"{name}: {every.mean():.2%} of {len(every):,} {interval}")
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

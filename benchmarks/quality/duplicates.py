@@ -1,11 +1,9 @@
 """Near-duplicates planted among emoji and flags: precision and recall of embed.py.
 
-python -m benchmarks.quality.duplicates PATH/TO/datasets runs/duplicates
-python -m benchmarks.quality.duplicates PATH/TO/datasets runs/duplicates --trunk runs/demo
+python -m benchmarks.quality.duplicates PATH/TO/datasets runs/duplicates [--trunk runs/demo]
 Without --trunk one is trained without labels: each image is its own class, seen in random crops
 (Dosovitskiy et al. 2014, Exemplar-CNN). Every fourth image is added three times: resized to 60 %,
-as a JPEG, without its outer 5 %. The threshold is chosen on half of the images and measured on the
-other half.
+as a JPEG, without its outer 5 %. Half of the images choose the threshold, the others measure it.
 """
 
 from __future__ import annotations
@@ -13,7 +11,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +24,7 @@ from engine.vit.embedding import open_index
 
 TRAIN = (
     "small --data.source {out}/each.jsonl --data.val-fraction 0 --model.vit-img-size 64 "
-    "--model.vit-patch-size 16 "
-    "--data.crop-min-scale 0.8 --data.crop-max-ratio 1.1 "
+    "--model.vit-patch-size 16 --data.crop-min-scale 0.8 --data.crop-max-ratio 1.1 "
     "--train.steps {steps} --train.eval-every 0 --train.out {out}/trunk --train.resume auto"
 )
 
@@ -41,16 +37,15 @@ def jpeg(image: Image.Image) -> Image.Image:
 
 def crop(image: Image.Image) -> Image.Image:
     """Cut 2.5 % off each side."""
-    x, y = image.width * 0.025, image.height * 0.025
-    box = (round(x), round(y), image.width - round(x), image.height - round(y))
-    return image.crop(box)
+    x, y = round(image.width * 0.025), round(image.height * 0.025)
+    return image.crop((x, y, image.width - x, image.height - y))
 
 
-PLANTS: dict[str, Callable[[Image.Image], Image.Image]] = {
-    "resized": lambda image: image.resize((round(image.width * 0.6), round(image.height * 0.6))),
-    "jpeg": jpeg,
-    "cropped": crop,
-}
+def resize(image: Image.Image) -> Image.Image:
+    return image.resize((round(image.width * 0.6), round(image.height * 0.6)))
+
+
+PLANTS = {"resized": resize, "jpeg": jpeg, "cropped": crop}
 
 
 def name_of(file: Path) -> str:
@@ -60,17 +55,17 @@ def name_of(file: Path) -> str:
 
 def plant(files: list[Path], folder: Path, every: int = 4) -> dict[str, str]:
     """Write all images and near-duplicates; returns file -> name of the image it shows."""
-    shows: dict[str, str] = {}
     folder.mkdir(parents=True, exist_ok=True)
+    shows: dict[str, str] = {}
     by_pixels: dict[bytes, str] = {}
     for number, file in enumerate(files):
-        name = name_of(file)
-        image = open_image(file)
+        name, image = name_of(file), open_image(file)
         # Some flags are equal: Norway, Bouvet Island, Svalbard.
         same = by_pixels.setdefault(image.resize((32, 32)).tobytes(), name)
-        plants = PLANTS.items() if number % every == 0 else ()
-        for end, change in (("", lambda x: x), *((f"-{kind}", c) for kind, c in plants)):
-            path = folder / f"{name}{end}.png"
+        images = {name: lambda x: x}
+        images |= {f"{name}-{kind}": c for kind, c in PLANTS.items() if number % every == 0}
+        for stem, change in images.items():
+            path = folder / f"{stem}.png"
             if not path.is_file():  # keep: an index of an earlier run holds its time stamp
                 change(image).save(path)
             shows[str(path)] = same
@@ -89,12 +84,12 @@ def shrink(files: list[Path], folder: Path, side: int = 96) -> list[dict]:
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for file in files:
-        name = name_of(file)
-        if not (folder / f"{name}.png").is_file():
+        path = folder / f"{name_of(file)}.png"
+        if not path.is_file():
             image = open_image(file)
             image.thumbnail((side, side))
-            image.save(folder / f"{name}.png")
-        rows.append({"image": str((folder / f"{name}.png").absolute()), "label": name})
+            image.save(path)
+        rows.append({"image": str(path.absolute()), "label": name_of(file)})
     return rows
 
 
@@ -119,20 +114,16 @@ def main(argv: list[str]) -> None:
         rows = shrink(files, args.out / "small")
         (args.out / "each.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
         classify.main(["train", *TRAIN.format(out=args.out, steps=args.steps).split()])
-    indices, owners = {}, {}
+    pairs = []
     for half in (0, 1):
-        folder = args.out / f"half-{half}"
-        owners[half] = plant(files[half::2], folder)
-        index = args.out / f"index-{half}-{Path(trunk).name}"
-        embed.main(["build", str(folder), "--model", trunk, "--out", str(index)])
-        indices[half] = open_index(index)
-    pairs = {
-        half: scores(index.rows, [owners[half][f] for f in index.files])
-        for half, index in indices.items()
-    }
+        folder, out = args.out / f"half-{half}", args.out / f"index-{half}-{Path(trunk).name}"
+        shows = plant(files[half::2], folder)
+        embed.main(["build", str(folder), "--model", trunk, "--out", str(out)])
+        index = open_index(out)
+        pairs.append(scores(index.rows, [shows[f] for f in index.files]))
     thresholds = 1 - np.geomspace(0.5, 1e-6, 250)
     best = max(thresholds, key=lambda t: min(rates(*pairs[0], t)))
-    (p0, r0), (p1, r1) = (rates(*pairs[half], best) for half in (0, 1))
+    (p0, r0), (p1, r1) = (rates(*half, best) for half in pairs)
     print(f"{len(files):,} images, {pairs[1][1].sum():,} pairs in the measured half")
     print(f"threshold {best:.5f} from the other half (precision {p0:.3f}, recall {r0:.3f})")
     print(f"precision {p1:.3f}, recall {r1:.3f}")

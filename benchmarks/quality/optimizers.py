@@ -12,8 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-RATES = ("lr_vision", "lr_projector", "lr_language")
+from benchmarks.speed.timing import ROOT, markdown
+
 ADAMW_RATES = (0.0005, 0.001, 0.002, 0.004)
 
 
@@ -21,8 +21,8 @@ def variants() -> dict[str, list[str]]:
     """Name of each run -> its flags."""
     found = {"Muon, the preset": []}
     for rate in ADAMW_RATES:
-        flags = [f"--train.{name.replace('_', '-')}={rate}" for name in RATES]
-        found[f"AdamW, {rate}"] = ["--train.optimizer=adamw", *flags]
+        rates = [f"--train.lr-{part}={rate}" for part in ("vision", "projector", "language")]
+        found[f"AdamW, {rate}"] = ["--train.optimizer=adamw", *rates]
     return found
 
 
@@ -41,11 +41,11 @@ def draw(curves: dict[str, list[dict]], path: Path) -> None:
 
     figure = Figure(figsize=(9, 3.2), layout="tight")
     axes = figure.subplots(1, 2, sharey=True)
-    for axis, key, label in ((axes[0], "step", "steps"), (axes[1], "seconds", "seconds")):
+    for axis, key in zip(axes, ("step", "seconds")):
         for name, points in curves.items():
             values = [point["val_accuracy"] for point in points]
             axis.plot([point[key] for point in points], values, marker="o", label=name)
-        axis.set_xlabel(label)
+        axis.set_xlabel(key)
     axes[0].set_ylabel("accuracy on validation questions")
     axes[0].legend()
     figure.savefig(path, dpi=110)
@@ -53,16 +53,13 @@ def draw(curves: dict[str, list[dict]], path: Path) -> None:
 
 def main(argv: list[str]) -> None:
     steps = int(argv[0]) if argv else 600
-    curves = {
-        name: run(flags, ROOT / "runs" / "optimizers" / str(i), steps)
-        for i, (name, flags) in enumerate(variants().items())
-    }
+    out = ROOT / "runs" / "optimizers"
+    curves = {name: run(flags, out / str(i), steps)
+              for i, (name, flags) in enumerate(variants().items())}  # fmt: skip
     draw(curves, ROOT / "docs" / "optimizers.png")
-    print("| optimizer | loss | accuracy | seconds |\n|---|---|---|---|")
-    for name, points in curves.items():
-        last = points[-1]
-        loss, accuracy = last["val_loss"], last["val_accuracy"]
-        print(f"| {name} | {loss:.3f} | {accuracy:.1%} | {last['seconds']:.0f} |")
+    rows = [(name, f"{x['val_loss']:.3f}", f"{x['val_accuracy']:.1%}", f"{x['seconds']:.0f}")
+            for name, (*_, x) in curves.items()]  # fmt: skip
+    print(markdown(("optimizer", "loss", "accuracy", "seconds"), rows))
 
 
 if __name__ == "__main__":

@@ -33,16 +33,13 @@ def parse_answer(question: str, answer: str) -> dict[str, str]:
 
 def easy_vqa(source: Path, out: Path) -> None:
     for split in ("train", "test"):
-        found: dict[int, dict[str, str]] = {}
-        for question, answer, number in json.loads(
-            (source / split / "questions.json").read_text(encoding="utf-8")
-        ):
+        folder, found = source / split, {}
+        questions = json.loads((folder / "questions.json").read_text(encoding="utf-8"))
+        for question, answer, number in questions:
             found.setdefault(number, {}).update(parse_answer(question, answer))
-        rows = [
-            {"image": str((source / split / "images" / f"{number}.png").absolute()),
-             "label": f"{labels['colour']} {labels['shape']}", **labels}
-            for number, labels in sorted(found.items()) if len(labels) == 2
-        ]  # fmt: skip
+        rows = [{"image": str((folder / "images" / f"{number}.png").absolute()),
+                 "label": f"{labels['colour']} {labels['shape']}", **labels}
+                for number, labels in sorted(found.items()) if len(labels) == 2]  # fmt: skip
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (out / f"{split}.jsonl").write_text(lines, encoding="utf-8")
         print(f"{out / split}.jsonl: {len(rows):,} of {len(found):,} images")

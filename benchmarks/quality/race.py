@@ -5,30 +5,23 @@ python -m benchmarks.quality.race                      writes docs/race.png and 
 Both start from the same weights, see the same conversations and answer the same questions greedily.
 picoVLM trains as `python train.py` does, with AdamW rates for a run of minutes. SmolVLM trains as
 its users usually do: padded batches, AdamW, linear decay, fp32 or bf16, whichever is faster. A few
-trial steps of each set how many steps fill the time. Loading data, steps and checkpoints count,
-evaluations do not. benchmarks/speed/timing.py says which clock is used.
+trial steps set how many steps fill the time. Evaluations do not count.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from benchmarks.speed import timing
 from benchmarks.speed.peers import hf_train_step, load_hf_model, without_pretrained
-from benchmarks.speed.timing import (
-    PAGE,
-    clock,
-    command_line,
-    describe_run,
-    format_seconds,
-    write_block,
-)
+from benchmarks.speed.timing import clock
 from cli import command
 from configs import PRESETS, RunConfig
 from data import processor as processors
@@ -42,7 +35,8 @@ from engine.training.optim import build_optimizer
 from models.vision_language_model import VisionLanguageModel
 
 CPU = torch.device("cpu")
-WARM_UP = 0.03  # of the steps, for transformers
+HF_RATE, HF_BATCH_SIZE, WARM_UP = 0.001, 64, 0.03  # peak rate; warm-up as a share of the steps
+EVERY, N_QUESTIONS = 30, 400  # seconds between evaluations, and questions of each
 # Twice those of the preset, as the run is short.
 SHORT_RATES = dict(lr_vision=0.003, lr_projector=0.003, lr_language=0.003)
 
@@ -61,8 +55,6 @@ class Race:
     folder: Path  # checkpoint of the initial weights
     processor: Processor
     n_questions: int  # of an evaluation
-    hf_rate: float  # peak learning rate of transformers
-    hf_batch_size: int
 
     def loader(self, **changes) -> Loader:
         data = replace(self.run.data, **changes)
@@ -79,8 +71,7 @@ class Stopwatch:
         self.spent += clock() - self.start
         race, region = self.race, autocast(CPU, choose_dtype(CPU, "auto"))
         found = evaluate(model, race.processor, race.run.data, race.n_questions, region)
-        loss, accuracy = found["val_loss"], found["val_accuracy"]
-        self.points.append(Point(self.spent, step, loss, accuracy))
+        self.points.append(Point(self.spent, step, found["val_loss"], found["val_accuracy"]))
         self.start = clock()
         return found
 
@@ -88,12 +79,10 @@ class Stopwatch:
 def train_picovlm(race: Race, steps: int, every: int, dtype: torch.dtype) -> list[Point]:
     """Train with the functions of train.py."""
     torch.manual_seed(race.run.train.seed)
-    dist = setup()
-    model = VisionLanguageModel.from_pretrained(race.folder)
+    dist, model = setup(), VisionLanguageModel.from_pretrained(race.folder)
     with tempfile.TemporaryDirectory() as out:
-        t = replace(
-            race.run.train, out=out, steps=steps, eval_every=every, save_every=0, **SHORT_RATES
-        )
+        t = replace(race.run.train, out=out, steps=steps, eval_every=every, save_every=0,
+                    **SHORT_RATES)  # fmt: skip
         watch, optimizer = Stopwatch(race), build_optimizer(model.parts, t, dtype)
         train(replace(race.run, train=t), model, lambda m, folder: m.save_pretrained(folder),
               race.loader(), optimizer, dist, autocast(CPU, dtype),
@@ -107,10 +96,10 @@ def train_transformers(race: Race, steps: int, every: int, dtype: torch.dtype) -
 
     torch.manual_seed(race.run.train.seed)
     model, region = load_hf_model(race.folder, torch.float32).train(), autocast(CPU, dtype)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=race.hf_rate, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=HF_RATE, fused=True)
     schedule = get_linear_schedule_with_warmup(optimizer, round(WARM_UP * steps), steps)
     watch = Stopwatch(race)
-    batches = iter(race.loader(packing=False, batch_size=race.hf_batch_size))
+    batches = iter(race.loader(packing=False, batch_size=HF_BATCH_SIZE))
     for step in range(1, steps + 1):
         hf_train_step(model, optimizer, next(batches), region, race.run.model.vlm_pad_token_id)
         schedule.step()
@@ -127,10 +116,7 @@ def to_picovlm(model: nn.Module) -> VisionLanguageModel:
         return VisionLanguageModel.from_pretrained(folder)
 
 
-SIDES: dict[str, Callable[[Race, int, int, torch.dtype], list[Point]]] = {
-    "picoVLM": train_picovlm,
-    "transformers": train_transformers,
-}
+SIDES = {"picoVLM": train_picovlm, "transformers": train_transformers}
 
 
 def measure(race: Race, seconds: dict[str, float], every: float) -> dict[str, list[Point]]:
@@ -146,25 +132,22 @@ def measure(race: Race, seconds: dict[str, float], every: float) -> dict[str, li
             one[dtype] = (later.seconds - first.seconds) / n
         dtype = min(one, key=one.get)
         steps = max(1, round(seconds[side] / one[dtype]))
-        print(
-            f"{side}: {format_seconds(one[dtype])} a step in {dtype}, so {steps:,} of them",
-            flush=True,
-        )
+        step = f"{timing.format_seconds(one[dtype])} a step in {dtype}"
+        print(f"{side}: {step}, so {steps:,} of them", flush=True)
         found[side] = side_of(race, steps, max(1, round(every / one[dtype])), dtype)
     return found
 
 
 def table(curves: dict[str, list[Point]]) -> str:
     """Points of both curves, and when picoVLM reaches the final accuracy of transformers."""
-    lines = ["| | seconds | steps | validation loss | accuracy |", "|---|---|---|---|---|"]
-    for side, points in curves.items():
-        lines += [f"| {side} | {p.seconds:,.0f} | {p.step:,} | {p.loss:.3f} | {p.accuracy:.1%} |"
-                  for p in points]  # fmt: skip
+    rows = [(side, f"{p.seconds:,.0f}", f"{p.step:,}", f"{p.loss:.3f}", f"{p.accuracy:.1%}")
+            for side, points in curves.items() for p in points]  # fmt: skip
     goal = curves["transformers"][-1]
     first = next((p for p in curves["picoVLM"] if p.accuracy >= goal.accuracy), None)
     when = f"picoVLM after {first.seconds:,.0f} s" if first else "picoVLM does not"
     reached = f"transformers reaches {goal.accuracy:.1%} in {goal.seconds:,.0f} s; {when}."
-    return "\n".join([*lines, "", reached])
+    head = ("", "seconds", "steps", "validation loss", "accuracy")
+    return f"{timing.markdown(head, rows)}\n\n{reached}"
 
 
 def draw(curves: dict[str, list[Point]], path: Path) -> None:
@@ -183,25 +166,18 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.race")
     parser.add_argument("--picovlm", type=float, default=178, help="seconds of training")
     parser.add_argument("--transformers", type=float, default=600, help="seconds of training")
-    parser.add_argument("--every", type=float, default=30, help="seconds between evaluations")
-    parser.add_argument("--questions", type=int, default=400, help="questions of an evaluation")
-    parser.add_argument(
-        "--hf-rate", type=float, default=0.001, help="learning rate of transformers"
-    )
-    parser.add_argument("--hf-batch-size", type=int, default=64, help="conversations in a batch")
     args = parser.parse_args(argv)
-    line = describe_run(command_line("benchmarks.quality.race", list(argv)))
+    line = timing.describe_run("benchmarks.quality.race", argv)
     run = without_pretrained(PRESETS["tiny"])
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(run.train.seed)
         VisionLanguageModel(run.model).save_pretrained(folder)
-        race = Race(run, Path(folder), processors.build(run.model), args.questions, args.hf_rate,
-                    args.hf_batch_size)  # fmt: skip
+        race = Race(run, Path(folder), processors.build(run.model), N_QUESTIONS)
         seconds = {"picoVLM": args.picovlm, "transformers": args.transformers}
-        curves = measure(race, seconds, args.every)
+        curves = measure(race, seconds, EVERY)
     print(text := f"{line}\n\n{table(curves)}")
-    write_block(PAGE, "race", text)
-    draw(curves, PAGE.with_name("race.png"))
+    timing.write_block("race", text)
+    draw(curves, timing.PAGE.with_name("race.png"))
 
 
 if __name__ == "__main__":

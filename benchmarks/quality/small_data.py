@@ -12,29 +12,20 @@ import json
 import time
 from collections import defaultdict
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks.quality.digits import (
-    DATA,
-    MODEL,
-    TRAIN,
-    HFClassifier,
-    digits,
-    fit,
-    folds,
-    is_correct,
-    loader_of,
-)
-from benchmarks.quality.digits import source_of as all_of
-from data.classification.dataset import ClassificationDataset, from_rows
+from benchmarks.quality import digits
+from benchmarks.quality.digits import DATA, HFClassifier
+from benchmarks.speed.timing import markdown
 from models.classifier import Classifier
 from models.vision_transformer import ViT
 
 # Both get 32 x 32 pixels, as the CNN's stem halves the image twice before its first stage.
-CFG = replace(MODEL, vit_img_size=32, vit_patch_size=8)
+CFG = replace(digits.MODEL, vit_img_size=32, vit_patch_size=8)
 SIZES = (100, 500, 0)
 RECIPES = {
     "plain": (replace(DATA, crop_min_scale=1.0, mixup=0.0), 0.0),
@@ -50,43 +41,35 @@ def cnn(cfg) -> HFClassifier:
         num_channels=cfg.vit_n_channels, embedding_size=32, hidden_sizes=[32, 64, 128],
         depths=[1, 1, 1], layer_type="basic", num_labels=cfg.vit_n_classes,
     )  # fmt: skip
-    return HFClassifier(transformers.ResNetForImageClassification(config), cfg, "classifier")
+    return HFClassifier(transformers.ResNetForImageClassification(config), cfg)
 
 
 MODELS = {"ViT": lambda: Classifier(ViT(CFG)), "CNN": lambda: cnn(CFG)}
 
 
-def subset(source: ClassificationDataset, n: int, seed: int, data) -> ClassificationDataset:
-    """`n` rows, the same number per class; 0: all."""
-    return from_rows(source.samples.rows, replace(data, limit=n, seed=seed), "train", source.names)
-
-
-def measure(steps: int, seeds: int, results: Path) -> list[dict]:
+def measure(seeds: int, results: Path) -> list[dict]:
     """All runs; those in the file `results` are not repeated, and it is written after each."""
-    pixels, target = digits()
+    pixels, target = digits.digits()
     rows = json.loads(results.read_text()) if results.is_file() else []
     done = {(row["model"], row["limit"], row["recipe"], row["seed"]) for row in rows}
-    for seed, (train_rows, test_rows) in zip(range(seeds), folds(target)):
-        test = all_of(pixels[test_rows], target[test_rows], DATA)
-        for n in SIZES:
-            for recipe, (data, decay) in RECIPES.items():
-                whole = all_of(pixels[train_rows], target[train_rows], data)
-                source = subset(whole, n, seed, data)
-                for name, make in MODELS.items():
-                    if (name, n, recipe, seed) in done:
-                        continue
-                    torch.manual_seed(seed)
-                    model, start = make(), time.perf_counter()
-                    cfg = replace(TRAIN, steps=steps, weight_decay=decay)
-                    fit(model, loader_of(source, CFG, data), cfg)
-                    row = {"model": name, "limit": n, "digits": len(source), "recipe": recipe,
-                           "seed": seed,
-                           "accuracy": float(is_correct(model, test).mean()),
-                           "parameters": sum(p.numel() for p in model.parameters()),
-                           "seconds": round(time.perf_counter() - start)}  # fmt: skip
-                    print(json.dumps(row), flush=True)
-                    rows.append(row)
-                    results.write_text(json.dumps(rows, indent=1) + "\n")
+    for seed, (train_rows, test_rows) in zip(range(seeds), digits.folds(target)):
+        test = digits.source_of(pixels[test_rows], target[test_rows], DATA)
+        for n, recipe, name in product(SIZES, RECIPES, MODELS):
+            if (name, n, recipe, seed) in done:
+                continue
+            data, decay = RECIPES[recipe]
+            data = replace(data, limit=n, seed=seed)  # the same number per class; 0: all
+            source = digits.source_of(pixels[train_rows], target[train_rows], data)
+            torch.manual_seed(seed)
+            model, start = MODELS[name](), time.perf_counter()
+            loader = digits.loader_of(source, CFG, RECIPES[recipe][0])
+            digits.fit(model, loader, replace(digits.TRAIN, steps=300, weight_decay=decay))
+            rows.append({"model": name, "limit": n, "digits": len(source), "recipe": recipe,
+                         "seed": seed, "accuracy": float(digits.is_correct(model, test).mean()),
+                         "parameters": sum(p.numel() for p in model.parameters()),
+                         "seconds": round(time.perf_counter() - start)})  # fmt: skip
+            print(json.dumps(rows[-1]), flush=True)
+            results.write_text(json.dumps(rows, indent=1) + "\n")
     return rows
 
 
@@ -105,12 +88,9 @@ def summary(rows: list[dict]) -> dict[tuple[str, str], list[tuple[int, float, fl
 def table(rows: list[dict]) -> str:
     found = summary(rows)
     sizes = [n for n, *_ in next(iter(found.values()))]
-    head = " | ".join(f"{n:,} digits" for n in sizes)
-    lines = [f"| | {head} |", "|---" * (1 + len(sizes)) + "|"]
-    for (name, recipe), cells in sorted(found.items()):
-        figures = " | ".join(f"{mean:.1%} ± {sd:.1%}" for _, mean, sd in cells)
-        lines.append(f"| {name}, {recipe} | {figures} |")
-    return "\n".join(lines)
+    lines = [[f"{name}, {recipe}", *(f"{mean:.1%} ± {sd:.1%}" for _, mean, sd in cells)]
+             for (name, recipe), cells in sorted(found.items())]  # fmt: skip
+    return markdown(["", *(f"{n:,} digits" for n in sizes)], lines)
 
 
 def draw(rows: list[dict], path: Path) -> None:
@@ -132,12 +112,11 @@ def draw(rows: list[dict], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", type=Path, required=True, help="file of finished runs")
     args = parser.parse_args()
-    rows = measure(args.steps, args.seeds, args.json)
+    rows = measure(args.seeds, args.json)
     print(table(rows))
     if args.plot:
         draw(rows, args.plot)

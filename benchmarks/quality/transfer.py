@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,29 +21,20 @@ from config_tools import read_json
 from models.pretrained.load import open_vit
 
 TUNE = (
-    "small --data.source {out}/learn.jsonl --data.val {out}/{val}.jsonl --data.label {label} "
+    "small --data.source {out}/learn.jsonl --data.val {out}/{val}.jsonl --data.label shape "
     "--data.limit 100 --data.seed {seed} --train.seed {seed} --data.batch-size 32 "
-    "--train.steps {steps} --train.eval-every 0 --train.log-every 50 --train.warmup 20 "
-    "--train.out {out}/{kind}-{label}-{rate}-{seed} --model.no-vit-cls-flag "
+    "--train.steps 120 --train.eval-every 0 --train.log-every 50 --train.warmup 20 "
+    "--train.out {out}/{kind}-shape-{rate}-{seed} --model.no-vit-cls-flag "
     "{flags} {rate_of} {rate}"
 )
 SHAPE = "vit_img_size vit_patch_size vit_hidden_dim vit_inter_dim vit_n_heads vit_n_blocks"
 RATES = (0.008, 0.016, 0.032)
 N_CHOOSE, TRIAL = 500, 100  # images that rates are chosen on; the seed of the trials
-
-
-@dataclass(frozen=True)
-class Method:
-    flags: str
-    rate_of: str
-    rates: tuple[float, ...]
-
-
-METHODS = {
-    "from scratch": Method("--model.vit-hidden-act {act} {shape}", "--train.lr-muon", RATES),
-    "fine-tuned": Method("--model.vit-model-type {trunk}", "--train.lr-muon", RATES),
-    "linear probe": Method("--model.vit-model-type {trunk} --train.freeze trunk", "--train.lr-head",
-                        (0.003, 0.01, 0.03)),
+METHODS = {  # its flags, the flag of its rate, rates to choose from
+    "from scratch": ("--model.vit-hidden-act {act} {shape}", "--train.lr-muon", RATES),
+    "fine-tuned": ("--model.vit-model-type {trunk}", "--train.lr-muon", RATES),
+    "linear probe": ("--model.vit-model-type {trunk} --train.freeze trunk", "--train.lr-head",
+                     (0.003, 0.01, 0.03)),
 }  # fmt: skip
 
 
@@ -55,54 +45,41 @@ def split(out: Path) -> None:
         (out / f"{name}.jsonl").write_text("".join(part), encoding="utf-8")
 
 
-def run(
-    method: Method, kind: str, label: str, rate: float, seed: int, val: str, given: dict
-) -> float:
+def run(kind: str, rate: float, seed: int, val: str, given: dict) -> float:
     """Train unless the result exists; returns the accuracy on `val`.jsonl."""
-    fields = {
-        "kind": kind.replace(" ", "-"),
-        "label": label,
-        "rate": rate,
-        "seed": seed,
-        "val": val,
-    }
-    flags = method.flags.format(**given)
-    argv = TUNE.format(**given, **fields, flags=flags, rate_of=method.rate_of).split()
+    flags, rate_of, _ = METHODS[kind]
+    given = given | {"kind": kind.replace(" ", "-"), "rate": rate, "seed": seed, "val": val}
+    argv = TUNE.format(**given, flags=flags.format(**given), rate_of=rate_of).split()
     result = Path(argv[argv.index("--train.out") + 1]) / "result.json"
     if not result.is_file():
         classify.main(["train", *argv, "--train.resume", "auto"])
     return read_json(result)["val_accuracy"]
 
 
-def compare(label: str, n_seeds: int, given: dict) -> dict[str, list[float]]:
+def compare(given: dict) -> dict[str, list[float]]:
     """Test accuracies of every method, one per seed, each at its own best learning rate."""
     found = {}
-    for kind, method in METHODS.items():
-        tried = {r: run(method, kind, label, r, TRIAL, "choose", given) for r in method.rates}
+    for kind, (_, rate_of, rates) in METHODS.items():
+        tried = {rate: run(kind, rate, TRIAL, "choose", given) for rate in rates}
         rate = max(tried, key=tried.get)
-        print(f"{label}, {kind}: {method.rate_of} {rate} of {tried}")
-        values = [run(method, kind, label, rate, seed, "test", given) for seed in range(n_seeds)]
-        mean, spread = np.mean(values), np.std(values, ddof=1)
-        print(f"{label}, {kind}: {mean:.1%} ± {spread:.1%} {values}", flush=True)
-        found[kind] = values
+        print(f"{kind}: {rate_of} {rate} of {tried}")
+        values = found[kind] = [run(kind, rate, seed, "test", given) for seed in range(5)]
+        print(f"{kind}: {np.mean(values):.1%} ± {np.std(values, ddof=1):.1%} {values}", flush=True)
     return found
 
 
-def draw(found: dict[str, dict[str, list[float]]], path: Path) -> None:
+def draw(found: dict[str, list[float]], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4 * len(found), 4), layout="constrained")
-    axes = figure.subplots(1, len(found), sharey=True, squeeze=False)
-    for axis, (label, kinds) in zip(axes[0], found.items()):
-        means = [np.mean(v) for v in kinds.values()]
-        spread = [np.std(v, ddof=1) for v in kinds.values()]
-        axis.bar(range(len(kinds)), means, yerr=spread, capsize=6,
-                 color=["tab:gray", "tab:blue", "tab:cyan"])  # fmt: skip
-        for x, values in enumerate(kinds.values()):
-            axis.plot([x] * len(values), values, "k.", ms=5)
-        axis.set_xticks(range(len(kinds)), kinds)
-        axis.set(title=f"100 images, labels: {label}", ylim=(0, 1))
-    axes[0][0].set_ylabel("accuracy on 880 test images ± standard deviation")
+    values = np.array(list(found.values()))  # [methods, seeds]
+    figure = Figure(figsize=(4, 4), layout="constrained")
+    axis = figure.subplots()
+    axis.bar(range(len(found)), values.mean(1), yerr=values.std(1, ddof=1), capsize=6,
+             color=["tab:gray", "tab:blue", "tab:cyan"])  # fmt: skip
+    axis.plot(values, "k.", ms=5)
+    axis.set_xticks(range(len(found)), found)
+    axis.set(title="100 images, labels: shape", ylim=(0, 1))
+    axis.set_ylabel("accuracy on 880 test images ± standard deviation")
     figure.savefig(path, dpi=120)
 
 
@@ -111,21 +88,17 @@ def main() -> None:
     parser.add_argument("trunk", help="a VLM or a classifier without CLS, as make demo trains")
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--labels", nargs="+", default=["shape"])
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     easy_vqa(args.source, args.out)
     split(args.out)
     cfg = open_vit(args.trunk).cfg
-    sizes = {f"--model.{name.replace('_', '-')}": getattr(cfg, name) for name in SHAPE.split()}
-    shape = " ".join(f"{flag} {value}" for flag, value in sizes.items())
-    given = {"trunk": args.trunk, "act": cfg.vit_hidden_act, "shape": shape,
-             "steps": args.steps, "out": args.out}  # fmt: skip
-    found = {label: compare(label, args.seeds, given) for label in args.labels}
-    (args.out / "transfer.json").write_text(json.dumps(found, indent=2) + "\n")
+    shape = " ".join(f"--model.{n.replace('_', '-')} {getattr(cfg, n)}" for n in SHAPE.split())
+    found = compare(
+        {"trunk": args.trunk, "act": cfg.vit_hidden_act, "shape": shape, "out": args.out}
+    )
+    (args.out / "transfer.json").write_text(json.dumps({"shape": found}, indent=2) + "\n")
     if args.plot:
         draw(found, args.plot)
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.speed import peers, timing
-from benchmarks.speed.peers import Case
+from benchmarks.speed.peers import SIDES, Case
 from benchmarks.speed.revision_worker import memory
 from benchmarks.speed.timing import Row, Times, format_seconds
 from cli import command
@@ -41,10 +41,6 @@ from models.vision_language_model import VisionLanguageModel
 LENGTHS = (64, 96, 112, 128, 128, 144, 160, 192)  # 8 conversations, 1,024 tokens
 CPU = torch.device("cpu")
 N_NEW_TOKENS = 33
-SIDES = ("picoVLM", "transformers")
-
-
-# --- Rows ---------------------------------------------------------------------------------------
 
 
 def make_row(
@@ -75,15 +71,14 @@ def training_call(case: Case, model: nn.Module, loss: Callable[[], Tensor]) -> C
 
 def train_row(case: Case, name: str, inputs: dict, hf_inputs: dict) -> Row:
     fresh = peers.open_case(case.run, case.folder, torch.float32)  # the last row changed weights
-    models = dict(zip(SIDES, (fresh.model.train(), fresh.hf_model.train())))
+    model, hf_model = fresh.model.train(), fresh.hf_model.train()
     n = int((inputs["targets"] != IGNORE_INDEX).sum())
-    losses = {
-        "picoVLM": lambda: fresh.model(**inputs, reduction="sum")[1] / n,
-        "transformers": lambda: fresh.hf_model(**hf_inputs, use_cache=False).loss,
-    }
+    loss = lambda: model(**inputs, reduction="sum")[1] / n  # noqa: E731
+    hf_loss = peers.loss_of(hf_model, hf_inputs)
     with torch.no_grad(), distributed.autocast(CPU, case.dtype):
-        peers.check_equal(f"loss, {name}", *(loss() for loss in losses.values()), case.dtype)
-    calls = {side: training_call(case, models[side], losses[side]) for side in SIDES}
+        peers.check_equal(f"loss, {name}", loss(), hf_loss(), case.dtype)
+    calls = {"picoVLM": training_call(case, model, loss),
+             "transformers": training_call(case, hf_model, hf_loss)}  # fmt: skip
     work, _ = timing.count_flops(calls["picoVLM"])
     return make_row(name, timing.alternate(calls, case.seconds, case.turns), work, case.peak)
 
@@ -95,9 +90,8 @@ def train_rows(case: Case) -> list[Row]:
         processor = processors.build(cfg)
         source = open_dataset(replace(case.run.data, world_captions_first=0), "train")
         samples = [processor.encode(source[i], 1024, 64) for i in range(48)]
-        packed = [
-            [samples[i] for i in row] for row in fill_rows([len(s) for s in samples], 2, 1024)
-        ]
+        rows = fill_rows(list(map(len, samples)), 2, 1024)
+        packed = [[samples[i] for i in row] for row in rows]
         flat = [s for row in packed for s in row]
         same, what = flat[:16], "16 conversations of the world"
     else:
@@ -246,15 +240,10 @@ def memory_rows(case: Case) -> list[Row]:
 def peak_memory_of_training(run: RunConfig, folder: Path, side: str) -> int:
     """Peak resident bytes of this process, which has done nothing else before."""
     samples = peers.random_conversations(run.model, [128] * 4)
-    inputs, hf_inputs = peers.pad_samples(samples, run.model)
-    if side == "picoVLM":
-        model = VisionLanguageModel.from_pretrained(folder)
-        loss = lambda: model(**inputs)[1]  # noqa: E731
-    else:
-        model = peers.load_hf_model(folder, torch.float32)
-        loss = lambda: model(**hf_inputs, use_cache=False).loss  # noqa: E731
+    inputs = dict(zip(SIDES, peers.pad_samples(samples, run.model)))[side]
+    model = peers.load_model(side, folder, torch.float32).train()
     case = Case(run, folder, model, model, distributed.choose_dtype(CPU, "auto"))
-    step = training_call(case, model.train(), loss)
+    step = training_call(case, model, peers.loss_of(model, inputs))
     step(), step()
     return memory("VmHWM")
 
@@ -271,8 +260,6 @@ def start_rows(case: Case) -> list[Row]:
     return [Row(name, f"{begins}, {ends}; {cpu} of CPU time")]
 
 
-# --- The table ----------------------------------------------------------------------------------
-
 MEASURES: dict[str, Callable[[Case], list[Row]]] = {
     "encode": encode_rows,
     "first": first_rows,
@@ -283,7 +270,6 @@ MEASURES: dict[str, Callable[[Case], list[Row]]] = {
     "memory": memory_rows,
     "start": start_rows,
 }
-PRECISION_FREE = ("memory", "start")  # measured in one precision only
 
 
 def measure(run: RunConfig, which: Sequence[str], seconds: float, turns: int = 3) -> list[Row]:
@@ -300,7 +286,7 @@ def measure(run: RunConfig, which: Sequence[str], seconds: float, turns: int = 3
                                    bandwidth=bandwidth)  # fmt: skip
             rows.append(Row(f"matrix product, {case.kind}", f"{case.peak / 1e9:,.0f} GFLOP/s"))
             for name in which:
-                if name in PRECISION_FREE and dtype != fast:
+                if name in ("memory", "start") and dtype != fast:  # once
                     continue
                 for row in MEASURES[name](case):
                     print(*row.cells, sep=" | ", flush=True)

@@ -5,20 +5,19 @@ python -m benchmarks.speed.gpu 222m --no-write      prints only
 python -m benchmarks.speed.gpu 222m --kernels 20    lists the kernels a training step spends time on
 
 Per preset: the best batch (doubled until memory runs out or speed stops growing), its share of the
-measured matrix FLOP/s, tokens/s, images/s, peak memory, the time for 1.7 million samples of an
-image and 128 tokens; decoding of 1 and 64 rows against memory bandwidth. picoVLM trains as train.py
-does, with compiled blocks where possible. transformers runs beside it after their losses were
-found equal. Without a GPU the CPU is used, for the tests.
+measured matrix FLOP/s, speed, memory, and the time for 1.7 million samples of an image and 128
+tokens; decoding of 1 and 64 rows against memory bandwidth. picoVLM trains as train.py does, with
+compiled blocks where possible. transformers runs beside it after their losses were found equal.
+Without a GPU the CPU is used, for the tests.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from operator import attrgetter
@@ -28,29 +27,9 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.speed.peers import (
-    check_equal,
-    hf_generate,
-    load_hf_model,
-    pad_samples,
-    prompt,
-    random_conversations,
-    train_step,
-    weight_bytes_per_token,
-    without_pretrained,
-)
-from benchmarks.speed.timing import (
-    PAGE,
-    alternate,
-    clock,
-    command_line,
-    count_flops,
-    describe_run,
-    measure_bandwidth,
-    measure_peak_flops,
-    synchronise,
-    write_block,
-)
+from benchmarks.speed import peers, timing
+from benchmarks.speed.peers import SIDES
+from benchmarks.speed.timing import alternate, clock, markdown
 from cli import command
 from config_tools import InputError
 from configs import PRESETS, RunConfig, VLMConfig
@@ -67,85 +46,78 @@ N_SAMPLES, N_TOKENS = 1_700_000, 128  # nanoVLM's first run: about 6 hours on on
 ROW_TOKENS, N_NEW_TOKENS = 2048, 65
 
 
-def row_lengths(cfg: VLMConfig) -> list[int]:
-    """Lengths of the conversations of one packed row."""
+@dataclass(frozen=True)
+class Case:
+    """A preset's checkpoint with random weights, and the device to measure it on."""
+
+    run: RunConfig
+    folder: Path
+    device: torch.device
+    dtype: torch.dtype
+    max_rows: int = 256
+    n_kernels: int = 0
+    compiled: bool = False
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        return SIDES[:1] if unsupported_reason(self.run.model) else SIDES
+
+    def load(self, side: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+        return peers.load_model(side, self.folder, dtype).to(self.device)
+
+
+def packed_row(cfg: VLMConfig) -> list:
+    """Conversations of the same length that fill a row."""
     length = 1 + cfg.tokens_per_tile + N_TOKENS
-    return [length] * max(1, ROW_TOKENS // length)
+    return peers.random_conversations(cfg, [length] * max(1, ROW_TOKENS // length))
 
 
-def packed_step(run: RunConfig, model: nn.Module, device: torch.device, n_rows: int):
-    """A whole training step on packed rows, its number of samples and of tokens."""
-    row = random_conversations(run.model, row_lengths(run.model))
-    batch = collate([row] * n_rows, run.model).to(device)
-    dtype = choose_dtype(device, "auto")
-    optimizer = build_optimizer(model.parts, run.train, dtype)
-    region = autocast(device, dtype)
-    step = partial(train_step, lambda: model(**batch.tensors())[1], optimizer, region)
-    return step, batch.n_samples, batch.n_tokens
+def training_step(case: Case, side: str, model: nn.Module, n_rows: int):
+    """A whole training step, its number of samples and of tokens.
+
+    picoVLM packs rows; transformers pads the same samples, whose lengths are equal: no padding.
+    """
+    row, train = packed_row(case.run.model), case.run.train
+    if side == "picoVLM":
+        inputs = collate([row] * n_rows, case.run.model).to(case.device).tensors()
+        optimizer = build_optimizer(model.parts, train, case.dtype)
+    else:
+        inputs = peers.pad_samples(row * n_rows, case.run.model)[1]
+        inputs = {k: v.to(case.device) for k, v in inputs.items()}
+        optimizer = torch.optim.AdamW(model.parameters(), train.lr_language, fused=True)
+    loss, region = peers.loss_of(model, inputs), autocast(case.device, case.dtype)
+    step = partial(peers.train_step, loss, optimizer, region)
+    return step, n_rows * len(row), n_rows * sum(map(len, row))
 
 
-def padded_step(run: RunConfig, model: nn.Module, device: torch.device, n_rows: int):
-    """The same samples for transformers; all have the same length, so there is no padding."""
-    samples = random_conversations(run.model, row_lengths(run.model)) * n_rows
-    batch = {k: v.to(device) for k, v in pad_samples(samples, run.model)[1].items()}
-    optimizer = torch.optim.AdamW(model.parameters(), run.train.lr_language, fused=True)
-    region = autocast(device, choose_dtype(device, "auto"))
-    step = partial(train_step, lambda: model(**batch, use_cache=False).loss, optimizer, region)
-    return step, len(samples), sum(map(len, samples))
-
-
-def best_batch(
-    make: Callable,
-    run: RunConfig,
-    model: nn.Module,
-    device: torch.device,
-    min_rows: int,
-    max_rows: int,
-) -> dict[str, float]:
+def best_batch(case: Case, side: str, model: nn.Module) -> dict[str, float]:
     """Double the rows until memory runs out or samples/s grow by under 3 %; {} if none fits."""
     best: dict = {}
-    for n_rows in (min_rows << i for i in range(int(math.log2(max_rows / min_rows)) + 1)):
-        if device.type == "cuda":
+    for n_rows in (1 << i for i in range(case.max_rows.bit_length())):
+        if case.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         try:
-            step, n_samples, n_tokens = make(run, model, device, n_rows)
+            step, n_samples, n_tokens = training_step(case, side, model, n_rows)
             seconds = alternate({"": step}, 2)[""].median
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             break
         found = {"rows": n_rows, "samples/s": n_samples / seconds, "tokens/s": n_tokens / seconds,
-                 "seconds": seconds, "bytes": peak_bytes(device)}  # fmt: skip
+                 "seconds": seconds, "bytes": torch.cuda.max_memory_allocated()}  # fmt: skip
         if best and found["samples/s"] < 1.03 * best["samples/s"]:
             break
         best = found
     return best
 
 
-def peak_bytes(device: torch.device) -> int:
-    """Peak bytes of tensors on the GPU since the last reset; 0 on a CPU."""
-    return torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-
-
-@contextmanager
-def without_cuda_graph(model: nn.Module) -> Iterator[None]:
-    """Decode without a CUDA graph: generation falls back to plain calls if a module has hooks."""
-    handle = model.decoder.norm.register_forward_hook(lambda *_: None)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 @torch.inference_mode()
-def decode(
-    model: VisionLanguageModel, device: torch.device, n_rows: int, compiling: bool
-) -> dict[str, float]:
+def decode(case: Case, models: dict[str, nn.Module], n_rows: int) -> dict[str, float]:
     """Seconds of a greedy decoding step after an image and a few words, per implementation.
 
-    Raises `InputError` if their logits differ.
+    Raises `InputError` if the logits of picoVLM's implementations differ.
     """
-    ids, images = (x.to(device) for x in prompt(model.cfg, n_rows))
-    images = images.to(model.MP.proj.weight.dtype)
+    ids, images = (x.to(case.device) for x in peers.prompt(case.run.model, n_rows))
+    model, images = models["picoVLM"], images.to(case.dtype)
 
     def decode_logits() -> Tensor:
         """Logits of the first decoding step."""
@@ -158,6 +130,10 @@ def decode(
         n = sum(1 for step in decoding if step.tokens.tolist())  # waits for each
         return (clock() - start) / n
 
+    def hf_seconds_per_step() -> float:
+        _, ticks = peers.hf_generate(models["transformers"], ids, images, N_NEW_TOKENS)
+        return (ticks[-1] - ticks[1]) / (len(ticks) - 2)
+
     def measured(kind: str) -> float:
         error = float((decode_logits() - expected).norm() / expected.norm())
         if not error < 0.02:  # bf16 rounds to 1 in 256
@@ -166,168 +142,121 @@ def decode(
             )
         return alternate({"": seconds_per_step}, 2)[""].median
 
-    with without_cuda_graph(model):
-        expected = decode_logits()
-        found = {"plain": measured("plain")}
+    # Generation falls back from CUDA graphs to plain calls if a module has hooks.
+    hook = model.decoder.norm.register_forward_hook(lambda *_: None)
+    expected = decode_logits()
+    found = {"plain": measured("plain")}
+    hook.remove()
     found["CUDA graph"] = measured("CUDA graph")
-    if compiling:
+    if case.compiled:
         compile_decoding(model)
         found["compiled"] = measured("compiled")
         model.compiled_decode = None
+    if "transformers" in models:
+        found["transformers"] = alternate({"": hf_seconds_per_step}, 2)[""].median
     return found
 
 
-@torch.inference_mode()
-def hf_decode_seconds(model: nn.Module, cfg: VLMConfig, device: torch.device, n_rows: int) -> float:
-    """Seconds of a greedy decoding step of transformers after the same prompt."""
-    ids, images = (x.to(device) for x in prompt(cfg, n_rows))
-    images = images.to(model.dtype)
-
-    def seconds_per_step() -> float:
-        _, ticks = hf_generate(model, ids, images, N_NEW_TOKENS)
-        return (ticks[-1] - ticks[1]) / (len(ticks) - 2)
-
-    return alternate({"": seconds_per_step}, 2)[""].median
-
-
-def kernels(step: Callable[[], object], device: torch.device, n: int) -> list[str]:
+def kernels(step: Callable[[], object], device: torch.device, n: int) -> str:
     """A table of the `n` slowest kernels of a step, and the share of its time in any kernel."""
     kind = {"cuda": ProfilerActivity.CUDA, "cpu": ProfilerActivity.CPU}[device.type]
     step()
-    synchronise()
+    timing.synchronise()
     with profile(activities=[kind]) as profiled:
         start = time.perf_counter()
         step()
-        synchronise()
+        timing.synchronise()
         seconds = time.perf_counter() - start
     time_of = attrgetter(f"self_{'device' if device.type == 'cuda' else 'cpu'}_time_total")
     found = sorted(profiled.key_averages(), key=time_of, reverse=True)
     busy = sum(map(time_of, found)) / 1e6 / seconds
-    return [
-        "",
-        f"| kernels (the device is busy {busy:.0%} of a step) | calls | ms |",
-        "|---|---|---|",
-        *(f"| {e.key[:80].replace('|', '/')} | {e.count} | {time_of(e) / 1e3:.2f} |"
-          for e in found[:n]),
-    ]  # fmt: skip
+    rows = [(e.key[:80].replace("|", "/"), e.count, f"{time_of(e) / 1e3:.2f}") for e in found[:n]]
+    return markdown([f"kernels (the device is busy {busy:.0%} of a step)", "calls", "ms"], rows)
 
 
-def train_row(
-    side: str, make: Callable, run: RunConfig, model: nn.Module, device: torch.device, args,
-    at_peak: float,
-) -> tuple[str, list[str]]:  # fmt: skip
-    """One side at its best batch, and for picoVLM the table of kernels if asked.
-
-    `at_peak`: rows/s at the measured matrix FLOP/s.
-    """
-    if side == "picoVLM" and should_compile(device, "auto"):
-        compile_blocks(model)
-    best = best_batch(make, run, model, device, args.min_rows, args.max_rows)
-    if not best:
-        return f"| {side} | {args.min_rows} rows do not fit | | | | | |", []
-    share = best["rows"] / best["seconds"] / at_peak
-    hours = N_SAMPLES / best["samples/s"] / 3600
-    row = (
-        f"| {side} | {best['rows']} | {share:.1%} | {best['tokens/s']:,.0f} | "
-        f"{best['samples/s']:,.1f} | {best['bytes'] / 2**30:.1f} GiB | {hours:,.2f} h |"
-    )
-    if side != "picoVLM" or not args.kernels:
-        return row, []
-    return row, kernels(make(run, model, device, best["rows"])[0], device, args.kernels)
-
-
-def check_equal_loss(
-    run: RunConfig, model: VisionLanguageModel, hf_model: nn.Module, device: torch.device
-) -> None:
+def check_equal_loss(case: Case) -> None:
     """Raise `InputError` if the losses of a row differ."""
-    samples = random_conversations(run.model, row_lengths(run.model))
-    inputs, hf_inputs = ({k: v if v is None else v.to(device) for k, v in side.items()}
-                    for side in pad_samples(samples, run.model))  # fmt: skip
-    dtype = choose_dtype(device, "auto")
-    with torch.no_grad(), autocast(device, dtype):
-        loss, expected = model(**inputs)[1], hf_model(**hf_inputs, use_cache=False).loss
-        check_equal("loss", loss, expected, dtype)
+    inputs, hf_inputs = ({k: v if v is None else v.to(case.device) for k, v in side.items()}
+        for side in peers.pad_samples(packed_row(case.run.model), case.run.model))  # fmt: skip
+    with torch.no_grad(), autocast(case.device, case.dtype):
+        loss = case.load("picoVLM").train()(**inputs)[1]
+        expected = case.load("transformers").train()(**hf_inputs, use_cache=False).loss
+    peers.check_equal("loss", loss, expected, case.dtype)
 
 
-def training_rows(run: RunConfig, folder: str, device: torch.device, args, peak) -> list[str]:
-    """One side after the other, so that each has the device for itself."""
-    sides = {"picoVLM": packed_step, "transformers": padded_step}
+def training_tables(case: Case, peak: float) -> list[str]:
+    """Each side at its best batch, one after the other, so that each has the device for itself.
 
-    def load(side: str) -> nn.Module:
-        if side == "picoVLM":
-            return VisionLanguageModel.from_pretrained(folder).to(device).train()
-        return load_hf_model(Path(folder), torch.float32).to(device).train()
-
-    if unsupported_reason(run.model):
-        del sides["transformers"]
-    else:
-        check_equal_loss(run, load("picoVLM"), load("transformers"), device)
+    If asked, a second table lists the kernels of picoVLM.
+    """
+    if "transformers" in case.sides:
+        check_equal_loss(case)
     # FLOPs of picoVLM for both: transformers also runs the head on unsupervised tokens.
-    at_peak = peak / count_flops(packed_step(run, load("picoVLM"), device, 1)[0])[0]
-    rows = [
-        train_row(side, make, run, load(side), device, args, at_peak)
-        for side, make in sides.items()
-    ]
-    return [row for row, _ in rows] + [line for _, table in rows for line in table]
+    step, *_ = training_step(case, "picoVLM", case.load("picoVLM").train(), 1)
+    at_peak = peak / timing.count_flops(step)[0]  # rows/s at the measured matrix FLOP/s
+    rows, tables = [], []
+    for side in case.sides:
+        model = case.load(side).train()
+        if side == "picoVLM" and should_compile(case.device, "auto"):
+            compile_blocks(model)
+        best = best_batch(case, side, model)
+        if not best:
+            rows.append([side, "1 row does not fit", *[""] * 5])
+            continue
+        rows.append([side, best["rows"], f"{best['rows'] / best['seconds'] / at_peak:.1%}",
+                     f"{best['tokens/s']:,.0f}", f"{best['samples/s']:,.1f}",
+                     f"{best['bytes'] / 2**30:.1f} GiB",
+                     f"{N_SAMPLES / best['samples/s'] / 3600:,.2f} h"])  # fmt: skip
+        if side == "picoVLM" and case.n_kernels:
+            step, *_ = training_step(case, side, model, best["rows"])
+            tables.append(kernels(step, case.device, case.n_kernels))
+    head = ["training", f"rows of {ROW_TOKENS:,}", "share of matrix FLOP/s", "tokens/s", "images/s",
+            "memory", f"{N_SAMPLES:,} samples"]  # fmt: skip
+    return [markdown(head, rows), *tables]
 
 
-def decoding_rows(run: RunConfig, folder: str, device: torch.device, args, bandwidth) -> list[str]:
-    dtype, rows = choose_dtype(device, "auto"), []
-    model = VisionLanguageModel.from_pretrained(folder).to(device, dtype)
-    n_bytes = weight_bytes_per_token(model.decoder)
-    hf_model = (
-        None if unsupported_reason(run.model) else load_hf_model(Path(folder), dtype).to(device)
-    )
-    for n_rows in (1, min(64, args.max_rows)):
-        found = decode(model, device, n_rows, args.compiled)
-        if hf_model is not None:
-            found["transformers"] = hf_decode_seconds(hf_model, run.model, device, n_rows)
-        speeds = [f"{n_rows / found[kind]:,.0f} tok/s" if kind in found else "-"
-                  for kind in ("CUDA graph", "compiled", "plain", "transformers")]  # fmt: skip
-        best = min(seconds for kind, seconds in found.items() if kind != "transformers")
+def decoding_table(case: Case, bandwidth: float) -> str:
+    models, rows = {side: case.load(side, case.dtype) for side in case.sides}, []
+    n_bytes = peers.weight_bytes_per_token(models["picoVLM"].decoder)
+    kinds = ("CUDA graph", "compiled", "plain", "transformers")
+    for n_rows in (1, min(64, case.max_rows)):
+        found = decode(case, models, n_rows)
+        best = min(found[kind] for kind in kinds[:3] if kind in found)
         share = f"{n_bytes / best / bandwidth:.0%}"
-        rows.append(f"| {' | '.join([str(n_rows), *speeds, share])} |")
-    return rows
+        speeds = [f"{n_rows / found[k]:,.0f} tok/s" if k in found else "-" for k in kinds]
+        rows.append([n_rows, *speeds, share])
+    return markdown(["decoding, rows", *kinds, "share of bandwidth"], rows)
 
 
-def measure(name: str, run: RunConfig, device: torch.device, args: argparse.Namespace) -> str:
+def measure(name: str, run: RunConfig, device: torch.device, **options) -> str:
     """The training and the decoding table of one preset."""
     torch.manual_seed(0)
-    peak = measure_peak_flops(device, choose_dtype(device, "auto"))
-    bandwidth = measure_bandwidth(device)
+    dtype = choose_dtype(device, "auto")
+    peak, bandwidth = timing.measure_peak_flops(device, dtype), timing.measure_bandwidth(device)
+    head = f"{name}: matrices {peak / 1e12:.2f} TFLOP/s, memory {bandwidth / 1e9:,.0f} GB/s"
     with tempfile.TemporaryDirectory() as folder:
         VisionLanguageModel(run.model).save_pretrained(folder)
-        return "\n".join([
-            f"{name}: matrices {peak / 1e12:.2f} TFLOP/s, memory {bandwidth / 1e9:,.0f} GB/s",
-            "",
-            f"| training | rows of {ROW_TOKENS:,} | share of matrix FLOP/s | tokens/s | images/s | "
-            f"memory | {N_SAMPLES:,} samples |",
-            "|---|---|---|---|---|---|---|",
-            *training_rows(run, folder, device, args, peak),
-            "",
-            "| decoding, rows | CUDA graph | compiled | plain | transformers | "
-            "share of bandwidth |",
-            "|---|---|---|---|---|---|",
-            *decoding_rows(run, folder, device, args, bandwidth),
-        ])  # fmt: skip
+        case = Case(run, Path(folder), device, dtype, **options)
+        return "\n\n".join([head, *training_tables(case, peak), decoding_table(case, bandwidth)])
 
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.gpu")
     parser.add_argument("presets", nargs="+", choices=list(PRESETS))
-    parser.add_argument("--min-rows", type=int, default=1, help="minimum rows of a batch")
     parser.add_argument("--max-rows", type=int, default=256, help="maximum rows of a batch")
     parser.add_argument("--kernels", type=int, default=0, help="list this many kernels of training")
     parser.add_argument("--compiled", action="store_true", help="also compile decoding: minutes")
     parser.add_argument("--no-write", action="store_true", help="print only")
     args = parser.parse_args(argv)
-    device, line = setup().device, describe_run(command_line("benchmarks.speed.gpu", list(argv)))
+    device, line = setup().device, timing.describe_run("benchmarks.speed.gpu", argv)
     print(line, flush=True)
     for name in args.presets:
-        found = measure(name, without_pretrained(PRESETS[name]), device, args)
+        run = peers.without_pretrained(PRESETS[name])
+        found = measure(name, run, device, max_rows=args.max_rows, n_kernels=args.kernels,
+                        compiled=args.compiled)  # fmt: skip
         print(f"\n{found}", flush=True)
         if not args.no_write:
-            write_block(PAGE, f"gpu {name}", f"{line}\n\n{found}")
+            timing.write_block(f"gpu {name}", f"{line}\n\n{found}")
 
 
 if __name__ == "__main__":

@@ -13,27 +13,20 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from statistics import linear_regression
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.speed import timing
 from benchmarks.speed.peers import random_conversations
-from benchmarks.speed.timing import (
-    PAGE,
-    alternate,
-    command_line,
-    count_flops,
-    describe_run,
-    format_seconds,
-    write_block,
-)
+from benchmarks.speed.timing import format_seconds
 from cli import command
 from configs import VLMConfig
 from data.batches.packing import collate
 from data.types import Batch, Tokens
 from engine.training.distributed import set_malloc_thresholds
-from models.ops.init import on_meta_device
 from models.vision_language_model import VisionLanguageModel
 
 BASE = VLMConfig(lm_max_position_embeddings=8192)
@@ -60,44 +53,38 @@ def make_conversation(cfg: VLMConfig, length: int, n_images: int = 1) -> Tokens:
     return Tokens(ids, supervised, np.repeat(one.tiles, n_images, axis=0))
 
 
-def by_length(x: int) -> tuple[VLMConfig, Batch, float]:
-    return BASE, collate([[make_conversation(BASE, x)]], BASE), x
-
-
-def by_images(x: int) -> tuple[VLMConfig, Batch, float]:
-    return BASE, collate([[make_conversation(BASE, 512, x)]], BASE), x
-
-
-def by_packed(x: int) -> tuple[VLMConfig, Batch, float]:
-    return BASE, collate([[make_conversation(BASE, PACKED_LENGTH)] * x], BASE), x
-
-
-def by_batch(x: int) -> tuple[VLMConfig, Batch, float]:
-    return BASE, collate([[make_conversation(BASE, 256)]] * x, BASE), x
-
-
-def by_size(x: int) -> tuple[VLMConfig, Batch, float]:
-    """x is the decoder's width; its position on the axis is the number of parameters."""
-    cfg = replace(BASE, lm_hidden_dim=x, lm_inter_dim=2 * x, lm_n_heads=x // 32,
-                  lm_n_kv_heads=x // 32)  # fmt: skip
-    with on_meta_device():
-        decoder = VisionLanguageModel(cfg).decoder
-    n_params = sum(p.numel() for p in decoder.blocks.parameters())
-    return cfg, collate([[make_conversation(cfg, 256)]], cfg), n_params
+def widen(x: int) -> VLMConfig:
+    return replace(BASE, lm_hidden_dim=x, lm_inter_dim=2 * x, lm_n_heads=x // 32,
+                   lm_n_kv_heads=x // 32)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Axis:
-    make: Callable[[int], tuple[VLMConfig, Batch, float]]
-    values: Sequence[int]
+    """What grows: `rows(cfg, x)` of the batch, or the decoder's width x, measured in parameters."""
+
+    first: int
+    n_points: int  # each twice the one before
+    rows: Callable[[VLMConfig, int], list[list[Tokens]]]
+    by_width: bool = False
+
+    def build(self, x: int) -> tuple[VisionLanguageModel, Batch]:
+        torch.manual_seed(0)
+        cfg = widen(x) if self.by_width else BASE
+        return VisionLanguageModel(cfg).train(), collate(self.rows(cfg, x), cfg)
+
+
+def packed(cfg: VLMConfig, x: int) -> list[list[Tokens]]:
+    return [[make_conversation(cfg, PACKED_LENGTH)] * x]
 
 
 AXES = {
-    "tokens of one conversation": Axis(by_length, [128 << i for i in range(7)]),
-    "images of a row of 512": Axis(by_images, [1 << i for i in range(5)]),
-    f"packed conversations of {PACKED_LENGTH}": Axis(by_packed, [2 << i for i in range(7)]),
-    "rows of 256 tokens": Axis(by_batch, [1 << i for i in range(6)]),
-    "parameters of the decoder's blocks": Axis(by_size, [64 << i for i in range(5)]),
+    "tokens of one conversation": Axis(128, 7, lambda cfg, x: [[make_conversation(cfg, x)]]),
+    "images of a row of 512": Axis(1, 5, lambda cfg, x: [[make_conversation(cfg, 512, x)]]),
+    f"packed conversations of {PACKED_LENGTH}": Axis(2, 7, packed),
+    "rows of 256 tokens": Axis(1, 6, lambda cfg, x: [[make_conversation(cfg, 256)]] * x),
+    "parameters of the decoder's blocks": Axis(
+        64, 5, lambda cfg, x: [[make_conversation(cfg, 256)]], by_width=True
+    ),
 }
 
 
@@ -128,13 +115,13 @@ def saved_for_backward(model: VisionLanguageModel, batch: Batch) -> int:
 def measure(axis: Axis, max_seconds: float) -> list[Point]:
     """Points along an axis, until a step takes longer than `max_seconds`."""
     points = []
-    for value in axis.values:
-        cfg, batch, x = axis.make(value)
-        torch.manual_seed(0)
-        model = VisionLanguageModel(cfg).train()
+    for value in (axis.first << i for i in range(axis.n_points)):
+        model, batch = axis.build(value)
+        n_params = sum(p.numel() for p in model.decoder.blocks.parameters())
         step = step_of(model, batch)
-        _, attention = count_flops(step)
-        seconds = alternate({"": step}, 0)[""].median
+        _, attention = timing.count_flops(step)
+        seconds = timing.alternate({"": step}, 0)[""].median
+        x = n_params if axis.by_width else value
         points.append(Point(x, seconds, saved_for_backward(model, batch), attention))
         if seconds > max_seconds:
             break
@@ -144,25 +131,29 @@ def measure(axis: Axis, max_seconds: float) -> list[Point]:
 def exponent(points: Sequence[Point], of: str) -> float:
     """Slope of the last three points in log-log scale, by least squares."""
     last = points[-3:]
-    x = [math.log(p.x) for p in last]
     y = [math.log(max(getattr(p, of), 1e-12)) for p in last]
-    mx, my = sum(x) / len(x), sum(y) / len(y)
-    return sum((a - mx) * (b - my) for a, b in zip(x, y)) / sum((a - mx) ** 2 for a in x)
+    return linear_regression([math.log(p.x) for p in last], y).slope
+
+
+SHOWN: dict[str, Callable[[float], str]] = {
+    "seconds": format_seconds,
+    "saved": lambda n_bytes: f"{n_bytes / 2**20:,.1f} MiB",
+    "attention": lambda flops: f"{flops / 1e9:,.2f} GFLOP",
+}
 
 
 def table(found: dict[str, list[Point]]) -> str:
-    lines = ["| axis | from - to | step | exponent | saved for backward | exponent | attention | "
-             "exponent |", "|---" * 8 + "|"]  # fmt: skip
+    head = ["axis", "from - to", "step", "exponent", "saved for backward", "exponent", "attention",
+            "exponent"]  # fmt: skip
+    rows = []
     for name, points in found.items():
         a, b = points[0], points[-1]
-        lines.append(
-            f"| {name} | {a.x:,.0f} - {b.x:,.0f} | {format_seconds(a.seconds)} - "
-            f"{format_seconds(b.seconds)} | {exponent(points, 'seconds'):.2f} | "
-            f"{a.saved / 2**20:,.1f} - {b.saved / 2**20:,.1f} MiB | "
-            f"{exponent(points, 'saved'):.2f} | {a.attention / 1e9:,.2f} - "
-            f"{b.attention / 1e9:,.2f} GFLOP | {exponent(points, 'attention'):.2f} |"
-        )
-    return "\n".join(lines)
+        row = [name, f"{a.x:,.0f} - {b.x:,.0f}"]
+        for of, show in SHOWN.items():
+            ends = f"{show(getattr(a, of))} - {show(getattr(b, of))}"
+            row += [ends, f"{exponent(points, of):.2f}"]
+        rows.append(row)
+    return timing.markdown(head, rows)
 
 
 def main(argv: list[str]) -> None:
@@ -170,15 +161,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--max-seconds", type=float, default=3, help="of the longest step")
     args = parser.parse_args(argv)
     set_malloc_thresholds()
-    line = describe_run(command_line("benchmarks.speed.growth", argv))
-    found = {}
+    line, found = timing.describe_run("benchmarks.speed.growth", argv), {}
     for name, axis in AXES.items():
         found[name] = measure(axis, args.max_seconds)
-        print(
-            f"{name}: {', '.join(f'{p.x:,.0f} {format_seconds(p.seconds)}' for p in found[name])}"
-        )
+        print(f"{name}:", ", ".join(f"{p.x:,.0f} {format_seconds(p.seconds)}" for p in found[name]))
     print(text := f"{line}\n\n{table(found)}")
-    write_block(PAGE, "growth", text)
+    timing.write_block("growth", text)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.speed.timing import clock
+from benchmarks.speed.peers import without_pretrained
+from benchmarks.speed.timing import clock, markdown
 from cli import command, parse_run
 from configs import RunConfig
 from data import processor as processors
@@ -33,47 +34,47 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 SIDES = (256, 512, 1024, 2048)
 
 
-def packing(cfg: RunConfig, processor: Processor) -> tuple[str, float]:
-    """A table of how full rows and how even their tiles are, and seconds per batch."""
-    source, lines = open_dataset(cfg.data, "train"), []
-    lines.append("| packing | rows full | tiles per row, from, to | s per batch | packing itself |")
-    lines.append("|---|---|---|---|---|")
-    seconds = 0.0
-    for name, packed in (("no", False), ("yes", True)):
-        data = replace(cfg.data, packing=packed, workers=0)
-        spent, original = [0.0], loaders.fill_rows
+def packing(cfg: RunConfig, processor: Processor) -> tuple[str, float, float]:
+    """A table of how full rows and how even their tiles are, seconds per batch and of packing it.
 
-        def timed(*args, spent=spent, original=original):
-            start = clock()
-            rows = original(*args)
-            spent[0] += clock() - start
-            return rows
+    Both times are of packed rows.
+    """
+    source, rows = open_dataset(cfg.data, "train"), []
+    original, spent = loaders.fill_rows, 0.0
 
-        loaders.fill_rows = timed
+    def timed(*args):
+        nonlocal spent
+        start = clock()
+        found = original(*args)
+        spent += clock() - start
+        return found
+
+    loaders.fill_rows = timed
+    for name in ("no", "yes"):
+        data = replace(cfg.data, packing=name == "yes", workers=0)
         batches = iter(open_loader(source, processor, data))
         next(batches)
-        start, spent[0] = clock(), 0.0
+        start, spent = clock(), 0.0
         found = list(islice(batches, BATCHES))
-        seconds = (clock() - start) / BATCHES
-        loaders.fill_rows = original
-        n_slots = sum(b.input_ids.shape[0] * data.max_length for b in found)
-        full = sum(b.n_tokens for b in found) / n_slots
-        per_tile, image = processor.cfg.tokens_per_tile, processor.cfg.vlm_image_token_id
-        tiles = torch.cat([(b.input_ids == image).sum(1) // per_tile for b in found])
-        lines.append(
-            f"| {name} | {full:.1%} | {int(tiles.min())} to {int(tiles.max())} | {seconds:.4f} | "
-            f"{spent[0] / BATCHES * 1000:.2f} ms |"
+        seconds, packing_seconds = (clock() - start) / BATCHES, spent / BATCHES
+        full = sum(b.n_tokens for b in found) / (
+            data.max_length * sum(len(b.input_ids) for b in found)
         )
-    return "\n".join(lines), seconds
+        is_image = [b.input_ids == processor.cfg.vlm_image_token_id for b in found]
+        tiles = torch.cat([x.sum(1) // processor.cfg.tokens_per_tile for x in is_image])
+        rows.append([name, f"{full:.1%}", f"{int(tiles.min())} to {int(tiles.max())}",
+                     f"{seconds:.4f}", f"{packing_seconds * 1000:.2f} ms"])  # fmt: skip
+    loaders.fill_rows = original
+    head = ["packing", "rows full", "tiles per row, from, to", "s per batch", "packing itself"]
+    return markdown(head, rows), seconds, packing_seconds
 
 
 def image_rates(processor: Processor) -> str:
     """Images/s on one core, from the bytes of a file to tiles and tokens."""
-    rng = np.random.default_rng(0)
-    lines = ["| format | " + " | ".join(f"{s} x {s}" for s in SIDES) + " |", "|---" * 5 + "|"]
+    rng, rows = np.random.default_rng(0), []
     turns = (Turn("user", "<image>What is this?"), Turn("assistant", "a picture"))
     for name in FORMATS:
-        cells = []
+        rows.append([name])
         for side in SIDES:
             # Smooth noise compresses about as well as a photo.
             small = Image.fromarray(rng.integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8))
@@ -84,44 +85,41 @@ def image_rates(processor: Processor) -> str:
             while n < 2 or clock() - start < 0.4:
                 processor.encode_whole(sample, 1 << 20)
                 n += 1
-            cells.append(f"{n / (clock() - start):.0f}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows[-1].append(f"{n / (clock() - start):.0f}")
+    return markdown(["format", *(f"{side} x {side}" for side in SIDES)], rows)
 
 
-def compare_with_model(cfg: RunConfig, processor: Processor, seconds: float) -> str:
+def compare_with_model(
+    cfg: RunConfig, processor: Processor, seconds: float, packing_seconds: float
+) -> str:
     """Seconds of forward and backward for a batch, beside the loader's."""
-    dist = setup()
-    model = VisionLanguageModel(cfg.model).to(dist.device)
-    region = autocast(dist.device, choose_dtype(dist.device, cfg.train.precision))
-    batch = next(iter(open_loader(open_dataset(cfg.data, "train"), processor, cfg.data)))
-    batch, times = batch.to(dist.device), []
+    device = setup().device
+    model = VisionLanguageModel(cfg.model).to(device)
+    region = autocast(device, choose_dtype(device, cfg.train.precision))
+    data = replace(cfg.data, workers=0)
+    batch = next(iter(open_loader(open_dataset(data, "train"), processor, data))).to(device)
+    times = []
     for _ in range(2):
         start = clock()
         with region:
             _, loss = model(**batch.tensors())
         loss.backward()
         times.append(clock() - start)
-    step = min(times)
+    step, n_tiles = min(times), len(batch.images)
     return (
-        f"{cfg.data.batch_size} rows of {batch.input_ids.shape[1]} tokens, {len(batch.images)} "
-        f"tiles: the model takes {step:.2f} s, {len(batch.images) / step:.1f} tiles/s; the loader "
-        f"on one core {seconds:.3f} s, {len(batch.images) / seconds:.1f} tiles/s: "
-        f"{step / seconds:.0f} times as fast; packing is {{packing}} of the step"
+        f"{data.batch_size} rows of {batch.input_ids.shape[1]} tokens, {n_tiles} "
+        f"tiles: the model takes {step:.2f} s, {n_tiles / step:.1f} tiles/s; the loader "
+        f"on one core {seconds:.3f} s, {n_tiles / seconds:.1f} tiles/s: "
+        f"{step / seconds:.0f} times as fast; packing is {packing_seconds / step:.2%} of the step"
     )
 
 
 def main(argv: list[str]) -> None:
-    cfg = parse_run(argv)
-    cfg = replace(cfg, model=replace(cfg.model, vit_model_type="", lm_model_type=""))
+    cfg = without_pretrained(parse_run(argv))
     processor = processors.build(cfg.model)
-    table, seconds = packing(cfg, processor)
-    print(table, end="\n\n", flush=True)
-    print(image_rates(processor), end="\n\n", flush=True)
-    report = compare_with_model(replace(cfg, data=replace(cfg.data, workers=0)), processor, seconds)
-    milliseconds = float(table.rsplit("| ", 1)[1].split()[0])
-    step = float(report.partition("takes ")[2].split()[0])
-    print(report.replace("{packing}", f"{milliseconds / 1000 / step:.2%}"))
+    table, *seconds = packing(cfg, processor)
+    print(table, image_rates(processor), sep="\n\n", end="\n\n", flush=True)
+    print(compare_with_model(cfg, processor, *seconds))
 
 
 if __name__ == "__main__":

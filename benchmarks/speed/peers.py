@@ -21,6 +21,7 @@ from data.batches.packing import collate
 from data.types import IGNORE_INDEX, Batch, Tokens
 from models.vision_language_model import VisionLanguageModel
 
+SIDES = ("picoVLM", "transformers")
 N_WORDS = 32  # of a prompt
 # After a preset's name: random weights and the built-in world's tokenizer, so no downloads.
 OFFLINE_FLAGS = ("--model.vit-model-type=", "--model.lm-model-type=", "--model.lm-tokenizer=world",
@@ -67,9 +68,15 @@ def load_hf_model(folder: Path, dtype: torch.dtype) -> nn.Module:
     return model
 
 
+def load_model(side: str, folder: Path, dtype: torch.dtype) -> nn.Module:
+    if side == "transformers":
+        return load_hf_model(folder, dtype)
+    return VisionLanguageModel.from_pretrained(folder).to(dtype)
+
+
 def open_case(run: RunConfig, folder: Path, dtype: torch.dtype, **options: float) -> Case:
-    model = VisionLanguageModel.from_pretrained(folder).to(dtype)
-    return Case(run, folder, model, load_hf_model(folder, dtype), dtype, **options)
+    models = (load_model(side, folder, dtype) for side in SIDES)
+    return Case(run, folder, *models, dtype, **options)
 
 
 def random_conversations(cfg: VLMConfig, lengths: Sequence[int]) -> list[Tokens]:
@@ -123,12 +130,17 @@ def train_step(
     optimizer.zero_grad()
 
 
+def loss_of(model: nn.Module, inputs: dict) -> Callable[[], Tensor]:
+    if isinstance(model, VisionLanguageModel):
+        return lambda: model(**inputs)[1]
+    return lambda: model(**inputs, use_cache=False).loss
+
+
 def hf_train_step(
     model: nn.Module, optimizer: Any, batch: Batch, region: torch.autocast, pad: int
 ) -> None:
     """A training step of transformers' model as its users usually write it."""
-    inputs = hf_inputs(batch, pad)
-    train_step(lambda: model(**inputs, use_cache=False).loss, optimizer, region, max_norm=1.0)
+    train_step(loss_of(model, hf_inputs(batch, pad)), optimizer, region, max_norm=1.0)
 
 
 def check_equal(what: str, a: Tensor, b: Tensor, dtype: torch.dtype) -> None:

@@ -51,23 +51,17 @@ def memory(field: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-# --- Model and inputs ---------------------------------------------------------------------------
-
-
-def build(preset: str, changes: dict, dtype: torch.dtype):
-    """A preset's model with random weights; `changes` replace fields of its config."""
+def build(preset: str, changes: str, dtype: torch.dtype):
+    """A preset's model with random weights; `changes`: fields of its config as JSON."""
     from configs import PRESETS
     from models.vision_language_model import VisionLanguageModel
 
     torch.manual_seed(0)
-    fields = {"vit_model_type": "", "lm_model_type": ""} | changes
+    fields = {"vit_model_type": "", "lm_model_type": ""} | json.loads(changes)
     return VisionLanguageModel(replace(PRESETS[preset].model, **fields)).to(dtype)
 
 
-@lru_cache(maxsize=1)
-def build_for_inference(preset: str, changes: str, dtype: torch.dtype):
-    """The same in evaluation mode, kept for the next row; `changes` as JSON."""
-    return build(preset, json.loads(changes), dtype).eval()
+build_for_inference = lru_cache(maxsize=1)(build)  # kept for the next row
 
 
 def conversations(cfg, lengths: list[int]) -> tuple[list[Tensor], Tensor]:
@@ -135,7 +129,7 @@ def training(request: dict, packed: bool) -> Repetition:
 def answering(request: dict, n_rows: int, n_words: int, n_steps: int) -> Repetition:
     """Seconds of a decoding step after a prompt, and the tokens; 0 steps: of the first token."""
     dtype = torch.bfloat16 if request["precision"] == "bf16" else torch.float32
-    model = build_for_inference(request["preset"], json.dumps(request["changes"]), dtype)
+    model = build_for_inference(request["preset"], request["changes"], dtype).eval()
     rows, images = conversations(model.cfg, [1 + model.cfg.tokens_per_tile + n_words] * n_rows)
     ids, eos, starts = torch.stack(rows), model.cfg.vlm_eos_token_id, []
     sampling = sampling_class()(max_new_tokens=1 + n_steps)
@@ -171,9 +165,6 @@ ROWS: dict[str, Callable[[dict], Repetition]] = {
     "train": partial(training, packed=False),
     "packed": partial(training, packed=True),
 }
-
-
-# --- Process ------------------------------------------------------------------------------------
 
 
 def sampling_class() -> type:

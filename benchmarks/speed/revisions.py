@@ -19,7 +19,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import product
@@ -43,10 +43,9 @@ ROWS = {
     "memory": "peak memory of training, padded rows",
 }
 MIN_TURNS, MAX_TURNS, MEMORY_TURNS = 5, 400, 2
+ORDERS = ((0, 1), (1, 0))  # of before (0) and after (1) in a turn, alternating
+Ask = Callable[..., dict]
 SLOWER = 1.03  # ratios above are named below the table
-
-
-# --- Trees and their processes ------------------------------------------------------------------
 
 
 def checkout(source: str, folder: Path) -> Path:
@@ -65,28 +64,9 @@ def checkout(source: str, folder: Path) -> Path:
     return folder
 
 
-@dataclass
-class Worker:
-    """The process that measures one tree; see revision_worker.py."""
-
-    tree: Path
-    process: subprocess.Popen
-
-    def ask(self, **request) -> dict:
-        """One repetition: of a new row with a request, of the same row without."""
-        with suppress(BrokenPipeError):
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
-        if not (reply := self.process.stdout.readline()):
-            raise InputError(
-                f"{self.tree}: its worker ended with status {self.process.wait()}, see above; "
-                f"the last request was {request or 'another repetition'}."
-            )
-        return json.loads(reply)
-
-
 @contextmanager
-def start(tree: Path, n_threads: int) -> Iterator[Worker]:
+def start(tree: Path, n_threads: int) -> Iterator[Ask]:
+    """A process that measures one tree, see revision_worker.py; yields `ask`."""
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     env |= {"OMP_NUM_THREADS": str(n_threads), "PYTHONDONTWRITEBYTECODE": "1",
             "HF_HUB_OFFLINE": "1"}  # fmt: skip
@@ -96,17 +76,27 @@ def start(tree: Path, n_threads: int) -> Iterator[Worker]:
     argv = [sys.executable, str(ROOT / "benchmarks/speed/revision_worker.py"), str(tree)]
     process = subprocess.Popen(argv, cwd=tree, env=env, stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE, text=True)  # fmt: skip
+
+    def ask(**request) -> dict:
+        """One repetition: of a new row with a request, of the same row without."""
+        with suppress(BrokenPipeError):
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+        if not (reply := process.stdout.readline()):
+            raise InputError(
+                f"{tree}: its worker ended with status {process.wait()}, see above; "
+                f"the last request was {request or 'another repetition'}."
+            )
+        return json.loads(reply)
+
     try:
-        yield Worker(tree, process)
+        yield ask
     finally:
         process.kill()
         with suppress(BrokenPipeError):  # a request that a dead worker has not read
             process.stdin.close()
         process.stdout.close()
         process.wait()
-
-
-# --- Rows ---------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -147,36 +137,30 @@ class Result:
         return self.name, *spreads, f"{self.ratio:.3f}", interval, str(len(self.numbers[0]))
 
 
-def in_turns(n_turns: int) -> Iterator[tuple[int, int]]:
-    """The order of before (0) and after (1): A B, B A, A B, ..."""
-    for turn in range(n_turns):
-        yield (0, 1) if turn % 2 == 0 else (1, 0)
-
-
 def time_row(
-    result: Result, workers: Sequence[Worker], request: dict, seconds: float, turns: int | None
+    result: Result, workers: Sequence[Ask], request: dict, seconds: float, turns: int | None
 ) -> None:
     """Fill a row by turns: as many as given, or until `seconds` are over."""
-    for worker, values in zip(workers, result.values):
-        values.append(worker.ask(**request)["values"])  # not timed: warm-up
+    for ask, values in zip(workers, result.values):
+        values.append(ask(**request)["values"])  # not timed: warm-up
     end = time.perf_counter() + seconds
-    for turn, order in enumerate(in_turns(turns or MAX_TURNS)):
+    for turn in range(turns or MAX_TURNS):
         if not turns and turn >= MIN_TURNS and time.perf_counter() > end:
             break
-        for side in order:
+        for side in ORDERS[turn % 2]:
             time.sleep(0.02)  # libgomp's idle threads keep the cores busy for a few ms
-            reply = workers[side].ask()
+            reply = workers[side]()
             result.numbers[side].append(reply["seconds"])
             result.values[side].append(reply["values"])
 
 
 def memory_row(result: Result, trees: Sequence[Path], request: dict, n_threads: int) -> None:
     """Peak memory of two training steps beyond that of the imports, in fresh processes."""
-    for order in in_turns(MEMORY_TURNS):
-        for side in order:
-            with start(trees[side], n_threads) as worker:
-                worker.ask(**request | {"row": "train"})
-                reply = worker.ask()
+    for turn in range(MEMORY_TURNS):
+        for side in ORDERS[turn % 2]:
+            with start(trees[side], n_threads) as ask:
+                ask(**request | {"row": "train"})
+                reply = ask()
             result.numbers[side].append(reply["peak"])
             result.values[side].append(reply["values"])
 
@@ -191,20 +175,17 @@ def measure(
     with ExitStack() as stack:
         workers = [stack.enter_context(start(tree, n_threads)) for tree in trees]
         for preset, precision, row in product(presets, precisions, rows):
+            n_samples, default = (16, 8.0) if preset == "tiny" else (4, 30.0)
             request = {"preset": preset, "precision": precision, "row": row,
-                       "samples": 16 if preset == "tiny" else 4, "changes": changes or {}}  # fmt: skip
+                       "samples": n_samples, "changes": json.dumps(changes or {})}  # fmt: skip
             result = Result(preset, precision, row)
             if row == "memory":
                 memory_row(result, trees, request, n_threads)
             else:
-                default = 8.0 if preset == "tiny" else 30.0
                 time_row(result, workers, request, default if seconds is None else seconds, turns)
             print(*result.cells, sep=" | ", file=sys.stderr, flush=True)
             results.append(result)
     return results
-
-
-# --- Report -------------------------------------------------------------------------------------
 
 
 def table(results: Sequence[Result]) -> str:
@@ -254,8 +235,8 @@ def main(argv: list[str]) -> None:
     time_help = f"time of a row, at least {MIN_TURNS} turns; default: 8 for tiny, 30 for others"
     length.add_argument("--seconds", type=float, help=time_help)
     args = parser.parse_args(argv)
-    for flag in ("turns", "threads"):
-        if (value := getattr(args, flag)) is not None and value < 1:
+    for flag, value in (("turns", args.turns), ("threads", args.threads)):
+        if value is not None and value < 1:
             raise InputError(f"--{flag} {value}: must be at least 1.")
     torch.set_num_threads(args.threads)
     is_slow = is_bf16_emulated(torch.device("cpu"))  # this CPU emulates bf16: minutes a step

@@ -14,7 +14,6 @@ import math
 import os
 import platform
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -33,11 +33,7 @@ from config_tools import InputError
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "benchmarks.md"
-DISTURBED = 0.05
 MATRIX_SIZE, N_BYTES = 1024, 1 << 28  # of the product and the read that measure the peaks
-
-
-# --- Turns --------------------------------------------------------------------------------------
 
 
 def seconds_waiting() -> float:
@@ -60,7 +56,7 @@ class Times:
 
     @property
     def n_disturbed(self) -> int:
-        return sum(wait > DISTURBED for wait in self.waits)
+        return sum(wait > 0.05 for wait in self.waits)
 
 
 def synchronise() -> None:
@@ -97,9 +93,6 @@ def ratios(times: Times, baseline: Times) -> tuple[float, float, float]:
     """(median, minimum, maximum) over turns of baseline / times: above 1 the first is faster."""
     each = [b / a for a, b in zip(times.seconds, baseline.seconds, strict=True)]
     return median(each), min(each), max(each)
-
-
-# --- Hardware peaks and FLOPs -------------------------------------------------------------------
 
 
 def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -160,9 +153,6 @@ def count_flops(call: Callable[[], object]) -> tuple[int, int]:
     return counter.get_total_flops(), sum(n for op, n in by_kind.items() if op in formulas)
 
 
-# --- Pages and processes ------------------------------------------------------------------------
-
-
 def describe_run(module: str, argv: Sequence[str]) -> str:
     """One line with date, commit, versions, machine and command."""
     git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
@@ -214,7 +204,7 @@ class TrainingRun:
 
 def run_training(argv: Sequence[str], steps: int = 1) -> TrainingRun:
     """Run `python train.py *argv` and stop it after `steps` steps; raises `InputError`."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    before = os.times()
     with tempfile.TemporaryDirectory() as folder:
         log, stderr, begins = Path(folder) / "log.jsonl", Path(folder) / "stderr", 0.0
         start = time.perf_counter()
@@ -234,16 +224,13 @@ def run_training(argv: Sequence[str], steps: int = 1) -> TrainingRun:
             with suppress(ProcessLookupError):
                 run.kill()
             run.communicate()
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    after = os.times()
+    cpu = sum(after[2:4]) - sum(before[2:4])  # of children, in user and system mode
     return TrainingRun(begins, ends, cpu, lines)
 
 
 def format_seconds(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
-
-
-# --- Table and chart ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -282,13 +269,12 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     except ImportError:
         print("no chart: it needs matplotlib")
         return
-
     shown = [row for row in rows if row.ratio is not None][::-1]
     figure = Figure(figsize=(8, 0.8 + 0.4 * len(shown)), layout="constrained")
     axis = figure.subplots()
-    middle = [row.ratio[0] for row in shown]
-    errors = [[r.ratio[0] - r.ratio[1] for r in shown], [r.ratio[2] - r.ratio[0] for r in shown]]
-    axis.barh([row.name for row in shown], middle, xerr=errors, color="tab:green", ecolor="gray")
+    middle, low, high = np.array([row.ratio for row in shown]).T
+    axis.barh([row.name for row in shown], middle, xerr=(middle - low, high - middle),
+              color="tab:green", ecolor="gray")  # fmt: skip
     axis.axvline(1, color="black", lw=0.8)
     axis.set_xlabel("speed-up (or memory saving) over transformers' SmolVLM")
     figure.savefig(path, dpi=110)

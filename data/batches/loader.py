@@ -12,8 +12,10 @@ import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain, count
 from multiprocessing.util import Finalize
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -28,19 +30,16 @@ from data.types import Batch, Dataset, Tokens
 CHUNK = 8  # samples a worker encodes at a time, so that passing them on costs little
 
 
-@dataclass(frozen=True)
-class Skipped:
-    """Stands for a row that could not be encoded."""
-
-    reason: str
+class Skipped(str):
+    """Why a row could not be encoded, in its place."""
 
 
 @dataclass
 class EncodedDataset(torch.utils.data.Dataset):
     """Indices -> Tokens or Skipped; runs in the workers."""
 
-    dataset: Dataset
-    processor: Processor
+    dataset: Any  # Dataset, or what yields the samples of `processor`
+    processor: Any
     cfg: DataConfig
 
     def __getitem__(self, indices: list[int]) -> list[tuple[int, Tokens | Skipped]]:
@@ -50,13 +49,14 @@ class EncodedDataset(torch.utils.data.Dataset):
         try:
             return self.processor.encode(self.dataset[i], self.cfg.max_length, self.cfg.max_tiles)
         except InputError as error:
-            return Skipped(str(error))
+            return Skipped(error)
         except Exception as error:
-            where = f"row {self.dataset.row_number(i)} of {self.cfg.source}"
-            raise error_at(error, where) from error
+            raise error_at(
+                f"row {self.dataset.row_number(i)} of {self.cfg.source}", error
+            ) from error
 
 
-def error_at(error: Exception, where: str) -> RuntimeError:
+def error_at(where: str, error: Exception) -> RuntimeError:
     """A bug of this code, with the row it occurred on."""
     return RuntimeError(f"{where}: {type(error).__name__}: {error}")
 
@@ -88,8 +88,8 @@ class Loader:
     skipped_file: Path | None = None
     epoch: int = 0
     position: int = 0
-    waiting: list[tuple[int, Tokens]] = field(default_factory=list)  # read, not yet in a batch
-    skipped: list[int] = field(default_factory=list)  # indices that could not be encoded
+    waiting: list[tuple[Any, Tokens]] = field(default_factory=list)  # read, not yet in a batch
+    skipped: list[Any] = field(default_factory=list)  # indices that could not be encoded
 
     def load_state_dict(self, state: dict) -> None:
         """Continue after the batch that carried `state`."""
@@ -97,18 +97,17 @@ class Loader:
         self.skipped = list(state["skipped"])
         self.waiting = self.encode_again(state["waiting"])
 
-    def load_position(self, state: dict) -> None:
-        """Continue reading where `position_dict` was made."""
-        self.epoch, self.position = state["epoch"], state["position"]
-
-    def encode_again(self, indices: list) -> list[tuple[int, Tokens]]:
-        """The samples that waited for a batch when the state was saved."""
-        encoded = self._encoded()[indices]
-        return [(i, tokens) for i, tokens in encoded if isinstance(tokens, Tokens)]
-
     def position_dict(self) -> dict:
         """Which sample is read next."""
         return {"epoch": self.epoch, "position": self.position}
+
+    def load_position(self, state: dict) -> None:
+        self.epoch, self.position = state["epoch"], state["position"]
+
+    def encode_again(self, indices: list) -> list[tuple[Any, Tokens]]:
+        """The samples that waited for a batch when the state was saved."""
+        encoded = self._encoded()[indices]
+        return [(i, tokens) for i, tokens in encoded if isinstance(tokens, Tokens)]
 
     def state_dict(self) -> dict:
         waiting = [i for i, _ in self.waiting]
@@ -121,11 +120,11 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         """The batches of this rank."""
-        if self.batch_shard[0] == 0:
+        samples, (rank, world_size) = self._samples(), self.batch_shard
+        if rank == 0:
             self._list_skipped(*({"reason": reason} for reason in self.dataset.skipped))
-        samples = self._samples()
-        turn, (rank, world_size) = 0, self.batch_shard
-        while True:
+        batch: Any = None  # of this rank
+        for turn in count():
             rows = self._next_rows(samples)
             groups = [[self.waiting[i][1] for i in row] for row in rows]
             taken = {i for row in rows for i in row}
@@ -135,7 +134,6 @@ class Loader:
             if turn % world_size == world_size - 1:  # each rank has the state after all ranks
                 batch.state = self.state_dict()
                 yield batch
-            turn += 1
 
     def _next_rows(self, samples: Iterator[tuple[int, Tokens]]) -> list[list[int]]:
         """Read until a batch can be formed; its rows, as indices into `waiting`."""
@@ -144,13 +142,11 @@ class Loader:
             while len(self.waiting) < n_rows:
                 self.waiting.append(next(samples))
             return [[i] for i in range(n_rows)]
-        # Twice a batch's tokens wait, so that rows fill well.
-        lengths = [len(t) for _, t in self.waiting]
-        missing = 2 * n_rows * capacity - sum(lengths)
-        while missing > 0:
+        n_waiting = sum(len(t) for _, t in self.waiting)
+        while n_waiting < 2 * n_rows * capacity:  # twice a batch's tokens, so that rows fill well
             self.waiting.append(next(samples))
-            lengths.append(len(self.waiting[-1][1]))
-            missing -= lengths[-1]
+            n_waiting += len(self.waiting[-1][1])
+        lengths = [len(t) for _, t in self.waiting]
         tiles = [len(t.tiles) for _, t in self.waiting] if self.cfg.tiles_per_batch else []
         max_tiles = self.cfg.tiles_per_batch // n_rows
         return fill_rows(lengths, n_rows, capacity, tiles, max_tiles)
@@ -169,29 +165,27 @@ class Loader:
                 yield order[start : start + CHUNK].tolist()
             epoch, position = epoch + 1, 0
 
-    def _samples(self) -> Iterator[tuple[int, Tokens]]:
+    def _samples(self) -> Iterator[tuple[Any, Tokens]]:
         encoded = self._encoded()
-        workers = self.cfg.workers
-        loader = DataLoader(
-            encoded,
-            sampler=self._chunks(),
-            batch_size=None,
-            num_workers=workers,
-            worker_init_fn=start_worker,
-            prefetch_factor=4 if workers else None,
-            generator=torch.Generator(),  # the global one would differ after a resume
-        )
-        for chunk in loader:
-            for i, tokens in chunk:
-                self.position += 1
-                if self.position == len(self.dataset):
-                    self.epoch, self.position = self.epoch + 1, 0
-                if isinstance(tokens, Skipped):
-                    self._skip(i, tokens.reason)
-                else:
-                    yield i, tokens
+        for i, tokens in chain.from_iterable(self._read(encoded, self._chunks())):
+            self.position += 1
+            if self.position == len(self.dataset):
+                self.epoch, self.position = self.epoch + 1, 0
+            if isinstance(tokens, Skipped):
+                self._skip(i, str(tokens))
+            else:
+                yield i, tokens
 
-    def _encoded(self) -> EncodedDataset:
+    def _read(self, encoded: torch.utils.data.Dataset, sampler: Any = None) -> DataLoader:
+        """Chunks of encoded samples, made by the workers."""
+        workers = self.cfg.workers
+        generator = torch.Generator()  # the global one would differ after a resume
+        return DataLoader(
+            encoded, sampler=sampler, batch_size=None, num_workers=workers, generator=generator,
+            worker_init_fn=start_worker, prefetch_factor=4 if workers else None,
+        )  # fmt: skip
+
+    def _encoded(self) -> Any:
         return EncodedDataset(self.dataset, self.processor, self.cfg)
 
     def _collate(self, groups: list[list[Tokens]]) -> Batch:
@@ -208,14 +202,11 @@ class Loader:
             raise InputError(f"{n_bad} rows could not be used, the last: {reason}")
 
     def _list_skipped(self, *rows: dict) -> None:
-        """Append a line each to skipped.jsonl, unless a run before a resume has listed it.
-
-        A failed write does not stop training.
-        """
-        if self.skipped_file is not None and rows:
-            lines = [json.dumps(row) + "\n" for row in rows]
-            with contextlib.suppress(OSError):
-                with open(self.skipped_file, "a+", encoding="utf-8") as file:
-                    file.seek(0)
-                    known = set(file)
-                    file.writelines(line for line in lines if line not in known)
+        """Append what is new to skipped.jsonl; a failed write does not stop training."""
+        if self.skipped_file is None or not rows:
+            return
+        lines = [json.dumps(row) + "\n" for row in rows]
+        with contextlib.suppress(OSError), open(self.skipped_file, "a+", encoding="utf-8") as file:
+            file.seek(0)
+            known = set(file)
+            file.writelines(line for line in lines if line not in known)

@@ -69,16 +69,13 @@ def collate(rows: Sequence[Sequence[Tokens]], cfg: VLMConfig) -> Batch:
         start = 0
         for s, sample in enumerate(row):
             n = len(sample)
-            placeholders = int((sample.ids == cfg.vlm_image_token_id).sum())
-            if placeholders != len(sample.tiles) * cfg.tokens_per_tile:
-                raise ValueError(
-                    f"{sample.row}: {placeholders} image placeholders for "
-                    f"{len(sample.tiles)} tiles of {cfg.tokens_per_tile} tokens"
-                )
+            n_image, n_tiles = (sample.ids == cfg.vlm_image_token_id).sum(), len(sample.tiles)
+            if n_image != n_tiles * cfg.tokens_per_tile:
+                tiles = f"{n_tiles} tiles of {cfg.tokens_per_tile} tokens"
+                raise ValueError(f"{sample.row}: {n_image} image placeholders for {tiles}")
             ids[r, start : start + n] = sample.ids
-            targets[r, start : start + n - 1] = np.where(
-                sample.supervised[1:], sample.ids[1:], IGNORE_INDEX
-            )
+            supervised = np.where(sample.supervised[1:], sample.ids[1:], IGNORE_INDEX)
+            targets[r, start : start + n - 1] = supervised
             positions[r, start : start + n] = np.arange(n)
             segments[r, start : start + n] = s + 1
             start += n

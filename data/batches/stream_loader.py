@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from config_tools import InputError
 from configs import DataConfig
-from data.batches.loader import CHUNK, Loader, Skipped, error_at, start_worker
+from data.batches.loader import CHUNK, Loader, Skipped, error_at
 from data.processor import Processor
 from data.sources.open import MixtureDataset
-from data.sources.split import max_bad_rows_in_stream
+from data.sources.split import max_bad_rows
 from data.sources.streaming import StreamDataset, StreamPart
 from data.types import Dataset, Tokens
 
@@ -64,27 +63,22 @@ class EncodedStream(IterableDataset):
             if len(rows) == self.cfg.stream_block:
                 cursor = Cursor(cursor.epoch, cursor.block + 1, 0, after)
                 continue
-            if n_used == 0 and cursor.block + len(rows) + cursor.offset == 0:
-                return  # a part without rows
-            if n_used == 0 and cursor.epoch > self.cursors[own].epoch:
-                return  # a whole epoch without a row to train on
+            has_no_rows = cursor.block + len(rows) + cursor.offset == 0
+            if n_used == 0 and (has_no_rows or cursor.epoch > self.cursors[own].epoch):
+                return  # no row to train on in the part, or in a whole epoch
             cursor = Cursor(cursor.epoch + 1)
 
-    def encode(
-        self, part: StreamPart, number: int, row: dict | InputError
-    ) -> Tokens | Skipped | None:
+    def encode(self, part: StreamPart, number: int, row: Any) -> Tokens | Skipped | None:
         """A row as Tokens; Skipped if it cannot be used, None if it is not for training."""
         where = part.where(number)
         try:
-            sample = self.dataset.make_sample(row, where)
-            if sample is None:
+            if (sample := self.dataset.make_sample(row, where)) is None:
                 return None
             return self.processor.encode(sample, self.cfg.max_length, self.cfg.max_tiles)
         except InputError as error:
-            reason = str(error)
-            return Skipped(reason if where in reason else f"{where}: {reason}")
+            return Skipped(error if where in str(error) else f"{where}: {error}")
         except Exception as error:
-            raise error_at(error, where) from error
+            raise error_at(where, error) from error
 
 
 @dataclass
@@ -95,6 +89,7 @@ class StreamLoader(Loader):
     again on resume, from the start of their blocks.
     """
 
+    dataset: StreamDataset
     cursors: list[Cursor] = field(default_factory=list)
     turn: int = 0
     starts: dict[tuple[int, int, int], dict | None] = field(default_factory=dict)
@@ -124,13 +119,11 @@ class StreamLoader(Loader):
     def load_position(self, state: dict) -> None:
         self.position, self.turn = state["position"], state["turn"]
         self.starts = {(p, e, b): start for p, e, b, start in state["starts"]}
-        self.cursors = [
-            Cursor(e, b, offset, self.starts.get((p, e, b)))
-            for p, (e, b, offset) in enumerate(state["places"])
-        ]
+        places = enumerate(state["places"])
+        self.cursors = [Cursor(e, b, o, self.starts.get((p, e, b))) for p, (e, b, o) in places]
 
-    def encode_again(self, indices: list) -> list[tuple[list[int], Tokens]]:
-        stream, found = self._encoded_stream(), {}
+    def encode_again(self, indices: list) -> list[tuple[Any, Tokens]]:
+        stream, found = self._encoded(), {}
         for p, e, b in sorted({tuple(i[:3]) for i in indices}):
             part = self.dataset.part(self.parts[p], stream.of)
             rows, _ = part.read_block(self.starts[p, e, b])
@@ -141,33 +134,23 @@ class StreamLoader(Loader):
             raise InputError(f"{self.cfg.source}: rows have changed since the checkpoint.")
         return [(list(i), found[tuple(i)]) for i in indices]
 
-    def _encoded_stream(self) -> EncodedStream:
-        of = len(self.parts) * self.world_size
-        return EncodedStream(
-            self.dataset, self.processor, self.cfg, self.parts, of, list(self.cursors), self.turn
-        )
+    def _encoded(self) -> EncodedStream:
+        of, common = len(self.parts) * self.world_size, (self.dataset, self.processor, self.cfg)
+        return EncodedStream(*common, self.parts, of, list(self.cursors), self.turn)
 
-    def _samples(self) -> Iterator[tuple[list[int], Tokens]]:
-        workers = self.cfg.workers
-        loader = DataLoader(
-            self._encoded_stream(),
-            batch_size=None,
-            num_workers=workers,
-            worker_init_fn=start_worker,
-            prefetch_factor=4 if workers else None,
-            generator=torch.Generator(),
-        )
-        for p, cursor, chunk in loader:
+    def _samples(self) -> Iterator[tuple[Any, Tokens]]:
+        for p, cursor, chunk in self._read(self._encoded()):
             self.starts[p, cursor.epoch, cursor.block] = cursor.start
-            for i, tokens in enumerate(chunk):
-                offset, is_last = cursor.offset + i, i + 1 == len(chunk)
+            for offset, tokens in enumerate(chunk, cursor.offset):
+                is_last = offset + 1 == cursor.offset + len(chunk)
                 self.cursors[p] = replace(cursor, offset=offset + 1)
                 self.turn = (p + 1) % len(self.parts) if is_last else p
                 self.position += 1
+                i = [p, cursor.epoch, cursor.block, offset]
                 if isinstance(tokens, Skipped):
-                    self._skip([p, cursor.epoch, cursor.block, offset], tokens.reason)
+                    self._skip(i, str(tokens))
                 elif tokens is not None:
-                    yield [p, cursor.epoch, cursor.block, offset], tokens
+                    yield i, tokens
         raise InputError(f"{self.cfg.source}: no rows to train on for process {self.rank}.")
 
     def _skip(self, i: list[int], reason: str) -> None:
@@ -175,7 +158,7 @@ class StreamLoader(Loader):
             self.skipped.append(reason)
             self._list_skipped({"row": i, "reason": reason})
         n_read = max(self.position, len(self.dataset))
-        if len(self.skipped) > max_bad_rows_in_stream(n_read):
+        if len(self.skipped) > max_bad_rows(n_read, is_stream=True):
             raise InputError(f"{len(self.skipped)} rows could not be used, the last: {reason}")
 
 
@@ -187,6 +170,7 @@ class MixtureLoader(Loader):
     the shares to within one, and the numbers of samples taken are the whole position.
     """
 
+    dataset: MixtureDataset
     members: list[Loader] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
 
@@ -220,42 +204,33 @@ class MixtureLoader(Loader):
             member.skipped = [i for k, i in state["skipped"] if k == m]
         super().load_state_dict(state)
 
-    def encode_again(self, indices: list) -> list[tuple[list, Tokens]]:
+    def encode_again(self, indices: list) -> list[tuple[Any, Tokens]]:
         of = [[i for k, i in indices if k == m] for m in range(len(self.members))]
         found = [iter(member.encode_again(own)) for member, own in zip(self.members, of)]
         return [([m, i], next(found[m])[1]) for m, i in indices]
 
-    def _samples(self) -> Iterator[tuple[list, Tokens]]:
-        streams = [member._samples() for member in self.members]
-        while True:
-            m = next_member(self.counts, self.dataset.shares)
+    def _samples(self) -> Iterator[tuple[Any, Tokens]]:
+        streams, shares = [member._samples() for member in self.members], self.dataset.shares
+        while True:  # of ties, the first
+            m = min(range(len(shares)), key=lambda m: (self.counts[m] + 1) / shares[m])
             i, tokens = next(streams[m])
             self.counts[m] += 1
             self.skipped = [j for member in self.members for j in member.skipped]
             yield [m, i], tokens
 
 
-def next_member(counts: list[int], shares: tuple[Fraction, ...]) -> int:
-    """The member furthest behind its share; of ties, the first."""
-    return min(range(len(counts)), key=lambda m: ((counts[m] + 1) / shares[m], m))
-
-
 def open_loader(
-    dataset: Dataset,
-    processor: Processor,
-    cfg: DataConfig,
-    rank: int = 0,
-    world_size: int = 1,
+    dataset: Dataset, processor: Processor, cfg: DataConfig, rank: int = 0, world_size: int = 1,
     skipped_file: Path | None = None,
-) -> Loader:
+) -> Loader:  # fmt: skip
     """The loader for a kind of dataset."""
-    common = dict(rank=rank, world_size=world_size, skipped_file=skipped_file)
+    options = dict(rank=rank, world_size=world_size, skipped_file=skipped_file)
     if isinstance(dataset, MixtureDataset):
         members = [
-            open_loader(member, processor, replace(cfg, source=name), **common)
+            open_loader(member, processor, replace(cfg, source=name), **options)
             for member, name in zip(dataset.members, dataset.names)
         ]
         counts = [0] * len(members)
-        return MixtureLoader(dataset, processor, cfg, **common, members=members, counts=counts)
-    kind = StreamLoader if isinstance(dataset, StreamDataset) else Loader
-    return kind(dataset, processor, cfg, **common)
+        return MixtureLoader(dataset, processor, cfg, **options, members=members, counts=counts)
+    kind: Any = StreamLoader if isinstance(dataset, StreamDataset) else Loader
+    return kind(dataset, processor, cfg, **options)

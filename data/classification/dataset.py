@@ -61,10 +61,7 @@ class LabelRows:
 
     rows: Rows
     label: str
-
-    @property
-    def folder(self) -> Path:
-        return self.rows.folder
+    folder: Path
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -116,7 +113,8 @@ def _open_rows(source: str, label: str) -> Rows:
     is_table = any((path / name).is_file() for name in TABLE_FILES) or list(path.glob("*.parquet"))
     if path.is_dir() and not is_table:
         return class_rows(path)
-    return LabelRows(open_rows(source), label)
+    rows = open_rows(source)
+    return LabelRows(rows, label, rows.folder)
 
 
 def open_classification(

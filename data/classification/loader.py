@@ -56,9 +56,6 @@ class LabeledImage(NamedTuple):
     label: int
 
 
-# --- Images as the encoder takes them -----------------------------------------------------------
-
-
 def open_for_vit(source: Any, cfg: ViTConfig, name: str = "image") -> Image.Image:
     """Like `open_image`, in grey if the model has one channel."""
     image = open_image(source, name)
@@ -71,14 +68,12 @@ def resize_square(image: Image.Image, cfg: ViTConfig) -> np.ndarray:
     return np.array(image if image.size == size else image.resize(size, RESAMPLE))
 
 
-def open_and_resize(
-    images: Iterable, cfg: ViTConfig, names: Iterable[str] = repeat("image")
-) -> tuple[list[np.ndarray], list[str]]:
+def open_and_resize(images: Iterable, cfg: ViTConfig) -> tuple[list[np.ndarray], list[str]]:
     """(pixels of the images that can be opened, an error for each image; "" if there is none)."""
     pixels, errors = [], []
-    for image, name in zip(images, names):
+    for image in images:
         try:
-            pixels.append(resize_square(open_for_vit(image, cfg, name), cfg))
+            pixels.append(resize_square(open_for_vit(image, cfg), cfg))
             errors.append("")
         except InputError as error:
             errors.append(str(error))
@@ -92,13 +87,6 @@ def normalise(pixels: Sequence[np.ndarray], cfg: ViTConfig) -> Tensor:
     n = cfg.vit_n_channels
     mean, std = torch.tensor(cfg.vit_image_mean[:n]), torch.tensor(cfg.vit_image_std[:n])
     return ((x - mean) / std).permute(0, 3, 1, 2).contiguous()  # [N, C, H, W]
-
-
-def n_tokens(cfg: ViTConfig) -> int:
-    return cfg.vit_n_patches + cfg.vit_n_prefix
-
-
-# --- Training -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -123,10 +111,7 @@ class ClassificationProcessor:
     numbers: dict[str, int]  # index of each class
 
     def encode(self, item: tuple[Sample, int], *_budget: int) -> LabeledImage:
-        """An item of `EpochDataset`, augmented.
-
-        Raises `InputError` naming the row if its image cannot be opened.
-        """
+        """An augmented item of `EpochDataset`; raises `InputError` naming the row."""
         sample, index = item
         image = open_for_vit(sample.images[0], self.model, sample.row)
         rng = random.Random(f"{self.data.seed}/view/{index}")
@@ -140,12 +125,16 @@ class ClassificationProcessor:
         if cfg.mixup or cfg.cutmix or cfg.label_smoothing:
             soft = smooth_labels(targets, len(self.numbers), cfg.label_smoothing)
             pixels, targets = mixup_or_cutmix(pixels, soft, cfg, rng)
-        return ClassificationBatch(pixels, targets, len(images) * n_tokens(self.model))
+        n_tokens = len(images) * (self.model.vit_n_patches + self.model.vit_n_prefix)
+        return ClassificationBatch(pixels, targets, n_tokens)
 
 
 @dataclass
 class ClassificationLoader(Loader):
     """Endless batches: `ClassificationLoader(dataset, processor, loader_config(...))`."""
+
+    dataset: ClassificationDataset
+    processor: ClassificationProcessor
 
     def _chunks(self) -> Iterator[list[int]]:
         n = len(self.dataset)
@@ -173,16 +162,10 @@ def loader_config(cfg: ClassifyDataConfig) -> DataConfig:
     )  # fmt: skip
 
 
-# --- Evaluation ---------------------------------------------------------------------------------
-
-
 def evaluation_batches(
     dataset: ClassificationDataset, cfg: ViTConfig, names: Sequence[str], batch_size: int = 128
 ) -> Iterator[tuple[ClassificationBatch, list[str]]]:
-    """(batch without augmentation, errors of images left out of it), once over the dataset.
-
-    A batch is empty if none of its images can be opened.
-    """
+    """(batch without augmentation, maybe empty; errors of images left out), over the dataset."""
     numbers = {name: i for i, name in enumerate(names)}
     for start in range(0, len(dataset), batch_size):
         pixels, labels, errors = [], [], []

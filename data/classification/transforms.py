@@ -106,9 +106,6 @@ OPERATIONS: dict[str, Operation] = {
 }
 
 
-# --- Whole batches ------------------------------------------------------------------------------
-
-
 def smooth_labels(classes: Tensor, n_classes: int, smoothing: float) -> Tensor:
     """Class indices [N] -> label-smoothed probabilities [N, K] (Szegedy et al. 2015)."""
     one_hot = torch.nn.functional.one_hot(classes, n_classes).float()

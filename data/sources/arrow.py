@@ -83,8 +83,7 @@ def _value(scalar: Any) -> Any:
         return None
     kind = str(scalar.type)
     if kind in ("binary", "large_binary"):
-        buffer = scalar.as_buffer()
-        return hash_image(memoryview(buffer))
+        return hash_image(memoryview(scalar.as_buffer()))
     if kind.startswith("struct"):
         return {name: _value(value) for name, value in scalar.items()}
     if kind.startswith(("list", "large_list")):
@@ -97,14 +96,11 @@ def _arrow_rows(opened: Any, name: str, split: str, folder: Path) -> ArrowRows:
     from datasets import DatasetDict
 
     if isinstance(opened, DatasetDict):
-        chosen = split or ("train" if "train" in opened else "")
-        if not chosen and len(opened) == 1:
-            chosen = next(iter(opened))
+        chosen = split or ("train" if len(opened) != 1 else next(iter(opened)))
         if chosen not in opened:
             says = f"no split {split!r}" if split else "no split named train"
-            raise InputError(
-                f"{name}: {says}; add @ and one of {', '.join(map(str, opened))} to the name."
-            )
+            known = ", ".join(map(str, opened))
+            raise InputError(f"{name}: {says}; add @ and one of {known} to the name.")
         opened, name = opened[chosen], f"{name}@{chosen}"
     elif split:
         raise InputError(f"{name}: has no splits; leave out @{split}.")
@@ -114,7 +110,7 @@ def _arrow_rows(opened: Any, name: str, split: str, folder: Path) -> ArrowRows:
 def call_datasets(name: str, opens: Callable) -> Any:
     """The result of `opens(datasets)`; any failure becomes an `InputError` naming `name`."""
     try:
-        import datasets
+        import datasets.exceptions
     except ImportError:
         raise InputError(f"{name}: needs the package `datasets`: pip install datasets.") from None
     try:
@@ -130,10 +126,9 @@ def call_datasets(name: str, opens: Callable) -> Any:
 def open_parquet(files: list[Path]) -> ArrowRows:
     """One table of one or several Parquet files with the same columns."""
     name = str(files[0] if len(files) == 1 else files[0].parent)
-    for file in files:
-        if file.stat().st_size == 0:
-            raise InputError(f"{file}: no rows.")
-    paths = [str(file) for file in files]
+    if empty := [file for file in files if file.stat().st_size == 0]:
+        raise InputError(f"{empty[0]}: no rows.")
+    paths = list(map(str, files))
     opened = call_datasets(name, lambda datasets: datasets.Dataset.from_parquet(paths))
     return _arrow_rows(opened, name, "", files[0].parent)
 
@@ -147,7 +142,6 @@ def open_saved(folder: Path, split: str) -> ArrowRows:
 def open_hub(name: str, split: str) -> ArrowRows:
     """`owner/name` or `owner/name:configuration` of the Hub; downloaded once, then cached."""
     repository, _, configuration = name.partition(":")
-    opened = call_datasets(
-        name, lambda datasets: datasets.load_dataset(repository, configuration or None)
-    )
+    args = repository, configuration or None
+    opened = call_datasets(name, lambda datasets: datasets.load_dataset(*args))
     return _arrow_rows(opened, name, split, Path())

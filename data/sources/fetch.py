@@ -19,17 +19,16 @@ RETRY_STATUS = (429, 500, 502, 503, 504)  # HTTP status of servers that may answ
 
 
 def resolve_image(image: Any, folder: Path) -> str | bytes | Image.Image:
-    """The image of a row as `open_image` takes it: a path from `folder`, bytes or a PIL image.
-
-    Downloads web addresses. Raises `InputError`.
-    """
+    """The image of a row as `open_image` takes it, downloaded if need be; raises `InputError`."""
     if isinstance(image, dict):
         image = image.get("bytes") or image["path"]
     if not isinstance(image, str):
         return image
     if image.startswith(("http://", "https://")):
         return download(image)
-    if image.startswith("data:") or _is_base64(image):
+    # Paths are short, or hold a dot.
+    is_base64 = len(image) >= 64 and image.startswith(BASE64_STARTS) and "." not in image
+    if image.startswith("data:") or is_base64:
         try:
             return base64.b64decode(image.partition(",")[2] or image)
         except (binascii.Error, ValueError) as error:
@@ -37,25 +36,20 @@ def resolve_image(image: Any, folder: Path) -> str | bytes | Image.Image:
     return str(folder / image)
 
 
-def _is_base64(text: str) -> bool:
-    """Whether a text is an image in base64, not a path: paths are short, or hold a dot."""
-    return len(text) >= 64 and text.startswith(BASE64_STARTS) and "." not in text
-
-
 def download(address: str) -> bytes:
     """The bytes of a web address, after up to two retries; raises `InputError`."""
     from urllib.request import urlopen
 
-    for wait in (1, 4, 0):  # seconds before the next try; none after the last
+    content, waits = None, [1, 4]  # seconds before the next try
+    while content is None:
         try:
             with urlopen(address, timeout=20) as answer:
                 content = answer.read(MAX_DOWNLOAD + 1)
-            break
         except (OSError, ValueError) as error:  # URLError and timeouts are OSErrors
             timed_out = isinstance(getattr(error, "reason", error), TimeoutError)
-            if not wait or not (timed_out or getattr(error, "code", 0) in RETRY_STATUS):
+            if not waits or not (timed_out or getattr(error, "code", 0) in RETRY_STATUS):
                 raise InputError(f"{address}: cannot be fetched ({error}).") from None
-            time.sleep(wait)
+            time.sleep(waits.pop(0))
     if len(content) > MAX_DOWNLOAD:
         raise InputError(f"{address}: more than {MAX_DOWNLOAD // 2**20} MiB.")
     return content
@@ -65,9 +59,8 @@ def refuse_web_address(image: Any) -> None:
     """Raise `InputError` if the image would have to be downloaded."""
     path = image.get("path") if isinstance(image, dict) else image
     if isinstance(path, str) and path.startswith(("http://", "https://")):
-        raise InputError(
-            f"{path} is a web address; download it, or allow that with --data.fetch-images."
-        )
+        says = "is a web address; download it, or allow that with --data.fetch-images."
+        raise InputError(f"{path} {says}")
 
 
 def image_identity(image: Any) -> str:

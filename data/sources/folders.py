@@ -91,9 +91,8 @@ def class_rows(folder: Path) -> FolderRows:
 def class_name(folder: Path, name: Path) -> str:
     """The first folder of the relative path `name`; raises `InputError` if there is none."""
     if len(name.parts) == 1:
-        raise InputError(
-            f"{folder / name}: expected one folder per class, for example {folder}/cat/1.png."
-        )
+        example = f"for example {folder}/cat/1.png."
+        raise InputError(f"{folder / name}: expected one folder per class, {example}")
     return name.parts[0]
 
 
@@ -115,10 +114,8 @@ def _label_text(name: str, path: Path) -> str:
     """`name` with separators as spaces; raises `InputError` if no letter or digit is left."""
     text = re.sub(r"[\W_]+", " ", name).strip()
     if not text:
-        raise InputError(
-            f"{path}: its name holds no label; put a caption beside it in {path.stem}.txt, or all "
-            "captions into metadata.jsonl."
-        )
+        fix = f"put a caption beside it in {path.stem}.txt, or all captions into metadata.jsonl."
+        raise InputError(f"{path}: its name holds no label; {fix}")
     return text
 
 

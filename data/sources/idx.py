@@ -48,10 +48,8 @@ def read_idx(path: Path) -> np.ndarray:
         raise InputError(f"{path}: not an IDX file ({error}).") from None
     values = np.frombuffer(content, np.uint8, offset=4 + 4 * n_axes)
     if zeros != 0 or kind != 8 or values.size != np.prod(shape):
-        raise InputError(
-            f"{path}: not a complete IDX file of bytes (type {kind}, {values.size:,} values for "
-            f"{' x '.join(map(str, shape))})."
-        )
+        holds = f"type {kind}, {values.size:,} values for {' x '.join(map(str, shape))}"
+        raise InputError(f"{path}: not a complete IDX file of bytes ({holds}).")
     return values.reshape(shape)
 
 
@@ -63,9 +61,8 @@ def open_idx(images: Path) -> ArrayRows:
         raise InputError(f"{images}: no {beside} beside it, which holds the classes.")
     pixels, numbers = read_idx(images), read_idx(labels)
     if pixels.ndim != 3 or numbers.ndim != 1 or len(pixels) != len(numbers):
-        raise InputError(
-            f"{images}: shape {pixels.shape}; expected [n, H, W] and n labels, not {numbers.shape}."
-        )
+        expected = f"expected [n, H, W] and n labels, not {numbers.shape}."
+        raise InputError(f"{images}: shape {pixels.shape}; {expected}")
     return ArrayRows(pixels, [str(n) for n in numbers], str(images))
 
 
@@ -77,4 +74,4 @@ def find_idx(source: str) -> Path | None:
         path = Path(before)
     if path.is_file():
         return path if "idx3" in path.name else None
-    return next(iter(sorted(path.glob(f"{part}-images*idx3*"))), None) if path.is_dir() else None
+    return min(path.glob(f"{part}-images*idx3*"), default=None) if path.is_dir() else None

@@ -12,24 +12,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 from config_tools import InputError
 from configs import RATINGS, DataConfig
+from data.sources import streaming
 from data.sources.arrow import open_hub, open_parquet, open_saved
 from data.sources.folders import IMAGE_SUFFIXES, find_files, image_rows, is_image
 from data.sources.split import RowIndex, index_rows, select_split
-from data.sources.streaming import (
-    RowStream,
-    StreamReader,
-    open_stream,
-    stream_csv,
-    stream_folder,
-    stream_hub,
-    stream_jsonl,
-    stream_parquet,
-)
+from data.sources.streaming import RowStream, StreamReader, open_stream
 from data.sources.text_files import open_csv, open_json, open_jsonl
 from data.types import Dataset, Rows, Sample
 from data.world.dataset import WorldDataset
@@ -59,18 +52,14 @@ def _open_folder(path: str, split: str) -> Rows:
     images = [f for f in files if is_image(f)]
     tables = [f for f in files if f.suffix == ".parquet"]
     if images and tables:
-        raise InputError(
-            f"{folder}: holds both images ({images[0]}) and Parquet files ({tables[0]}); name the "
-            "file or the folder that you mean."
-        )
+        both = f"both images ({images[0]}) and Parquet files ({tables[0]})"
+        raise InputError(f"{folder}: holds {both}; name the file or the folder that you mean.")
     if images:
         return image_rows(folder, images)
     if tables:
         return open_parquet([folder / f for f in tables])
-    raise InputError(
-        f"{folder}: no images ({' '.join(IMAGE_SUFFIXES)}), no metadata.jsonl, no Parquet file and "
-        "no saved dataset in this folder."
-    )
+    others = "no metadata.jsonl, no Parquet file and no saved dataset in this folder."
+    raise InputError(f"{folder}: no images ({' '.join(IMAGE_SUFFIXES)}), {others}")
 
 
 FORMATS: dict[str, Format] = {
@@ -78,16 +67,16 @@ FORMATS: dict[str, Format] = {
         "world has no rows: its scenes are drawn on access",
         "world is drawn on access, so leave the flag out",
     ),
-    "hf:": Format(open_hub, stream_hub),
-    "folder": Format(_open_folder, stream_folder),
-    ".jsonl": Format(lambda path, _: open_jsonl(Path(path)), stream_jsonl),
+    "hf:": Format(open_hub, streaming.stream_hub),
+    "folder": Format(_open_folder, streaming.stream_parquet),
+    ".jsonl": Format(lambda path, _: open_jsonl(Path(path)), streaming.stream_jsonl),
     ".json": Format(
         lambda path, _: open_json(Path(path)),
         "a .json file is one list, not a row a line; save it as .jsonl, or leave out --data.stream",
     ),
-    ".csv": Format(lambda path, _: open_csv(Path(path)), stream_csv),
-    ".tsv": Format(lambda path, _: open_csv(Path(path)), stream_csv),
-    ".parquet": Format(lambda path, _: open_parquet([Path(path)]), stream_parquet),
+    ".csv": Format(lambda path, _: open_csv(Path(path)), streaming.stream_csv),
+    ".tsv": Format(lambda path, _: open_csv(Path(path)), streaming.stream_csv),
+    ".parquet": Format(lambda path, _: open_parquet([Path(path)]), streaming.stream_parquet),
 }
 SUFFIXES = [key for key in FORMATS if key.startswith(".")]
 
@@ -152,26 +141,11 @@ class MixtureDataset:
     members: tuple[Dataset, ...]
     names: tuple[str, ...]
     shares: tuple[Fraction, ...]
+    skipped: tuple[str, ...]
+    notes: tuple[str, ...]
+    fingerprint: str
+    n_rows: int
     n_first: int = 0
-
-    @property
-    def skipped(self) -> tuple[str, ...]:
-        return tuple(reason for member in self.members for reason in member.skipped)
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        total = sum(self.shares)
-        shares = [f"{name} {float(s / total):.0%}" for name, s in zip(self.names, self.shares)]
-        own = f"a mixture: {', '.join(shares)} of the samples"
-        return (own, *(note for member in self.members for note in member.notes))
-
-    @property
-    def fingerprint(self) -> str:
-        return " ".join(member.fingerprint for member in self.members)
-
-    @property
-    def n_rows(self) -> int:
-        return sum(member.n_rows for member in self.members)
 
     def __len__(self) -> int:
         return sum(map(len, self.members))
@@ -208,6 +182,17 @@ def parse_mixture(source: str) -> list[tuple[str, Fraction]]:
     return found
 
 
+def _open_mixture(mixture: list, cfg: DataConfig, split: str) -> MixtureDataset:
+    names, shares = zip(*mixture)
+    members = tuple(open_dataset(replace(cfg, source=name), split) for name in names)
+    skipped = tuple(chain.from_iterable(m.skipped for m in members))
+    percent = ", ".join(f"{name} {float(s / sum(shares)):.0%}" for name, s in mixture)
+    notes = chain.from_iterable(m.notes for m in members)
+    notes = (f"a mixture: {percent} of the samples", *notes)
+    fingerprint, n_rows = " ".join(m.fingerprint for m in members), sum(m.n_rows for m in members)
+    return MixtureDataset(members, names, shares, skipped, notes, fingerprint, n_rows)
+
+
 # --- Datasets -----------------------------------------------------------------------------------
 
 
@@ -220,16 +205,13 @@ def _index(name: str, cfg: DataConfig, _changed: tuple) -> RowIndex:
 def open_dataset(cfg: DataConfig, split: str) -> Dataset:
     """`cfg.source` for split train, val or test. Raises `InputError` if it cannot be used."""
     if mixture := parse_mixture(cfg.source):
-        names, shares = zip(*mixture)
-        members = tuple(open_dataset(replace(cfg, source=name), split) for name in names)
-        return MixtureDataset(members, names, shares)
+        return _open_mixture(mixture, cfg, split)
     if cfg.source == "world" and not cfg.stream:
         return WorldDataset(cfg, split)
     if cfg.stream and split != "test":
         return open_stream(cfg, stream_reader(cfg.source), split)
-    path = Path(cfg.source)
-    changed = (os.stat(path).st_mtime_ns, os.stat(path).st_size) if path.exists() else ()
+    found = os.stat(cfg.source) if Path(cfg.source).exists() else None
+    changed = (found.st_mtime_ns, found.st_size) if found else ()
     # Only fields the index depends on, so that changing others does not read all rows again.
-    names = ("fetch_images", *RATINGS)
-    key = DataConfig(**{name: getattr(cfg, name) for name in names})
+    key = DataConfig(**{name: getattr(cfg, name) for name in ("fetch_images", *RATINGS)})
     return select_split(_index(cfg.source, key, changed), cfg.source, split, cfg)

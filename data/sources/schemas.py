@@ -24,17 +24,9 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
          "gpt": "assistant", "model": "assistant"}  # fmt: skip
 Location = tuple[str, int, str]  # column, turn, key; formatted only for error messages
 IMAGE_COLUMNS = ("image", "images", "file_name")
-
-
-class ParsedTurns(NamedTuple):
-    """The result of a schema.
-
-    `places` has an entry per `<image>` in the turns: the image if the turn itself holds it, None if
-    it is the next one of the row's image column.
-    """
-
-    turns: list[Turn]
-    places: list[Any]
+# The turns of a row, and an entry per `<image>` in them: the image if the turn itself holds it,
+# None if it is the next one of the row's image column.
+ParsedTurns = tuple[list[Turn], list[Any]]
 
 
 class Conversation(NamedTuple):
@@ -81,9 +73,8 @@ def drop_low_rated(row: dict, minimum: dict[str, int]) -> dict | None:
     low = set()
     for column, smallest in minimum.items():
         ratings = row.get(column)
-        for i, rating in enumerate(ratings if isinstance(ratings, list) else []):
-            if isinstance(rating, int) and rating < smallest:
-                low.add(i)
+        ratings = ratings if isinstance(ratings, list) else []
+        low |= {i for i, r in enumerate(ratings) if isinstance(r, int) and r < smallest}
     if not low:
         return row
     kept = [pair for i, pair in enumerate(kept) if i not in low]
@@ -95,18 +86,15 @@ def drop_low_rated(row: dict, minimum: dict[str, int]) -> dict | None:
 
 def _from_texts(row: dict) -> ParsedTurns:
     """`texts`: pairs of `user` and `assistant`, as in the Cauldron and FineVision."""
-    turns = []
-    for number, pair in enumerate(_objects(row, "texts"), 1):
-        for role in ("user", "assistant"):
-            turns.append(Turn(role, _text(pair.get(role), role, ("texts", number, role))))
-    return _with_row_images(turns)
+    pairs = enumerate(_objects(row, "texts"), 1)
+    return _with_row_images([
+        Turn(role, _text(pair.get(role), role, ("texts", number, role)))
+        for number, pair in pairs for role in ("user", "assistant")
+    ])  # fmt: skip
 
 
 def _from_conversations(row: dict) -> ParsedTurns:
-    """`conversations`: `from` human or gpt, `value`, as in LLaVA.
-
-    LLaVA puts the placeholder on its own line; that newline is not part of the text.
-    """
+    """`conversations`: `from` human or gpt, `value`; LLaVA's newline at a placeholder is cut."""
     turns = []
     for number, item in enumerate(_objects(row, "conversations"), 1):
         spoken = item.get("from") if item.get("from") is not None else item.get("role")
@@ -132,26 +120,24 @@ def _from_messages(row: dict) -> ParsedTurns:
             text, inside = _part(part, at)
             said, places = said + text, places + inside
         turns.append(Turn(role, _text(said, role, at)))
-    return ParsedTurns(turns, places)
+    return turns, places
 
 
-def _part(part: object, at: Location) -> tuple[str, list]:
-    """(text, its entries of `places`) of one part of a message."""
+def _part(part: Any, at: Location) -> tuple[str, list]:
+    """(text, an entry per `<image>` in it) of one part of a message."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return part["text"], [None] * part["text"].count(IMAGE)
     if kind in ("image", "image_url"):
         names = ("image", "image_url", "url", "path", "base64", "bytes")
         value = next((part[name] for name in names if part.get(name) is not None), None)
-        if isinstance(value, dict) and "url" in value:
-            value = value["url"]
-        return IMAGE, [value]
+        return IMAGE, [value["url"] if isinstance(value, dict) and "url" in value else value]
     says = 'must be a text, or parts {"type": "text" or "image", ...}.'
     raise InputError(f"{_location_text(at)} {says}")
 
 
 def _with_row_images(turns: list[Turn]) -> ParsedTurns:
-    return ParsedTurns(turns, [None] * sum([turn.text.count(IMAGE) for turn in turns]))
+    return turns, [None] * sum([turn.text.count(IMAGE) for turn in turns])
 
 
 def _objects(row: dict, column: str) -> list[dict]:
@@ -203,10 +189,9 @@ def _from_columns(row: dict) -> ParsedTurns:
         row = _multiple_choice(row)
     for key in ("question", "answer"):
         if not isinstance(row.get(key), str) or not row[key].strip():
-            raise InputError(
-                f"needs a text in {key!r}, or an image with a 'caption', or 'messages', "
-                f"'conversations' or 'texts'; the row has {', '.join(row) or 'nothing'}."
-            )
+            others = "an image with a 'caption', or 'messages', 'conversations' or 'texts'"
+            has = f"the row has {', '.join(row) or 'nothing'}."
+            raise InputError(f"needs a text in {key!r}, or {others}; {has}")
     return _with_row_images([Turn("user", row["question"]), Turn("assistant", row["answer"])])
 
 
@@ -223,7 +208,7 @@ def _multiple_choice(row: dict) -> dict:
     index, even if a choice has the same text.
     """
     choices, answer = _parse_json_list(row["choices"], "choices"), row.get("answer")
-    letters = string.ascii_uppercase
+    letters: str = string.ascii_uppercase
     fits = isinstance(choices, list) and 2 <= len(choices) <= len(letters)
     if not fits or not all(isinstance(choice, str) for choice in choices):
         raise InputError("'choices' must be a list of 2 to 26 texts.")
@@ -242,7 +227,7 @@ def _multiple_choice(row: dict) -> dict:
 
 def _image_values(row: dict) -> list:
     """The values of the row's image column; an empty list without one."""
-    columns = [c for c in IMAGE_COLUMNS if c in row and row[c] is not None and row[c] != []]
+    columns = [c for c in IMAGE_COLUMNS if row.get(c) is not None and row[c] != []]
     if not columns:
         return []
     if len(columns) > 1:
@@ -254,9 +239,8 @@ def _image_values(row: dict) -> list:
 def _check_image(value: object) -> object:
     is_file = isinstance(value, dict) and (value.get("bytes") or value.get("path"))
     if not is_file and not (isinstance(value, (str, bytes, Image.Image)) and value):
-        raise InputError(
-            f'an image is {type(value).__name__}; it must be a path, base64, bytes or {{"bytes"}}.'
-        )
+        kinds = 'a path, base64, bytes or {"bytes"}'
+        raise InputError(f"an image is {type(value).__name__}; it must be {kinds}.")
     return value
 
 

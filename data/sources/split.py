@@ -38,10 +38,10 @@ def parse_row(row: dict, cfg: DataConfig) -> ParsedRow | None:
 
     Raises `InputError`, which does not name the row.
     """
-    row = drop_low_rated(row, minimum_ratings(cfg))
-    if row is None:
+    rated = drop_low_rated(row, minimum_ratings(cfg))
+    if rated is None:
         return None
-    found = parse_conversation(row)
+    found = parse_conversation(rated)
     for image in () if cfg.fetch_images else found.images:
         refuse_web_address(image)
     identities = [image_identity(image) for image in found.images]
@@ -54,17 +54,13 @@ def val_threshold(val_fraction: float) -> int:
     return int(min(val_fraction * 2**64, 2**64 - 1))
 
 
-def max_bad_rows(n_rows: int) -> int:
-    """How many unusable rows are skipped and listed before training stops: 1 %, at least five."""
-    return max(5, math.ceil(n_rows / 100))
+def max_bad_rows(n_rows: int, is_stream: bool = False) -> int:
+    """How many unusable rows are skipped and listed before training stops: 1 %, at least five.
 
-
-def max_bad_rows_in_stream(n_rows: int) -> int:
-    """The same for the first `n_rows` rows of a stream, plus three standard deviations.
-
-    Of 1,000 streams with 1 % bad rows about one is then stopped by chance.
+    Of the first `n_rows` of a stream, three standard deviations more: of 1,000 streams with 1 % bad
+    rows about one is then stopped by chance.
     """
-    return max(5, math.ceil(n_rows / 100 + 3 * math.sqrt(n_rows / 100)))
+    return max(5, math.ceil(n_rows / 100 + 3 * math.sqrt(n_rows / 100) * is_stream))
 
 
 @dataclass(frozen=True)
@@ -95,12 +91,11 @@ def index_rows(rows: Rows, name: str, cfg: DataConfig) -> RowIndex:
     schemas, families, n_low = Counter(), {}, 0
     for k, row in enumerate(rows.scan()):
         try:
-            if isinstance(row, InputError):
-                skipped.append(str(row))
-                continue
-            parsed = parse_row(row, cfg)
+            parsed = str(row) if isinstance(row, InputError) else parse_row(row, cfg)
         except InputError as error:
-            skipped.append(f"{rows.where(k)}: {error}")
+            parsed = f"{rows.where(k)}: {error}"
+        if isinstance(parsed, str):
+            skipped.append(parsed)
             continue
         if parsed is None:
             n_low += 1
@@ -109,10 +104,8 @@ def index_rows(rows: Rows, name: str, cfg: DataConfig) -> RowIndex:
         if found.family not in families:
             families[found.family] = f"{rows.where(k)} has {found.schema}"
             if len(families) > 1:
-                raise InputError(
-                    f"{name}: mixed schemas, {' and '.join(families.values())}; put each into its "
-                    "own source."
-                )
+                mixed = " and ".join(families.values())
+                raise InputError(f"{name}: mixed schemas, {mixed}; put each into its own source.")
         schemas[found.schema] += 1
         identities = [image_identity(image) for image in found.images]
         owners += [len(good)] * len(identities)
@@ -124,9 +117,9 @@ def index_rows(rows: Rows, name: str, cfg: DataConfig) -> RowIndex:
     if not good:
         low = f"; all {n_low} are rated too low" if n_low else "."
         raise InputError(f"{name}: no rows" + (f"; {skipped[0]}" if skipped else low))
-    unsigned = [np.array(values, dtype=np.uint64) for values in (digests, images)]
-    arrays = [np.array(good), *unsigned, np.array(owners, dtype=int)]
-    return RowIndex(rows, schemas, *arrays, tuple(skipped), n_low)
+    digests, images = np.array(digests, dtype=np.uint64), np.array(images, dtype=np.uint64)
+    owners = np.array(owners, dtype=int)
+    return RowIndex(rows, schemas, np.array(good), digests, images, owners, tuple(skipped), n_low)
 
 
 def select_split(index: RowIndex, name: str, split: str, cfg: DataConfig) -> RowDataset:
@@ -151,13 +144,11 @@ def select_split(index: RowIndex, name: str, split: str, cfg: DataConfig) -> Row
     leaked = of_val & np.isin(index.images, index.images[~of_val])
     if n_leaked := len(np.unique(index.owners[leaked])):
         notes.append(f"{n_leaked:,} validation rows have an image that training rows have too")
-    fingerprint = hash_digests(index.digests[selected])
-    return RowDataset(
-        index.rows, index.good[selected], index.skipped, tuple(notes), cfg, fingerprint
-    )
+    fingerprint, indices = hash_digests(index.digests[selected]), index.good[selected]
+    return RowDataset(index.rows, indices, index.skipped, tuple(notes), cfg, fingerprint)
 
 
-def hash_digests(digests: Sequence[int]) -> str:
+def hash_digests(digests: Sequence[int] | np.ndarray) -> str:
     """A fingerprint of rows in their order, with their number."""
     content = np.array(digests, dtype=np.uint64).tobytes()
     return f"{len(digests):,} rows ({hashlib.blake2b(content, digest_size=8).hexdigest()})"

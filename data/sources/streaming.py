@@ -19,13 +19,7 @@ import numpy as np
 from config_tools import InputError
 from configs import DataConfig
 from data.sources.arrow import call_datasets, decode_row, encoded_columns
-from data.sources.split import (
-    RowDataset,
-    hash_digests,
-    make_sample,
-    max_bad_rows_in_stream,
-    parse_row,
-)
+from data.sources.split import RowDataset, hash_digests, make_sample, max_bad_rows, parse_row
 from data.sources.text_files import find_delimiter, parse_json
 from data.types import Sample
 
@@ -68,40 +62,28 @@ def stream_csv(path: str, _split: str) -> RowStream:
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: not CSV in UTF-8 ({error}).") from None
 
-    def text_columns(datasets: Any) -> Any:
-        return datasets.Features({name: datasets.Value("string") for name in names})
-
-    features = call_datasets(path, text_columns)
+    types = {name: {"dtype": "string", "_type": "Value"} for name in names}
+    features = call_datasets(path, lambda datasets: datasets.Features.from_dict(types))
     data = load_stream(path, "csv", data_files=[path], features=features, sep=delimiter,
                        keep_default_na=False, encoding="utf-8-sig")  # fmt: skip
-    return RowStream(data, _read_cells)
-
-
-def _read_cells(item: dict) -> dict:
-    return {column: cell for column, cell in item.items() if cell}
+    return RowStream(data, lambda item: {column: cell for column, cell in item.items() if cell})
 
 
 def stream_parquet(path: str, _split: str) -> RowStream:
-    return _stream_arrow(load_stream(path, "parquet", data_files=[path]))
-
-
-def stream_folder(path: str, _split: str) -> RowStream:
-    """The Parquet files directly in a folder; nothing else in a folder is a stream."""
-    files = [str(file) for file in sorted(Path(path).glob("*.parquet"))]
+    """A Parquet file, or those directly in a folder; nothing else in a folder is a stream."""
+    is_folder = Path(path).is_dir()
+    files = [str(file) for file in sorted(Path(path).glob("*.parquet"))] if is_folder else [path]
     if not files:
-        raise InputError(
-            f"data.source = {path!r}: only a folder of Parquet files is a stream; leave out "
-            "--data.stream."
-        )
+        says = "only a folder of Parquet files is a stream; leave out --data.stream."
+        raise InputError(f"data.source = {path!r}: {says}")
     return _stream_arrow(load_stream(path, "parquet", data_files=files))
 
 
 def stream_hub(name: str, split: str) -> RowStream:
     """`owner/name` or `owner/name:configuration` of the Hub, downloaded while it is read."""
     repository, _, configuration = name.partition(":")
-    return _stream_arrow(
-        load_stream(f"hf:{name}", repository, configuration or None, split=split or "train")
-    )
+    args = repository, configuration or None
+    return _stream_arrow(load_stream(f"hf:{name}", *args, split=split or "train"))
 
 
 def _stream_arrow(data: Any) -> RowStream:
@@ -137,7 +119,9 @@ class StreamPart:
 
     def __init__(self, cfg: DataConfig, reader: StreamReader, number: int, of: int):
         self.cfg, self.reader, self.number, self.of = cfg, reader, number, of
-        self.rows = self.data = self.after = None
+        self.rows: Iterator[dict | InputError] | None = None
+        self.data: Any = None  # datasets.IterableDataset
+        self.after: dict | None = None  # the state after the last block
 
     def read_block(self, state: dict | None) -> tuple[list[dict | InputError], dict]:
         """(up to `stream_block` rows from `state` on, the state after them).
@@ -145,39 +129,46 @@ class StreamPart:
         `state` is that of the `datasets` library; None is the start. An unreadable row is its
         `InputError`. Raises one if the source cannot be read after `MAX_ATTEMPTS`.
         """
-        for attempt in range(MAX_ATTEMPTS):
+        attempt = 0
+        while True:
+            attempt += 1
             try:
-                if self.rows is None or state != self.after:
-                    self._open(state)
-                found = list(islice(self.rows, self.cfg.stream_block))
+                rows = self._open(state) if self.rows is None or state != self.after else self.rows
+                found = list(islice(rows, self.cfg.stream_block))
                 self.after = self.data.state_dict()
                 return found, self.after
             except Exception as error:
                 if not (is_connection_error(error) or isinstance(error, READ_ERRORS)):
                     raise  # a bug of this code
-                self.rows, reason = None, error
-                if not is_transient(error):
-                    break
-                if attempt + 1 < MAX_ATTEMPTS:
-                    time.sleep(2**attempt)
-        if isinstance(reason, InputError):
-            raise reason
-        words = (str(reason) or type(reason).__name__).splitlines()[0][:200]
-        later = "; continue later with --train.resume auto" if is_transient(reason) else ""
-        raise InputError(
-            f"{self.reader.source}: cannot be read ({words}), tried {attempt + 1} times{later}."
-        ) from None
+                self.rows = None
+                if is_transient(error) and attempt < MAX_ATTEMPTS:
+                    time.sleep(2 ** (attempt - 1))
+                    continue
+                if isinstance(error, InputError):
+                    raise
+                words = (str(error) or type(error).__name__).splitlines()[0][:200]
+                later = "; continue later with --train.resume auto" * is_transient(error)
+                says = f"cannot be read ({words}), tried {attempt} times{later}."
+                raise InputError(f"{self.reader.source}: {says}") from None
 
-    def _open(self, state: dict | None) -> None:
+    def blocks(self) -> Iterator[list[dict | InputError]]:
+        """All blocks from the start."""
+        rows, state = self.read_block(None)
+        while rows:
+            yield rows
+            rows, state = self.read_block(state)
+
+    def _open(self, state: dict | None) -> Iterator[dict | InputError]:
         from datasets.distributed import split_dataset_by_node
 
         stream = self.reader.open(self.reader.name, self.reader.split)
-        self.data = split_dataset_by_node(stream.data, self.number, self.of)
+        data = self.data = split_dataset_by_node(stream.data, self.number, self.of)
         if state is not None:
-            self.data.load_state_dict(state)
+            data.load_state_dict(state)
         # `iter(1)`, as a plain loop would divide the rows among DataLoader workers once more.
-        items = ({name: v[0] for name, v in one.items()} for one in self.data.iter(1))
+        items = ({name: v[0] for name, v in one.items()} for one in data.iter(1))
         self.rows = (row for row in map(stream.read, items) if row is not None)
+        return self.rows
 
     def shuffle(self, rows: list, epoch: int, block: int) -> list[tuple[int, dict | InputError]]:
         """(number in the part, row) of a block, in training order."""
@@ -210,40 +201,17 @@ class ListRows:
         return iter(self.rows)
 
 
-@dataclass(frozen=True)
-class StreamDataset:
-    """A stream to train on. As a `Dataset` it holds its first rows only, to check them."""
+@dataclass(frozen=True, kw_only=True)
+class StreamDataset(RowDataset):
+    """A stream to train on. Its `rows` are the first training rows only, to check them."""
 
-    cfg: DataConfig
     reader: StreamReader
-    head: RowDataset  # the first training rows
-    notes: tuple[str, ...]
-    fingerprint: str
-    skipped: tuple[str, ...] = ()
-    n_first: int = 0
-
-    @property
-    def n_rows(self) -> int:
-        return len(self)
-
-    def __len__(self) -> int:
-        """Rows of the head; the length of the stream is unknown."""
-        return len(self.head)
-
-    def __getitem__(self, i: int) -> Sample:
-        return self.head[i]
-
-    def row_number(self, i: int) -> int:
-        return self.head.row_number(i)
 
     def part(self, number: int, of: int) -> StreamPart:
         return StreamPart(self.cfg, self.reader, number, of)
 
     def make_sample(self, row: dict | InputError, where: str) -> Sample | None:
-        """A training sample; None if the row is for validation, or rated too low.
-
-        Raises `InputError` naming the row.
-        """
+        """A training sample, or None; raises `InputError` naming the row."""
         try:
             parsed = parse_row(require_row(row), self.cfg)
             if parsed is None or parsed.is_val:
@@ -273,21 +241,17 @@ def is_transient(error: BaseException) -> bool:
     """Whether a retry may help, as after a timeout or a lost connection."""
     if isinstance(error, InputError):
         return error.__cause__ is not None and is_transient(error.__cause__)
-    is_final = isinstance(error, (FileNotFoundError, PermissionError))
-    is_final = is_final or type(error).__name__ == "OfflineModeIsEnabled"
+    is_offline = type(error).__name__ == "OfflineModeIsEnabled"
+    is_final = is_offline or isinstance(error, (FileNotFoundError, PermissionError))
     return (isinstance(error, OSError) or is_connection_error(error)) and not is_final
 
 
 @lru_cache(maxsize=4)
 def _read_head(cfg: DataConfig, reader: StreamReader, is_val: bool) -> tuple[RowDataset, str]:
     """The first usable rows of a split, and the schema of the first one."""
-    part, state = StreamPart(cfg, reader, 0, 1), None
+    part, n_wanted = StreamPart(cfg, reader, 0, 1), MAX_VAL_ROWS if is_val else N_HEAD
     kept, digests, n_read, n_bad, reason, schema = [], [], 0, 0, "", ""
-    n_wanted = MAX_VAL_ROWS if is_val else N_HEAD
-    while len(kept) < n_wanted and n_read < MAX_SCANNED:
-        rows, state = part.read_block(state)
-        if not rows:
-            break
+    for rows in part.blocks():
         for row in rows:
             n_read += 1
             try:
@@ -299,21 +263,22 @@ def _read_head(cfg: DataConfig, reader: StreamReader, is_val: bool) -> tuple[Row
             if parsed is not None and parsed.is_val == is_val and len(kept) < n_wanted:
                 kept.append(row)
                 digests.append(parsed.digest)
-    if n_bad > max_bad_rows_in_stream(n_read):
+        if len(kept) == n_wanted or n_read >= MAX_SCANNED:
+            break
+    if n_bad > max_bad_rows(n_read, is_stream=True):
         raise InputError(f"{n_bad} of the first {n_read} rows are bad, the first: {reason}")
     if not kept and not is_val:
-        raise InputError(
-            f"{reader.source}: no rows to train on" + (f"; {reason}" if reason else ".")
-        )
+        why = f"; {reason}" if reason else "."
+        raise InputError(f"{reader.source}: no rows to train on{why}")
     fingerprint = f"{reader.source}, the beginning {hash_digests(digests)}"
     rows = ListRows(kept, reader.folder)
     return RowDataset(rows, np.arange(len(kept)), (), (), cfg, fingerprint), schema
 
 
-def open_stream(cfg: DataConfig, reader: StreamReader, split: str) -> StreamDataset | RowDataset:
+def open_stream(cfg: DataConfig, reader: StreamReader, split: str) -> RowDataset:
     """A stream to train on; for validation, those of its first rows that the hash selects."""
     head, schema = _read_head(cfg, reader, split == "val")
     if split == "val":
         return head
     note = f"{reader.source}: a stream of {schema}; {cfg.val_fraction:.1%} of it for validation"
-    return StreamDataset(cfg, reader, head, (note,), head.fingerprint)
+    return StreamDataset(**vars(head) | {"notes": (note,)}, reader=reader)

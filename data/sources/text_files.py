@@ -89,10 +89,9 @@ def open_json(path: Path) -> TextRows:
     """A list of rows, split at its commas without parsing. Also accepts JSON Lines in .json."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         first = re.search(rb"[^\s\xef\xbb\xbf]", content)
-        opening = first[0] if first else b""
-        if opening == b"{" and content.readline().rstrip().endswith(b"}"):
+        if first and first[0] == b"{" and content.readline().rstrip().endswith(b"}"):
             return open_jsonl(path)
-        if opening != b"[":
+        if not first or first[0] != b"[":
             raise InputError(f"{path}: must hold a list of rows, [{{...}}, {{...}}].")
         spans, depth, start = [], 1, first.end()
         for found in JSON_TOKEN.finditer(content, start):

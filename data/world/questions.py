@@ -10,9 +10,9 @@ from functools import partial
 from itertools import chain, combinations, count, permutations, product, takewhile
 
 from data.types import Sample, Turn
+from data.world import scenes
 from data.world.drawing import draw
-from data.world.scenes import (COLORS, HELD_NUMBERS, HELD_PAIRS, PLURAL, POSITIONS, SHAPES, Scene,
-                               Thing, held_counts, make_scene, theme_of)  # fmt: skip
+from data.world.scenes import COLORS, PLURAL, POSITIONS, SHAPES, Scene, Thing, held_counts
 
 # Relative frequency of each skill in training; those that take longest to learn come most often.
 WEIGHTS = {"color": 2, "shape": 1, "count": 2, "where": 4, "what": 2, "exist": 2, "relation": 4,
@@ -67,7 +67,7 @@ def _exist(scene: Scene) -> Iterator[tuple[str, str, bool]]:
     here = {(t.color, t.shape) for t in scene.things}
     colors, shapes = ({kind[i] for kind in here} for i in (0, 1))
     for unseen in (False, True):
-        kinds = [kind for kind in product(COLORS, SHAPES) if (kind in HELD_PAIRS) == unseen]
+        kinds = [kind for kind in product(COLORS, SHAPES) if (kind in scenes.HELD_PAIRS) == unseen]
         n_matches = {(c, s): (c in colors) + (s in shapes) for c, s in kinds if (c, s) not in here}
         negatives = {kind for kind in n_matches if n_matches[kind] == max(n_matches.values())}
         for color, shape in here.intersection(kinds) | negatives:
@@ -97,7 +97,7 @@ def _compare(scene: Scene) -> Iterator[tuple[str, str, bool]]:
 
 def _read(scene: Scene) -> Iterator[tuple[str, str, bool]]:
     if scene.number is not None:
-        yield "What number is there?", scene.number, scene.number in HELD_NUMBERS
+        yield "What number is there?", scene.number, scene.number in scenes.HELD_NUMBERS
 
 
 def _describe(text: str, order: Callable, scene: Scene) -> Iterator[tuple[str, str, bool]]:
@@ -106,7 +106,7 @@ def _describe(text: str, order: Callable, scene: Scene) -> Iterator[tuple[str, s
     if scene.number is not None:
         parts.append((scene.number_cell, f"the number {scene.number}"))
     *rest, last = [f"{what} at the {POSITIONS[cell]}" for cell, what in order(parts)]
-    unseen = any(t.held for t in scene.things) or scene.number in HELD_NUMBERS
+    unseen = any(t.held for t in scene.things) or scene.number in scenes.HELD_NUMBERS
     yield text, f"{', '.join(rest)} and {last}", unseen or bool(held_counts(scene.things))
 
 
@@ -165,7 +165,7 @@ def train_sample(
     Never both: a caption before a question would answer it, and the image would not be needed.
     Questions are distinct, and nothing held out occurs.
     """
-    scene = make_scene(seed, split, index, min_shapes)
+    scene = scenes.make_scene(seed, split, index, min_shapes)
     rng = random.Random(f"{seed}/{split}/{index}/ask")
     asked: dict[str, Question] = {}
     weights = list(WEIGHTS.values())
@@ -197,7 +197,8 @@ def questions(seed: int, split: str, n_per_skill: int) -> Iterator[tuple[Sample,
     missing = {(skill, unseen): n for skill in SKILLS for unseen, n in wanted.items()}
     given: dict[tuple[str, bool], Counter[str]] = {key: Counter() for key in missing}
     for index in takewhile(lambda _: any(missing.values()), count()):
-        scene, unseen = make_scene(seed, split, index), theme_of(split, index) is not None
+        scene = scenes.make_scene(seed, split, index)
+        unseen = scenes.theme_of(split, index) is not None
         rng = random.Random(f"{seed}/{split}/{index}/score")
         skills = [s for s in SKILLS if missing[s, unseen]]
         for skill in sorted(skills, key=lambda s: -missing[s, unseen]):

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data.images import open_image
 from engine.evaluation.evaluate import Answered, by_skill
+from engine.vit.figures import square
 
 COLUMNS, SIDE, TEXT_HEIGHT, GAP = 5, 240, 84, 14
 # Pillow's built-in font has neither sign; points are relative to the start of the line.
@@ -26,14 +27,13 @@ def draw_answer_sheet(answered: Sequence[Answered], path: Path, per_skill: int =
     per_skill = per_skill if len(groups) > 1 else 2 * COLUMNS
     chosen = [group[i] for i in range(per_skill) for group in groups.values() if i < len(group)]
     n_rows = -(-len(chosen) // COLUMNS)
-    sheet = Image.new(
-        "RGB", (COLUMNS * (SIDE + GAP) + GAP, n_rows * (SIDE + TEXT_HEIGHT + GAP) + GAP), "white"
-    )
+    width, height = SIDE + GAP, SIDE + TEXT_HEIGHT + GAP
+    sheet = Image.new("RGB", (COLUMNS * width + GAP, n_rows * height + GAP), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
     for i, a in enumerate(chosen):
-        x, y = GAP + i % COLUMNS * (SIDE + GAP), GAP + i // COLUMNS * (SIDE + TEXT_HEIGHT + GAP)
+        x, y = GAP + i % COLUMNS * width, GAP + i // COLUMNS * height
         if a.item.sample.images:
-            sheet.paste(_fit(open_image(a.item.sample.images[0])), (x, y))
+            sheet.paste(square(open_image(a.item.sample.images[0]), SIDE), (x, y))
         question = a.item.question.replace("<image>", "")
         line = _write(pen, font, x, y + SIDE + 4, question, INK)
         color = GREEN if a.score else RED
@@ -53,13 +53,6 @@ def try_draw_answer_sheet(answered: Sequence[Answered], path: Path) -> None:
         print(f"{path}: cannot be written ({error.strerror}); training continues.")
 
 
-def _fit(image: Image.Image) -> Image.Image:
-    """Resize to fit the square; small images are enlarged without blur."""
-    scale = SIDE / max(image.size)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    return image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
-
-
 def _write(pen: ImageDraw.ImageDraw, font, x: int, y: int, text: str, color) -> int:
     """Write at most two lines, as wide as an image; return the y of the next line."""
     lines = [""]
@@ -68,8 +61,7 @@ def _write(pen: ImageDraw.ImageDraw, font, x: int, y: int, text: str, color) -> 
             lines.append("")
         lines[-1] = f"{lines[-1]} {word}".strip()
     for i, line in enumerate(lines[:2]):
-        pen.text(
-            (x, y), line + (" ..." if i == 1 and len(lines) > 2 else ""), fill=color, font=font
-        )
+        more = " ..." if i == 1 and len(lines) > 2 else ""
+        pen.text((x, y), line + more, fill=color, font=font)
         y += 18
     return y

@@ -6,9 +6,10 @@ Not here: the metrics (metrics.py), the benchmarks (tasks/), training (loop.py).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ N_EXAMPLES = 10  # answers that an evaluation logs and an answer sheet shows
 # The right image; a blank (mid-gray) image; another question's image. Accuracy that survives the
 # last two does not come from the image.
 VIEWS = ("answer", "blind", "shuffled")
+Views = Iterator[tuple[int, dict[str, str]]]  # (number of the question, answer by view)
 
 
 @dataclass(frozen=True)
@@ -48,14 +50,13 @@ class Item:
         return turns[-2].text if len(turns) > 1 else ""
 
     @property
-    def expected(self) -> str:
-        """The first correct answer."""
-        return self.correct[0]
-
-    @property
     def correct(self) -> tuple[str, ...]:
         """All correct answers."""
         return self.references or (self.sample.turns[-1].text,)
+
+    @property
+    def expected(self) -> str:
+        return self.correct[0]
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,8 @@ def load_items(cfg: DataConfig, split: str, n: int) -> list[Item]:
     """Up to `n` questions: `n` / skills of each skill of the world, or random rows of a file."""
     if cfg.source == "world":
         per_skill = max(1, n // len(questions.SKILLS))
-        return [
-            Item(sample, q.skill, q.unseen)
-            for sample, q in questions.questions(cfg.seed, split, per_skill)
-        ]
+        rows = questions.questions(cfg.seed, split, per_skill)
+        return [Item(sample, q.skill, q.unseen) for sample, q in rows]
     source = open_dataset(cfg, split)
     return [Item(source[i], "all") for i in sample_rows(source, n)]
 
@@ -90,7 +89,7 @@ def sample_rows(source: Sized, n: int) -> list[int]:
 class RowQuestions(Sequence):
     """Questions of a public dataset, read one by one, as its images may be gigabytes."""
 
-    rows: object  # rows of a file (data/sources/rows.py)
+    rows: Any  # rows of a file (data/sources/open.py)
     order: list[int]
     read: Callable[[dict], tuple]  # row -> (prompt, image, fields of Item from `skill` on)
 
@@ -103,10 +102,8 @@ class RowQuestions(Sequence):
         try:
             prompt, image, fields = self.read(row)
         except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise InputError(
-                f"{where}: not a row of this task ({type(error).__name__} {error}); its columns "
-                f"are {', '.join(row)}."
-            ) from None
+            reason = f"not a row of this task ({type(error).__name__} {error})"
+            raise InputError(f"{where}: {reason}; its columns are {', '.join(row)}.") from None
         images = () if image is None else (resolve_image(image, self.rows.folder),)
         turns = Turn("user", "<image>" * len(images) + prompt), Turn("assistant", "")
         return Item(Sample(turns, images, where), **fields)
@@ -156,13 +153,9 @@ def encode_question(
 
 
 def generate_views(
-    chat: Chat,
-    questions: Sequence[Item],
-    which: Sequence[int],
-    views: Sequence[str] = ("answer",),
-    max_tiles: int = 1 << 30,
-    max_new_tokens: int = 96,
-) -> Iterator[tuple[int, dict[str, str]]]:
+    chat: Chat, questions: Sequence[Item], which: Sequence[int], views: Sequence[str],
+    max_tiles: int = 1 << 30, max_new_tokens: int = 96,
+) -> Views:  # fmt: skip
     """Yield (i, greedy answer by view) for each i in `which`, in the order they finish."""
     keys = [(i, view) for i in which for view in views]
     prompts = (encode_question(chat, questions, i, view, max_tiles) for i, view in keys)
@@ -175,12 +168,9 @@ def generate_views(
 
 
 def choose_views(
-    chat: Chat,
-    questions: Sequence[Item],
-    which: Sequence[int],
-    views: Sequence[str] = ("answer",),
+    chat: Chat, questions: Sequence[Item], which: Sequence[int], views: Sequence[str],
     max_tiles: int = 1 << 30,
-) -> Iterator[tuple[int, dict[str, str]]]:
+) -> Views:  # fmt: skip
     """Yield (i, most likely choice by view) for each i in `which`."""
     for i in which:
         choices, answers = questions[i].choices, {}
@@ -205,17 +195,12 @@ def score_answers(
 
 
 def answer_questions(
-    chat: Chat,
-    questions: Sequence[Item],
-    view: str = "answer",
-    max_tiles: int = 1 << 30,
-    max_new_tokens: int = 96,
-    metric: Metric = per_answer(any_exact),
+    chat: Chat, questions: Sequence[Item], view: str = "answer", **limits: int
 ) -> list[Answered]:
-    """Greedy answers to all questions in one view, scored."""
+    """Greedy answers to all questions in one view, scored; `limits` as in `generate_views`."""
     which = range(len(questions))
-    answers = dict(generate_views(chat, questions, which, (view,), max_tiles, max_new_tokens))
-    return score_answers(questions, [answers[i][view] for i in which], metric)
+    answers = dict(generate_views(chat, questions, which, (view,), **limits))
+    return score_answers(questions, [answers[i][view] for i in which], per_answer(any_exact))
 
 
 # --- Figures ------------------------------------------------------------------------------------
@@ -240,7 +225,7 @@ def mean_score(answered: Sequence[Answered]) -> float | None:
     return sum(a.score for a in answered) / len(answered) if answered else None
 
 
-def summarize(views: dict[str, Sequence[Answered]]) -> dict:
+def summarize(views: Mapping[str, Sequence[Answered]]) -> dict:
     """Accuracy with its interval, on seen and unseen combinations, and in the other views."""
     answered = views["answer"]
     return {
@@ -253,19 +238,16 @@ def summarize(views: dict[str, Sequence[Answered]]) -> dict:
     }
 
 
-def summarize_skills(views: dict[str, Sequence[Answered]]) -> dict:
+def summarize_skills(views: Mapping[str, Sequence[Answered]]) -> dict:
     """`summarize` over all questions and, under `skills`, for each skill."""
     groups = {view: by_skill(answered) for view, answered in views.items()}
-    skills = {
-        skill: summarize({view: groups[view][skill] for view in views})
-        for skill in groups["answer"]
-    }
+    skills = {s: summarize({view: groups[view][s] for view in views}) for s in groups["answer"]}
     return summarize(views) | {"skills": skills}
 
 
 @torch.inference_mode()
 def validation_loss(
-    model, loader: Loader, n_batches: int, autocast_context: torch.autocast
+    model: Any, loader: Loader, n_batches: int, autocast_context: torch.autocast
 ) -> float:
     """Loss per supervised token over the next batches of the loader."""
     total, n_targets = 0.0, 0
@@ -297,13 +279,10 @@ def load_answerable_items(processor: Processor, cfg: DataConfig, n: int) -> tupl
 
 
 def evaluate(
-    model,
-    processor: Processor,
-    cfg: DataConfig,
-    n_questions: int,
+    model: Any, processor: Processor, cfg: DataConfig, n_questions: int,
     autocast_context: torch.autocast,
     on_answers: Callable[[Sequence[Answered]], object] | None = None,
-) -> dict:
+) -> dict:  # fmt: skip
     """Validation loss, accuracy per skill and the first answers; {} without validation rows.
 
     Questions that cannot be asked, for example with a broken image, are skipped and counted as
@@ -328,11 +307,11 @@ def evaluate(
     if on_answers is not None and answered:
         on_answers(answered)
     groups = by_skill(answered)
-    accuracies = {f"val_{skill}": round(mean_score(group), 4) for skill, group in groups.items()}
+    scores = {skill: mean_score(group) or 0.0 for skill, group in groups.items()}
     return {
         "val_loss": round(loss, 4),
         "val_accuracy": round(mean_score(answered) or 0.0, 4),
-        **accuracies,
+        **{f"val_{skill}": round(score, 4) for skill, score in scores.items()},
         **({"val_left_out": n_skipped} if n_skipped else {}),
         "val_answers": [a.answer for a in select_examples(answered)],
     }

@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from statistics import mean
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from config_tools import InputError
+from config_tools import import_optional
 
 Metric = Callable[[Sequence[str], Sequence[Sequence[str]]], list[float]]
 ARTICLES = {"a", "an", "the"}
@@ -91,12 +92,11 @@ def _number(text: str) -> float | None:
 def anls(answer: str, references: Sequence[str]) -> float:
     """1 - normalized edit distance; 0 if the distance is 0.5 or more (ANLS, Biten et al. 2019)."""
     text = " ".join(answer.lower().split())
-    scores = []
+    distances = []
     for reference in references:
         expected = " ".join(reference.lower().split())
-        distance = edit_distance(text, expected) / max(1, len(text), len(expected))
-        scores.append(1 - distance if distance < 0.5 else 0.0)
-    return max(scores)
+        distances.append(edit_distance(text, expected) / max(1, len(text), len(expected)))
+    return 1 - min(distances) if min(distances) < 0.5 else 0.0
 
 
 def edit_distance(a: str, b: str) -> int:
@@ -136,15 +136,10 @@ def cider(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[f
     Words are lowercased, without punctuation; the official script uses a Java tokenizer instead.
     Raises `InputError` without pycocoevalcap.
     """
-    try:
-        from pycocoevalcap.cider.cider import Cider
-    except ImportError:
-        raise InputError(
-            "the caption metric needs the package pycocoevalcap; run `pip install pycocoevalcap`."
-        ) from None
+    official = import_optional("pycocoevalcap.cider.cider", "the caption metric")
     captions = {i: [_caption_words(a)] for i, a in enumerate(answers)}
     expected = {i: [_caption_words(r) for r in rs] for i, rs in enumerate(references)}
-    _, scores = Cider().compute_score(expected, captions)
+    _, scores = official.Cider().compute_score(expected, captions)
     return [float(s) for s in scores]
 
 
@@ -167,7 +162,7 @@ def yes_no_figures(answers: Sequence[str], references: Sequence[Sequence[str]]) 
 
 
 def bootstrap_interval(
-    scores: Sequence[float], n_resamples: int = 1000, seed: int = 0
+    scores: ArrayLike, n_resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
     """95 % bootstrap percentile interval of the mean (Efron 1979)."""
     values = np.asarray(scores, dtype=np.float64)

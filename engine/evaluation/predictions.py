@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
 
 from config_tools import InputError, json_line, write_atomic
-from engine.evaluation.evaluate import Answered, Item
+from engine.evaluation.evaluate import Answered, Item, Views
 
 Answers = dict[int, dict[str, str]]  # number of the question -> view -> answer
 
@@ -54,32 +54,25 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_answers(path: Path | None, run: str) -> Answers:
-    """Answers of an interrupted or finished run; a line that was cut off is ignored.
-
-    Raises `InputError` if they belong to another checkpoint or other settings.
-    """
+    """Answers of an interrupted or finished run; a line that was cut off is ignored."""
     answers: Answers = {}
     for part in [] if path is None else [path, *part_files(path)]:
         for line in read_lines(part) if part.exists() else ():
             try:
                 row = json.loads(line)
-                number, run_of_row, views = row["number"], row["run"], row["views"]
-            except (ValueError, KeyError, TypeError) as error:
-                if isinstance(error, ValueError) and line.startswith("{"):
+            except ValueError:
+                if line.startswith("{"):
                     continue
-                run_of_row = None
-            if run_of_row != run:
-                raise InputError(
-                    f"{part}: holds predictions of another checkpoint or other settings; name "
-                    "another file, or delete it."
-                )
-            answers[number] = views
+                row = None
+            keys = {"number", "run", "views"}
+            if not isinstance(row, dict) or not keys <= row.keys() or row["run"] != run:
+                reason = "holds predictions of another checkpoint or other settings"
+                raise InputError(f"{part}: {reason}; name another file, or delete it.")
+            answers[row["number"]] = row["views"]
     return answers
 
 
-def record_answers(
-    path: Path | None, rank: int, run: str, answers: Iterable[tuple[int, dict[str, str]]]
-) -> Iterator[tuple[int, dict[str, str]]]:
+def record_answers(path: Path | None, rank: int, run: str, answers: Views) -> Views:
     """Append each answer to this process's part file, then yield it; without a path, only yield."""
     if path is None:
         yield from answers
@@ -91,11 +84,11 @@ def record_answers(
             yield number, views
 
 
-def write_predictions(path: Path, run: str, views: dict[str, Sequence[Answered]]) -> None:
+def write_predictions(path: Path, run: str, views: Mapping[str, Sequence[Answered]]) -> None:
     """Replace the part files by the final file: questions in order, with scores."""
     lines = []
     for number, answered in enumerate(zip(*views.values(), strict=True)):
-        item, first = answered[0].item, answered[0]
+        item = answered[0].item
         row = {
             "number": number,
             "row": item.sample.row,
@@ -103,7 +96,7 @@ def write_predictions(path: Path, run: str, views: dict[str, Sequence[Answered]]
             "unseen": item.unseen,
             "question": item.question,
             "expected": item.expected,
-            "score": first.score,
+            "score": answered[0].score,
             "views": {view: a.answer for view, a in zip(views, answered)},
             "run": run,
         }
@@ -114,24 +107,17 @@ def write_predictions(path: Path, run: str, views: dict[str, Sequence[Answered]]
 
 
 def read_scores(path: Path, questions: Sequence[Item]) -> list[float]:
-    """Scores in the predictions file of another checkpoint.
-
-    Raises `InputError` unless it answers exactly `questions`.
-    """
+    """Scores in another checkpoint's file; raises `InputError` unless it answers `questions`."""
     if not path.is_file():
-        raise InputError(
-            f"{path}: no such file; expected a file that score.py --predictions wrote."
-        )
+        expected = "expected a file that score.py --predictions wrote"
+        raise InputError(f"{path}: no such file; {expected}.")
     try:
         rows = [json.loads(line) for line in read_lines(path)]
         answered = [(r["row"], r["question"], r["expected"]) for r in rows]
         scores = [float(r["score"]) for r in rows]
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path}: not a finished file of score.py --predictions.") from None
-    expected = [(item.sample.row, item.question, item.expected) for item in questions]
-    if answered != expected:
-        raise InputError(
-            f"{path}: answers {len(answered)} other questions; score both with the same task, "
-            "source, split and n."
-        )
+    if answered != [(item.sample.row, item.question, item.expected) for item in questions]:
+        fix = "score both with the same task, source, split and n"
+        raise InputError(f"{path}: answers {len(answered)} other questions; {fix}.")
     return scores

@@ -22,24 +22,15 @@ import tyro
 from PIL import Image
 
 from cli import command, parse
-from config_tools import InputError, from_dict, read_json, write_atomic
+from config_tools import InputError, from_dict, import_optional, read_json, write_atomic
 from configs import PRESETS, RunConfig
 from data.images import open_image
 from data.preview import describe_rows, evenly_spaced, inspect_row
 from data.sources.open import open_dataset
-from engine.evaluation.evaluate import (
-    Answered,
-    load_answerable_items,
-    score_answers,
-    select_examples,
-)
+from engine.evaluation import evaluate
+from engine.evaluation.evaluate import Answered
 from engine.evaluation.metrics import any_exact, exact, per_answer
-from engine.inference.attention_overlay import (
-    attention_overlay,
-    merge_tile_maps,
-    paint_heatmap,
-    split_tiles,
-)
+from engine.inference import attention_overlay as overlays
 from engine.inference.chat import Chat
 from engine.training import checkpoint
 from engine.training.logger import read_log
@@ -76,14 +67,13 @@ def write_page(runs: Sequence[dict]) -> str:
     """The HTML page of what `collect` returned for each run."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(PAGE.read_text(encoding="utf-8"))
-    rows = [settings(run["config"]) for run in runs]
+    rows, defaults = [settings(run["config"]) for run in runs], settings(PRESETS["tiny"])
     differ = {name for row in rows for name in row if len({str(r.get(name)) for r in rows}) > 1}
-    defaults = settings(PRESETS["tiny"])
-    changed = [
-        [(k, v, k in differ) for k, v in row.items() if v != defaults[k] or k in differ]
-        for row in rows
-    ]
-    return template.render(runs=runs, changed=changed, all_settings=rows)
+
+    def changed(row: dict) -> list[tuple]:
+        return [(k, v, k in differ) for k, v in row.items() if v != defaults[k] or k in differ]
+
+    return template.render(runs=runs, changed=list(map(changed, rows)), all_settings=rows)
 
 
 def collect(run: Path) -> dict:
@@ -94,15 +84,10 @@ def collect(run: Path) -> dict:
     events = read_log(run)
     train = [e for e in events if "loss" in e]
     val = [e for e in events if "val_loss" in e]
-    return {
-        "name": str(run),
-        "config": cfg,
-        "facts": facts(train, val),
-        "curves": [curve(*c) for c in curves(train, val)],
-        "data": describe(cfg, run),
-        "scores": scores(run),
-        **answers_section(run, cfg, val),
-    }
+    plots = [curve(*c) for c in curves(train, val)]
+    shown = {"name": str(run), "config": cfg, "facts": facts(train, val), "curves": plots}
+    shown |= {"data": describe(cfg, run), "scores": scores(run)}
+    return shown | answers_section(run, cfg, val)
 
 
 # --- Settings and figures -------------------------------------------------------------------------
@@ -120,19 +105,17 @@ def facts(train: list[dict], val: list[dict]) -> list[tuple[str, str]]:
     last = train[-1]
     seconds = sum(max(0.0, b["seconds"] - a["seconds"]) for a, b in zip(train, train[1:]))
     speeds = sorted(e["tokens_per_s"] for e in train)
-    rows = [
+    return [
         ("steps", f"{last['step']:,}"),
         ("minutes from first to last log line", f"{seconds / 60:.1f}"),
         ("training loss", f"{last['loss']:.3f}"),
+        *[("validation loss", f"{e['val_loss']:.3f}") for e in val[-1:]],
+        *[("validation accuracy", f"{e['val_accuracy']:.1%}") for e in val[-1:]],
         ("tokens/s, median", f"{speeds[len(speeds) // 2]:,.0f}"),
         ("images/s, last", f"{last['images_per_s']:,.1f}"),
         ("waiting for data", f"{sum(e['data_wait'] for e in train) / len(train):.0%}"),
         ("bad rows", str(last["bad_rows"])),
     ]
-    if val:
-        rows.insert(3, ("validation loss", f"{val[-1]['val_loss']:.3f}"))
-        rows.insert(4, ("validation accuracy", f"{val[-1]['val_accuracy']:.1%}"))
-    return rows
 
 
 def curves(train: list[dict], val: list[dict]) -> list[tuple]:
@@ -153,22 +136,14 @@ def curves(train: list[dict], val: list[dict]) -> list[tuple]:
 
 def curve(title: str, label: str, lines: dict[str, list], log: bool) -> dict:
     """A plot as an SVG data URI; raises `InputError` without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError(
-            "a report needs the package matplotlib; run `pip install matplotlib`."
-        ) from None
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
+    plt = import_optional("matplotlib.pyplot", "a report")
+    plt.switch_backend("agg")
     figure, axis = plt.subplots(figsize=(6, 3.4), constrained_layout=True)
     for i, (name, points) in enumerate(lines.items()):
         if points:
-            style = {"accuracy": dict(lw=3, color="black")}.get(name, dict(lw=1.2))
-            mark = "o" if len(points) < 30 else None
-            axis.plot(*zip(*points), label=name, marker=mark, ms=3,
-                      ls="-" if i < 10 else "--", **style)  # fmt: skip
+            style = dict(lw=3, color="black") if name == "accuracy" else dict(lw=1.2)
+            style |= dict(marker="o" if len(points) < 30 else None, ls="-" if i < 10 else "--")
+            axis.plot(*zip(*points), label=name, ms=3, **style)
     axis.set(xlabel="step", ylabel=label, yscale="log" if log and any(lines.values()) else "linear")
     axis.grid(alpha=0.3)
     if len(lines) > 1 and any(lines.values()):
@@ -182,7 +157,11 @@ def curve(title: str, label: str, lines: dict[str, list], log: bool) -> dict:
 
 def scores(run: Path) -> list[dict]:
     """Results of score.py --json in the run folder."""
-    scores = []
+    needed, scores = {"accuracy", "interval", "n", "seen", "unseen"}, []
+
+    def is_score(values: object) -> bool:
+        return isinstance(values, dict) and needed <= set(values)
+
     for path in sorted(run.glob("*.json")):
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -193,20 +172,13 @@ def scores(run: Path) -> list[dict]:
     return scores
 
 
-def is_score(values: object) -> bool:
-    """Whether `values` has the keys that score.py writes."""
-    needed = {"accuracy", "interval", "n", "seen", "unseen"}
-    return isinstance(values, dict) and needed <= set(values)
-
-
 def describe(cfg: RunConfig, run: Path) -> str:
     """The summary of data.preview for the run's data, or the error that prevents it."""
     try:
         source = open_dataset(cfg.data, "train")
         processor = Chat.load(run).processor
-        seen = [
-            inspect_row(source, processor, cfg.data, i) for i in evenly_spaced(len(source), N_ROWS)
-        ]
+        indices = evenly_spaced(len(source), N_ROWS)
+        seen = [inspect_row(source, processor, cfg.data, i) for i in indices]
         return describe_rows(source, seen, cfg.data)
     except InputError as error:
         return f"not available: {error}"
@@ -222,22 +194,23 @@ def answers_section(run: Path, cfg: RunConfig, val: list[dict]) -> dict:
         if not checkpoint.list_checkpoints(run):
             return empty | {"error": f"{run}: no checkpoint yet."}
         chat = Chat.load(run)
-        items, _ = load_answerable_items(chat.processor, cfg.data, cfg.train.eval_samples)
-        metric = per_answer(any_exact)
-        examples = select_examples(score_answers(items, [""] * len(items), metric))
+        n, metric = cfg.train.eval_samples, per_answer(any_exact)
+        items, _ = evaluate.load_answerable_items(chat.processor, cfg.data, n)
+        unanswered = evaluate.score_answers(items, [""] * len(items), metric)
+        examples = evaluate.select_examples(unanswered)
         logged = [e for e in val if len(e.get("val_answers", ())) == len(examples)]
         answers = [
             {
                 "question": question_of(a),
                 "expected": a.item.expected,
-                "image": thumbnail(a),
+                "image": "".join(thumbnail(open_image(x)) for x in a.item.sample.images[:1]),
                 "logged": [(e["val_answers"][i], exact(e["val_answers"][i], a.item.expected))
                            for e in logged],
             }
             for i, a in enumerate(examples)
         ]  # fmt: skip
-        overlays = [overlays_of(chat, a) for a in examples[-N_OVERLAYS:]]
-        return {"answers": answers, "steps": [e["step"] for e in logged], "overlays": overlays}
+        shown = [overlays_of(chat, a) for a in examples[-N_OVERLAYS:]]
+        return {"answers": answers, "steps": [e["step"] for e in logged], "overlays": shown}
     except InputError as error:
         return empty | {"error": str(error)}
 
@@ -247,15 +220,6 @@ def question_of(a: Answered) -> str:
     return a.item.question.replace("<image>", "")
 
 
-def thumbnail(a: Answered) -> str:
-    """The first image of a question as a data URI; empty without images."""
-    if not a.item.sample.images:
-        return ""
-    image = open_image(a.item.sample.images[0])
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    return as_uri(image)
-
-
 def overlays_of(chat: Chat, a: Answered, max_tokens: int = 12) -> dict:
     """The answer, and an attention overlay of the first image for each of its first tokens."""
     images = [open_image(image) for image in a.item.sample.images]
@@ -263,18 +227,19 @@ def overlays_of(chat: Chat, a: Answered, max_tokens: int = 12) -> dict:
     ((_, reply),) = chat.generate_replies([prompt])
     tokens = []
     if images:
-        overlay = attention_overlay(chat, prompt, reply.tokens)
-        tiles, grid = split_tiles(chat, images)[0]
+        overlay = overlays.attention_overlay(chat, prompt, reply.tokens)
+        tiles, grid = overlays.split_tiles(chat, images)[0]
         for t, token in enumerate(reply.tokens[:max_tokens]):
             word = chat.processor.tokenizer.decode([token], skip_special_tokens=True)
-            view = paint_heatmap(images[0], merge_tile_maps(overlay.maps[t, tiles], *grid))
-            view.thumbnail((THUMBNAIL, THUMBNAIL))
-            tokens.append((word.strip() or "(end)", as_uri(view)))
+            heat = overlays.merge_tile_maps(overlay.maps[t, tiles], *grid)
+            view = thumbnail(overlays.paint_heatmap(images[0], heat))
+            tokens.append((word.strip() or "(end)", view))
     return {"question": question_of(a), "answer": reply.text, "tokens": tokens}
 
 
-def as_uri(image: Image.Image) -> str:
-    """An image as a PNG data URI."""
+def thumbnail(image: Image.Image) -> str:
+    """A small copy of an image, as a PNG data URI."""
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
     data = io.BytesIO()
     image.save(data, "PNG")
     return inline(data.getvalue(), "png")

@@ -10,14 +10,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from engine.evaluation.evaluate import (
-    VIEWS,
-    Answered,
-    Item,
-    choose_views,
-    generate_views,
-    score_answers,
-)
+from engine.evaluation import evaluate
+from engine.evaluation.evaluate import VIEWS, Answered, Item
 from engine.evaluation.metrics import Metric
 from engine.evaluation.predictions import Answers, read_answers, record_answers
 from engine.inference.chat import Chat
@@ -27,15 +21,9 @@ YES_NO_FIGURES = ("precision", "recall", "f1", "yes_ratio")
 
 
 def answer_all(
-    chat: Chat,
-    questions: Sequence[Item],
-    dist: Dist,
-    by: str,
-    predictions: Path | None,
-    run: str,
-    max_tiles: int,
-    max_new_tokens: int,
-) -> Answers:
+    chat: Chat, questions: Sequence[Item], dist: Dist, by: str, predictions: Path | None,
+    run: str, max_tiles: int, max_new_tokens: int,
+) -> Answers:  # fmt: skip
     """Answer all questions in all views; every process answers a part of the open ones.
 
     `by` is generation or likelihood. `predictions` and `run` are as in `record_answers`.
@@ -45,9 +33,9 @@ def answer_all(
     is_open = [i for i in range(len(questions)) if i not in answers]
     share = is_open[dist.rank :: dist.world_size]
     if by == "likelihood":
-        new = choose_views(chat, questions, share, VIEWS, max_tiles)
+        new = evaluate.choose_views(chat, questions, share, VIEWS, max_tiles)
     else:
-        new = generate_views(chat, questions, share, VIEWS, max_tiles, max_new_tokens)
+        new = evaluate.generate_views(chat, questions, share, VIEWS, max_tiles, max_new_tokens)
     recorded = record_answers(predictions, dist.rank, run, new)
     is_silent = not dist.is_main or not share
     bar = tqdm(recorded, total=len(share), unit="question", disable=is_silent)
@@ -60,10 +48,9 @@ def score_views(
     questions: Sequence[Item], answers: Answers, metric: Metric
 ) -> dict[str, list[Answered]]:
     """The scored answers of each view, in the order of the questions."""
-    return {
-        view: score_answers(questions, [answers[i][view] for i in range(len(questions))], metric)
-        for view in VIEWS
-    }
+    ordered = [answers[i] for i in range(len(questions))]
+    texts = {view: [by_view[view] for by_view in ordered] for view in VIEWS}
+    return {view: evaluate.score_answers(questions, texts[view], metric) for view in VIEWS}
 
 
 def format_result(result: dict) -> str:
@@ -74,15 +61,13 @@ def format_result(result: dict) -> str:
     for skill, s in (result["skills"] | {"all": result}).items():
         low, high = s["interval"]
         cells = ["-" if s[k] is None else f"{s[k]:.1%}" for k in columns]
-        lines.append(
-            f"{skill:10} {s['accuracy']:8.1%}  {low:6.1%} - {high:6.1%} "
-            + " ".join(f"{cell:>8}" for cell in (*cells, s["n"]))
-        )
+        line = f"{skill:10} {s['accuracy']:8.1%}  {low:6.1%} - {high:6.1%} "
+        lines.append(line + " ".join(f"{cell:>8}" for cell in (*cells, s["n"])))
     figures = [f"{k} {result[k]:.1%}" for k in YES_NO_FIGURES if k in result]
     lines += [", ".join(figures)] if figures else []
     if "against" in result:
         a = result["against"]
         low, high = a["interval"]
-        verdict = f"better by {a['difference']:+.1%} ({low:+.1%} to {high:+.1%}), p = {a['p']:.4f}"
-        lines.append(f"against the other checkpoint: {verdict}")
+        lines.append(f"against the other checkpoint: better by {a['difference']:+.1%} "
+                     f"({low:+.1%} to {high:+.1%}), p = {a['p']:.4f}")  # fmt: skip
     return "\n".join(lines)

@@ -73,9 +73,8 @@ def paint_heatmap(image: Image.Image, heat: np.ndarray) -> Image.Image:
     smooth = Image.Resampling.NEAREST if scale > 3 else Image.Resampling.BICUBIC
     grey = np.asarray(image.convert("L").resize(size, smooth), dtype=np.float32)[..., None]
     heat = (heat - heat.min()) / max(float(heat.max() - heat.min()), 1e-12)
-    glow = np.asarray(
-        Image.fromarray(heat.astype(np.float32)).resize(size, Image.Resampling.BICUBIC)
-    ).clip(0, 1)[..., None]  # [H, W, 1]
+    glow = Image.fromarray(heat.astype(np.float32)).resize(size, Image.Resampling.BICUBIC)
+    glow = np.asarray(glow).clip(0, 1)[..., None]  # [H, W, 1]
     warm = np.concatenate((np.full_like(glow, 255), 230 * glow, 60 * (1 - glow)), axis=-1)
     alpha = 0.75 * glow
     mixed = (0.45 * grey + 90) * (1 - alpha) + warm * alpha

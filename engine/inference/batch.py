@@ -11,14 +11,14 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from tqdm import tqdm
 
 from config_tools import InputError, json_line, write_atomic
 from data.sources.open import open_rows
 from data.types import Tokens
-from engine.inference.chat import Chat, Reply
+from engine.inference.chat import Chat
 from models.inference.sampling import Sampling
 
 NAMES = ("id", "image", "images", "question", "prompt", "choices")  # copied into the answer's row
@@ -34,16 +34,9 @@ class Request(NamedTuple):
 
 
 def answer_file(
-    chat: Chat,
-    questions: Path,
-    out: Path,
-    run: str,
-    sampling: Sampling,
-    stop: Sequence[str] = (),
-    choices: Sequence[str] = (),
-    logprobs: bool = False,
-    n_rows: int = 64,
-) -> None:
+    chat: Chat, questions: Path, out: Path, run: str, sampling: Sampling,
+    stop: Sequence[str] = (), choices: Sequence[str] = (), logprobs: bool = False, n_rows: int = 64,
+) -> None:  # fmt: skip
     """Append each answer to `out` when it is finished; at the end, sort them like the questions.
 
     `run` identifies weights and settings. The row number is added to the seed, so a resumed run
@@ -54,7 +47,6 @@ def answer_file(
     requests = [_read_request(rows, k) for k in range(len(rows))]
     done = read_answered(out, [request.copied for request in requests], run)
     remaining = [k for k in range(len(rows)) if k not in done]
-    with_choices = [k for k in remaining if requests[k].choices or choices]
     free_text = [k for k in remaining if not (requests[k].choices or choices)]
     failed, order = {}, []  # row -> error; rows in the order of their prompts
     with tqdm(total=len(rows), initial=len(done), unit="row") as bar, _open(out) as file:
@@ -77,8 +69,10 @@ def answer_file(
                     yield tokens
 
         for k, reply in chat.generate_replies(prompts(), sampling, stop, n_rows, order.__getitem__):
-            write(k, {"answer": reply.text} | (_details(chat, reply) if logprobs else {}))
-        for k in with_choices:
+            words = [chat.processor.tokenizer.id_to_token(t) for t in reply.tokens]
+            details = {"tokens": words, "logprobs": [round(x, 4) for x in reply.logprobs]}
+            write(k, {"answer": reply.text} | (details if logprobs else {}))
+        for k in sorted(set(remaining) - set(free_text)):
             options = requests[k].choices or list(choices)
             try:
                 tokens = chat.encode_prompt(requests[k].prompt, requests[k].images)
@@ -89,13 +83,14 @@ def answer_file(
                 continue
             best = max(range(len(options)), key=probabilities.__getitem__)
             write(k, {"answer": options[best], "shares": [round(p, 6) for p in probabilities]})
-    _sort(out, done)
+    # Like the questions, in place of the order in which the answers were finished.
+    write_atomic(out, "".join(json_line(done[k]) for k in sorted(done)))
     if failed:
         k, n = next(iter(failed)), f"{len(failed)} of {len(rows)} rows"
         raise InputError(f"{out}: {n} are not answered, the first: {rows.where(k)}: {failed[k]}")
 
 
-def _read_request(rows, k: int) -> Request:
+def _read_request(rows: Any, k: int) -> Request:
     row = rows[k]
     prompt = row.get("question") or row.get("prompt")
     images = row.get("images") or row.get("image") or []
@@ -111,38 +106,27 @@ def _read_request(rows, k: int) -> Request:
     return Request(prompt, [str(rows.folder / image) for image in images], choices, copied)
 
 
-def _details(chat: Chat, reply: Reply) -> dict:
-    words = [chat.processor.tokenizer.id_to_token(t) for t in reply.tokens]
-    return {"tokens": words, "logprobs": [round(x, 4) for x in reply.logprobs]}
-
-
-# --- The file of answers ------------------------------------------------------------------------
-
-
 def read_answered(out: Path, copied: Sequence[dict], run: str) -> dict[int, dict]:
     """Row number -> answer's row, from an earlier run; an incomplete last line is truncated.
 
-    `copied` are the fields that each answer copies from its question. Raises `InputError` if the
-    file holds answers to other questions, of another model or of other settings.
+    `copied` are the fields that each answer copies from its question.
     """
     if not out.exists():
         return {}
     done, n_bytes = {}, 0
     for line in out.read_bytes().splitlines(keepends=True):
-        is_cut = not line.endswith(b"\n")
+        is_cut, row = not line.endswith(b"\n"), {}
         try:
             row = json.loads(line)
             fields = {name: row[name] for name in NAMES if name in row}
-            same = copied[row["row"]] == fields and row["run"] == run
+            is_same = copied[row["row"]] == fields and row["run"] == run
         except (KeyError, IndexError, TypeError):
-            same = False
+            is_same = False
         except ValueError:
-            same = is_cut and line.startswith(b"{")
-        if not same:
-            raise InputError(
-                f"{out}: holds other answers, or those of another model or other "
-                "settings; name another file, or delete it."
-            )
+            is_same = is_cut and line.startswith(b"{")
+        if not is_same:
+            reason = "holds other answers, or those of another model or other settings"
+            raise InputError(f"{out}: {reason}; name another file, or delete it.")
         if is_cut:
             os.truncate(out, n_bytes)
             break
@@ -150,14 +134,8 @@ def read_answered(out: Path, copied: Sequence[dict], run: str) -> dict[int, dict
     return done
 
 
-def _open(out: Path):
+def _open(out: Path) -> TextIO:
     try:
         return open(out, "a", encoding="utf-8")
     except OSError as error:
         raise InputError(f"out = {out}: cannot be written ({error.strerror}).") from None
-
-
-def _sort(out: Path, done: dict[int, dict]) -> None:
-    """Rewrite the file in the order of the questions, atomically."""
-    lines = (json_line(done[k]) for k in sorted(done))
-    write_atomic(out, "".join(lines))

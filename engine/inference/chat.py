@@ -31,15 +31,15 @@ from models.vision_language_model import VisionLanguageModel
 
 
 def open_checkpoint(source: str | Path) -> tuple[VisionLanguageModel, Processor]:
-    """Load model and processor from a checkpoint, a run folder (its newest one), or a Hub id.
-
-    Raises `InputError`.
-    """
+    """Load model and processor from a checkpoint, a run folder (its newest one), or a Hub id."""
     folder = resolve(source)
     model = VisionLanguageModel.from_pretrained(folder)
     if (folder / "tokenizer.json").is_file() or model.cfg.lm_tokenizer == "world":
         return model, Processor(model.cfg, load_tokenizer(folder))
     return model, processors.build(model.cfg)  # a nanoVLM checkpoint has no tokenizer
+
+
+Images = Sequence[str | Path | Image.Image]
 
 
 class Chunk(NamedTuple):
@@ -81,8 +81,7 @@ def stream_text(
         held = 0 if stopped else max((_overlap(whole, s) for s in stop), default=0)
         text = text[: max(0, len(whole) - held)].rstrip() if held else text
         is_whole = stopped or not text.endswith("\N{REPLACEMENT CHARACTER}")
-        complete = text.startswith(out) and is_whole
-        new = text[len(out) :] if complete else ""
+        new = text[len(out) :] if is_whole and text.startswith(out) else ""
         out += new
         yield Chunk(new, tokens[-1], step.logits[0])
         if stopped:
@@ -112,7 +111,7 @@ class Chat:
 
     @classmethod
     def load(cls, checkpoint: str | Path, device: str | torch.device = "cpu") -> Chat:
-        """Load a checkpoint, a run folder's newest one, or a Hub id; raises `InputError`."""
+        """`open_checkpoint`, on a device; raises `InputError`."""
         try:
             torch.zeros(1, device=device)
         except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
@@ -120,47 +119,33 @@ class Chat:
         model, processor = open_checkpoint(checkpoint)
         return cls(model.to(device), processor)
 
-    def __call__(
-        self,
-        prompt: str,
-        images: Sequence[str | Path | Image.Image] = (),
-        sampling: Sampling = Sampling(),
-    ) -> str:
+    def __call__(self, prompt: str, images: Images = (), sampling: Sampling = Sampling()) -> str:
         """Answer one question about any number of images."""
         return "".join(self.stream(prompt, images, sampling))
 
-    def encode_prompt(self, prompt: str, images: Sequence[str | Path | Image.Image] = ()) -> Tokens:
+    def encode_prompt(self, prompt: str, images: Images = ()) -> Tokens:
         """Encode a question; images come first, unless `<image>` marks their places."""
         return self.processor.encode_prompt([user_turn(prompt, images)], images)
 
     def stream(
-        self,
-        prompt: str,
-        images: Sequence[str | Path | Image.Image] = (),
-        sampling: Sampling = Sampling(),
+        self, prompt: str, images: Images = (), sampling: Sampling = Sampling()
     ) -> Iterator[str]:
         """Yield the answer piece by piece while it is generated."""
-        return (
-            piece.text for piece in self.stream_chunks(self.encode_prompt(prompt, images), sampling)
-        )
+        chunks = self.stream_chunks(self.encode_prompt(prompt, images), sampling)
+        return (chunk.text for chunk in chunks)
 
     def stream_chunks(
         self, tokens: Tokens, sampling: Sampling = Sampling(), stop: Sequence[str] = ()
     ) -> Iterator[Chunk]:
         """Yield the answer to an encoded prompt as chunks: text, token and logits."""
-        ids, mask, pixels = (
-            x.to(self.model.device) for x in collate_prompts([tokens], self.processor.cfg)
-        )
+        tensors = collate_prompts([tokens], self.processor.cfg)
+        ids, mask, pixels = (x.to(self.model.device) for x in tensors)
         return stream_text(self.processor, steps(self.model, ids, pixels, mask, sampling), stop)
 
     def generate_replies(
-        self,
-        prompts: Iterable[Tokens],
-        sampling: Sampling = Sampling(),
-        stop: Sequence[str] = (),
-        n_rows: int = 64,
-        number: Callable[[int], int] = int,
-    ) -> Iterator[tuple[int, Reply]]:
+        self, prompts: Iterable[Tokens], sampling: Sampling = Sampling(),
+        stop: Sequence[str] = (), n_rows: int = 64, number: Callable[[int], int] = int,
+    ) -> Iterator[tuple[int, Reply]]:  # fmt: skip
         """Yield (`number(i)`, answer) for prompt i, in the order in which they finish.
 
         Prompts are read lazily, when a row of the batch of `n_rows` is free (continuous batching).
@@ -196,13 +181,11 @@ class Chat:
         answers = [self.processor.encode_answer(choice).tolist() for choice in choices]
         longest, limit = max(map(len, answers)), self.processor.cfg.lm_max_position_embeddings
         if len(tokens) + longest > limit:
-            raise InputError(
-                f"choices: the longest has {longest} tokens after the prompt's {len(tokens)}, but "
-                f"the model's context ends at {limit}; shorten it."
-            )
-        scores = [
-            float(x.sum()) for x in score_continuations(self.model, self._encode(tokens), answers)
-        ]
+            size = f"the longest has {longest} tokens after the prompt's {len(tokens)}"
+            size += f", but the model's context ends at {limit}"
+            raise InputError(f"choices: {size}; shorten it.")
+        logprobs = score_continuations(self.model, self._encode(tokens), answers)
+        scores = [float(x.sum()) for x in logprobs]
         weights = [math.exp(x - max(scores)) for x in scores]
         return [w / sum(weights) for w in weights]
 

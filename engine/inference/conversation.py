@@ -30,13 +30,9 @@ CACHE_STEP = 256  # the cache grows to a multiple of this many slots
 def cache_keys(tokens: Tokens, cfg: VLMConfig) -> np.ndarray:
     """A key per token, [T] int64: its id, or for image tokens a negative hash of the tile."""
     keys = tokens.ids.astype(np.int64)
-    hashes = [
-        -1 - int.from_bytes(hashlib.blake2b(tile.tobytes(), digest_size=7).digest(), "big")
-        for tile in tokens.tiles
-    ]
-    keys[keys == cfg.vlm_image_token_id] = np.repeat(
-        np.array(hashes, dtype=np.int64), cfg.tokens_per_tile
-    )
+    digests = [hashlib.blake2b(tile.tobytes(), digest_size=7).digest() for tile in tokens.tiles]
+    hashes = np.array([-1 - int.from_bytes(d, "big") for d in digests], dtype=np.int64)
+    keys[keys == cfg.vlm_image_token_id] = hashes.repeat(cfg.tokens_per_tile)
     return keys
 
 
@@ -55,24 +51,21 @@ class Conversation:
 
     def __init__(self, chat: Chat) -> None:
         self.chat = chat
+        self.cache: KVCache | None = None
+        self.cached_keys = np.zeros(0, dtype=np.int64)  # keys of the tokens in the cache
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget turns and images; the cache stays, in case the same images come again."""
         self.turns: list[Turn] = []
         self.images: list[Any] = []
         self.keys: list[np.ndarray] = []  # of each encoded turn
         self.tiles: list[np.ndarray] = []
-        self.cache: KVCache | None = None
-        self.cached_keys = np.zeros(0, dtype=np.int64)  # keys of the tokens in the cache
-
-    def reset(self) -> None:
-        """Forget turns and images; the cache stays, in case the same images come again."""
-        self.turns, self.images, self.keys, self.tiles = [], [], [], []
 
     def ask(
-        self,
-        prompt: str,
-        images: Sequence = (),
-        sampling: Sampling = Sampling(),
+        self, prompt: str, images: Sequence = (), sampling: Sampling = Sampling(),
         stop: Sequence[str] = (),
-    ) -> Iterator[Chunk]:
+    ) -> Iterator[Chunk]:  # fmt: skip
         """Yield the answer as chunks; a caller that stops iterating cuts the answer off there.
 
         Raises `InputError`; the conversation is then unchanged.
@@ -83,10 +76,8 @@ class Conversation:
         parts = [*self.keys, cache_keys(tokens, processor.cfg)]
         whole, limit = np.concatenate(parts), processor.cfg.lm_max_position_embeddings
         if len(whole) >= limit:
-            raise InputError(
-                f"the conversation has {len(whole)} tokens, but the model's context ends at "
-                f"{limit}; start a new one."
-            )
+            size = f"{len(whole)} tokens, but the model's context ends at {limit}"
+            raise InputError(f"the conversation has {size}; start a new one.")
         tiles, text, has_answer = [*self.tiles, tokens.tiles], "", False
         try:
             for chunk in stream_text(processor, self._run(whole, tiles, sampling), stop):
@@ -107,9 +98,8 @@ class Conversation:
         n_slots = min(len(whole) + sampling.max_new_tokens, cfg.lm_max_position_embeddings)
         if self.cache is None or self.cache.n_slots < n_slots:
             dtype, old = model.decoder.norm.weight.dtype, self.cache
-            self.cache = KVCache(
-                cfg, 1, -(-n_slots // CACHE_STEP) * CACHE_STEP, model.device, dtype
-            )
+            n_slots = -(-n_slots // CACHE_STEP) * CACHE_STEP
+            self.cache = KVCache(cfg, 1, n_slots, model.device, dtype)
             if old is not None:
                 self.cache.put(torch.tensor([0], device=model.device), old)
         self.cached_keys = whole[:start]

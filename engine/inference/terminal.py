@@ -32,10 +32,8 @@ def print_chunks(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
         print(chunk.text, end="", flush=True)
         yield chunk
     print()
-    print(
-        f"{times[0] * 1000:.0f} ms to the first token, {len(times) / times[-1]:.1f} tokens/s",
-        file=sys.stderr,
-    )
+    first, rate = f"{times[0] * 1000:.0f} ms", f"{len(times) / times[-1]:.1f} tokens/s"
+    print(f"{first} to the first token, {rate}", file=sys.stderr)
 
 
 def token_table(chat: Chat, chunks: Iterable[Chunk]) -> str:
@@ -43,7 +41,7 @@ def token_table(chat: Chat, chunks: Iterable[Chunk]) -> str:
     word = chat.processor.tokenizer.id_to_token
     lines = []
     for chunk in chunks:
-        if chunk.token is None:
+        if chunk.token is None or chunk.logits is None:
             continue
         logprob = float(chunk.logits.float().log_softmax(-1)[chunk.token])
         others = [(t, p) for t, p in top_tokens(chunk.logits, 4) if t != chunk.token][:3]
@@ -74,27 +72,22 @@ def read_keyboard() -> Iterator[str]:
 
 
 def run_conversation(
-    conversation: Conversation,
-    images: Iterable[str],
-    lines: Iterable[str],
-    sampling: Sampling,
-    stop: tuple[str, ...],
-) -> None:
+    conversation: Conversation, images: Iterable[str], lines: Iterable[str],
+    sampling: Sampling, stop: tuple[str, ...],
+) -> None:  # fmt: skip
     """Answer each line or run its command; an `InputError` is printed and the loop continues."""
     given = list(images)  # all images so far; the last ones wait for the next question
     if given:
         conversation.chat.encode_prompt("", given)  # fail now if an image cannot be read
     for line in map(str.strip, lines):
-        word = line.split(" ")[0]
+        word, waiting = line.split(" ")[0], given[len(conversation.images) :]
         try:
             if word == "/quit":
                 return
             if word == "/image":
-                waiting = given[len(conversation.images) :]
-                conversation.chat.encode_prompt(
-                    "", waiting + file_arguments(line)
-                )  # all, as they go together
-                given += file_arguments(line)
+                new = file_arguments(line)
+                conversation.chat.encode_prompt("", waiting + new)  # all, as they go together
+                given += new
             elif word == "/reset":
                 conversation.reset()
             elif word == "/save":
@@ -103,9 +96,7 @@ def run_conversation(
                 print("" if word == "/help" else f"{word}: no such command.\n", HELP, sep="",
                       file=sys.stderr)  # fmt: skip
             elif line:
-                new = given[len(conversation.images) :]
-                for _ in print_chunks(conversation.ask(line, new, sampling, stop)):
-                    pass
+                list(print_chunks(conversation.ask(line, waiting, sampling, stop)))
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
         except KeyboardInterrupt:

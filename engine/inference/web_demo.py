@@ -19,13 +19,7 @@ from PIL import Image
 from config_tools import InputError
 from data.images import FORMATS, open_image
 from data.world import drawing, scenes
-from engine.inference.attention_overlay import (
-    AttentionOverlay,
-    attention_overlay,
-    merge_tile_maps,
-    paint_heatmap,
-    split_tiles,
-)
+from engine.inference import attention_overlay as overlays
 from engine.inference.chat import Chat, top_tokens
 from models.inference.sampling import Sampling
 
@@ -55,7 +49,7 @@ class AnswerState:
     tiles: tuple[tuple[slice, tuple[int, int]], ...] = ()  # of each image: tiles, grid
     words: tuple[str, ...] = ()
     alternatives: tuple[dict[str, float], ...] = ()
-    overlay: AttentionOverlay | None = None
+    overlay: overlays.AttentionOverlay | None = None
 
 
 def open_images(paths: Sequence[str]) -> list[Image.Image]:
@@ -64,29 +58,20 @@ def open_images(paths: Sequence[str]) -> list[Image.Image]:
         raise InputError(f"{len(paths)} images are more than {MAX_IMAGES}; send fewer.")
     images = []
     for path in paths:
-        name = Path(path).name
-        width, height = size_of(path)
+        name, width, height = Path(path).name, 0, 0
+        # Pillow's plug-ins raise nearly every type on broken files, which open_image reports.
+        with warnings.catch_warnings(), contextlib.suppress(Exception):
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=FORMATS) as image:
+                width, height = image.size
         if width * height > MAX_PIXELS:
-            raise InputError(
-                f"{name}: {width} x {height} pixels are more than {MAX_PIXELS:,}; "
-                "send a smaller one."
-            )
+            size = f"{width} x {height} pixels are more than {MAX_PIXELS:,}"
+            raise InputError(f"{name}: {size}; send a smaller one.")
         try:
             images.append(open_image(path))
         except InputError as error:
-            raise InputError(str(error).replace(str(path), name)) from None
+            raise InputError(str(error).replace(path, name)) from None
     return images
-
-
-def size_of(path: str) -> tuple[int, int]:
-    """Width and height from an image's header; (0, 0) if it is none, which open_image reports."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            with Image.open(path, formats=FORMATS) as image:
-                return image.size
-        except Exception:  # Pillow's plug-ins raise nearly every type on broken files
-            return 0, 0
 
 
 def answer(
@@ -96,10 +81,8 @@ def answer(
     yield {"answer": "", "note": "", "tiles": [], "state": AnswerState()}
     try:
         if len(prompt) > MAX_CHARACTERS:
-            raise InputError(
-                f"the question has {len(prompt):,} characters, more than {MAX_CHARACTERS:,}; "
-                "shorten it."
-            )
+            size = f"{len(prompt):,} characters, more than {MAX_CHARACTERS:,}"
+            raise InputError(f"the question has {size}; shorten it.")
         images = open_images(paths or ())
         prompt_tokens = chat.encode_prompt(prompt, images)
     except InputError as error:
@@ -110,7 +93,7 @@ def answer(
     text, tokens, alternatives = "", [], []
     for chunk in chat.stream_chunks(prompt_tokens, sampling):
         text += chunk.text
-        if chunk.token is not None:
+        if chunk.token is not None and chunk.logits is not None:
             tokens.append(chunk.token)
             top = top_tokens(chunk.logits, N_ALTERNATIVES)
             alternatives.append({token_name(decode, token): p for token, p in top})
@@ -120,16 +103,13 @@ def answer(
     n_image = int((prompt_tokens.ids == chat.processor.cfg.vlm_image_token_id).sum())
     state = AnswerState(
         tuple(images),
-        tuple(split_tiles(chat, images)),
+        tuple(overlays.split_tiles(chat, images)),
         tuple(token_name(decode, token) for token in tokens),
         tuple(alternatives),
-        attention_overlay(chat, prompt_tokens, tokens) if images else None,
+        overlays.attention_overlay(chat, prompt_tokens, tokens) if images else None,
     )
-    note = (
-        f"{len(prompt_tokens)} prompt tokens, {n_image} of them image tokens; "
-        f"{len(tokens)} answer tokens."
-    )
-    yield {"note": note, "state": state}
+    n_prompt = f"{len(prompt_tokens)} prompt tokens, {n_image} of them image tokens"
+    yield {"note": f"{n_prompt}; {len(tokens)} answer tokens.", "state": state}
 
 
 def enlarge(tile: np.ndarray) -> Image.Image:
@@ -150,14 +130,13 @@ def token_view(state: AnswerState, number: int) -> tuple[list[Image.Image], str,
     """Attention overlays of all images, a line about the token, and its alternatives."""
     if not state.words:
         return [], "", {}
-    t = min(int(number), len(state.words)) - 1
+    t = min(number, len(state.words)) - 1
     line = f"Token {t + 1} of {len(state.words)}: “{state.words[t]}”"
     if state.overlay is None:
         return [], line, state.alternatives[t]
-    painted = [
-        paint_heatmap(image, merge_tile_maps(state.overlay.maps[t, tiles], *grid))
-        for image, (tiles, grid) in zip(state.images, state.tiles)
-    ]
+    maps = state.overlay.maps[t]  # [N, G, G]
+    heats = [overlays.merge_tile_maps(maps[tiles], *grid) for tiles, grid in state.tiles]
+    painted = [overlays.paint_heatmap(*pair) for pair in zip(state.images, heats)]
     line += f"; {state.overlay.on_images[t]:.0%} of the attention is on the images"
     return painted, line, state.alternatives[t]
 
@@ -193,20 +172,12 @@ def build_page(chat: Chat, title: str, examples: Sequence[str], sampling: Sampli
         state = gr.State(AnswerState())
         with gr.Row():
             with gr.Column():
-                files = gr.File(
-                    label=f"Images, up to {MAX_IMAGES}",
-                    file_count="multiple",
-                    file_types=["image"],
-                    elem_id="files",
-                )
-                prompt = gr.Textbox(
-                    label="Question", value=QUESTIONS[0], max_length=MAX_CHARACTERS,
-                    elem_id="prompt",
-                )  # fmt: skip
+                files = gr.File(label=f"Images, up to {MAX_IMAGES}", file_count="multiple",
+                                file_types=["image"], elem_id="files")  # fmt: skip
+                prompt = gr.Textbox(label="Question", value=QUESTIONS[0], elem_id="prompt",
+                                    max_length=MAX_CHARACTERS)  # fmt: skip
                 button = gr.Button("Ask", variant="primary", elem_id="ask")
-                answer_box = gr.Textbox(
-                    label="Answer", lines=3, interactive=False, elem_id="answer"
-                )
+                reply = gr.Textbox(label="Answer", lines=3, interactive=False, elem_id="answer")
                 note = gr.Textbox(show_label=False, container=False, interactive=False,
                                   elem_id="note")  # fmt: skip
                 tiles = gr.Gallery(label="Tiles, as the model sees them", height=200,
@@ -220,7 +191,7 @@ def build_page(chat: Chat, title: str, examples: Sequence[str], sampling: Sampli
                 alternatives = gr.Label(label="Alternatives to this token", elem_id="likely",
                                         num_top_classes=N_ALTERNATIVES)  # fmt: skip
         gr.Examples([[[path], q] for path, q in zip(examples, QUESTIONS * 4)], [files, prompt])
-        slots = {"answer": answer_box, "note": note, "tiles": tiles, "state": state}
+        slots = {"answer": reply, "note": note, "tiles": tiles, "state": state}
 
         def ask(paths: list[str] | None, question: str) -> Iterator[dict]:
             for update in answer(chat, paths, question or "", sampling):
@@ -229,16 +200,13 @@ def build_page(chat: Chat, title: str, examples: Sequence[str], sampling: Sampli
         def reset_slider(new: AnswerState) -> Any:
             return gr.Slider(1, max(2, len(new.words)), 1)
 
-        outputs = [heat, line, alternatives]
+        private: Any = {"api_visibility": "private"}
+        view = token_view, [state, slider], [heat, line, alternatives]
         for trigger in (button.click, prompt.submit):
-            answered = trigger(ask, [files, prompt], list(slots.values()), api_visibility="private")
-            answered.then(reset_slider, state, slider, api_visibility="private").then(
-                token_view, [state, slider], outputs, api_visibility="private"
-            )
-        slider.release(
-            token_view, [state, slider], outputs, api_visibility="private",
-            trigger_mode="always_last",  # else moves during an update are lost
-        )  # fmt: skip
+            answered = trigger(ask, [files, prompt], list(slots.values()), **private)
+            answered.then(reset_slider, state, slider, **private).then(*view, **private)
+        # Without always_last, moves during an update are lost.
+        slider.release(*view, trigger_mode="always_last", **private)
     return blocks.queue(default_concurrency_limit=1, max_size=MAX_QUEUE)
 
 
@@ -261,7 +229,6 @@ class BodyLimit:
             return {"type": "http.disconnect"} if n_bytes > MAX_BODY_BYTES else message
 
         if n_announced > MAX_BODY_BYTES:
-            start = {"type": "http.response.start", "status": 413, "headers": []}
-            await send(start)
+            await send({"type": "http.response.start", "status": 413, "headers": []})
             return await send({"type": "http.response.body", "body": b"too large"})
         return await self.app(scope, receive_counted, send)

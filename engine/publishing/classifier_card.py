@@ -6,14 +6,12 @@ cards of vision-language models (model_card.py).
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 
-from config_tools import read_json, to_dict
+from config_tools import read_json
 from configs_classify import ClassifyConfig
-from engine.publishing.model_card import CONFIG_NAME, CURVE, LICENCES, hours, read_record, section
-from engine.training.checkpoint import STATE
+from engine.publishing import model_card
+from engine.publishing.model_card import CURVE
 from engine.vit.classification import CONFUSION, RESULT, open_classifier
 from models.classifier import Classifier
 from models.pretrained.hub import find
@@ -28,14 +26,8 @@ def write_repository(source: str, folder: Path, repo_id: str) -> str:
     model = open_classifier(source)
     model.save_pretrained(folder)
     checkpoint = newest_checkpoint(find(source))
-    run = checkpoint.parent if (checkpoint / STATE).is_file() else checkpoint
-    for name in (CURVE, CONFUSION):
-        if (run / name).is_file():
-            shutil.copy(run / name, folder / name)
-    record = read_record(checkpoint, ClassifyConfig)
-    if record:
-        config = json.dumps(to_dict(record["config"]), indent=2) + "\n"
-        (folder / CONFIG_NAME).write_text(config, encoding="utf-8")
+    figures = (CURVE, CONFUSION)
+    run, record = model_card.copy_run(checkpoint, folder, figures, ClassifyConfig)
     result = read_json(run / RESULT) if (run / RESULT).is_file() else {}
     words = card(model, record, result, folder, repo_id)
     (folder / "README.md").write_text(words, encoding="utf-8")
@@ -47,20 +39,18 @@ def card(model: Classifier, record: dict, result: dict, folder: Path, repo_id: s
     """README.md of the repository, with the Hub's metadata as YAML header."""
     cfg, loader = model.cfg, transformers_class(model.vit)
     trunk = record["config"].model.vit_model_type if record else ""
-    found = (licence for start, licence in LICENCES.items() if trunk.startswith(start))
-    is_local = bool(trunk) and Path(trunk).exists()  # meaningless on the Hub
+    # A local directory is meaningless on the Hub.
+    named = trunk if trunk and not Path(trunk).exists() else ""
     head = {
         "library_name": "transformers" if loader else "picovlm",
         "pipeline_tag": "image-classification",
-        "license": next(found, "other") if trunk and not is_local else "mit",
-        "base_model": [trunk] if trunk and not is_local else [],
+        "license": model_card.licence_of(named) if named else "mit",
+        "base_model": [named] if named else [],
         "tags": ["picovlm", "vit", "image-classification"],
     }
-    yaml = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items() if value)
     opens = f"loads as transformers' {loader}" if loader else NO_LOADER
     parts = [
-        f"---\n{yaml}\n---",
-        f"# {repo_id.split('/')[-1]}",
+        model_card.header(head, repo_id),
         f"A Vision Transformer that classifies images of {cfg.vit_img_size} x {cfg.vit_img_size} "
         f"pixels into {cfg.vit_n_classes} classes, trained with picoVLM; {opens}.",
         f"```\n{model}\n```",
@@ -79,11 +69,11 @@ def training(record: dict) -> str:
         "data": record["data"],
         "trunk": cfg.model.vit_model_type or "from scratch",
         "steps": f"{record['step']:,} of {cfg.train.steps:,}, {cfg.data.batch_size} images each",
-        "time": f"{hours(record['events']):.2f} hours",
+        "time": f"{model_card.hours(record['events']):.2f} hours",
         "hardware": record.get("hardware", "not recorded"),
         "code": f"commit {record['git']}, torch {record['torch']}",
     }
-    return section(rows, "classify.py train")
+    return model_card.section(rows, "classify.py train")
 
 
 def scores(result: dict) -> str:

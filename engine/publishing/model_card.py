@@ -36,10 +36,7 @@ LICENCES = {
 
 
 def publish(source: str | Path, repo_id: str, private: bool = True) -> str:
-    """Upload a checkpoint, or a run's newest one, with its card; return the URL.
-
-    Raises `InputError`.
-    """
+    """Upload a checkpoint, or the newest of a run, with its card; return the URL."""
     with tempfile.TemporaryDirectory() as folder:
         write_repository(source, Path(folder), repo_id)
         return hub.push(folder, repo_id, private)
@@ -52,18 +49,25 @@ def write_repository(
     model, processor = open_checkpoint(source)
     model.to(dtype).save_pretrained(folder, processor)
     checkpoint = resolve(source)
-    run = checkpoint.parent if (checkpoint / STATE).is_file() else checkpoint
-    if (run / CURVE).is_file():
-        shutil.copy(run / CURVE, folder / CURVE)
-    record = read_record(checkpoint)
-    if record:
-        config = json.dumps(to_dict(record["config"]), indent=2) + "\n"
-        (folder / CONFIG_NAME).write_text(config, encoding="utf-8")
+    run, record = copy_run(checkpoint, folder, (CURVE,), RunConfig)
     score = read_json(run / SCORE) if (run / SCORE).is_file() else {}
     keys = {"accuracy", "interval", "n"}
     if score and not all(keys <= set(s) for s in (score, *score.get("skills", {}).values())):
         raise InputError(f"{run / SCORE}: not a result of score.py --json; move the file away.")
     (folder / "README.md").write_text(card(model, record, score, folder, repo_id), encoding="utf-8")
+
+
+def copy_run(checkpoint: Path, folder: Path, figures: tuple, cls: type) -> tuple[Path, dict]:
+    """Copy figures and config of a checkpoint's run into `folder`; return (run, `read_record`)."""
+    run = checkpoint.parent if (checkpoint / STATE).is_file() else checkpoint
+    for name in figures:
+        if (run / name).is_file():
+            shutil.copy(run / name, folder / name)
+    record = read_record(checkpoint, cls)
+    if record:
+        config = json.dumps(to_dict(record["config"]), indent=2) + "\n"
+        (folder / CONFIG_NAME).write_text(config, encoding="utf-8")
+    return run, record
 
 
 def read_record(checkpoint: Path, cls: type = RunConfig) -> dict:
@@ -106,12 +110,14 @@ def hours(events: list[dict]) -> float:
 
 def licence(cfg: VLMConfig) -> str:
     """The license of the backbones; `other` if unknown or mixed; MIT without backbones."""
-    named = [name for name in (cfg.vit_model_type, cfg.lm_model_type) if name]
-    found = {
-        next((lic for start, lic in LICENCES.items() if name.startswith(start)), "other")
-        for name in named
-    }
-    return {0: "mit", 1: next(iter(found), "mit")}.get(len(found), "other")
+    found = {licence_of(name) for name in (cfg.vit_model_type, cfg.lm_model_type) if name}
+    return "other" if len(found) > 1 else next(iter(found), "mit")
+
+
+def licence_of(backbone: str) -> str:
+    """The license of a backbone; `other` if unknown."""
+    found = (licence for start, licence in LICENCES.items() if backbone.startswith(start))
+    return next(found, "other")
 
 
 def card(model: VisionLanguageModel, record: dict, score: dict, folder: Path, repo_id: str) -> str:
@@ -126,12 +132,17 @@ def card(model: VisionLanguageModel, record: dict, score: dict, folder: Path, re
         "base_model": [name for name in named if not Path(name).exists()],
         "tags": ["picovlm", "vision-language-model"],
     }
-    yaml = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items() if value)
-    parts = ["---\n" + yaml + "\n---", f"# {repo_id.split('/')[-1]}", architecture(model, reason)]
+    parts = [header(head, repo_id), architecture(model, reason)]
     parts += [training(record)] if record else []
     parts += [f"![training loss and validation accuracy]({CURVE})"] * (folder / CURVE).is_file()
     parts += [scores(score)] if score else []
     return "\n\n".join(parts + [usage(repo_id, reason)]) + "\n"
+
+
+def header(metadata: dict, repo_id: str) -> str:
+    """The Hub's metadata as YAML, without empty values, and the title."""
+    yaml = "\n".join(f"{key}: {json.dumps(value)}" for key, value in metadata.items() if value)
+    return f"---\n{yaml}\n---\n\n# {repo_id.split('/')[-1]}"
 
 
 def architecture(model: VisionLanguageModel, reason: str) -> str:
@@ -139,11 +150,9 @@ def architecture(model: VisionLanguageModel, reason: str) -> str:
     cfg, total = model.cfg, sum(p.numel() for p in model.parameters())
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.parts.items()}
     start = {"vision": cfg.vit_model_type, "language": cfg.lm_model_type}
-    layout = (
-        f"Only picoVLM loads this checkpoint: Idefics3 does not support {reason}."
-        if reason
-        else "The checkpoint is in Idefics3 format: transformers, vLLM, llama.cpp and MLX load it."
-    )
+    layout = "The checkpoint is in Idefics3 format: transformers, vLLM, llama.cpp and MLX load it."
+    if reason:
+        layout = f"Only picoVLM loads this checkpoint: Idefics3 does not support {reason}."
     what = {
         "vision": f"ViT, {cfg.vit_n_blocks} blocks of {cfg.vit_hidden_dim}, tiles of "
         f"{cfg.vit_img_size} pixels, patches of {cfg.vit_patch_size}",
@@ -152,20 +161,11 @@ def architecture(model: VisionLanguageModel, reason: str) -> str:
         "language": f"{cfg.lm_n_blocks} blocks of {cfg.lm_hidden_dim}, {cfg.lm_n_heads} heads "
         f"({cfg.lm_n_kv_heads} for keys), vocabulary of {cfg.lm_vocab_size:,}",
     }
-    rows = [
-        f"| {part} | {counts[part] / 1e6:.2f} M | {words} | {start.get(part) or 'scratch'} |"
-        for part, words in what.items()
-    ]
-    return "\n".join(
-        [
-            f"A vision-language model of {total / 1e6:.1f} M parameters, trained with picoVLM. "
-            + layout,
-            "",
-            "| part | parameters | what | started from |",
-            "|---|---|---|---|",
-            *rows,
-        ]
-    )
+    rows = [f"| {part} | {counts[part] / 1e6:.2f} M | {words} | {start.get(part) or 'scratch'} |"
+            for part, words in what.items()]  # fmt: skip
+    size = f"A vision-language model of {total / 1e6:.1f} M parameters, trained with picoVLM."
+    head = "| part | parameters | what | started from |\n|---|---|---|---|"
+    return "\n".join([f"{size} {layout}\n", head, *rows])
 
 
 def training(record: dict) -> str:

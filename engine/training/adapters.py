@@ -8,13 +8,13 @@ in peft's format, under the names of transformers' Idefics3. The model they appl
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from config_tools import InputError
+from config_tools import InputError, import_optional
 from configs import TrainConfig
 from models.pretrained.load import load_tensors
 from models.pretrained.safetensors_io import read_weights, save_tensors
@@ -39,47 +39,37 @@ def attach_adapters(model: VisionLanguageModel, cfg: TrainConfig) -> None:
             f"train.lora = {cfg.lora}: {unfrozen[0]} would train in full, and its weights are not "
             f"part of the adapter; add it to --train.lora or to --train.freeze."
         )
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise InputError("train.lora: needs the package peft; run `pip install peft`.") from None
+    peft = import_optional("peft", "train.lora:")
     names = target_modules(model, cfg)
-    rank = dict(r=cfg.lora_r, lora_alpha=cfg.lora_alpha)
-    inject_adapter_in_model(LoraConfig(**rank, target_modules=names), model)
+    config = peft.LoraConfig(r=cfg.lora_r, lora_alpha=cfg.lora_alpha, target_modules=names)
+    peft.inject_adapter_in_model(config, model)
 
 
 def target_modules(model: VisionLanguageModel, cfg: TrainConfig) -> list[str]:
     """Names of the linear layers that get adapters; never the head."""
     found = []
     for part in cfg.lora:
-        of_part = [
-            f"{MODULES[part]}.{name}"
-            for name, module in model.parts[part].named_modules()
-            if isinstance(module, nn.Linear) and name != "head"
-        ]
+        layers = model.parts[part].named_modules()
+        linear = [name for name, m in layers if isinstance(m, nn.Linear) and name != "head"]
+        of_part = [f"{MODULES[part]}.{name}" for name in linear]
         chosen = [n for n in of_part if not cfg.lora_targets or n.endswith(cfg.lora_targets)]
         if not chosen:
             ends = sorted({name.rpartition(".")[2] for name in of_part})
-            raise InputError(
-                f"train.lora_targets = {cfg.lora_targets}: no such layer in {part}; it has "
-                f"{', '.join(ends)}."
-            )
+            reason = f"no such layer in {part}; it has {', '.join(ends)}"
+            raise InputError(f"train.lora_targets = {cfg.lora_targets}: {reason}.")
         found += chosen
     return found
 
 
-def adapter_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, layer) of every layer with an adapter."""
-    for name, module in model.named_modules():
-        if hasattr(module, "lora_A"):
-            yield name, module
+def adapter_layers(model: nn.Module) -> dict[str, Any]:
+    """Every layer with an adapter, by name."""
+    return {name: m for name, m in model.named_modules() if hasattr(m, "lora_A")}
 
 
 @torch.no_grad()
 def merge(model: VisionLanguageModel) -> VisionLanguageModel:
     """A model without adapters and with the same outputs; other tensors are shared, not copied."""
-    layers = dict(adapter_layers(model))
-    tensors = {}
+    layers, tensors = adapter_layers(model), {}
     for name, tensor in model.state_dict().items():
         owner, _, leaf = name.rpartition(".base_layer.")
         if ".lora_" in name:
@@ -92,31 +82,27 @@ def merge(model: VisionLanguageModel) -> VisionLanguageModel:
 
 def trainable_tensors(model: VisionLanguageModel) -> dict[str, Tensor]:
     """All tensors that train, by picoVLM's names, for example `layer.lora_A.weight`."""
-    return {
-        name.replace(".default.", "."): p.detach()
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    }
+    trainable = ((name, p.detach()) for name, p in model.named_parameters() if p.requires_grad)
+    return {name.replace(".default.", "."): p for name, p in trainable}
 
 
 def save_adapter(model: VisionLanguageModel, cfg: TrainConfig, folder: Path) -> None:
     """Write `folder/adapter` in peft's format."""
-    from peft import LoraConfig
-
+    peft = import_optional("peft", "train.lora:")
     hf_names = {pair.params[0]: pair.key for pair in checkpoint_pairs(model.cfg)}
+
+    def rename_layer(name: str) -> str:
+        return hf_names[f"{name}.weight"].removesuffix(".weight")
 
     def rename(name: str) -> str:
         layer, lora, rest = name.partition(".lora_")
-        return (hf_names[f"{layer}.weight"].removesuffix(".weight") + lora + rest) if lora \
-            else hf_names[name]  # fmt: skip
+        return rename_layer(layer) + lora + rest if lora else hf_names[name]
 
     out, tensors = folder / FOLDER, trainable_tensors(model)
     out.mkdir()
-    names = [
-        hf_names[f"{name}.weight"].removesuffix(".weight") for name, _ in adapter_layers(model)
-    ]
+    names = [rename_layer(name) for name in adapter_layers(model)]
     full = [rename(n).removesuffix(".weight") for n in tensors if ".lora_" not in n]
-    LoraConfig(
+    peft.LoraConfig(
         r=cfg.lora_r, lora_alpha=cfg.lora_alpha, target_modules=sorted(names), inference_mode=True,
         modules_to_save=full or None, base_model_name_or_path=str(Path(cfg.out, BASE).absolute()),
     ).save_pretrained(out)  # fmt: skip
@@ -125,10 +111,7 @@ def save_adapter(model: VisionLanguageModel, cfg: TrainConfig, folder: Path) -> 
 
 
 def load_adapter(model: VisionLanguageModel, folder: Path) -> None:
-    """Load `folder/adapter` into the tensors that train; do nothing if there is none.
-
-    Raises `InputError` if a name or shape differs.
-    """
+    """Load `folder/adapter`, if it exists, into the tensors that train; raises `InputError`."""
     if not (folder / FOLDER).is_dir():
         return
     own_names = {pair.key.removesuffix(".weight"): pair.params[0].removesuffix(".weight")
@@ -138,13 +121,11 @@ def load_adapter(model: VisionLanguageModel, folder: Path) -> None:
         layer, lora, rest = name.removeprefix(PREFIX).removesuffix(".weight").partition(".lora_")
         saved[f"{own_names.get(layer)}{lora}{rest}.weight"] = tensor
     trainable = trainable_tensors(model)
-    mismatched = saved.keys() ^ trainable.keys()
-    common = saved.keys() & trainable.keys()
-    mismatched |= {name for name in common if saved[name].shape != trainable[name].shape}
+    shapes, now = ({name: t.shape for name, t in x.items()} for x in (saved, trainable))
+    mismatched = {name for name in shapes | now if shapes.get(name) != now.get(name)}
     if mismatched:
-        raise InputError(
-            f"{folder / FOLDER}: does not match the adapters of this run: {min(mismatched)}."
-        )
+        reason = f"does not match the adapters of this run: {min(mismatched)}"
+        raise InputError(f"{folder / FOLDER}: {reason}.")
     with torch.no_grad():
         for name, tensor in trainable.items():
             tensor.copy_(saved[name])

@@ -17,12 +17,14 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from config_tools import InputError, from_dict, to_dict
+from config_tools import InputError, from_dict, require, to_dict
 from configs import RunConfig
+from configs_classify import ClassifyConfig
 from engine.training.distributed import Dist
 from engine.training.optim import Optimizers
 from engine.training.run_folder import STATE, list_checkpoints, write_config
@@ -39,58 +41,46 @@ class Best:
     step: int = 0
     score: tuple[float, float] = (-1.0, 0.0)  # accuracy, minus loss
 
-    def is_improvement(self, values: dict) -> bool:
-        """Whether an evaluation's `values` are better; without `val_loss` they are not."""
-        return "val_loss" in values and self._score(values) > self.score
-
     def update(self, values: dict, step: int) -> bool:
-        """Record `values` if they are better; return whether they are."""
-        if not self.is_improvement(values):
+        """Record `values` if they are better, not without `val_loss`; return whether they are."""
+        if "val_loss" not in values:
             return False
-        self.step, self.score = step, self._score(values)
-        return True
-
-    @staticmethod
-    def _score(values: dict) -> tuple[float, float]:
-        return values["val_accuracy"], -values["val_loss"]
+        score = (values["val_accuracy"], -values["val_loss"])
+        is_better = score > self.score
+        if is_better:
+            self.step, self.score = step, score
+        return is_better
 
 
 def list_shared_checkpoints(run: Path, dist: Dist) -> list[Path]:
     """`list_checkpoints`; raises `InputError` if processes on different machines see others."""
     found = list_checkpoints(run)
     names = {tuple(p.name for p in paths) for paths in dist.all_gather(found)}
-    if len(names) > 1:
-        raise InputError(
-            f"train.out = {str(run)!r}: machines see different checkpoints there; use a folder "
-            "that all machines share."
-        )
+    fix = "machines see different checkpoints there; use a folder that all machines share"
+    require(len(names) == 1, "train.out", str(run), fix)
     return found
 
 
 def resolve(path: str | Path) -> Path:
-    """The model directory of a checkpoint, of a run folder (its newest checkpoint), or of a Hub id.
-
-    Raises `InputError` if `path` is none of them.
-    """
+    """The model directory of a checkpoint, of a run folder (its newest checkpoint), or a Hub id."""
     path = find(path)
     if checkpoints := list_checkpoints(path):
         return checkpoints[-1]
     names = ("model.safetensors", "model.safetensors.index.json")
     if not any((path / name).is_file() for name in names):
-        raise InputError(
-            f"{path}: neither a checkpoint (no model.safetensors) nor a run folder with one."
-        )
+        reason = "neither a checkpoint (no model.safetensors) nor a run folder with one"
+        raise InputError(f"{path}: {reason}.")
     return path
 
 
 def rng_state() -> dict:
     """The state of all random generators: torch, Python, numpy, CUDA."""
     version, internal, gauss = random.getstate()
-    _, keys, pos, has_gauss, cached = np.random.get_state()
+    _, keys, pos, has_gauss, cached = np.random.get_state(legacy=True)
     state = {
         "torch": torch.get_rng_state(),
         "python": (version, list(internal), gauss),
-        "numpy": (torch.from_numpy(keys.astype(np.int64)), pos, has_gauss, cached),
+        "numpy": (torch.from_numpy(np.asarray(keys, np.int64)), pos, has_gauss, cached),
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -109,11 +99,7 @@ def set_rng_state(state: dict) -> None:
 
 
 def seed_generators(seed: int, rank: int) -> None:
-    """Seed Python and numpy by rank, and torch on every rank but 0.
-
-    Rank 0's torch generator continues after the weight initialization; other ranks need different
-    dropout.
-    """
+    """Seed Python and numpy by rank, and torch on every rank but 0, so that dropout differs."""
     random.seed(f"{seed}/{rank}")
     np.random.seed((seed * 1_000_003 + rank) % 2**32)
     if rank:
@@ -121,14 +107,9 @@ def seed_generators(seed: int, rank: int) -> None:
 
 
 def save(
-    cfg: RunConfig,
-    step: int,
-    model,
-    save_model: Callable[[object, Path], None],
-    optimizer: Optimizers,
-    dist: Dist,
-    state: dict,
-) -> None:
+    cfg: RunConfig | ClassifyConfig, step: int, model: Any, save_model: Callable[[Any, Path], None],
+    optimizer: Optimizers, dist: Dist, state: dict,
+) -> None:  # fmt: skip
     """Write checkpoint `step`, then delete all but the newest `keep` and the best evaluated one.
 
     Every process calls it. Raises `InputError` if the disk is full or read-only; then nothing of
@@ -167,18 +148,16 @@ def write_error(path: Path, reason: object) -> InputError:
     )
 
 
-def _write(cfg: RunConfig, step: int, write: Callable[[Path], None], state: dict) -> None:
+def _write(
+    cfg: RunConfig | ClassifyConfig, step: int, write: Callable[[Path], None], state: dict
+) -> None:
     run = Path(cfg.train.out)
     final, temporary = run / f"step-{step:06d}", run / f".saving-{step:06d}-{os.getpid()}"
     try:
         temporary.mkdir(parents=True)
         write(temporary)
-        provenance = {
-            "config": to_dict(cfg),
-            "torch": str(torch.__version__),
-            "git": git_commit(),
-            "hardware": hardware(),
-        }
+        provenance = {"config": to_dict(cfg), "torch": str(torch.__version__),
+                      "git": git_commit(), "hardware": hardware()}  # fmt: skip
         try:
             torch.save({"step": step, "provenance": provenance} | state, temporary / STATE)
         except RuntimeError as error:  # torch raises it on a full disk
@@ -225,10 +204,8 @@ def read_state(folder: Path, mmap: bool = False) -> dict:
         return torch.load(folder / STATE, "cpu", weights_only=True, mmap=mmap)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0][:120]
-        raise InputError(
-            f"{folder / STATE}: damaged ({reason}); delete that checkpoint, "
-            "and --train.resume auto continues from the previous one."
-        ) from None
+        fix = "delete that checkpoint, and --train.resume auto continues from the previous one"
+        raise InputError(f"{folder / STATE}: damaged ({reason}); {fix}.") from None
 
 
 def resumed_precision(checkpoints: list[Path], precision: str) -> str:
@@ -242,27 +219,22 @@ def resumed_precision(checkpoints: list[Path], precision: str) -> str:
 
 
 def load_state(
-    folder: Path, cfg: RunConfig, world_size: int = 1, data_fingerprint: str = ""
+    folder: Path,
+    cfg: RunConfig | ClassifyConfig,
+    world_size: int = 1,
+    data_fingerprint: str = "",
 ) -> dict:
-    """`read_state`, checked against this run.
-
-    Raises `InputError` if settings that change the result, the number of processes or the data
-    differ.
-    """
+    """`read_state`; raises `InputError` if settings that change the result, or the data, differ."""
     state = read_state(folder)
     saved = from_dict(type(cfg), state["provenance"]["config"], str(folder / STATE))
     changed = [
         f"{part}.{name}: {old!r} then, {new!r} now"
-        for part in ("model", "data", "train")
-        for (name, old), new in zip(
-            vars(getattr(saved, part)).items(), vars(getattr(cfg, part)).values()
-        )
-        if old != new and (part, name) not in MAY_CHANGE
+        for part, fields in vars(saved).items()
+        for (name, old), new in zip(vars(fields).items(), vars(getattr(cfg, part)).values())
+        if old != new and f"{part}.{name}" not in MAY_CHANGE
     ]
-    for key, label, now in (
-        ("world", "processes", world_size),
-        ("data", "rows of the source", data_fingerprint),
-    ):
+    counts = ("world", "processes", world_size), ("data", "rows of the source", data_fingerprint)
+    for key, label, now in counts:
         if (state.get(key) or now) != now:  # checkpoints of earlier versions may lack the key
             changed.append(f"{label}: {state[key]} then, {now} now")
     then, now = (max(1, c.data.workers) for c in (saved, cfg))
@@ -279,14 +251,9 @@ def load_state(
 
 
 def restore(
-    folder: Path,
-    cfg: RunConfig,
-    model,
-    optimizer: Optimizers,
-    loader,
-    dist: Dist,
-    data_fingerprint: str = "",
-) -> tuple[int, Best]:
+    folder: Path, cfg: RunConfig | ClassifyConfig, model: Any, optimizer: Optimizers, loader: Any,
+    dist: Dist, data_fingerprint: str = "",
+) -> tuple[int, Best]:  # fmt: skip
     """Restore everything but the weights, which `model` already has; return step and best."""
     state = load_state(folder, cfg, dist.world_size, data_fingerprint)
     if dist.is_sharded:
@@ -299,31 +266,18 @@ def restore(
     return state["step"], Best(step, tuple(score))
 
 
-def _of_rank(values: object, rank: int) -> object:
+def _of_rank(values: Any, rank: int) -> Any:
     """This rank's value; checkpoints of earlier versions hold one value for all ranks."""
     return values[rank] if isinstance(values, list) else values
 
 
 # Settings that do not change the result, so a resumed run may change them.
 MAY_CHANGE = {
-    ("train", n)
-    for n in (
-        "out",
-        "resume",
-        "init_from",
-        "log_every",
-        "eval_every",
-        "save_every",
-        "keep",
-        "wandb",
-        "eval_samples",
-        "max_bad_steps",
-        "push",
-        "answer_sheet_every",
-        "activation_checkpointing",
-        "dry_run",
-    )
-} | {("data", "workers")}
+    "data.workers", "train.out", "train.resume", "train.init_from", "train.log_every",
+    "train.eval_every", "train.save_every", "train.keep", "train.wandb", "train.eval_samples",
+    "train.max_bad_steps", "train.push", "train.answer_sheet_every",
+    "train.activation_checkpointing", "train.dry_run",
+}  # fmt: skip
 
 
 def hardware() -> str:
@@ -340,18 +294,10 @@ def hardware() -> str:
 
 def git_commit() -> str:
     """The commit of this code, with -dirty when the tree differs, or "unknown" outside git."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-    ]
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    folder, pipe = Path(__file__).parent, subprocess.DEVNULL
     try:
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
+        text = subprocess.check_output(command, cwd=folder, stderr=pipe, text=True, timeout=10)
+        return text.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"

@@ -14,10 +14,11 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from config_tools import InputError
@@ -70,20 +71,17 @@ class Dist:
         """
         if not self.is_sharded:
             return
-        from torch.distributed.fsdp import (
-            MixedPrecisionPolicy,
-            fully_shard,
-            register_fsdp_forward_method,
-        )
+        from torch.distributed import fsdp
 
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-        for part in list(model.modules()):
+        policy = fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        parts: list[Any] = list(model.modules())
+        for part in parts:
             for block in getattr(part, "blocks", ()):
-                fully_shard(block, mp_policy=policy)
-        fully_shard(model, mp_policy=policy)
+                fsdp.fully_shard(block, mp_policy=policy)
+        fsdp.fully_shard(model, mp_policy=policy)
         for name in ("prefill", "decode"):  # evaluation calls them directly
             if hasattr(model, name):
-                register_fsdp_forward_method(model, name)
+                fsdp.register_fsdp_forward_method(model, name)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Wrap the model in DDP if there are several processes and it is not sharded."""
@@ -91,38 +89,34 @@ class Dist:
             return model
         return DistributedDataParallel(model)
 
-    def gradient_sync(self, model: nn.Module, is_last: bool) -> contextlib.AbstractContextManager:
+    def gradient_sync(self, model: Any, is_last: bool) -> contextlib.AbstractContextManager:
         """Synchronize gradients only in the backward pass of the last micro-batch of a step."""
         if self.is_sharded:
             model.set_requires_gradient_sync(is_last)
-        return contextlib.nullcontext() if is_last or self.world_size == 1 or self.is_sharded \
-            else model.no_sync()  # fmt: skip
+        needs_no_sync = self.world_size > 1 and not self.is_sharded and not is_last
+        return model.no_sync() if needs_no_sync else contextlib.nullcontext()
 
-    def full_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+    def full_state_dict(self, model: nn.Module) -> dict[str, Any]:
         """Gather a sharded model's tensors on the main process's CPU; {} on the others."""
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+        from torch.distributed.checkpoint import state_dict
 
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return get_model_state_dict(model, options=options)
+        options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return state_dict.get_model_state_dict(model, options=options)
 
     def save_shards(self, model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
         """Write this process's shard of the optimizer state."""
-        import torch.distributed.checkpoint as shards
-        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+        from torch.distributed.checkpoint import save, state_dict
 
-        shards.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=folder)
+        state = {"optimizer": state_dict.get_optimizer_state_dict(model, optimizer)}
+        save(state, checkpoint_id=folder)
 
     def load_shards(self, model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
         """Load what `save_shards` wrote, in place."""
-        import torch.distributed.checkpoint as shards
-        from torch.distributed.checkpoint.state_dict import (
-            get_optimizer_state_dict,
-            set_optimizer_state_dict,
-        )
+        from torch.distributed.checkpoint import load, state_dict
 
-        state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
-        shards.load(state, checkpoint_id=folder)
-        set_optimizer_state_dict(model, optimizer, state["optimizer"])
+        state = {"optimizer": state_dict.get_optimizer_state_dict(model, optimizer)}
+        load(state, checkpoint_id=folder)
+        state_dict.set_optimizer_state_dict(model, optimizer, state["optimizer"])
 
     def shutdown(self) -> None:
         """Wait for all processes, then leave the process group.
@@ -132,7 +126,7 @@ class Dist:
         `destroy_process_group` alone does not, as torch keeps references to the group.
         """
         if self.world_size > 1:
-            last = torch.zeros(1)
+            last: Any = torch.zeros(1)
             dist.all_reduce(last)
             for _ in range(5000):
                 if last._use_count() == 1:
@@ -147,17 +141,13 @@ def setup(parallel: str = "ddp") -> Dist:
     Raises `InputError` if this process has no GPU of its own.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    cuda = torch.cuda.is_available()
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    )
+    cuda, device = torch.cuda.is_available(), torch.device("cpu")
     if cuda:
-        n = torch.cuda.device_count()
-        if device.index >= n:
-            raise InputError(
-                f"process {device.index + 1} of this machine has no GPU, as the machine has {n}; "
-                f"start torchrun with --nproc-per-node {n}."
-            )
+        i, n = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if i >= n:
+            reason = f"process {i + 1} of this machine has no GPU, as the machine has {n}"
+            raise InputError(f"{reason}; start torchrun with --nproc-per-node {n}.")
+        device = torch.device("cuda", i)
         torch.cuda.set_device(device)
     else:
         set_malloc_thresholds()
@@ -188,9 +178,8 @@ def set_malloc_thresholds(max_bytes: int = 1 << 24) -> None:
         return
     with contextlib.suppress(AttributeError, OSError):
         libc = ctypes.CDLL(None)
-        m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
-        libc.mallopt(m_trim_threshold, 1 << 30)
-        libc.mallopt(m_mmap_threshold, max_bytes)
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD of malloc.h
+        libc.mallopt(-3, max_bytes)  # M_MMAP_THRESHOLD
 
 
 def memory_budget(device: torch.device) -> float:
@@ -224,10 +213,8 @@ def choose_dtype(device: torch.device, precision: str) -> torch.dtype:
     Raises `InputError` for bf16 on a CPU that only emulates it.
     """
     if precision == "bf16" and is_bf16_emulated(device):
-        raise InputError(
-            "train.precision = 'bf16': this CPU has no bf16 instructions, so one matrix product "
-            "would take minutes; use fp32 or auto."
-        )
+        reason = "no bf16 instructions, so one matrix product would take minutes"
+        raise InputError(f"train.precision = 'bf16': this CPU has {reason}; use fp32 or auto.")
     is_bf16 = precision == "bf16" or (precision == "auto" and bf16_is_faster(device))
     return torch.bfloat16 if is_bf16 else torch.float32
 

@@ -19,8 +19,10 @@ from data.preview import mark_supervised, use_color
 from data.processor import Processor
 from data.types import Batch, Tokens
 from engine.training.distributed import Dist, activation_bytes
+from engine.training.loop import accumulate_gradients
 from engine.training.meter import synchronize
 from engine.training.optim import Optimizers
+from models.vision_language_model import VisionLanguageModel
 
 
 def max_tiles_per_row(model: VLMConfig, data: DataConfig) -> int:
@@ -38,16 +40,10 @@ def choose_checkpointing(cfg: RunConfig, dtype: torch.dtype, budget: float) -> t
     n_patches = d.batch_size * max_tiles_per_row(m, d) * m.vit_n_patches
     sizes = {
         "vision": (m.vit_n_blocks, n_patches, m.vit_hidden_dim, m.vit_inter_dim),
-        "language": (
-            m.lm_n_blocks,
-            d.batch_size * d.max_length,
-            m.lm_hidden_dim,
-            m.lm_inter_dim,
-        ),
+        "language": (m.lm_n_blocks, d.batch_size * d.max_length, m.lm_hidden_dim, m.lm_inter_dim),
     }
-    return tuple(
-        part for part in sizes if part in named or activation_bytes(*sizes[part], dtype) > budget
-    )
+    too_large = [part for part in sizes if activation_bytes(*sizes[part], dtype) > budget]
+    return tuple(part for part in sizes if part in named or part in too_large)
 
 
 def largest_batch(processor: Processor, cfg: DataConfig) -> Batch:
@@ -71,14 +67,9 @@ def peak_memory(device: torch.device) -> str:
 
 
 def dry_run(
-    cfg: RunConfig,
-    model: torch.nn.Module,
-    processor: Processor,
-    loader: Loader,
-    optimizer: Optimizers,
-    dist: Dist,
-    autocast_context: torch.autocast,
-) -> str:
+    cfg: RunConfig, model: VisionLanguageModel, processor: Processor, loader: Loader,
+    optimizer: Optimizers, dist: Dist, autocast_context: torch.autocast,
+) -> str:  # fmt: skip
     """Run a step with the largest batch and one with the first real batch; return a summary.
 
     The learning rate is 0, so the weights do not change.
@@ -91,10 +82,7 @@ def dry_run(
         optimizer.set_lr(0.0)
         synchronize(dist.device)
         start = time.perf_counter()
-        for i in range(t.accumulate):
-            with dist.gradient_sync(wrapped, i == t.accumulate - 1), autocast_context:
-                _, loss = wrapped(**batch.tensors(), reduction="sum")
-            (loss / batch.n_targets).backward()
+        accumulate_gradients(wrapped, [batch] * t.accumulate, dist, autocast_context)
         optimizer.step()
         optimizer.zero_grad()
         synchronize(dist.device)
@@ -131,7 +119,7 @@ def format_time(seconds: float) -> str:
 
 def first_sample(batch: Batch) -> Tokens:
     """The first conversation of a batch, without images."""
-    n = int(batch.input_ids.shape[1])
+    n = batch.input_ids.shape[1]
     if batch.segments is not None:
         n = int((batch.segments[0] == 1).sum())
     ids, targets = batch.input_ids[0, :n].numpy(), batch.targets[0, :n].numpy()

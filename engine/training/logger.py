@@ -9,27 +9,26 @@ import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from torch import nn
 from tqdm import tqdm
 
-from config_tools import InputError, to_dict
+from config_tools import InputError, import_optional, to_dict
 from configs import RunConfig
+from configs_classify import ClassifyConfig
 from models.pretrained.save import unsupported_reason
 
 
-def describe_run(cfg: RunConfig, model: nn.Module, source, step: int) -> None:
+def describe_run(cfg: RunConfig, model: Any, source: Any, step: int) -> None:
     """Print parameters, data and steps before training starts."""
-    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.parts.items()}
     parts = ", ".join(
-        f"{name} {n / 1e6:.2f} M{' (frozen)' if name in cfg.train.freeze else ''}"
-        for name, n in counts.items()
+        f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.2f} M"
+        f"{' (frozen)' if name in cfg.train.freeze else ''}"
+        for name, part in model.parts.items()
     )
     rows = "a stream" if cfg.data.stream else f"{len(source):,} rows"
-    print(
-        f"model: {parts}; data: {rows} of {cfg.data.source}; "
-        f"steps {step} to {cfg.train.steps}; run folder: {cfg.train.out}"
-    )
+    print(f"model: {parts}; data: {rows} of {cfg.data.source}; "
+          f"steps {step} to {cfg.train.steps}; run folder: {cfg.train.out}")  # fmt: skip
     backbones = [name for name in (cfg.model.vit_model_type, cfg.model.lm_model_type) if name]
     if backbones and step == 0 and not cfg.train.init_from:
         print(f"weights: from {' and '.join(backbones)}, the rest random")
@@ -47,18 +46,12 @@ def answer_sheet_path(run: str | Path, step: int) -> Path:
 class Logger:
     """Writes a run's log; on processes other than the main one every method does nothing."""
 
-    def __init__(self, cfg: RunConfig, is_main: bool, first_step: int = 0) -> None:
+    def __init__(self, cfg: RunConfig | ClassifyConfig, is_main: bool, first_step: int = 0) -> None:
         self.is_main = is_main
         self.folder = Path(cfg.train.out)
         self.wandb = None
-        self.bar = tqdm(
-            total=cfg.train.steps,
-            initial=first_step,
-            disable=not is_main,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=1.0,
-        )
+        self.bar = tqdm(total=cfg.train.steps, initial=first_step, disable=not is_main,
+                        unit="step", dynamic_ncols=True, mininterval=1.0)  # fmt: skip
         if not is_main:
             return
         self.start = time.time()
@@ -74,8 +67,10 @@ class Logger:
         """Write the values of a step to log.jsonl and wandb; a loss also updates the bar."""
         if not self.is_main:
             return
-        line = {"step": step, "seconds": round(time.time() - self.start, 2)}
-        line |= {k: None if is_nonfinite(v) else v for k, v in values.items()}  # JSON has no NaN
+        line: dict = {"step": step, "seconds": round(time.time() - self.start, 2)}
+        for name, value in values.items():  # JSON has no NaN
+            is_finite = not isinstance(value, float) or math.isfinite(value)
+            line[name] = value if is_finite else None
         try:
             if not self.path.exists():  # deleted during training
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -85,9 +80,8 @@ class Logger:
             self.file.flush()
         except OSError as error:
             if not self.failed:
-                self.write(
-                    f"{self.path}: cannot be written ({error.strerror}); training continues."
-                )
+                reason = f"cannot be written ({error.strerror})"
+                self.write(f"{self.path}: {reason}; training continues.")
             self.failed = True
         if self.wandb is not None:
             scalars = {k: v for k, v in values.items() if isinstance(v, (int, float))}
@@ -133,20 +127,10 @@ class Logger:
                 self.write(f"{self.folder / 'loss.png'}: cannot be written ({error}).")
 
 
-def is_nonfinite(value: object) -> bool:
-    """Whether `value` is NaN or an infinity."""
-    return isinstance(value, float) and not math.isfinite(value)
-
-
-def _start_wandb(cfg: RunConfig) -> tuple:
+def _start_wandb(cfg: RunConfig | ClassifyConfig) -> tuple:
     """(wandb run, wandb.Image)."""
-    try:
-        import wandb
-    except ImportError:
-        raise InputError(
-            "train.wandb = True: needs the package wandb; run `pip install wandb`."
-        ) from None
-    mode = os.environ.get("WANDB_MODE", "offline")
+    wandb = import_optional("wandb", "train.wandb = True:")
+    mode: Any = os.environ.get("WANDB_MODE", "offline")
     try:
         run = wandb.init(project="picovlm", dir=cfg.train.out, config=to_dict(cfg), mode=mode)
     except wandb.Error as error:
@@ -156,13 +140,9 @@ def _start_wandb(cfg: RunConfig) -> tuple:
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The events of log.jsonl by step; after a resume, the later line of a step replaces the first.
-
-    Values that were not finite are omitted.
-    """
-    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    """Events of log.jsonl by step, without non-finite values; of a step, the last line counts."""
     by_step: dict[tuple, dict] = {}
-    for line in lines:
+    for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
         try:
             event = json.loads(line)
         except ValueError:  # cut off when the process was killed
@@ -176,12 +156,10 @@ def read_log(folder: Path) -> list[dict]:
 def plot_curves(folder: Path) -> None:
     """Draw `loss.png` from the log; do nothing without matplotlib, which is optional."""
     try:
-        import matplotlib
-    except ImportError:
+        plt = import_optional("matplotlib.pyplot", "loss.png")
+    except InputError:
         return
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
+    plt.switch_backend("agg")
     events = read_log(folder)
     if not any("loss" in e for e in events):
         return

@@ -11,12 +11,14 @@ import math
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from config_tools import InputError
 from configs import LoopConfig, RunConfig
+from configs_classify import ClassifyConfig
 from data.batches.loader import Loader
 from data.types import Batch
 from engine.training import checkpoint
@@ -96,9 +98,9 @@ def accumulate_gradients(
 
 
 def train(
-    cfg: RunConfig,
+    cfg: RunConfig | ClassifyConfig,
     model: nn.Module,
-    save_model: Callable[[nn.Module, Path], None],
+    save_model: Callable[[Any, Path], None],
     loader: Loader,
     optimizer: Optimizers,
     dist: Dist,
@@ -119,7 +121,8 @@ def train(
     guard, meter = NonFiniteGuard(t, logger, dist.rank), Meter(model, autocast_context)
     wrapped = dist.wrap(model)
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    batches, prefetched = iter(loader), []
+    batches: Any = iter(loader)  # a generator, closed at the end
+    prefetched: list[Batch] = []
     model.train()
 
     def fetch() -> list[Batch]:

@@ -9,9 +9,10 @@ import contextlib
 import time
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from engine.training.distributed import Dist
 
@@ -87,7 +88,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def training_flops(model: nn.Module, n_tokens: float, n_images: float) -> float:
+def training_flops(model: Any, n_tokens: float, n_images: float) -> float:
     """FLOPs of forward and backward: 6 per weight and token, 2 in frozen parts.
 
     Not counted: attention scores, the language model's head (it only sees supervised tokens), and
@@ -99,16 +100,13 @@ def training_flops(model: nn.Module, n_tokens: float, n_images: float) -> float:
              "language": n_tokens, "trunk": patches, "head": n_images}  # fmt: skip
     for name, part in model.parts.items():
         for key, p in part.named_parameters():
-            is_excluded = "embedding" in key.split(".")[0] or (name, key) == (
-                "language",
-                "head.weight",
-            )
-            if p.ndim >= 2 and not is_excluded:
+            is_head = (name, key) == ("language", "head.weight")
+            if p.ndim >= 2 and not is_head and "embedding" not in key.split(".")[0]:
                 total += (6 if p.requires_grad else 2) * p.numel() * n_inputs[name]
     return total
 
 
-def gradient_norms(parts: dict[str, nn.Module]) -> dict[str, float]:
+def gradient_norms(parts: Any) -> dict[str, float]:
     """Gradient norm of every part, as `grad_norm_<part>`; frozen parts are omitted."""
     norms = {}
     for name, part in parts.items():
@@ -118,6 +116,6 @@ def gradient_norms(parts: dict[str, nn.Module]) -> dict[str, float]:
     return norms
 
 
-def to_float(x: Tensor) -> float:
+def to_float(x: Any) -> float:
     """A scalar tensor as a float; a sharded one is gathered first."""
     return (x.full_tensor() if hasattr(x, "full_tensor") else x).item()

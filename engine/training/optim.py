@@ -10,14 +10,15 @@ import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from config_tools import InputError
-from configs import LoopConfig
+from config_tools import InputError, import_optional
+from configs import LoopConfig, TrainConfig
+from configs_classify import ClassifyTrainConfig
 
-MUON_MOMENTUM = 0.95
 # Coefficients of the quintic of Jordan et al. 2024: five steps bring singular values near 1.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
@@ -39,12 +40,7 @@ class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): orthogonalized momentum, with matrices of one shape batched."""
 
     def __init__(
-        self,
-        params: list[Tensor] | list[dict],
-        lr: float,
-        momentum: float,
-        weight_decay: float,
-        dtype: torch.dtype = torch.float32,
+        self, params: list, lr: float, momentum: float, weight_decay: float, dtype=torch.float32
     ):
         """`dtype` is used in the Newton-Schulz products only."""
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -142,15 +138,10 @@ def adamw_8bit(groups: list[dict], betas: tuple[float, float]) -> torch.optim.Op
     Tensors of fewer than 4,096 values, or not a multiple of 256, keep 32 bits. The step is compiled
     on a GPU and eager on a CPU, which then needs no compiler. Raises `InputError` without torchao.
     """
-    try:
-        from torchao.optim import AdamW8bit
-        from torchao.optim.subclass_8bit import OptimState8bit
-    except ImportError:
-        raise InputError(
-            "train.optimizer = 'adamw8bit': needs torchao; run `pip install torchao`."
-        ) from None
+    torchao = import_optional("torchao.optim", "train.optimizer = 'adamw8bit':")
+    from torchao.optim.subclass_8bit import OptimState8bit
 
-    class PortableAdamW8bit(AdamW8bit):
+    class PortableAdamW8bit(torchao.AdamW8bit):
         def step(self, closure=None):
             on_cpu = self.param_groups[0]["params"][0].device.type == "cpu"
             with torch.compiler.set_stance("force_eager" if on_cpu else "default"):
@@ -165,20 +156,17 @@ def adamw_8bit(groups: list[dict], betas: tuple[float, float]) -> torch.optim.Op
             super().load_state_dict(state | {"state": map_state(state, to_8_bits)})
 
     def map_state(state: dict, change: Callable) -> dict:
-        return {
-            i: {k: change(x) for k, x in values.items()} for i, values in state["state"].items()
-        }
+        return {i: {k: change(x) for k, x in xs.items()} for i, xs in state["state"].items()}
 
-    def to_plain(x: Tensor) -> object:
+    def to_plain(x: Any) -> Any:
         if not isinstance(x, OptimState8bit):
             return x
         names, context = x.__tensor_flatten__()
         return {"tensors": {name: getattr(x, name) for name in names}, "context": context}
 
-    def to_8_bits(x: object) -> Tensor:
-        if torch.is_tensor(x):
-            return x
-        return OptimState8bit.__tensor_unflatten__(x["tensors"], x["context"])
+    def to_8_bits(x: Any) -> Tensor:
+        is_plain = torch.is_tensor(x)
+        return x if is_plain else OptimState8bit.__tensor_unflatten__(x["tensors"], x["context"])
 
     return PortableAdamW8bit(groups, betas=betas)
 
@@ -198,11 +186,8 @@ def fused_adamw(groups: list[dict], betas: tuple[float, float]) -> torch.optim.O
     return optimizer
 
 
-ADAMW = {"adamw": fused_adamw, "muon": fused_adamw, "adamw8bit": adamw_8bit}
-
-
 def build_optimizer(
-    parts: dict[str, nn.Module], cfg: LoopConfig, dtype: torch.dtype = torch.float32
+    parts: dict[str, nn.Module], cfg: TrainConfig | ClassifyTrainConfig, dtype=torch.float32
 ) -> Optimizers:
     """Freeze the parts in `cfg.freeze` and build optimizers for the rest.
 
@@ -233,25 +218,24 @@ def build_optimizer(
             for (share, decays), ps in sorted(groups.items(), key=lambda g: (-g[0][0], -g[0][1]))
         ]
     if not adamw and not muon:
-        raise InputError(
-            f"train.freeze = {cfg.freeze}: leaves nothing to train; freeze fewer parts."
-        )
+        fix = "leaves nothing to train; freeze fewer parts"
+        raise InputError(f"train.freeze = {cfg.freeze}: {fix}.")
     members: list[torch.optim.Optimizer] = []
     if adamw:
-        members.append(ADAMW[cfg.optimizer](adamw, betas=(cfg.beta1, cfg.beta2)))
+        adamw_optimizer = adamw_8bit if cfg.optimizer == "adamw8bit" else fused_adamw
+        members.append(adamw_optimizer(adamw, (cfg.beta1, cfg.beta2)))
     if muon:
         groups = [{"params": ps, "lr": cfg.lr_muon * share} for share, ps in muon.items()]
-        members.append(Muon(groups, cfg.lr_muon, MUON_MOMENTUM, cfg.weight_decay, dtype))
+        members.append(Muon(groups, cfg.lr_muon, 0.95, cfg.weight_decay, dtype))
     return Optimizers(members, cfg.ema)
 
 
-def n_layers_above(name: str, part: nn.Module) -> int:
+def n_layers_above(name: str, part: Any) -> int:
     """Number of layers between a parameter and the output of its part; 0 for norm and head."""
-    blocks = dict(part.named_children()).get("blocks", ())
-    path = name.split(".")
+    n_blocks, path = len(getattr(part, "blocks", ())), name.split(".")
     if path[0] == "blocks":
-        return len(blocks) - int(path[1])
-    return len(blocks) + 1 if "embedding" in path[0] or path[0] == "pre_norm" else 0
+        return n_blocks - int(path[1])
+    return n_blocks + 1 if "embedding" in path[0] or path[0] == "pre_norm" else 0
 
 
 def lr_factor(cfg: LoopConfig, step: int) -> float:
@@ -259,16 +243,13 @@ def lr_factor(cfg: LoopConfig, step: int) -> float:
     if step < cfg.warmup:
         return (step + 1) / cfg.warmup
     progress = min(1.0, (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup))
-    return {
-        "constant": 1.0,
-        "linear": 1 - progress,
-        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
-    }[cfg.schedule]
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return {"constant": 1.0, "linear": 1 - progress, "cosine": cosine}[cfg.schedule]
 
 
-def learning_rates(cfg: LoopConfig, step: int, model: nn.Module) -> dict[str, float]:
+def learning_rates(cfg: Any, step: int, model: Any) -> dict[str, float]:
     """The schedule's factor and the learning rate of Muon and of every part that trains."""
     factor = lr_factor(cfg, step)
-    training = [n for n, part in model.parts.items() if n not in cfg.freeze]
-    names = [*training, *(["muon"] if cfg.optimizer == "muon" else [])]
+    names = [name for name in model.parts if name not in cfg.freeze]
+    names += ["muon"] * (cfg.optimizer == "muon")
     return {"lr_factor": factor} | {f"lr_{n}": getattr(cfg, f"lr_{n}") * factor for n in names}

@@ -15,6 +15,7 @@ from typing import TextIO
 
 from config_tools import InputError, checkpoint_order, to_dict
 from configs import RunConfig
+from configs_classify import ClassifyConfig
 
 STATE = "state.pt"
 
@@ -26,10 +27,9 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 
 def lock_run_folder(run: Path) -> TextIO:
-    """Lock the folder for this process; the lock lasts until the returned file is closed.
+    """Lock the folder until the returned file is closed; raises `InputError` if it is locked.
 
-    The lock ends with the process and is not inherited by child processes. Raises `InputError` if
-    another process holds it.
+    The lock ends with the process and is not inherited by child processes.
     """
     file = open(run / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
     try:
@@ -40,10 +40,8 @@ def lock_run_folder(run: Path) -> TextIO:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.seek(0)
-        raise InputError(
-            f"{run}: process {file.read().strip()} is training there; stop it first, or choose "
-            "another --train.out."
-        ) from None
+        owner, fix = file.read().strip(), "stop it first, or choose another --train.out"
+        raise InputError(f"{run}: process {owner} is training there; {fix}.") from None
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
             raise
@@ -54,7 +52,7 @@ def lock_run_folder(run: Path) -> TextIO:
     return file
 
 
-def claim_run_folder(cfg: RunConfig) -> TextIO:
+def claim_run_folder(cfg: RunConfig | ClassifyConfig) -> TextIO:
     """Create and lock the run folder, remove leftovers, and write config.json.
 
     Returns the lock (see `lock_run_folder`). Raises `InputError` if the folder holds another run
@@ -62,10 +60,8 @@ def claim_run_folder(cfg: RunConfig) -> TextIO:
     """
     run = Path(cfg.train.out)
     if cfg.train.resume == "no" and list_checkpoints(run):
-        raise InputError(
-            f"{run} holds the checkpoints of an earlier run; continue it with --train.resume auto, "
-            "choose another --train.out, or delete it."
-        )
+        fix = "continue it with --train.resume auto, choose another --train.out, or delete it"
+        raise InputError(f"{run} holds the checkpoints of an earlier run; {fix}.")
     try:
         run.mkdir(parents=True, exist_ok=True)
         lock = lock_run_folder(run)
@@ -76,13 +72,12 @@ def claim_run_folder(cfg: RunConfig) -> TextIO:
                 stale.unlink(missing_ok=True)
         write_config(cfg)
     except OSError as error:
-        raise InputError(
-            f"train.out = {str(run)!r}: cannot be written ({error.strerror})."
-        ) from None
+        reason = f"cannot be written ({error.strerror})"
+        raise InputError(f"train.out = {str(run)!r}: {reason}.") from None
     return lock
 
 
-def write_config(cfg: RunConfig) -> None:
+def write_config(cfg: RunConfig | ClassifyConfig) -> None:
     """Write the run's config.json, which `python train.py runs/x/config.json` reads."""
     path = Path(cfg.train.out, "config.json")
     path.write_text(json.dumps(to_dict(cfg), indent=2) + "\n", encoding="utf-8")

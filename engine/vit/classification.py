@@ -16,9 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
-from config_tools import InputError, write_atomic
+from config_tools import InputError, import_optional, write_atomic
 from data.classification.dataset import ClassificationDataset
 from data.classification.loader import evaluation_batches, normalise, open_and_resize
 from engine.evaluation.metrics import bootstrap_interval
@@ -30,10 +29,7 @@ CONFUSION, RESULT = "confusion.png", "result.json"  # files of a run folder
 
 
 def open_classifier(source: str) -> Classifier:
-    """Load a checkpoint of picoVLM or transformers, a run folder, or a Hub id.
-
-    Raises `InputError`, also if it has no classifier head.
-    """
+    """Load a picoVLM or transformers checkpoint, a run folder, or a Hub id; needs a head."""
     vit = open_vit(source)
     if not vit.cfg.vit_n_classes:
         raise InputError(f"{source}: has no classifier head; train one with `classify.py train`.")
@@ -98,14 +94,9 @@ def evaluate(
         raise InputError(f"no image can be opened; the first error: {failed[0]}")
     logits, expected = torch.cat(outputs), torch.cat(targets)
     top = logits.topk(min(TOP, logits.shape[1])).indices  # [N, TOP]
-    return Result(
-        model.labels,
-        loss / len(expected),
-        expected.numpy(),
-        top[:, 0].numpy(),
-        (top == expected[:, None]).any(1).numpy(),
-        tuple(failed),
-    )
+    in_top = (top == expected[:, None]).any(1).numpy()
+    loss /= len(expected)
+    return Result(model.labels, loss, expected.numpy(), top[:, 0].numpy(), in_top, tuple(failed))
 
 
 # --- Reports ------------------------------------------------------------------------------------
@@ -117,38 +108,32 @@ def class_metrics(result: Result) -> list[dict]:
     for k, label in enumerate(result.labels):
         n, n_predicted, n_correct = confusion[k].sum(), confusion[:, k].sum(), confusion[k, k]
         wrong = np.where(np.arange(len(result.labels)) == k, 0, confusion[k])
-        rows.append(
-            {
-                "class": label,
-                "images": int(n),
-                "recall": float(n_correct / n) if n else None,
-                "precision": float(n_correct / n_predicted) if n_predicted else None,
-                "confused_with": result.labels[wrong.argmax()] if wrong.max() else "",
-            }
-        )
+        rows.append({
+            "class": label,
+            "images": int(n),
+            "recall": float(n_correct / n) if n else None,
+            "precision": float(n_correct / n_predicted) if n_predicted else None,
+            "confused_with": result.labels[wrong.argmax()] if wrong.max() else "",
+        })  # fmt: skip
     return rows
 
 
 def format_table(result: Result, max_rows: int = 40) -> str:
     """Accuracy, then a row per class, the lowest recall first."""
     low, high = result.interval
-    lines = [
-        f"accuracy {result.accuracy:.2%} (95 % interval {low:.2%} to {high:.2%}) of "
-        f"{len(result.expected):,} images, loss {result.loss:.4f}"
-    ]
+    line = f"accuracy {result.accuracy:.2%} (95 % interval {low:.2%} to {high:.2%})"
+    line += f" of {len(result.expected):,} images, loss {result.loss:.4f}"
     if len(result.labels) > TOP:
-        lines[0] += f", top {TOP} {result.in_top.mean():.2%}"
-    rows = sorted(
-        class_metrics(result), key=lambda row: 2 if row["recall"] is None else row["recall"]
-    )
+        line += f", top {TOP} {result.in_top.mean():.2%}"
+    rows = class_metrics(result)
+    rows.sort(key=lambda row: 2 if row["recall"] is None else row["recall"])
     width = max(5, *(len(row["class"]) for row in rows))
-    lines.append(f"{'class':<{width}}    images  recall  precision  confused with")
+    lines = [line, f"{'class':<{width}}    images  recall  precision  confused with"]
     for row in rows[:max_rows]:
-        recall, precision = (
-            "     -" if row[key] is None else f"{row[key]:6.1%}" for key in ("recall", "precision")
-        )
-        line = f"{row['class']:<{width}}  {row['images']:>8,}  {recall}  {precision:>9}"
-        lines.append(f"{line}  {row['confused_with']}".rstrip())
+        shares = (row["recall"], row["precision"])
+        recall, precision = ("     -" if x is None else f"{x:6.1%}" for x in shares)
+        cells = f"{row['class']:<{width}}  {row['images']:>8,}  {recall}  {precision:>9}"
+        lines.append(f"{cells}  {row['confused_with']}".rstrip())
     n_hidden = len(rows) - max_rows
     lines += [f"and {n_hidden} more classes with the same or higher recall"] * (n_hidden > 0)
     return "\n".join(lines + [f"skipped: {error}" for error in result.failed])
@@ -168,15 +153,8 @@ def report_result(result: Result, folder: Path | None) -> None:
 
 def draw_confusion(result: Result, path: Path) -> None:
     """Draw the confusion matrix, normalized per class; raises `InputError` without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError(
-            "the confusion matrix needs the package matplotlib; run `pip install matplotlib`."
-        ) from None
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
+    plt = import_optional("matplotlib.pyplot", "the confusion matrix")
+    plt.switch_backend("agg")
     confusion, K = result.confusion, len(result.labels)
     share = confusion / np.maximum(1, confusion.sum(1, keepdims=True))
     side = min(14.0, 2.5 + 0.35 * K)
@@ -208,18 +186,14 @@ def predict(
     for start in range(0, len(images), batch_size):
         part = images[start : start + batch_size]
         opened, errors = open_and_resize(part, model.cfg)
-        pixels = normalise(opened, model.cfg).to(model.device) if opened else None
-        predictions = iter(() if pixels is None else _top(model, pixels, k))
+        top: Iterator = iter(())
+        if opened:
+            pixels = normalise(opened, model.cfg).to(model.device)
+            probabilities, classes = model(pixels)[0].float().softmax(-1).topk(k)  # [N, k]
+            top = zip(classes.tolist(), probabilities.tolist())
         for image, error in zip(part, errors):
-            yield image, [] if error else next(predictions), error
-
-
-def _top(model: nn.Module, images: torch.Tensor, k: int) -> list[list[tuple[str, float]]]:
-    probabilities, classes = model(images)[0].float().softmax(-1).topk(k)  # [N, k]
-    return [
-        [(model.labels[c], p) for c, p in zip(row, shares)]
-        for row, shares in zip(classes.tolist(), probabilities.tolist())
-    ]
+            row = [] if error else zip(*next(top))
+            yield image, [(model.labels[c], p) for c, p in row], error
 
 
 def write_predictions(rows: list[tuple[str, list[tuple[str, float]]]], path: Path) -> None:

@@ -22,15 +22,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from tqdm import tqdm
 
-from config_tools import InputError, read_json
+from config_tools import InputError, import_optional, read_json
 from data.classification.loader import normalise, open_and_resize
 from models.pretrained.load import open_vit
 from models.pretrained.safetensors_io import save_tensors
 from models.vision_transformer import ViT
 
-ROWS, PART, LINES, SKIPPED, ABOUT = (
-    "embeddings.safetensors", "embeddings.part", "index.jsonl", "skipped.jsonl", "about.json",
-)  # fmt: skip
+ROWS, PART, LINES = "embeddings.safetensors", "embeddings.part", "index.jsonl"
+SKIPPED, ABOUT = "skipped.jsonl", "about.json"
 MAX_SIMILARITIES = 1 << 24  # held in memory at once
 
 
@@ -57,8 +56,8 @@ def describe(vit: ViT, name: str) -> dict:
     digest = hashlib.sha256()
     for tensor in vit.state_dict().values():
         digest.update(tensor.cpu().contiguous().numpy())
-    return {"model": name, "pool": vit.cfg.vit_pooling, "size": vit.cfg.vit_img_size,
-            "weights": digest.hexdigest()[:16]}  # fmt: skip
+    pool, size, weights = vit.cfg.vit_pooling, vit.cfg.vit_img_size, digest.hexdigest()[:16]
+    return {"model": name, "pool": pool, "size": size, "weights": weights}
 
 
 @torch.inference_mode()
@@ -144,9 +143,8 @@ def build(vit: ViT, files: Sequence[str], folder: Path, about: dict, batch_size:
         before = line.get("signature", line.get("stamp", now))  # earlier versions: stamp, or none
         if before != now:
             change = "has changed" if now else "is gone"
-            raise InputError(
-                f"{folder}: {line['file']} {change} since it was indexed; build the index again."
-            )
+            reason = f"{line['file']} {change} since it was indexed"
+            raise InputError(f"{folder}: {reason}; build the index again.")
     (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     known = {line["file"] for line in done}
     remaining = [name for name in files if name not in known]
@@ -157,8 +155,7 @@ def build(vit: ViT, files: Sequence[str], folder: Path, about: dict, batch_size:
             with open(folder / PART, "ab") as file:
                 file.write(rows.tobytes())
             new = [name for name, error in zip(part, errors) if not error]
-            lines = [{"file": name, "signature": file_signature(name)} for name in new]
-            _append(folder / LINES, lines)
+            _append(folder / LINES, [{"file": n, "signature": file_signature(n)} for n in new])
             skipped = [{"file": n, "reason": e} for n, e in zip(part, errors) if e]
             if skipped:
                 _append(folder / SKIPPED, skipped)
@@ -205,10 +202,7 @@ def search_exact(queries: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndar
 
 def search_faiss(queries: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """`search_exact`, approximated by faiss (HNSW); raises `InputError` without faiss."""
-    try:
-        import faiss
-    except ImportError:
-        raise InputError("engine = 'faiss': needs faiss; run `pip install faiss-cpu`.") from None
+    faiss = import_optional("faiss", "engine = 'faiss':", "faiss-cpu")
     index = faiss.IndexHNSWFlat(rows.shape[1], 32, faiss.METRIC_INNER_PRODUCT)
     index.hnsw.efSearch = max(64, 2 * k)
     index.add(rows)

@@ -45,14 +45,13 @@ def draw_rollout(vit: ViT, images: Sequence[Image.Image], path: Path) -> None:
     draw_rows([rows[i : i + 6] for i in range(0, len(rows), 6)], path)  # two images per line
 
 
-def square(image: Image.Image) -> Image.Image:
-    """Fit an image into a square; small ones are enlarged without blur."""
-    image = image.convert("RGB")
-    scale = SIDE / max(image.size)
-    size = tuple(max(1, round(edge * scale)) for edge in image.size)
+def square(image: Image.Image, side: int = SIDE) -> Image.Image:
+    """Fit an image into a white square; small ones are enlarged without blur."""
+    scale = side / max(image.size)
+    width, height = (max(1, round(edge * scale)) for edge in image.size)
     how = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
-    sheet = Image.new("RGB", (SIDE, SIDE), "white")
-    sheet.paste(image.resize(size, how))
+    sheet = Image.new("RGB", (side, side), "white")
+    sheet.paste(image.convert("RGB").resize((width, height), how))
     return sheet
 
 

@@ -16,16 +16,8 @@ from configs_classify import ClassifyConfig
 from data.classification.dataset import ClassificationDataset, describe_balance, open_classification
 from data.classification.loader import ClassificationLoader, ClassificationProcessor, loader_config
 from engine.publishing.classifier_card import write_repository
-from engine.training import checkpoint
+from engine.training import checkpoint, distributed
 from engine.training.checkpoint import Best
-from engine.training.distributed import (
-    activation_bytes,
-    agree_on_dtype,
-    autocast,
-    memory_budget,
-    setup,
-    should_compile,
-)
 from engine.training.loop import train
 from engine.training.optim import build_optimizer
 from engine.training.run_folder import claim_run_folder
@@ -37,10 +29,7 @@ from models.vision_transformer import ViT
 
 
 def build_classifier(cfg: ClassifyConfig, labels: tuple[str, ...], weights: str = "") -> Classifier:
-    """Build a classifier for `labels` from `weights`, `cfg.model.vit_model_type`, or at random.
-
-    Raises `InputError` if `cfg` has another number of classes.
-    """
+    """Build a classifier for `labels` from `weights`, `cfg.model.vit_model_type`, or at random."""
     if cfg.model.vit_n_classes not in (0, len(labels)):
         raise InputError(
             f"vit_n_classes = {cfg.model.vit_n_classes}: the data have {len(labels)} classes; "
@@ -54,66 +43,58 @@ def build_classifier(cfg: ClassifyConfig, labels: tuple[str, ...], weights: str 
     return Classifier(vit)
 
 
-def enable_checkpointing(
-    model: Classifier, batch_size: int, dtype: torch.dtype, budget: float
-) -> None:
-    """Checkpoint activations, in place, if those of a batch exceed `budget` bytes."""
+def enable_checkpointing(model: Classifier, batch_size: int, dtype: torch.dtype) -> None:
+    """Checkpoint activations, in place, if those of a batch would not fit in memory."""
     cfg = model.cfg
     n_tokens = batch_size * (cfg.vit_n_prefix + cfg.vit_n_patches)
     sizes = cfg.vit_n_blocks, n_tokens, cfg.vit_hidden_dim, cfg.vit_inter_dim
-    if activation_bytes(*sizes, dtype) > budget:
+    if distributed.activation_bytes(*sizes, dtype) > distributed.memory_budget(model.device):
         model.vit.activation_checkpointing = True
         print("activation checkpointing: on, because a batch would not fit in memory")
 
 
 def train_classifier(cfg: ClassifyConfig) -> None:
-    """Train, print the result, and push it to the Hub if `train.push` names a repository.
-
-    Raises `InputError`.
-    """
+    """Train, print the result, and push it to the Hub repository `train.push`, if named."""
     run = Path(cfg.train.out)
     checkpoints = checkpoint.list_checkpoints(run) if cfg.train.resume == "auto" else []
     if cfg.train.push:
         hub.require_login()  # fail now, not after hours of training
     data = open_classification(cfg.data, "train", cfg.model.vit_labels)
     val_data = open_classification(cfg.data, "val", data.names)
-    dist = setup()
+    dist = distributed.setup()
     weights = str(checkpoints[-1]) if checkpoints else ""
     model = build_classifier(cfg, data.names, weights).to(dist.device)
     cfg = replace(cfg, model=model.cfg)
     precision = checkpoint.resumed_precision(checkpoints, cfg.train.precision)
-    dtype = agree_on_dtype(dist, precision)
-    autocast_context = autocast(dist.device, dtype)
-    enable_checkpointing(model, cfg.data.batch_size, dtype, memory_budget(dist.device))
-    if should_compile(dist.device, cfg.train.compile):
+    dtype = distributed.agree_on_dtype(dist, precision)
+    autocast_context = distributed.autocast(dist.device, dtype)
+    enable_checkpointing(model, cfg.data.batch_size, dtype)
+    if distributed.should_compile(dist.device, cfg.train.compile):
         compile_blocks(model)
     optimizer = build_optimizer(model.parts, cfg.train, dtype)
     indices = {name: i for i, name in enumerate(data.names)}
     processor = ClassificationProcessor(cfg.model, cfg.data, indices)
-    loader = ClassificationLoader(
-        data, processor, loader_config(cfg.data), dist.rank, dist.world_size, run / "skipped.jsonl"
-    )
+    loader_cfg, skipped = loader_config(cfg.data), run / "skipped.jsonl"
+    loader = ClassificationLoader(data, processor, loader_cfg, dist.rank, dist.world_size, skipped)
     checkpoint.seed_generators(cfg.train.seed, dist.rank)
     step, best = 0, Best()
     if checkpoints:
         step, best = checkpoint.restore(
             checkpoints[-1], cfg, model, optimizer, loader, dist, data.fingerprint
         )
+    lock = claim_run_folder(cfg) if dist.is_main else None  # held until the file is closed
     if dist.is_main:
-        lock = claim_run_folder(cfg)  # held until the file is closed below
         describe(cfg, model, data, val_data, step)
 
     def evaluate_at(_step: int) -> dict:
-        if not len(val_data):
-            return {}
-        return evaluate(model, val_data, autocast_context).values()
+        return evaluate(model, val_data, autocast_context).values() if len(val_data) else {}
 
     last_step = train(
         cfg, model, save_model, loader, optimizer, dist, autocast_context, evaluate_at,
         step, best, data.fingerprint
     )  # fmt: skip
     dist.shutdown()
-    if not dist.is_main:
+    if lock is None:
         return
     lock.close()
     resume = f"python classify.py train {run}/config.json --train.resume auto"
@@ -134,12 +115,9 @@ def save_model(model: Classifier, folder: Path) -> None:
 
 
 def describe(
-    cfg: ClassifyConfig,
-    model: Classifier,
-    data: ClassificationDataset,
-    val_data: ClassificationDataset,
-    step: int,
-) -> None:
+    cfg: ClassifyConfig, model: Classifier, data: ClassificationDataset,
+    val_data: ClassificationDataset, step: int,
+) -> None:  # fmt: skip
     """Print model, data and steps before training starts."""
     print(model)
     frozen = f"; frozen: {', '.join(cfg.train.freeze)}" if cfg.train.freeze else ""

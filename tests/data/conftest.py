@@ -1,4 +1,4 @@
-"""What tests of data share: noise to look at, a processor that cuts it, what batches answer."""
+"""Fixtures for the tests of data: noise images, a processor that tiles them, answers of batches."""
 
 from collections.abc import Callable, Iterable
 
@@ -13,7 +13,7 @@ from data.types import Batch
 
 @pytest.fixture(scope="session")
 def noise():
-    """`noise(width, height, seed=0)`: a picture of random pixels."""
+    """`noise(width, height, seed=0)`: an image of random pixels."""
 
     def noise(width: int, height: int, seed: int = 0) -> Image.Image:
         pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -24,14 +24,14 @@ def noise():
 
 @pytest.fixture(scope="session")
 def tiled() -> processors.Processor:
-    """Of pictures up to 4 x 4 tiles of 16 pixels, 4 tokens each."""
+    """A processor for images of up to 4 x 4 tiles of 16 pixels, 4 tokens each."""
     sizes = dict(vit_img_size=16, vit_patch_size=4, max_img_size=64)
     return processors.build(VLMConfig(**sizes, lm_n_blocks=1, vit_n_blocks=1))
 
 
 @pytest.fixture(scope="session")
 def numbers(tiny_processor) -> Callable[[Iterable[Batch]], list[int]]:
-    """The number each sample of batches answers, read from the targets as the model sees them."""
+    """`numbers(batches)`: the number that each sample answers, decoded from the targets."""
 
     def numbers(batches: Iterable[Batch]) -> list[int]:
         found = []

@@ -1,4 +1,4 @@
-"""Pictures: any file opens upright as RGB or is refused in one sentence; tiles are Idefics3's."""
+"""Images: any file opens upright as RGB or is refused in one sentence; tiles are Idefics3's."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_exif_orientations_come_out_upright(shared):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_made_here(tmp_path, orientation, noise):
-    """An upright picture stored turned the way each EXIF value says opens upright again."""
+    """An upright image stored turned the way each EXIF value says opens upright again."""
     upright = noise(7, 4, 3)
     stored = {
         1: lambda x: x,

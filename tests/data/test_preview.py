@@ -1,4 +1,4 @@
-"""The preview says what is there, and a run that would learn nothing does not start."""
+"""The preview reports rows, tokens and tiles; training without supervised tokens does not start."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def tiled():
 
 @pytest.fixture
 def file(tmp_path) -> Path:
-    """Ten rows: a picture of 64 x 32 with a left and a right half, one that is broken, text."""
+    """Ten rows: an image of 64 x 32 with a left and a right half, one that is broken, text."""
     halves = np.zeros((32, 64, 3), dtype=np.uint8)
     halves[:, 32:] = 255
     Image.fromarray(halves).save(tmp_path / "wide.png")

@@ -1,4 +1,4 @@
-"""Pictures and words together: what a conversation becomes, whole, cut or refused."""
+"""Encoding of conversations with images: whole, truncated, or refused."""
 
 from __future__ import annotations
 

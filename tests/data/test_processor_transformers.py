@@ -1,4 +1,4 @@
-"""Pictures and words together: transformers' own processor reads our directory and agrees."""
+"""transformers' Idefics3Processor loads our checkpoint directory and gives the same inputs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def ask_theirs(theirs, question: str, pictures: list):
 
 @pytest.fixture(scope="module")
 def check_sizes(noise):
-    """Same ids, pixels within 1e-6, for a noise picture of each size; how many tiles there were."""
+    """Same ids, pixels within 1e-6, for a noise image of each size; how many tiles there were."""
 
     def check(ours, theirs, sizes: list[tuple[int, int]]) -> set[int]:
         n_tiles = set()

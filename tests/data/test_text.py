@@ -74,7 +74,7 @@ def encode(tokenizer, turns, strings=None):
     n_images = sum(said.count(text.IMAGE) for _, said in turns)
     turns = [Turn(*turn) for turn in turns]
     runs = text.format_turns(turns, strings or [text.IMAGE] * n_images)
-    ids, supervised = text.encode_runs(tokenizer, runs)
+    ids, supervised = text.encode_spans(tokenizer, runs)
     return ids.tolist(), supervised.tolist()
 
 
@@ -253,7 +253,7 @@ def test_ids_that_are_not_the_configs_are_refused(shared):
         return text.load_tokenizer(shared / "tokenizers" / "smollm2")
 
     with pytest.raises(
-        InputError, match="vlm_image_token_id = 5: the tokenizer has <image> at 49190"
+        InputError, match="vlm_image_token_id = 5: the tokenizer calls <image> 49190; set 49190"
     ):
         text.add_special_tokens(load(), replace(cfg, vlm_image_token_id=5))
     with pytest.raises(InputError, match=r"vlm_eos_token_id = 60: .* 49191; set that"):

@@ -15,13 +15,15 @@ from models.vision_language_model import VisionLanguageModel
 
 
 @pytest.fixture
-def a_race(minute_config, tiny_processor, tmp_path) -> race.Race:
+def a_race(minute_config, tiny_processor, tmp_path, monkeypatch) -> race.Race:
+    monkeypatch.setattr(race, "HF_BATCH_SIZE", 2)
+    monkeypatch.setattr(race, "HF_RATE", 0.002)
     cfg = minute_config()
     torch.manual_seed(0)
     VisionLanguageModel(cfg).save_pretrained(tmp_path / "first")
     run = RunConfig(model=cfg)
     run = replace(run, data=replace(run.data, batch_size=1, max_length=128))
-    return race.Race(run, tmp_path / "first", replace(tiny_processor, cfg=cfg), 9, 0.002, 2)
+    return race.Race(run, tmp_path / "first", replace(tiny_processor, cfg=cfg), 9)
 
 
 def test_both_sides_train_and_are_evaluated_alike(a_race, monkeypatch):

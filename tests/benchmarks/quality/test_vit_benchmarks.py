@@ -105,15 +105,15 @@ def test_learning_rates_are_not_chosen_on_test_images(tmp_path, monkeypatch):
     assert learn + choose == "".join(lines) and choose.count("\n") == 500
     calls = []
 
-    def run(method, kind, label, rate, seed, val, given):
+    def run(kind, rate, seed, val, given):
         calls.append((kind, rate, seed, val))
         return 1 - abs(rate - (0.016 if kind == "fine-tuned" else 0.01)) + seed / 1000
 
     monkeypatch.setattr(transfer, "run", run)
-    found = transfer.compare("shape", 2, {})
+    found = transfer.compare({})
     tested = {(kind, rate) for kind, rate, _, val in calls if val == "test"}
     assert tested == {("from scratch", 0.008), ("fine-tuned", 0.016), ("linear probe", 0.01)}
-    assert [len(values) for values in found.values()] == [2, 2, 2]
+    assert [len(values) for values in found.values()] == [5, 5, 5]
     assert all(val == "choose" for _, _, seed, val in calls if seed == transfer.TRIAL)
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import types
 
 import pytest
 import torch
 
-from benchmarks.speed import gpu, timing
+from benchmarks.speed import gpu, peers, timing
 from config_tools import InputError
 from configs import PRESETS, RunConfig
 from models.vision_language_model import VisionLanguageModel
@@ -30,7 +29,7 @@ def small(monkeypatch, minute_config) -> RunConfig:
 @pytest.mark.slow
 def test_both_sides_of_a_preset(small, capsys, monkeypatch, tmp_path):
     (tmp_path / "page.md").write_text("<!-- gpu tiny -->\nold\n<!-- /gpu tiny -->\n")
-    monkeypatch.setattr(gpu, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(timing, "PAGE", tmp_path / "page.md")
     gpu.main(["tiny", "--max-rows", "2", "--no-write", "--compiled", "--kernels", "3"])
     out = capsys.readouterr().out
     assert "old" in (tmp_path / "page.md").read_text()
@@ -39,7 +38,7 @@ def test_both_sides_of_a_preset(small, capsys, monkeypatch, tmp_path):
     decoded = re.findall(r"\| (\d) (?:\| [\d,]+ tok/s ){4}\| \d+% \|", out)
     assert decoded == ["1", "2"]
     (busy,) = re.findall(r"busy (\d+)% of a step", out)
-    slowest = [float(ms) for ms in re.findall(r"\| \S+ \| \d+ \| ([\d.]+) \|", out)]
+    slowest = [float(ms) for ms in re.findall(r"\| [^|]+ \| \d+ \| ([\d.]+) \|", out)]
     assert 50 < int(busy) <= 100 and len(slowest) == 3 and slowest == sorted(slowest)[::-1]
     gpu.main(["tiny", "--max-rows", "1"])
     page = (tmp_path / "page.md").read_text()
@@ -51,7 +50,7 @@ def test_both_sides_of_a_preset(small, capsys, monkeypatch, tmp_path):
 
 
 def test_models_of_different_loss_are_not_timed(small, monkeypatch, tmp_path):
-    load_hf_model = gpu.load_hf_model
+    load_hf_model = peers.load_hf_model
 
     def other(folder, dtype):
         model = load_hf_model(folder, dtype)
@@ -59,17 +58,19 @@ def test_models_of_different_loss_are_not_timed(small, monkeypatch, tmp_path):
             model.lm_head.weight.mul_(1.1)
         return model
 
-    monkeypatch.setattr(gpu, "load_hf_model", other)
+    monkeypatch.setattr(peers, "load_hf_model", other)
     VisionLanguageModel(small.model).save_pretrained(tmp_path)
-    args = types.SimpleNamespace(min_rows=1, max_rows=1, kernels=0, compiled=False)
+    case = gpu.Case(small, tmp_path, torch.device("cpu"), torch.float32)
     with pytest.raises(InputError, match=r"loss: differs by .*nothing was timed"):
-        gpu.training_rows(small, str(tmp_path), torch.device("cpu"), args, 1.0)
+        gpu.training_tables(case, 1.0)
 
 
-def test_out_of_memory_keeps_the_best_batch(small):
-    def make(run, model, device, n_rows):
+def test_out_of_memory_keeps_the_best_batch(small, monkeypatch):
+    def step(case, side, model, n_rows):
         if n_rows > 2:
             raise torch.OutOfMemoryError
         return (lambda: None), 100**n_rows, 10
 
-    assert gpu.best_batch(make, small, None, torch.device("cpu"), 1, 8)["rows"] == 2
+    monkeypatch.setattr(gpu, "training_step", step)
+    case = gpu.Case(small, None, torch.device("cpu"), torch.float32, max_rows=8)
+    assert gpu.best_batch(case, "picoVLM", None)["rows"] == 2

@@ -4,17 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.speed import growth
-from benchmarks.speed.growth import (
-    AXES,
-    Axis,
-    Point,
-    by_packed,
-    exponent,
-    make_conversation,
-    measure,
-    step_of,
-)
+from benchmarks.speed import growth, timing
+from benchmarks.speed.growth import AXES, Axis, Point, exponent, make_conversation, measure
 from benchmarks.speed.timing import count_flops
 from config_tools import InputError
 from data.batches.packing import collate
@@ -29,7 +20,7 @@ def attention(minute_config):
 
     def of(rows: list[list[int]]) -> int:
         samples = [[make_conversation(cfg, n) for n in row] for row in rows]
-        everything = count_flops(step_of(model, collate(samples, cfg)))[1]
+        everything = count_flops(growth.step_of(model, collate(samples, cfg)))[1]
         images = collate(samples, cfg).images
         vision = count_flops(lambda: model.embed_images(images).sum().backward())[1]
         return everything - vision
@@ -56,19 +47,20 @@ def test_slopes(monkeypatch, minute_config):
     assert exponent(squares, "attention") == pytest.approx(0)
     monkeypatch.setattr(growth, "BASE", minute_config())
     monkeypatch.setattr(growth, "PACKED_LENGTH", 16)
-    points = measure(Axis(by_packed, [4, 8, 16]), 60)
+    points = measure(Axis(4, 3, growth.packed), 60)
     assert [p.x for p in points] == [4, 8, 16]
     assert exponent(points, "saved") == pytest.approx(1, abs=0.1)
     assert exponent(points, "attention") == pytest.approx(1, abs=0.01)
-    assert len(measure(Axis(by_packed, [2, 4, 8]), 0)) == 1
+    assert len(measure(Axis(2, 3, growth.packed), 0)) == 1
     assert "| exponent |" in growth.table({"a": points})
 
 
 @pytest.mark.parametrize("name", AXES)
 def test_the_first_point_of_every_axis(name):
     axis = AXES[name]
-    cfg, batch, x = axis.make(axis.values[0])
-    assert x > 0 and batch.n_targets > 0 and len(batch.images) > 0
+    model, batch = axis.build(axis.first)
+    cfg = model.cfg
+    assert batch.n_targets > 0 and len(batch.images) > 0
     assert int((batch.input_ids == cfg.vlm_image_token_id).sum()) == (
         len(batch.images) * cfg.tokens_per_tile
     )
@@ -76,6 +68,6 @@ def test_the_first_point_of_every_axis(name):
 
 def test_a_page_without_the_block_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr(growth, "AXES", {})
-    monkeypatch.setattr(growth, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(timing, "PAGE", tmp_path / "page.md")
     with pytest.raises(InputError, match="expected <!-- growth -->"):
         growth.main([])

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.speed import out_of_the_box
-from benchmarks.speed.timing import TrainingRun
+from benchmarks.speed import out_of_the_box, peers, timing
 from cli import parse_run
 from models.vision_language_model import VisionLanguageModel
 
@@ -17,11 +16,8 @@ def test_the_first_step_and_evaluations_are_left_out(monkeypatch):
     log = [{"loss": 7.0, "images_per_s": rate} for rate in (1.0, 4.0, 2.0)]
     log.insert(2, {"val_loss": 6.5})
     calls = []
-    monkeypatch.setattr(
-        out_of_the_box,
-        "run_training",
-        lambda *args: calls.append(args) or TrainingRun(0, 0, 0, log),
-    )
+    run = lambda *args: calls.append(args) or timing.TrainingRun(0, 0, 0, log)  # noqa: E731
+    monkeypatch.setattr(timing, "run_training", run)
     assert out_of_the_box.picovlm_seconds(["tiny"], 3) == (0.25 + 0.5) / 2
     assert calls == [(["tiny"], 3)]
 
@@ -30,13 +26,14 @@ def test_the_transformers_loop_trains_while_it_is_timed(tmp_path, monkeypatch):
     run = parse_run(["tiny", "--data.workers=0"])
     torch.manual_seed(0)
     VisionLanguageModel(run.model).save_pretrained(tmp_path)
-    model = out_of_the_box.load_hf_model(tmp_path, torch.float32)
-    monkeypatch.setattr(out_of_the_box, "load_hf_model", lambda *_: model)
+    model = peers.load_hf_model(tmp_path, torch.float32)
+    monkeypatch.setattr(peers, "load_hf_model", lambda *_: model)
     monkeypatch.setattr(out_of_the_box, "choose_dtype", lambda *_: torch.float32)
+    monkeypatch.setattr(out_of_the_box, "N_ROWS", 2)
     ends = iter((1.0, 2.0, 5.0, 7.0))
     clock = SimpleNamespace(perf_counter=lambda: next(ends))
     monkeypatch.setattr(out_of_the_box, "time", clock)
-    assert out_of_the_box.transformers_seconds(run, tmp_path, n_rows=2, steps=4) == (7 - 1) / 3 / 2
+    assert out_of_the_box.transformers_seconds(run, tmp_path, steps=4) == (7 - 1) / 3 / 2
     first = VisionLanguageModel.from_pretrained(tmp_path).decoder.token_embedding.weight
     last = model.get_input_embeddings().weight
     assert last is model.lm_head.weight and not torch.equal(last, first)
@@ -44,5 +41,5 @@ def test_the_transformers_loop_trains_while_it_is_timed(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_both_sides_beside_each_other():
-    row = out_of_the_box.measure("tiny", turns=1, n_rows=4)
+    row = out_of_the_box.measure("tiny", turns=1)
     assert 0 < row.ratio[0] < 100 and row.picovlm.endswith("ms")

@@ -79,7 +79,14 @@ def test_the_same_tree_computes_the_same(capsys):
 
 
 def test_turns_alternate():
-    assert list(revisions.in_turns(3)) == [(0, 1), (1, 0), (0, 1)]
+    asked = []
+
+    def worker(name):
+        return lambda **_: asked.append(name) or {"seconds": 1.0, "values": []}
+
+    result = Result("tiny", "fp32", "train")
+    revisions.time_row(result, [worker("A"), worker("B")], {}, 0, turns=3)
+    assert "".join(asked) == "ABABBAAB", "the first two are the warm-up"
 
 
 def test_ratio_and_interval():

@@ -32,7 +32,7 @@ N = 37  # rows of the file: no multiple of the chunk, so that chunks straddle th
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    """Rows of unequal length, each with an answer of its own; one in three has a picture."""
+    """Rows of unequal length, each with an answer of its own; one in three has an image."""
     folder, rng = tmp_path_factory.mktemp("rows"), random.Random(0)
     rows = []
     for i in range(N):
@@ -212,7 +212,7 @@ def test_a_two_rank_run_resumes(tiny_processor, file):
 
 
 def with_bad_pictures(file, bad: dict[int, bytes | None], folder):
-    """A copy of the file whose rows in `bad` name a broken picture, or none that exists."""
+    """A copy of the file whose rows in `bad` name a broken image, or none that exists."""
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     for i, row in enumerate(rows):
         if "image" in row:

@@ -1,4 +1,4 @@
-"""Who shares a row, and what a batch says about it."""
+"""Which samples share a row, and the positions, segments and targets of a batch."""
 
 from __future__ import annotations
 

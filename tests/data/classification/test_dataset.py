@@ -1,4 +1,4 @@
-"""Pictures and their classes from every kind of source, and one sentence for what is wrong."""
+"""Images and their classes from every kind of source; one error message for each problem."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Views are upright and normalised, differ from sight to sight, and batches resume exactly."""
+"""Images are upright and normalised, augmented anew every epoch, and batches resume exactly."""
 
 from __future__ import annotations
 

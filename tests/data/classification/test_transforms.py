@@ -1,4 +1,4 @@
-"""Every change does what its paper says, and the same generator state gives the same picture."""
+"""Augmentations do what their papers say; the same generator state gives the same image."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_soft_targets():
 
 
 def test_mixup_and_cutmix_mix_targets_as_pixels():
-    """Pictures of one value each: the mean of a mixed one tells how much it has of either."""
+    """Images of one value each: the mean of a mixed one tells how much it has of either."""
     values = torch.tensor([0.0, 1.0, 2.0, 3.0])
     images = values.view(4, 1, 1, 1).expand(4, 2, 12, 8).clone()
     targets = torch.eye(4)

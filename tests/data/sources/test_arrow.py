@@ -1,4 +1,4 @@
-"""Parquet, saved data sets and the Hub's cache: the same rows, pictures as bytes, never decoded."""
+"""Parquet, saved data sets and the Hub's cache: the same rows, images as bytes, never decoded."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def noise(seed: int) -> Image.Image:
 
 
 def cauldron(n: int) -> Dataset:
-    """As the Cauldron and FineVision are published: lists of pictures and of texts."""
+    """As the Cauldron and FineVision are published: lists of images and of texts."""
     texts = List({"user": Value("string"), "assistant": Value("string"), "source": Value("string")})
     rows = {
         "images": [[noise(i), noise(i + 1)] if i % 3 else [] for i in range(n)],
@@ -83,7 +83,7 @@ def test_classes_are_named(tmp_path):
 
 
 def test_the_scan_reads_no_whole_picture(tmp_path, monkeypatch):
-    """Of each picture what tells it from others, which decides the split alike."""
+    """Of each image what tells it from others, which decides the split alike."""
     monkeypatch.setattr(fetch, "MAX_HASHED", 100)
     cauldron(5).save_to_disk(tmp_path / "saved")
     reader = pickle.loads(pickle.dumps(open_rows(str(tmp_path / "saved"))))
@@ -95,7 +95,7 @@ def test_the_scan_reads_no_whole_picture(tmp_path, monkeypatch):
 
 
 def test_pictures_that_end_alike_are_told_apart():
-    """A white margin, a format without compression: the same last bytes, of other pictures."""
+    """A white margin, a format without compression: the same last bytes, of other images."""
     one, two = (Image.new("L", (150, 150)) for _ in range(2))
     one.putpixel((9, 9), 255)
     for kind in ("bmp", "ppm", "tiff"):

@@ -1,4 +1,4 @@
-"""Rows of text files and folders: exactly what stands there, and one sentence when it cannot be."""
+"""Rows of text files and folders: exact values, and one error message for each problem."""
 
 from __future__ import annotations
 
@@ -234,7 +234,7 @@ def test_metadata_wins_over_names(tmp_path):
 
 
 def test_a_folder_of_tables_with_a_picture_beside(tmp_path):
-    """As of the Hub, whose cards have pictures."""
+    """As of the Hub, whose cards have images."""
     fill(tmp_path, ["assets/teaser.png"])
     Dataset.from_list([{"question": "q", "answer": "a"}] * 2).to_parquet(tmp_path / "a.parquet")
     with pytest.raises(InputError, match=r"both images \(assets/teaser\.png\) and Parquet"):

@@ -1,4 +1,4 @@
-"""200,000 rows: training starts in seconds, and an epoch of them fills no memory."""
+"""200,000 rows: training starts in seconds, and an epoch does not fill the memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    """200,000 LLaVA rows, every fourth with a picture."""
+    """200,000 LLaVA rows, every fourth with an image."""
     folder, rng = tmp_path_factory.mktemp("many"), np.random.default_rng(0)
     for i in range(20):
         pixels = rng.integers(0, 256, (16 + i, 20, 3), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""Rows of a file become exactly the Samples a person means, and what is wrong with one is said."""
+"""Rows of a file become exactly the expected Samples; errors name the row and the problem."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows as people publish them become the conversation, the ids and the mask derived by hand."""
+"""Published row formats give the conversation, ids and loss mask derived by hand."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def base64_of(red: int) -> str:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Two pictures told apart by their red."""
+    """Two images told apart by their red."""
     (tmp_path / "pictures").mkdir()
     for red in (50, 200):
         (tmp_path / "pictures" / f"{red}.png").write_bytes(picture(red))

@@ -1,4 +1,4 @@
-"""Streams and mixtures: every row once an epoch whoever reads it, resumed anywhere, none leaked."""
+"""Streams and mixtures: each row once an epoch for any workers, resumable, no split leakage."""
 
 from __future__ import annotations
 

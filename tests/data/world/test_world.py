@@ -1,4 +1,4 @@
-"""The drawn world: the same for ever, honest about what it holds out, and answered right."""
+"""The built-in world: reproducible scenes, correct answers, held-out content only in the test."""
 
 from __future__ import annotations
 
@@ -39,8 +39,9 @@ def scored():
 
 @pytest.fixture(scope="module")
 def conversations():
+    sample = questions.train_sample
     return [
-        (split, *questions._conversation(0, split, index, 8, 0.25))
+        (split, scenes.make_scene(0, split, index), sample(0, split, index, 8, 0.25).turns)
         for split in ("train", "val")
         for index in range(1500)
     ]
