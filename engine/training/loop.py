@@ -119,9 +119,8 @@ def train(
     t, best = cfg.train, best or Best()
     stop, logger = StopSignal(), Logger(cfg, dist.is_main, step)
     guard, meter = NonFiniteGuard(t, logger, dist.rank), Meter(model, autocast_context)
-    wrapped = dist.wrap(model)
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    batches: Any = iter(loader)  # a generator, closed at the end
+    wrapped, params = dist.wrap(model), [p for g in optimizer.param_groups for p in g["params"]]
+    batches: Any = iter(loader)
     prefetched: list[Batch] = []
     model.train()
 
@@ -161,8 +160,8 @@ def train(
                 values |= {"bad_rows": len(loader.skipped), "bad_steps": guard.n_saved}
                 logger.log(values | meter.rates(dist), step)
             is_best = False
-            # All processes evaluate, as FSDP needs them; eagerly, because lengths vary too much.
             if due(step, t.eval_every, t.steps):
+                # All processes evaluate (for FSDP), eagerly, because lengths vary too much.
                 with save_on_error(save), optimizer.averaged(), eager_blocks(model):
                     values = evaluate(step)
                 logger.log_evaluation(values, step)
