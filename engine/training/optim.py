@@ -226,7 +226,8 @@ def build_optimizer(
         members.append(adamw_optimizer(adamw, (cfg.beta1, cfg.beta2)))
     if muon:
         groups = [{"params": ps, "lr": cfg.lr_muon * share} for share, ps in muon.items()]
-        members.append(Muon(groups, cfg.lr_muon, 0.95, cfg.weight_decay, dtype))
+        decay = cfg.weight_decay
+        members.append(Muon(groups, cfg.lr_muon, momentum=0.95, weight_decay=decay, dtype=dtype))
     return Optimizers(members, cfg.ema)
 
 
