@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def due(step: int, every: int, last: int) -> bool:
 
 
 @contextlib.contextmanager
-def save_on_error(save: Callable[[], None]) -> Iterator[None]:
+def save_on_error(save: Callable[[], None]) -> Generator[None]:
     """Save before an `InputError` ends training, for example of a validation file that has gone.
 
     All processes meet such an error, so that all can save.

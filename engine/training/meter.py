@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from functools import cache
 from typing import Any
 
@@ -36,7 +36,7 @@ class Meter:
         self.waited = self.tokens = self.images = 0.0
 
     @contextlib.contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
+    def waiting_for_data(self) -> Generator[None]:
         """Count the time inside as data wait."""
         start = time.perf_counter()
         yield

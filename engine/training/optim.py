@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
@@ -100,7 +100,7 @@ class Optimizers:
             torch._foreach_lerp_(self.averages, [p.data for p in self.params], 1 - decay)
 
     @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
+    def averaged(self) -> Generator[None]:
         """Inside, the model has the averaged weights, and `averages` the trained ones (swapped)."""
         self._swap()
         try:

@@ -10,7 +10,7 @@ G image tokens along a side of a tile.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -21,7 +21,7 @@ from models.ops.rope import apply_rope, rope_frequencies, rope_tables
 
 
 @contextmanager
-def outputs(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
+def outputs(modules: list[nn.Module]) -> Generator[list[Tensor]]:
     """A list to which the modules append their outputs while the context is open."""
     found: list[Tensor] = []
     hooks = [m.register_forward_hook(lambda _m, _in, out: found.append(out)) for m in modules]

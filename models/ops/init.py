@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import torch
 from torch import nn
@@ -48,7 +48,7 @@ class _SkipNormal(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def on_meta_device() -> Iterator[None]:
+def on_meta_device() -> Generator[None]:
     """Models built inside have names and shapes, and no storage.
 
     Random initialisation is skipped: on the meta device it makes torch import its compiler, which

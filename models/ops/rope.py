@@ -42,5 +42,6 @@ def rope_tables(freq: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Te
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate [B, T, H, C] by the tables: channel c pairs with channel c + C/2."""
+    x = x.to(cos.dtype)  # under autocast x is bf16: its two gradients add before they are rounded
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
