@@ -119,7 +119,7 @@ def build(
     weights are combined with the built-in tokenizer.
     """
     torch.manual_seed(cfg.train.seed)
-    # With LoRA, a checkpoint's adapter belongs to the weights that the run started from.
+    # With LoRA these are the base weights; `main` loads the adapter into them.
     source = adapters.initial_weights(checkpoints[-1]) if checkpoints else cfg.train.init_from
     if source:
         model, processor = open_checkpoint(source)
@@ -132,8 +132,8 @@ def build(
     else:
         model = VisionLanguageModel.from_backbones(cfg.model)
         processor = processors.build(model.cfg)
-    # Sizes may come from the weights. A run with sizes of its own keeps its config, which
-    # `restore` compares with the checkpoint's.
+    # With other weights to start from, the model fields are theirs. Without, `cfg` stays, so that
+    # `restore` can refuse a resumed run whose sizes were changed.
     if cfg.train.init_from or cfg.model.vit_model_type or cfg.model.lm_model_type:
         cfg = replace(cfg, model=model.cfg)
     return cfg, model, processor
@@ -151,7 +151,7 @@ def prepare_model(
     if checkpointed and dist.is_main:
         print(f"activation checkpointing: {', '.join(checkpointed)}")
     if checkpointed and dist.device.type == "cpu":
-        set_malloc_thresholds(1 << 23)  # frees tensors above 8 MiB at once; slower, but no holes
+        set_malloc_thresholds(8 * 2**20)  # bytes; a lower limit leaves less fragmentation
     model.to(dist.device)
     dist.shard(model, dtype)
     if compiled:

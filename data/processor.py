@@ -45,8 +45,8 @@ class Processor:
         """
         ids, supervised = tokens.ids[:max_length], tokens.supervised[:max_length]
         placeholders = np.flatnonzero(tokens.ids == self.cfg.vlm_image_token_id)
-        end = placeholders[-1] + 1 if len(placeholders) else 0  # a marker token follows it
-        if len(tokens) > max_length and end >= max_length:
+        end = placeholders[-1] + 1 if len(placeholders) else 0
+        if len(tokens) > max_length and end >= max_length:  # the closing marker must fit, too
             fix = "raise data.max_length or lower model.max_img_size."
             raise InputError(
                 f"{tokens.row}: its images take {end} tokens of a row of {max_length}; {fix}"

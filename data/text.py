@@ -21,7 +21,8 @@ from config_tools import InputError
 from configs import VLMConfig
 from data.types import Turn
 
-START, END_OF_TURN, PAD = "<|im_start|>", "<end_of_utterance>", "<|im_end|>"  # as SmolVLM
+START, END_OF_TURN = "<|im_start|>", "<end_of_utterance>"
+PAD = "<|im_end|>"  # as SmolVLM, whose turns end with END_OF_TURN
 TURN_SEPARATOR = "\n"  # between an answer and the next turn
 IMAGE, FAKE, GLOBAL = "<image>", "<fake_token_around_image>", "<global-img>"
 ROWS_COLS = [f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7)]  # Idefics3 has 6 x 6
@@ -111,8 +112,8 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 def add_special_tokens(tokenizer: Tokenizer, cfg: VLMConfig) -> Tokenizer:
     """Add Idefics3's special tokens; raises `InputError` if an id differs from the config's.
 
-    SmolLM2's tokenizer gets SmolVLM's ids: row and column tokens from 49152 on, <image> 49190,
-    then reserved tokens up to <end_of_utterance>, 49279.
+    Reserved tokens fill the vocabulary so that END_OF_TURN gets the id `vlm_eos_token_id`. With
+    SmolLM2's tokenizer the ids are SmolVLM's.
     """
     names = START, PAD, GLOBAL, *ROWS_COLS, FAKE, IMAGE
     missing = [token for token in names if tokenizer.token_to_id(token) is None]
@@ -149,9 +150,9 @@ def format_turns(
 
     `opening` comes first; it is TURN_SEPARATOR if the turns continue after an answer.
 
-    Each span is tokenised alone, which changes no id: spans meet after a special token or as in
-    "Assistant:" + " a cat", and byte-level BPE does not merge across ": ". A test compares with
-    the chat template on the whole text.
+    Each span is tokenised alone, for example "<|im_start|>User: Hi<end_of_utterance>\nAssistant:",
+    " Hello<end_of_utterance>", "\n". The ids are those of the whole text (tested): spans meet at
+    special tokens, or between ":" and " ", where the pre-tokenizer splits.
     """
     replacements = iter(image_strings)
     prompt = opening

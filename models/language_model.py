@@ -11,7 +11,7 @@ V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """What all blocks of one forward pass share. Attention is causal in every case."""
+    """What all blocks of one forward pass share. Attention is always causal."""
 
     cos: Tensor  # [B, T, 1, C]
     sin: Tensor  # [B, T, 1, C]
-    packing: Packing | None = None  # restricts it to one sample of a packed row
+    packing: Packing | None = None  # restricts attention to one sample of a packed row
     cache: KVCache | None = None
-    mask: Tensor | None = None  # [B, 1, T, S]: the cache slots that each query sees
+    mask: Tensor | None = None  # [B, 1, T, S]: the cache slots each query sees (causal)
 
 
 class RMSNorm(nn.Module):
@@ -73,8 +73,8 @@ class LanguageModelGroupedQueryAttention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # [B, T, K, C]
         if self.uses_rope:
             q, k = apply_rope(q, ctx.cos, ctx.sin), apply_rope(k, ctx.cos, ctx.sin)
-        # Norms and RoPE compute in fp32 under autocast; attention takes the dtype of v.
-        q, k, v = (y.to(v.dtype).transpose(1, 2) for y in (q, k, v))  # [B, H or K, T, C]
+        dtype = v.dtype  # under autocast norms and RoPE compute in fp32, projections in bf16
+        q, k, v = (y.to(dtype).transpose(1, 2) for y in (q, k, v))  # [B, H or K, T, C]
         if ctx.cache is not None:
             k, v = ctx.cache.write(self.layer_idx, k, v)  # [B, K, S, C]
         dropout = self.dropout if self.training else 0.0
@@ -117,7 +117,8 @@ class LanguageModel(PretrainedMixin, nn.Module):
 
     def __init__(self, cfg: LMConfig):
         super().__init__()
-        self.cfg, self.activation_checkpointing = cfg, False
+        self.cfg: Any = cfg  # a VLMConfig, if this is a part of a VisionLanguageModel
+        self.activation_checkpointing = False
         self.token_embedding = nn.Embedding(cfg.lm_vocab_size, cfg.lm_hidden_dim)
         self.blocks = nn.ModuleList(LanguageModelBlock(cfg, i) for i in range(cfg.lm_n_blocks))
         self.norm = RMSNorm(cfg.lm_hidden_dim, cfg.lm_rms_eps)
@@ -157,7 +158,8 @@ class LanguageModel(PretrainedMixin, nn.Module):
         """The context of x [B, T, D]; begins the next step of the cache, if there is one."""
         if cache is not None:
             cache.begin_step(positions)
-            return AttentionContext(*cache.rope(), cache=cache, mask=cache.mask)
+            cos, sin = cache.rope()
+            return AttentionContext(cos, sin, cache=cache, mask=cache.mask)
         cos, sin = rope_tables(rope_frequencies(self.cfg, x.device), positions, x.dtype)
         packing = None if segments is None else build_packing(self.cfg, segments, x)
         return AttentionContext(cos, sin, packing)

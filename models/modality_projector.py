@@ -39,4 +39,4 @@ class ModalityProjector(nn.Module):
         nn.init.normal_(self.proj.weight, std=self.proj.in_features**-0.5)  # keeps the variance
 
     def forward(self, patches: Tensor) -> Tensor:
-        return self.proj(pixel_shuffle(patches, self.factor))  # [N, P / F^2, D]
+        return self.proj(pixel_shuffle(patches, self.factor))  # [N, P / F^2, lm_hidden_dim]

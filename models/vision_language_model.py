@@ -8,7 +8,7 @@ Letters: B batch, T tokens, N tiles, Q image tokens per tile, D decoder width, V
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -76,8 +76,8 @@ class VisionLanguageModel(PretrainedMixin, nn.Module):
         every row and N * Q in all. Keep `input_ids` on the CPU to check without a GPU wait.
         """
         image_tokens = self.embed_images(images)  # [N, Q, D]
-        # Embed tokens after images. Backward then creates the embedding gradient, as large as the
-        # table, before the encoder's gradients, and it does not add to the memory peak.
+        # Embed tokens after images: backward runs in reverse, so the embedding gradient, as large
+        # as the table, is allocated and added up before the encoder's gradients. Less peak memory.
         x = self.decoder.token_embedding(to_device_async(input_ids, self.device))  # [B, T, D]
         is_image = input_ids == self.cfg.vlm_image_token_id  # [B, T]
         n_placeholders, Q = is_image.sum(1), self.cfg.tokens_per_tile
@@ -114,13 +114,13 @@ class VisionLanguageModel(PretrainedMixin, nn.Module):
         placeholders. `targets` [B, T]: already shifted, -100 = no loss; with targets, logits are
         None unless `return_logits`. `attention_mask` [B, T]: 0 is padding, left or right.
         `segments` [B, T] keep packed samples apart (0 = padding); `positions` [B, T] restart with
-        every sample. Raises ValueError for inner padding, and for a mask with either of the two.
+        every sample. Raises ValueError for inner padding, and for a mask beside segments.
         """
         if attention_mask is not None:
             if segments is not None or positions is not None:
                 raise ValueError("attention_mask excludes segments and positions: it implies both")
             segments = attention_mask.long()
-            n_starts = (F.pad(segments, (1, 0)).diff(dim=1) == 1).sum(1)  # [B] 0 followed by 1
+            n_starts = (F.pad(segments, (1, 0)).diff(dim=1) == 1).sum(1)  # [B]; 0 1 1 0 1 has 2
             if (n_starts > 1).any():
                 row = int((n_starts > 1).nonzero()[0])
                 raise ValueError(f"attention_mask: row {row} has padding between its tokens")
@@ -133,9 +133,9 @@ class VisionLanguageModel(PretrainedMixin, nn.Module):
     def prefill(
         self, input_ids: Tensor, images: Tensor | None, lengths: Tensor, cache: KVCache, start=0
     ) -> Tensor:
-        """Run prompts [B, T] into the cache after its first `start` tokens -> logits [B, V].
+        """Append prompts [B, T] to a cache of `start` tokens -> next logits [B, V].
 
-        Prompts have unequal `lengths` [B] and are padded at the end.
+        Prompts have `lengths` [B] and are padded at the end, which causal attention does not see.
         """
         positions = start + torch.arange(input_ids.shape[1], device=input_ids.device)  # [T]
         positions = positions.expand(input_ids.shape)  # [B, T]
@@ -165,6 +165,6 @@ class VisionLanguageModel(PretrainedMixin, nn.Module):
     def from_backbones(cls, cfg: VLMConfig) -> VisionLanguageModel:
         """A model on the encoder and decoder that `cfg` names; `model.cfg` holds their sizes."""
         vision = ViT.from_pretrained(cfg) if cfg.vit_model_type else None
-        loaded: Any = vision.cfg if vision else cfg  # `cfg` with the sizes of the weights
-        decoder = LanguageModel.from_pretrained(loaded) if cfg.lm_model_type else None
-        return cls(getattr(decoder, "cfg", loaded), vision, decoder)
+        cfg = vision.cfg if vision else cfg  # with the encoder's sizes
+        decoder = LanguageModel.from_pretrained(cfg) if cfg.lm_model_type else None
+        return cls(decoder.cfg if decoder else cfg, vision, decoder)

@@ -10,6 +10,7 @@ D width, H heads, C head dimension.
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ class ViTPatchEmbeddings(nn.Module):
         super().__init__()
         self.cfg = cfg
         size, D = cfg.vit_patch_size, cfg.vit_hidden_dim
-        bias = not cfg.vit_pre_norm  # CLIP has a norm here and no bias
+        bias = not cfg.vit_pre_norm  # CLIP: a norm after the embeddings (ViT.pre_norm), no bias
         self.conv = nn.Conv2d(cfg.vit_n_channels, D, kernel_size=size, stride=size, bias=bias)
         n_positions = int(cfg.vit_cls_flag) + cfg.vit_n_patches  # registers have no position
         self.position_embedding = nn.Parameter(torch.empty(n_positions, D))
@@ -164,7 +165,8 @@ class ViT(PretrainedMixin, nn.Module):
 
     def __init__(self, cfg: ViTConfig):
         super().__init__()
-        self.cfg, self.activation_checkpointing = cfg, False
+        self.cfg: Any = cfg  # a VLMConfig, if this is a part of a VisionLanguageModel
+        self.activation_checkpointing = False
         D, eps, n_blocks = cfg.vit_hidden_dim, cfg.vit_ln_eps, cfg.vit_n_blocks
         drop_paths = torch.linspace(0, cfg.vit_drop_path, n_blocks, device="cpu").tolist()
         self.patch_embedding = ViTPatchEmbeddings(cfg)

@@ -40,9 +40,9 @@ def due(step: int, every: int, last: int) -> bool:
 
 @contextlib.contextmanager
 def save_on_error(save: Callable[[], None]) -> Generator[None]:
-    """Save before an `InputError` ends training, for example of a validation file that has gone.
+    """Save a checkpoint, then re-raise, if evaluation meets an `InputError` (a file has gone).
 
-    All processes meet such an error, so that all can save.
+    Such an error occurs on every process, so the collective save does not hang.
     """
     try:
         yield
@@ -116,8 +116,8 @@ def train(
     checkpoint with the highest `val_accuracy` is the best. If loss or gradient norm is NaN or Inf,
     the step is skipped and its batches are saved; `max_bad_steps` in a row raise `InputError`.
     """
-    t, best = cfg.train, best or Best()
-    stop, logger = StopSignal(), Logger(cfg, dist.is_main, step)
+    t, best, stop = cfg.train, best or Best(), StopSignal()
+    logger = Logger(cfg, dist.is_main, step)
     guard, meter = NonFiniteGuard(t, logger, dist.rank), Meter(model, autocast_context)
     wrapped, params = dist.wrap(model), [p for g in optimizer.param_groups for p in g["params"]]
     batches: Any = iter(loader)
@@ -131,7 +131,7 @@ def train(
     def save() -> None:
         with optimizer.averaged():  # the average of the weights over steps, if train.ema is set
             checkpoint.save(cfg, step, model, save_model, optimizer, dist, {
-                "loader": dist.all_gather(micro_batches[-1].state),  # position after the step
+                "loader": dist.all_gather(micro_batches[-1].state),  # after the trained batch
                 "best": (best.step, best.score), "world": dist.world_size,
                 "data": data_fingerprint, "precision": precision_name(autocast_context),
             })  # fmt: skip
@@ -145,7 +145,7 @@ def train(
             prefetched = fetch() if dist.is_async and step + 1 < t.steps else []
             is_log_step = due(step + 1, t.log_every, t.steps)
             norms = gradient_norms(model.parts) if is_log_step else {}
-            # The host waits for the GPU here only: the guard needs both numbers.
+            # Except on log steps, the host waits for the GPU here only, for the guard.
             grad_norm = clip_gradients(params, t.grad_clip)
             loss = dist.sum(loss_tensor.item())
             if guard.check_step(step, loss, grad_norm, micro_batches):
@@ -161,11 +161,11 @@ def train(
                 logger.log(values | meter.rates(dist), step)
             is_best = False
             if due(step, t.eval_every, t.steps):
-                # All processes evaluate (for FSDP), eagerly, because lengths vary too much.
+                # Not compiled: every new length of an answer would compile the blocks again.
                 with save_on_error(save), optimizer.averaged(), eager_blocks(model):
                     values = evaluate(step)
                 logger.log_evaluation(values, step)
-                # Sums tell all processes what one of them knows.
+                # Only the main process decides; all must know, because all save.
                 is_best = dist.sum(dist.is_main and best.update(values, step)) > 0
             is_stopping = dist.sum(stop.received) > 0
             if is_stopping or is_best or due(step, t.save_every, t.steps):
