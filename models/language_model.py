@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from configs import LMConfig
 from models.ops.attention import attention
+from models.ops.cast_once import cast_once
 from models.ops.init import init_weights
 from models.ops.memory import run_blocks, to_device_async
 from models.ops.packed import Packing, build_packing, packed_attention
@@ -68,9 +69,10 @@ class LanguageModelGroupedQueryAttention(nn.Module):
         self.k_norm = RMSNorm(C, cfg.lm_rms_eps) if cfg.lm_qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
-        q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))  # [B, T, H, C]
-        k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim)))  # [B, T, K, C]
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # [B, T, K, C]
+        for_q, for_k, for_v = cast_once(x, 3)  # x under autocast, cast once
+        q = self.q_norm(self.q_proj(for_q).unflatten(-1, (-1, self.head_dim)))  # [B, T, H, C]
+        k = self.k_norm(self.k_proj(for_k).unflatten(-1, (-1, self.head_dim)))  # [B, T, K, C]
+        v = self.v_proj(for_v).unflatten(-1, (-1, self.head_dim))  # [B, T, K, C]
         if self.uses_rope:
             q, k = apply_rope(q, ctx.cos, ctx.sin), apply_rope(k, ctx.cos, ctx.sin)
         dtype = v.dtype  # under autocast norms and RoPE compute in fp32, projections in bf16
@@ -95,7 +97,8 @@ class LanguageModelMLP(nn.Module):
         self.down_proj = nn.Linear(cfg.lm_inter_dim, cfg.lm_hidden_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        for_gate, for_up = cast_once(x, 2)
+        return self.down_proj(F.silu(self.gate_proj(for_gate)) * self.up_proj(for_up))
 
 
 class LanguageModelBlock(nn.Module):

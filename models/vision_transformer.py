@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from configs import ViTConfig
 from models.ops.activations import ACTIVATIONS
 from models.ops.attention import attention
+from models.ops.cast_once import cast_once
 from models.ops.init import init_weights
 from models.ops.memory import run_blocks
 from models.pretrained.mixin import PretrainedMixin
@@ -35,8 +36,8 @@ class ViTPatchEmbeddings(nn.Module):
         n_positions = int(cfg.vit_cls_flag) + cfg.vit_n_patches  # registers have no position
         self.position_embedding = nn.Parameter(torch.empty(n_positions, D))
         self.cls_token = nn.Parameter(torch.empty(D)) if cfg.vit_cls_flag else None
-        n_registers = cfg.vit_n_registers
-        self.registers = nn.Parameter(torch.empty(n_registers, D)) if n_registers else None
+        n = cfg.vit_n_registers
+        self.registers = nn.Parameter(torch.empty(n, D)) if n else None
 
     def forward(self, images: Tensor) -> Tensor:
         N, *shape = images.shape
@@ -67,10 +68,11 @@ class ViTMultiHeadAttention(nn.Module):
 
     def forward(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
         """Self-attention of x [N, T, D]; with `queries` [N, M, D], cross-attention to x."""
-        queries = x if queries is None else queries
+        for_q, for_k, for_v = cast_once(x, 3)
+        for_q = for_q if queries is None else queries
         q, k, v = (
             y.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # q [N, H, T or M, C]; k, v with T
-            for y in (self.q_proj(queries), self.k_proj(x), self.v_proj(x))
+            for y in (self.q_proj(for_q), self.k_proj(for_k), self.v_proj(for_v))
         )
         out = attention(q, k, v, dropout=self.dropout if self.training else 0.0)
         return self.out_proj(out.transpose(1, 2).flatten(2))  # [N, T or M, D]
@@ -146,11 +148,7 @@ class ViTMapPool(nn.Module):
 
 
 def build_head(cfg: ViTConfig) -> nn.Module:
-    """Pooled features [N, D] -> logits [N, vit_n_classes]; without classes, the identity.
-
-    `mlp` is the ViT paper's head for pretraining: a hidden layer with tanh. Layers have names,
-    because checkpoints use them.
-    """
+    """Pooled features [N, D] -> logits [N, vit_n_classes]; `mlp` is the ViT paper's."""
     D, n_classes = cfg.vit_hidden_dim, cfg.vit_n_classes
     if not n_classes:
         return nn.Identity()

@@ -50,7 +50,7 @@ def attention(
     options = dict(attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=is_grouped)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
         # The CPU kernel's backward is four times slower in bf16 than in fp32: a bf16 training step
-        # of `tiny` would take twice as long (docs/log/2026-11-30-operations.md).
+        # of `tiny` would take twice as long (docs/log/2026-12-01-operations.md).
         with torch.autocast("cpu", enabled=False):
             out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
         return out.to(q.dtype)

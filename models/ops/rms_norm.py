@@ -18,7 +18,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`rms_norm_reference`, with a backward of few passes over memory.
 
     Autograd takes a dozen passes over x. The hand-written backward saves 4 to 7 % of a training
-    step of `tiny` (docs/log/2026-11-30-operations.md). Supports one `backward()` of each forward.
+    step of `tiny` (docs/log/2026-12-01-operations.md). Supports one `backward()` of each forward.
     """
     if torch.is_grad_enabled():
         return _RMSNorm.apply(x, weight, eps)

@@ -31,17 +31,18 @@ def rope_frequencies(cfg: LMConfig, device: torch.device | None = None) -> Tenso
 
 
 def rope_tables(freq: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of every angle at `positions` [B, T], each [B, T, 1, C].
+    """cos and signed sin of every angle at `positions` [B, T], each [B, T, 1, C].
 
-    Computed in fp32 and then cast, as transformers does.
+    sin is negative in the first half of the channels. Computed in fp32 and then cast, as
+    transformers does.
     """
     angles = positions[:, :, None, None].float() * freq  # [B, T, 1, C/2]
-    angles = torch.cat((angles, angles), dim=-1)  # [B, T, 1, C]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)  # [B, T, 1, C/2]
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # [B, T, 1, C]
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate [B, T, H, C] by the tables: channel c pairs with channel c + C/2."""
     x = x.to(cos.dtype)  # under autocast x is bf16: its two gradients add before they are rounded
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    other_half = x.roll(x.shape[-1] // 2, dims=-1)  # [B, T, H, C]
+    return x * cos + other_half * sin

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from models.ops.attention import attention, attention_reference
+from models.ops.cast_once import cast_once, cast_once_reference
 from models.ops.packed import (
     group_segments,
     packed_attention,
@@ -151,3 +152,29 @@ def test_a_head_with_a_hook_or_another_class_is_called():
     doubled.weight = nn.Parameter(w.detach())
     expected = token_loss_reference(2 * x, Head(w), TARGETS)
     torch.testing.assert_close(token_loss(x, doubled, TARGETS), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_copy_cast_once_gives_the_bits_of_three(autocast):
+    """Value and gradients of three layers, and fewer copies kept for backward."""
+    layers = nn.ModuleList(nn.Linear(16, 8, bias=False) for _ in range(3))
+    g = torch.Generator().manual_seed(3)
+    found = []
+    for cast in (cast_once, cast_once_reference):
+        x = torch.randn(5, 16, generator=g.manual_seed(3)).requires_grad_()
+        kept: dict[int, torch.Tensor] = {}
+
+        def keep(t, kept=kept):
+            kept[t.data_ptr()] = t
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                y = x * 1  # autocast shares the copies of a leaf, not of an activation
+                out = sum(layer(z).square() for layer, z in zip(layers, cast(y, 3)))
+        grads = torch.autograd.grad(out.float().sum(), (x, *layers.parameters()))
+        n_copies = sum(t.shape == (5, 16) for t in kept.values())
+        found.append((n_copies, out, *grads))
+    (few, *ours), (many, *plain) = found
+    assert (few, many) == ((1, 3) if autocast else (1, 1))
+    assert all(map(torch.equal, ours, plain))
