@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs import LMConfig
+from models.ops.activations import swiglu
 from models.ops.attention import attention
 from models.ops.cast_once import cast_once
 from models.ops.init import init_weights
@@ -98,7 +98,7 @@ class LanguageModelMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for_gate, for_up = cast_once(x, 2)
-        return self.down_proj(F.silu(self.gate_proj(for_gate)) * self.up_proj(for_up))
+        return self.down_proj(swiglu(self.gate_proj(for_gate), self.up_proj(for_up)))
 
 
 class LanguageModelBlock(nn.Module):

@@ -1,4 +1,4 @@
-"""Activation functions of the vision encoder's MLP, by the name configs use."""
+"""Activation functions: SwiGLU of the decoder, and those of the vision encoder by name."""
 
 from __future__ import annotations
 
@@ -7,16 +7,45 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up (Shazeer 2020), [..., I] each."""
+    return F.silu(gate) * up
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`swiglu_reference`, which keeps two tensors for backward, not three.
+
+    Saves 6 % of the peak memory of an fp32 training step of `tiny`
+    (docs/log/2026-12-01-operations.md).
+    """
+    return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else swiglu_reference(gate, up)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        # Without `detach`, torch 2.11's compiler differentiates through the in-place product
+        # instead of calling our backward.
+        return F.silu(gate).mul_(up).detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+def fused_swiglu(x: Tensor) -> Tensor:
+    """The first half of x gates the second, [..., 2 * I] -> [..., I]."""
+    return swiglu(*x.chunk(2, dim=-1))
 
 
 def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
-
-
-def swiglu(x: Tensor) -> Tensor:
-    """The first half gates the second, [..., 2 * inter] -> [..., inter] (Shazeer 2020)."""
-    gate, value = x.chunk(2, dim=-1)
-    return F.silu(gate) * value
 
 
 ACTIVATIONS = {
@@ -24,5 +53,5 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "quick_gelu": quick_gelu,
     "relu": F.relu,
-    "swiglu": swiglu,
+    "swiglu": fused_swiglu,
 }

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from models.ops.activations import swiglu, swiglu_reference
 from models.ops.attention import attention, attention_reference
 from models.ops.cast_once import cast_once, cast_once_reference
 from models.ops.packed import (
@@ -38,6 +39,7 @@ OPS = {
         lambda x, w: rms_norm_reference(x, w, 1e-3),
         lambda: tensors((5, 3, 16), (16,)),
     ),
+    "swiglu": (swiglu, swiglu_reference, lambda: tensors((5, 3, 16), (5, 3, 16))),
     "attention": (attention, attention_reference, qkv),
     "causal": (
         lambda *x: attention(*x, causal=True),
@@ -123,7 +125,7 @@ def test_compiled(name):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "token_loss"])
+@pytest.mark.parametrize("name", ["rms_norm", "swiglu", "token_loss"])
 def test_a_second_derivative_is_refused(name):
     """Hand-written gradients would silently be constants in it."""
     operation, _, inputs = OPS[name]
