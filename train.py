@@ -132,7 +132,7 @@ def build(
     else:
         model = VisionLanguageModel.from_backbones(cfg.model)
         processor = processors.build(model.cfg)
-    # With other weights to start from, the model fields are theirs. Without, `cfg` stays, so that
+    # Weights to start from bring their model fields. Without any, `cfg` stays, so that
     # `restore` can refuse a resumed run whose sizes were changed.
     if cfg.train.init_from or cfg.model.vit_model_type or cfg.model.lm_model_type:
         cfg = replace(cfg, model=model.cfg)

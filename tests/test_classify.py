@@ -168,7 +168,7 @@ def test_a_whole_models_eyes_are_probed_at_their_own_size(pictures, small_model,
 
 
 def test_the_circle_through_the_commands(trained, pictures, run_file, tmp_path):
-    """A classifier's trunk trains as a VLM's eyes; those are looked through, and probed again."""
+    """A classifier's trunk trains as a VLM's encoder, which a classifier can load again."""
 
     def see(name: str) -> torch.Tensor:
         x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))

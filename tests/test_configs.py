@@ -96,7 +96,7 @@ BROKEN = [
         "('projector',)",
         "may name vision, language",
     ),
-    ((TRAIN,), dict(freeze=("eyes",)), "freeze", "('eyes',)", "vision, projector, language"),
+    ((TRAIN,), dict(freeze=("decoder",)), "freeze", "('decoder',)", "vision, projector, language"),
     (
         (TRAIN,),
         dict(freeze=("vision", "projector", "language")),
@@ -163,7 +163,7 @@ def test_presets(preset, tokens, tile, longest, vocab):
     assert cfg.tokens_per_tile == tokens
     assert (cfg.vit_img_size, cfg.max_img_size, cfg.lm_vocab_size) == (tile, longest, vocab)
     assert cfg.vit_n_patches == tokens * cfg.mp_pixel_shuffle_factor**2
-    # A row holds the largest picture: all tiles and the global view, with room for an answer.
+    # A row holds the largest picture: all tiles and the global view, with space for an answer.
     tiles = 1 if tile == longest else (longest // tile) ** 2 + 1
     assert tiles * (tokens + 3) + 100 < PRESETS[preset].data.max_length
 

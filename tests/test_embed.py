@@ -276,7 +276,7 @@ def test_wrong_input_gets_one_sentence(encoder, pictures, small_checkpoint, tmp_
     assert "between -1 and 1" in refused(capsys, "duplicates", out, "--threshold", 2)
     assert "must be one of build" in refused(capsys, "biuld")
     go(capsys, "build", pictures, "--model", small_checkpoint, "--out", tmp_path / "vlm")
-    assert read_json(tmp_path / "vlm" / "about.json")["pool"] == "mean"  # a VLM's eyes embed too
+    assert read_json(tmp_path / "vlm" / "about.json")["pool"] == "mean"  # a VLM's encoder
     assert "different encoders" in refused(capsys, "duplicates", out, tmp_path / "vlm")
     (out / "embeddings.safetensors").write_bytes(b"torn")
     assert "damaged" in refused(capsys, "duplicates", out)

@@ -1,4 +1,4 @@
-"""The README is true: its commands run, its files exist, its tree names every room."""
+"""The README is true: its commands run, its files exist, its tree names every folder."""
 
 import json
 import os

@@ -32,29 +32,29 @@ ROOT = Path(train.__file__).parent
 def test_a_run_on_backbones(run_file, tmp_path, capsys):
     """Their sizes replace the config's; frozen parts keep their weights; a resume is itself."""
     torch.manual_seed(0)
-    eyes = hf.Dinov2WithRegistersModel(
+    encoder = hf.Dinov2WithRegistersModel(
         hf.Dinov2WithRegistersConfig(
             hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=4,
             num_register_tokens=2,
         )
     )  # fmt: skip
-    eyes.save_pretrained(tmp_path / "eyes")
-    mouth = hf.Qwen3ForCausalLM(
+    encoder.save_pretrained(tmp_path / "encoder")
+    lm = hf.Qwen3ForCausalLM(
         hf.Qwen3Config(
             vocab_size=600, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
             num_attention_heads=2, num_key_value_heads=1, head_dim=16, tie_word_embeddings=True,
             max_position_embeddings=512,
         )
     )  # fmt: skip
-    mouth.save_pretrained(tmp_path / "mouth")
+    lm.save_pretrained(tmp_path / "language_model")
     processors.build(train.RunConfig().model).tokenizer.save(str(tmp_path / "tokenizer.json"))
     argv = [str(run_file(save_every=2))]
-    argv += ["--model.vit-model-type", str(tmp_path / "eyes")]
-    argv += ["--model.lm-model-type", str(tmp_path / "mouth")]
+    argv += ["--model.vit-model-type", str(tmp_path / "encoder")]
+    argv += ["--model.lm-model-type", str(tmp_path / "language_model")]
     argv += ["--model.lm-tokenizer", str(tmp_path), "--train.freeze", "vision"]
     command(train.main, [*argv, "--train.steps", "4"])
     said = capsys.readouterr()
-    both = f"{tmp_path / 'eyes'} and {tmp_path / 'mouth'}"
+    both = f"{tmp_path / 'encoder'} and {tmp_path / 'language_model'}"
     assert f"weights: from {both}, the rest random" in said.out
     assert "only picoVLM loads them; Idefics3 does not support vit_cls_flag = True" in said.out
     assert "7 x 7 patches resampled (bicubic) to 4 x 4" in said.err
@@ -66,9 +66,9 @@ def test_a_run_on_backbones(run_file, tmp_path, capsys):
                   lm_vocab_size=640)  # fmt: skip
     assert cfg.items() >= wanted.items() and cfg["vit_image_mean"] == [0.485, 0.456, 0.406]
     model = VisionLanguageModel.from_pretrained(run / "step-000002")
-    frozen = load_file(tmp_path / "eyes" / "model.safetensors")["encoder.layer.1.mlp.fc1.weight"]
+    frozen = load_file(tmp_path / "encoder" / "model.safetensors")["encoder.layer.1.mlp.fc1.weight"]
     assert torch.equal(model.vision_encoder.blocks[1].mlp.fc1.weight, frozen)
-    moved = model.decoder.token_embedding.weight[:600] - mouth.get_input_embeddings().weight
+    moved = model.decoder.token_embedding.weight[:600] - lm.get_input_embeddings().weight
     assert 0 < moved.abs().max() < 0.05
 
     shutil.rmtree(run / "step-000004")

@@ -184,7 +184,7 @@ def test_another_head_keeps_the_trunk_and_the_same_head_stays(randomise, tmp_pat
 
 @torch.no_grad()
 def test_the_circle(randomise, small_config, tmp_path):
-    """A classifier's trunk becomes a VLM's eyes; a VLM's eyes are probed by a classifier."""
+    """A classifier's trunk becomes a VLM's encoder, and a VLM's encoder a classifier's trunk."""
     model = classifier(randomise, vit_cls_flag=False, vit_hidden_act="gelu_tanh")
     model.save_pretrained(tmp_path / "step-000001")
     cfg = small_config(vit_model_type=str(tmp_path))  # a run folder: its newest checkpoint

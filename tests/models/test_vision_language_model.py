@@ -271,7 +271,7 @@ def test_accumulation_and_packing_leave_the_gradient(
 
 
 def test_a_step_of_training_uses_the_image(small_model, small_config, make_sample):
-    """Two pictures, one question, two answers: only eyes can tell them apart."""
+    """Two pictures, one question, two answers: only the image can tell them apart."""
     model, cfg = small_model().train(), small_config()
     ids, _ = make_sample(cfg, 1, 2, seed=0)
     ids = ids.expand(2, -1)
@@ -315,13 +315,13 @@ TRUE = {
 def test_presets_at_their_true_size(preset, tmp_path, capsys):
     """Random weights of their real configs -> files -> a VLM on both; one forward of each part."""
     vision, text = TRUE[preset]
-    eyes, mouth = hf.SiglipVisionModel(vision).eval(), hf.LlamaForCausalLM(text).eval()
-    eyes.save_pretrained(tmp_path / "eyes")
-    mouth.save_pretrained(tmp_path / "mouth")
+    encoder, language_model = hf.SiglipVisionModel(vision).eval(), hf.LlamaForCausalLM(text).eval()
+    encoder.save_pretrained(tmp_path / "encoder")
+    language_model.save_pretrained(tmp_path / "language_model")
     cfg = replace(
         PRESETS[preset].model,
-        vit_model_type=str(tmp_path / "eyes"),
-        lm_model_type=str(tmp_path / "mouth"),
+        vit_model_type=str(tmp_path / "encoder"),
+        lm_model_type=str(tmp_path / "language_model"),
     )
     model = VisionLanguageModel.from_backbones(cfg)
     assert model.cfg == cfg, "the preset's sizes are those of its backbones"
@@ -329,10 +329,10 @@ def test_presets_at_their_true_size(preset, tmp_path, capsys):
     size = vision.image_size
     x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(5))
     model.eval()
-    seen, wanted = model.vision_encoder.forward_features(x), eyes(x).last_hidden_state
+    seen, wanted = model.vision_encoder.forward_features(x), encoder(x).last_hidden_state
     torch.testing.assert_close(seen, wanted, rtol=0, atol=1e-5)
     ids = torch.randint(0, 49152, (1, 100))
     logits = model.decoder.logits(model.decoder(model.decoder.token_embedding(ids)))
-    torch.testing.assert_close(logits[..., :49152], mouth(ids).logits, rtol=0, atol=1e-5)
-    mean = mouth.get_input_embeddings().weight.mean(0)
+    torch.testing.assert_close(logits[..., :49152], language_model(ids).logits, rtol=0, atol=1e-5)
+    mean = language_model.get_input_embeddings().weight.mean(0)
     torch.testing.assert_close(model.decoder.token_embedding.weight[49190], mean)

@@ -333,7 +333,7 @@ def test_ask_gives_none_where_there_is_nothing():
 
 
 def test_scenes_of_one_shape_have_many_of_a_kind():
-    """With the preset that is trained for longest; nothing held out comes in by that door."""
+    """With the preset that is trained for longest; nothing held out is drawn."""
     drawn = [scenes.make_scene(2, "train", i, PRESETS["tiny-long"].data.world_min_shapes)
               for i in range(600)]  # fmt: skip
     times = [n for scene in drawn for n in Counter(t.shape for t in scene.things).values()]
