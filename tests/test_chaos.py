@@ -29,10 +29,10 @@ KINDS = {  # name -> data, processes
 }
 # Where a process may be when it dies: function -> call of it.
 MOMENTS = {
-    "step": ("engine.training.loop.clip", 3),
-    "packing": ("data.loader.collate", 4),
+    "step": ("engine.training.loop.clip_gradients", 3),
+    "packing": ("data.batches.loader.collate", 4),
     "evaluation": ("train.evaluate", 1),
-    "weights": ("models.checkpoint_files.save_file", 2),
+    "weights": ("models.pretrained.safetensors_io.save_file", 2),
     "state": ("engine.training.checkpoint._flush", 2),
     "rename": ("engine.training.checkpoint._point", 2),
 }

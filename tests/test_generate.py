@@ -154,7 +154,7 @@ def test_a_compiled_step_says_the_same(small_checkpoint, pictures, capsys, monke
         monkeypatch.setattr("sys.stdin", io.StringIO(lines))
         said.append(ask(capsys, *flags, *extra))
     assert said[0][0] == said[1][0] and len(said[0][0]) > 20
-    assert said[1][1].startswith("a step of decoding compiled in ")
+    assert said[1][1].startswith("decoding step compiled in ")
 
 
 def ask(capsys, *argv: object) -> tuple[str, str]:

@@ -256,7 +256,7 @@ def test_ids_that_are_not_the_configs_are_refused(shared):
         InputError, match="vlm_image_token_id = 5: the tokenizer calls <image> 49190; set 49190"
     ):
         text.add_special_tokens(load(), replace(cfg, vlm_image_token_id=5))
-    with pytest.raises(InputError, match=r"vlm_eos_token_id = 60: .* 49191; set that"):
+    with pytest.raises(InputError, match=r"vlm_eos_token_id = 60: .* 49191; set 49191"):
         text.add_special_tokens(load(), replace(cfg, vlm_eos_token_id=60))
     small = VLMConfig(lm_vocab_size=320)
     with pytest.raises(InputError, match="lm_vocab_size = 320: the tokenizer has 350 tokens"):

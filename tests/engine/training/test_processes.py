@@ -132,7 +132,7 @@ def test_parts_of_a_model_resume_and_evaluate(launch, run_file):
 
         import engine.training.loop
 
-        really, left = engine.training.loop.clip, [2]
+        really, left = engine.training.loop.clip_gradients, [2]
 
         def counted(*args):
             left[0] -= 1
@@ -140,7 +140,7 @@ def test_parts_of_a_model_resume_and_evaluate(launch, run_file):
                 os.kill(os.getpid(), signal.SIGTERM)
             return really(*args)
 
-        engine.training.loop.clip = counted
+        engine.training.loop.clip_gradients = counted
 
     together(launch, [str(parts)], said, stop_in_step_2)
     assert [p.name for p in checkpoint.list_checkpoints(folder(parts))] == ["step-000002"]
