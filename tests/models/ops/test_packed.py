@@ -43,16 +43,16 @@ def test_packed_attention_is_the_dense_mask(layout, n_kv):
     g = torch.Generator().manual_seed(1)
     shapes = [(B, 4, T, 6), (B, n_kv, T, 6), (B, n_kv, T, 6)]
     ours = [torch.randn(s, generator=g, requires_grad=True) for s in shapes]
-    theirs = [x.detach().clone().requires_grad_() for x in ours]
+    reference = [x.detach().clone().requires_grad_() for x in ours]
     real = (segments != 0)[:, None, :, None]  # nobody looks at the output of padding
     cotangent = torch.randn(shapes[0], generator=g) * real
 
     out = packed_attention(*ours, group_segments(segments, CPU))
-    wanted = dense(*theirs, segments)
+    wanted = dense(*reference, segments)
     torch.testing.assert_close(out * real, wanted * real, rtol=0, atol=1e-5)
     out.backward(cotangent)
     wanted.backward(cotangent)
-    for mine, other in zip(ours, theirs, strict=True):
+    for mine, other in zip(ours, reference, strict=True):
         torch.testing.assert_close(mine.grad, other.grad, rtol=0, atol=1e-5)
 
 
@@ -62,14 +62,14 @@ def test_packed_attention_in_bf16_has_the_gradients_of_fp32():
     B, T = segments.shape
     g = torch.Generator().manual_seed(1)
     ours = [torch.randn(B, h, T, 6, generator=g).bfloat16().requires_grad_() for h in (4, 2, 2)]
-    theirs = [x.detach().float().requires_grad_() for x in ours]
+    reference = [x.detach().float().requires_grad_() for x in ours]
     out = packed_attention(*ours, group_segments(segments, CPU))
-    wanted = dense(*theirs, segments)
+    wanted = dense(*reference, segments)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), wanted, rtol=2**-8, atol=2**-8)
     out.float().sum().backward()
     wanted.sum().backward()
-    for mine, other in zip(ours, theirs, strict=True):
+    for mine, other in zip(ours, reference, strict=True):
         assert mine.grad.dtype == torch.bfloat16
         torch.testing.assert_close(mine.grad.float(), other.grad, rtol=2**-6, atol=2**-6)
 

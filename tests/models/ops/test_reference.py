@@ -29,6 +29,14 @@ def qkv(n_tokens: int = 9) -> list[torch.Tensor]:
     return tensors((2, 4, n_tokens, 8), (2, 2, 9, 8), (2, 2, 9, 8))
 
 
+def linear_head(weight: torch.Tensor) -> nn.Linear:
+    """A plain head around a weight, which may be no leaf."""
+    head = nn.Linear(*weight.shape[::-1], bias=False)
+    del head.weight
+    head.weight = weight
+    return head
+
+
 TARGETS = torch.arange(7) * 3 % 11
 MASK = torch.rand(2, 1, 9, 9, generator=torch.Generator().manual_seed(1)) > 0.3
 MASK[..., 0] = True
@@ -58,22 +66,11 @@ OPS = {
         qkv,
     ),
     "token_loss": (
-        lambda x, w: token_loss(x, Head(w), TARGETS),
-        lambda x, w: token_loss_reference(x, Head(w), TARGETS),
+        lambda x, w: token_loss(x, linear_head(w), TARGETS),
+        lambda x, w: token_loss_reference(x, linear_head(w), TARGETS),
         lambda: tensors((7, 6), (11, 6)),
     ),
 }
-
-
-class Head(nn.Linear):
-    """A plain linear head around a given weight."""
-
-    def __new__(cls, weight: torch.Tensor) -> nn.Linear:
-        with torch.device("meta"):
-            head = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-        del head._parameters["weight"]
-        head.weight = weight
-        return head
 
 
 def value_and_gradients(operation, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -139,10 +136,10 @@ def test_a_head_with_a_hook_or_another_class_is_called():
     """LoRA on the head and forward hooks act in training, too; the loss and gradient are right."""
     x, w = tensors((7, 6), (11, 6))
     calls = []
-    hooked = Head(w)
+    hooked = linear_head(w)
     hooked.register_forward_hook(lambda *_: calls.append(1))
     torch.testing.assert_close(
-        token_loss(x, hooked, TARGETS), token_loss(x, Head(w), TARGETS), rtol=1e-5, atol=1e-5
+        token_loss(x, hooked, TARGETS), token_loss(x, linear_head(w), TARGETS), rtol=1e-5, atol=1e-5
     )
     assert calls == [1]
 
@@ -152,7 +149,7 @@ def test_a_head_with_a_hook_or_another_class_is_called():
 
     doubled = Doubled(6, 11, bias=False)
     doubled.weight = nn.Parameter(w.detach())
-    expected = token_loss_reference(2 * x, Head(w), TARGETS)
+    expected = token_loss_reference(2 * x, linear_head(w), TARGETS)
     torch.testing.assert_close(token_loss(x, doubled, TARGETS), expected, rtol=1e-5, atol=1e-5)
 
 

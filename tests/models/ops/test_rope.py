@@ -35,7 +35,7 @@ ROPES = {
 def test_rope_is_transformers(kind):
     parameters, fields = ROPES[kind]
     cfg = LMConfig(lm_hidden_dim=64, lm_n_heads=4, lm_re_base=5000.0, lm_rope_type=kind, **fields)
-    theirs = LlamaRotaryEmbedding(
+    reference = LlamaRotaryEmbedding(
         LlamaConfig(
             hidden_size=64,
             num_attention_heads=4,
@@ -44,13 +44,13 @@ def test_rope_is_transformers(kind):
         )
     )
     freq = rope_frequencies(cfg)
-    torch.testing.assert_close(freq, theirs.inv_freq, rtol=1e-6, atol=0)
+    torch.testing.assert_close(freq, reference.inv_freq, rtol=1e-6, atol=0)
 
     positions = torch.tensor([[0, 1, 2, 3, 50], [7, 8, 0, 1, 100]])
     g = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 4, 5, 16, generator=g), torch.randn(2, 2, 5, 16, generator=g)
     cos, sin = rope_tables(freq, positions, torch.float32)
-    wanted = apply_rotary_pos_emb(q, k, *theirs(q, positions))
+    wanted = apply_rotary_pos_emb(q, k, *reference(q, positions))
     found = (apply_rope(x.transpose(1, 2), cos, sin).transpose(1, 2) for x in (q, k))
     for mine, others in zip(found, wanted, strict=True):
         # Positions to 100 amplify the last bit of a frequency to 100 * 6e-8.
