@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 import models.language_model as language_model
 from configs import LMConfig
 from models.inference.kv_cache import KVCache
-from models.language_model import LanguageModel, RMSNorm
+from models.language_model import LanguageModel, LanguageModelMLP, RMSNorm
 from models.ops import token_loss
 from models.pretrained.layouts import llama
 from models.pretrained.mapping import expand, import_tensors, prefixed
@@ -276,6 +276,24 @@ def test_the_loss_has_one_backward_pass():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="one backward"):
         loss.backward()
+
+
+def test_swiglu_keeps_its_inputs_alone_and_its_gradient_is_autograds(randomise):
+    """Bit for bit: the same operations in another order."""
+    mlp = randomise(LanguageModelMLP(LMConfig(**SIZES)))
+    x, kept, found = torch.randn(5, 48, requires_grad=True), [], []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = mlp(x)
+    wide = {t.data_ptr() for t in kept if t.shape == (5, 72)}
+    assert len(wide) == 3, "gate, up, and what down_proj multiplies"
+    plain = mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
+    for out in (y, plain):
+        found.append(torch.autograd.grad(out.sum(), (x, *mlp.parameters())))
+    assert torch.equal(y, plain)
+    for mine, other in zip(*found, strict=True):
+        assert torch.equal(mine, other)
+    with torch.no_grad():
+        assert torch.equal(mlp(x), y)
 
 
 def test_too_long_is_refused():

@@ -66,3 +66,18 @@ def test_rope_tables_are_computed_in_fp32_then_cast():
     freq, positions = rope_frequencies(LMConfig()), torch.tensor([[1999]])
     cos, _ = rope_tables(freq, positions, torch.bfloat16)
     assert torch.equal(cos, rope_tables(freq, positions, torch.float32)[0].bfloat16())
+
+
+def test_rotation_and_its_gradient_keep_the_layout():
+    """A projection's output is token-major; a copy of it would cost as much as the rotation."""
+    x = torch.randn(2, 5, 3, 8).requires_grad_()  # [B, T, H, C]
+    cos, sin = rope_tables(torch.rand(4), torch.arange(5).expand(2, 5), torch.float32)
+    out = apply_rope(x, cos, sin)
+    assert out.stride() == x.stride()
+    first, second = x.chunk(2, dim=-1)
+    plain = x * cos + torch.cat((-second, first), dim=-1) * sin[..., 4:].repeat(1, 1, 1, 2)
+    torch.testing.assert_close(out, plain)
+    cotangent = torch.randn(out.shape)
+    (mine,) = torch.autograd.grad(out, x, cotangent)
+    (wanted,) = torch.autograd.grad(plain, x, cotangent)
+    torch.testing.assert_close(mine, wanted)
