@@ -1,6 +1,6 @@
 """Accuracy over training time: picoVLM `tiny` and transformers' SmolVLM of the same size.
 
-python -m benchmarks.quality.race                      writes docs/race.png and a table into docs/
+python -m benchmarks.quality.race                      writes docs/images/race.png and a table into docs/
 
 Both start from the same weights, see the same conversations and answer the same questions greedily.
 picoVLM trains as `python train.py` does, with AdamW rates for a run of minutes. SmolVLM trains as
@@ -177,7 +177,7 @@ def main(argv: Sequence[str]) -> None:
         curves = measure(race, seconds, EVERY)
     print(text := f"{line}\n\n{table(curves)}")
     timing.write_block("race", text)
-    draw(curves, timing.PAGE.with_name("race.png"))
+    draw(curves, timing.IMAGES / "race.png")
 
 
 if __name__ == "__main__":

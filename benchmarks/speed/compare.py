@@ -315,7 +315,7 @@ def main(argv: list[str]) -> None:
     print(text := f"{line}\n\n{timing.table(rows)}")
     if not args.only:
         timing.write_block(f"speed {args.preset}", text)
-        timing.draw(rows, timing.PAGE.with_name(f"speed-{args.preset}.png"))
+        timing.draw(rows, timing.IMAGES / f"speed-{args.preset}.png")
 
 
 if __name__ == "__main__":

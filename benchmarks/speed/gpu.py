@@ -1,6 +1,6 @@
 """On one GPU: how close training and decoding come to the hardware's peak.
 
-python -m benchmarks.speed.gpu 222m 460m qwen3      writes a block each into docs/benchmarks.md
+python -m benchmarks.speed.gpu 222m 460m qwen3      writes a block each into docs/speed_tables.md
 python -m benchmarks.speed.gpu 222m --no-write      prints only
 python -m benchmarks.speed.gpu 222m --kernels 20    lists the kernels a training step spends time on
 

@@ -32,7 +32,8 @@ from benchmarks.speed.revision_worker import clock
 from config_tools import InputError
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "benchmarks.md"
+PAGE = ROOT / "docs" / "speed_tables.md"
+IMAGES = ROOT / "docs" / "images"
 MATRIX_SIZE, N_BYTES = 1024, 1 << 28  # of the product and the read that measure the peaks
 
 

@@ -1,4 +1,4 @@
-"""docs/own-data.md is true: its commands run on fifty real pictures, its rows are read."""
+"""docs/own_data.md is true: its commands run on fifty real pictures, its rows are read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from configs import DataConfig
 from data.sources.open import open_dataset
 
 ROOT = Path(__file__).parent.parent.parent
-PAGE = (ROOT / "docs" / "own-data.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "own_data.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
