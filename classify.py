@@ -70,7 +70,7 @@ class Evaluate:
 def evaluate_main(argv: list[str]) -> None:
     args = parse(Evaluate, argv)
     if args.out is not None and not args.out.is_dir():
-        raise InputError(f"out = {args.out}: must be a folder that exists.")
+        raise InputError(f"out = {args.out}: must be an existing folder.")
     device = setup().device
     model = open_classifier(args.checkpoint).to(device)
     data = ClassifyDataConfig(source=args.source, label=args.label, val_fraction=0.0)
@@ -94,7 +94,7 @@ class Predict:
 
 
 def expand_paths(names: Iterable[str]) -> list[str]:
-    """The image files that files, folders and patterns name; raises `InputError` for no match."""
+    """Image files for a list of files, folders and patterns; raises `InputError` for no match."""
     paths: list[str] = []
     for name in names:
         if Path(name).is_dir():
@@ -104,7 +104,7 @@ def expand_paths(names: Iterable[str]) -> list[str]:
         else:
             matches = sorted(glob.glob(name, recursive=True))
         if not matches:
-            raise InputError(f"{name}: no such image, folder of images, or pattern with a match.")
+            raise InputError(f"{name}: no such image; expected a file, a folder or a glob pattern.")
         paths += matches
     return list(dict.fromkeys(paths))
 
@@ -115,7 +115,7 @@ def predict_main(argv: list[str]) -> None:
     if args.out is not None and args.out.suffix not in (".csv", ".jsonl"):
         raise InputError(f"out = {args.out}: must end in .csv or .jsonl.")
     if args.out is not None and (args.out.is_dir() or not args.out.absolute().parent.is_dir()):
-        raise InputError(f"out = {args.out}: must be a file in a folder that exists.")
+        raise InputError(f"out = {args.out}: must be a file in an existing folder.")
     paths = expand_paths(args.images)
     model, rows, n_failed = open_classifier(args.checkpoint).to(setup().device), [], 0
     for path, classes, error in classification.predict(model, paths, args.k):
@@ -127,7 +127,7 @@ def predict_main(argv: list[str]) -> None:
             if args.out is None:
                 print(f"{path}: " + ", ".join(f"{name} {p:.1%}" for name, p in classes))
     if not rows:
-        raise InputError(f"none of {len(paths)} images can be opened.")
+        raise InputError(f"none of {len(paths)} images can be opened; the errors are above.")
     if args.out is not None:
         write_predictions(rows, args.out)
         print(f"wrote {len(rows):,} predictions to {args.out}; {n_failed} images skipped")
@@ -150,7 +150,7 @@ class Export:
 def export_main(argv: list[str]) -> None:
     args = parse(Export, argv)
     if (args.out is None) == (not args.push):
-        raise InputError("classify.py export needs one of --out and --push.")
+        raise InputError("classify.py export needs either --out or --push.")
     if args.out is not None and args.out.exists():
         raise InputError(f"{args.out}: already exists; name a new directory.")
     if args.out is not None and not args.out.absolute().parent.is_dir():
@@ -170,7 +170,7 @@ def export_main(argv: list[str]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """Draw attention rollout of the vision encoder of a classifier, an encoder or a VLM."""
+    """Draw the attention rollout of a classifier, a vision encoder or a VLM's encoder."""
 
     checkpoint: Annotated[str, tyro.conf.Positional]
     """Checkpoint of picoVLM or transformers, run folder (its newest checkpoint), or Hub id."""
@@ -183,8 +183,9 @@ class Rollout:
 def rollout_main(argv: list[str]) -> None:
     args = parse(Rollout, argv)
     vit = open_vit(args.checkpoint)
-    images = [open_for_vit(name, vit.cfg, name) for name in expand_paths(args.images)]
-    draw_rollout(vit, images, args.out)
+    names = expand_paths(args.images)
+    images = [open_for_vit(name, vit.cfg, name) for name in names]
+    draw_rollout(vit, images, args.out, names)
     print(f"wrote {args.out}")
 
 

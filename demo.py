@@ -1,4 +1,4 @@
-"""A web page: upload images, ask, watch the answer stream, and see the attention per token.
+"""A web page: upload images, ask questions, and see the attention of every answer token.
 
 python demo.py runs/demo
 python demo.py runs/demo --examples my_photos
@@ -32,9 +32,9 @@ class Arguments:
     checkpoint: Annotated[str, tyro.conf.Positional]
     """Checkpoint, run folder (its newest checkpoint), or Hub id."""
     examples: Path | None = None
-    """Folder with further example images."""
+    """Folder with more example images for the page."""
     host: str = "127.0.0.1"
-    """Address to bind to; 0.0.0.0: reachable from the whole network."""
+    """Address to bind to; 0.0.0.0 makes the page reachable from the network."""
     port: int = 7860
     """Port to bind to; 0: any free port."""
     max_new_tokens: int = 128
@@ -46,7 +46,7 @@ class Arguments:
 def main(argv: list[str]) -> None:
     args = parse(Arguments, argv)
     if not 0 <= args.port < 2**16:
-        raise InputError(f"port = {args.port}: must be at most {2**16 - 1}, or 0 for any.")
+        raise InputError(f"port = {args.port}: must be between 0 (any free port) and {2**16 - 1}.")
     try:
         sampling = Sampling(max_new_tokens=args.max_new_tokens)
     except ValueError as error:
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
         )  # fmt: skip
         config = uvicorn.Config(BodyLimit(app), log_level="warning", timeout_graceful_shutdown=2)
         host, port = sock.getsockname()[:2]
-        print(f"Open http://{host}:{port}; Ctrl-C ends it.", flush=True)
+        print(f"Open http://{host}:{port} (Ctrl-C stops the server)", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[sock])
 

@@ -124,7 +124,7 @@ def duplicates_main(argv: list[str]) -> None:
     about = [{k: v for k, v in i.about.items() if k != "model"} for i in (one, other) if i]
     if about[0] != about[-1]:
         names = f"{args.index} and {args.other}"
-        raise InputError(f"{names}: built with different encoders or pooling.")
+        raise InputError(f"{names}: built with different encoders or pooling; build one again.")
     files = other.files if other else one.files
     found = embedding.similar_pairs(one.rows, other.rows if other else None, args.threshold)
     pairs = [(one.files[i], files[j], cosine) for i, j, cosine in found]

@@ -44,11 +44,11 @@ class Arguments:
     dtype: Literal["same", "fp32", "bf16", "fp16"] = "same"
     """Data type of the weights."""
     push: str = ""
-    """Upload in Idefics3 format, with a model card, to this Hub repository, user/name."""
+    """Hub repository (user/name) to upload to, in Idefics3 format and with a model card."""
     public: bool = False
-    """If the push creates the repository, make it public."""
+    """Make the repository public if this push creates it."""
     push_dry_run: Path | None = None
-    """Write what --push would upload into this new directory, and upload nothing."""
+    """New directory to write what --push would upload; nothing is uploaded."""
 
 
 def main(argv: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Ask a model about images: the answer is streamed to stdout, its speed goes to stderr.
+"""Ask a model about images: the answer streams to stdout, its speed goes to stderr.
 
 python generate.py runs/demo --image cat.png                       chat in the terminal
 python generate.py runs/demo --image cat.png --prompt "What color is the circle?"
@@ -40,23 +40,23 @@ class Arguments:
     checkpoint: Annotated[str, tyro.conf.Positional]
     """Checkpoint, run folder (its newest checkpoint), or Hub id."""
     image: tuple[str, ...] = ()
-    """Image files; they come before the prompt, unless <image> marks their places in it."""
+    """Image files, placed before the prompt unless it contains <image> for each of them."""
     prompt: str | None = None
-    """Question; - reads it from stdin."""
+    """Question; - reads it from stdin. Without it: chat."""
     jsonl: Path | None = None
-    """File of questions, a {"image": ..., "question": ...} per line; paths relative to the file."""
+    """Questions file, {"image": ..., "question": ...} per line; paths are relative to it."""
     out: Path | None = None
-    """File for the answers to --jsonl; existing answers are kept, so a run can resume."""
+    """File for the answers to --jsonl; an interrupted run resumes from it."""
     n: int = 1
     """Number of answers; they differ only with a temperature above 0."""
     choices: tuple[str, ...] = ()
-    """Answer with the most likely of these: yes no, or yes,no."""
+    """Possible answers; the most likely one is printed. Two forms: yes no, or yes,no."""
     stop: tuple[str, ...] = ()
-    """Stop strings: an answer ends before the first of them."""
+    """Stop strings; an answer ends before the first of them."""
     logprobs: bool = False
-    """Report log-probability and alternatives of each token, on stderr or in --out."""
+    """Report each token's log-probability and alternatives, on stderr or in --out."""
     batch_size: int = 64
-    """Questions of --jsonl that are answered at once."""
+    """Number of --jsonl questions generated in parallel."""
     max_new_tokens: int = 256
     """Maximum length of an answer, in tokens."""
     temperature: float = 0.0
@@ -68,9 +68,9 @@ class Arguments:
     repetition_penalty: float = 1.0
     """Above 1: tokens that already occurred become less likely."""
     seed: int | None = None
-    """Seed of sampling."""
+    """Seed for sampling."""
     quantize: Literal["no", "int8"] = "no"
-    """int8: 8-bit weights of the decoder; three times as fast with --compile."""
+    """int8: 8-bit weights of the language model; three times as fast with --compile."""
     compile: bool = False
     """torch.compile the decoding step (needs g++, on a GPU gcc); takes seconds at the start."""
     device: str = "cpu"
@@ -106,7 +106,7 @@ def main(argv: list[str]) -> None:
             print(f"{probability:.1%} {choice}", file=sys.stderr)
         return
     for i in range(args.n):
-        # A seed per answer, so that answers differ and are still reproducible.
+        # A different seed per answer, so that answers differ but stay reproducible.
         seed = None if args.seed is None else (args.seed + i) % 2**63
         answer = chat.stream_chunks(tokens, replace(sampling, seed=seed), args.stop)
         chunks = list(print_chunks(answer))
@@ -123,34 +123,34 @@ def check_arguments(args: Arguments) -> Sampling:
     for name in ("n", "batch_size"):
         check(getattr(args, name) >= 1, args, name, "must be at least 1")
     if (args.jsonl is None) != (args.out is None):
-        raise InputError("jsonl and out: give both, the file of questions and that for answers.")
+        raise InputError("--jsonl (questions) and --out (answers) must be used together.")
     is_special = args.out is not None and args.out.exists() and not args.out.is_file()
     if args.out is not None and (is_special or not args.out.parent.is_dir()):
-        raise InputError(f"out = {args.out}: must be a file in a folder that exists.")
+        raise InputError(f"out = {args.out}: must be a file in an existing folder.")
     for name, reason in conflicts(args).items():
         if getattr(args, name) != getattr(Arguments, name):
             raise InputError(f"{name}: {reason}.")
     if "" in args.stop or "" in args.choices:
-        raise InputError("stop and choices: must not contain an empty text.")
+        raise InputError("stop and choices: must not contain an empty string.")
     if len(set(args.choices)) < len(args.choices):
-        raise InputError("choices: the same choice is given twice; name each once.")
+        raise InputError("choices: contains the same choice twice; remove one.")
     if len(args.choices) == 1:
         raise InputError(f"choices = {args.choices[0]!r}: needs at least two choices.")
     return sampling
 
 
 def conflicts(args: Arguments) -> dict[str, str]:
-    """Arguments that have no effect together with the given ones, and why."""
+    """Arguments that conflict with the given ones, and the reason for each."""
     if args.jsonl is not None:
-        whose = "whose rows have their own"
-        reasons = {"image": whose, "prompt": whose, "n": "which answers each row once",
-                   "compile": "which answers in batches"}  # fmt: skip
-        return {name: f"not with --jsonl, {why}; remove it" for name, why in reasons.items()}
+        per_row = "each row has its own"
+        reasons = {"image": per_row, "prompt": per_row, "n": "each row gets one answer",
+                   "compile": "answers are generated in batches"}  # fmt: skip
+        return {name: f"not used with --jsonl ({why}); remove it" for name, why in reasons.items()}
     reasons = {"batch_size": "needs --jsonl"}
     if args.prompt is None:
         reasons |= dict.fromkeys(("n", "choices", "logprobs"), "needs --prompt or --jsonl")
     elif args.choices:
-        scored = "not with --choices, which are scored, not generated; remove it"
+        scored = "not used with --choices (nothing is generated); remove it"
         reasons |= dict.fromkeys(("logprobs", "stop", "n", "compile", *SAMPLING_FIELDS), scored)
     return reasons
 

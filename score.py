@@ -1,4 +1,4 @@
-"""Score a checkpoint on a task: accuracy with intervals, also with blank and exchanged images.
+"""Score a checkpoint on a task: accuracy with intervals, also with blank and shuffled images.
 
 python score.py runs/demo --data.source world --split test --json score.json
 python score.py runs/demo --task mmstar --by likelihood --predictions mmstar.jsonl
@@ -41,16 +41,15 @@ class Arguments:
         "auto", "world", "rows", "mmstar", "pope", "scienceqa", "chartqa", "textvqa", "docvqa",
         "coco_captions",
     ] = "auto"  # fmt: skip
-    """Benchmark. auto: world, or rows with another data.source. Public ones are downloaded from the
-    Hub, unless data.source names a file or folder with the same columns."""
+    """auto: world, or rows if data.source is set. Other benchmarks are read from the Hub."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Data to score on; data.source: the built-in world or your own rows."""
+    """Data to score on. data.source: world, your own rows, or a local copy of a benchmark."""
     split: Literal["train", "val", "test"] = "test"
-    """Split of the world or of your rows; test of your rows is all of them."""
+    """Split of the world or of your own rows; test: all of your rows."""
     n: int = 3000
-    """Maximum number of questions; of the world, evenly over its skills."""
+    """Maximum number of questions; world: evenly over its skills."""
     by: Literal["generation", "likelihood"] = "generation"
-    """likelihood: take the most likely choice; questions without choices are skipped."""
+    """likelihood: pick the most likely choice; skips questions without choices."""
     max_new_tokens: int = 96
     """Maximum length of an answer, in tokens."""
     json: Path | None = None
@@ -58,9 +57,9 @@ class Arguments:
     predictions: Path | None = None
     """JSONL file for all answers; an interrupted run resumes from it."""
     against: Path | None = None
-    """Predictions of another checkpoint, for a paired test on the same questions."""
+    """Predictions file of another checkpoint, for a paired test on the same questions."""
     answer_sheet: Path | None = None
-    """Image file for a sheet of example answers, right and wrong."""
+    """Image file to write: example questions with right and wrong answers."""
 
 
 def main(argv: list[str]) -> None:

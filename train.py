@@ -77,7 +77,7 @@ def main(argv: list[str]) -> None:
 
     lock = None
     if dist.is_main and not cfg.train.dry_run:
-        lock = claim_run_folder(cfg)  # an open file; other processes are refused until it closes
+        lock = claim_run_folder(cfg)  # an open file; the folder is locked until it closes
         if not checkpoints:
             adapters.save_base(model, processor, cfg.train)
     if dist.is_main:
@@ -126,14 +126,14 @@ def build(
         model = model.float()  # autocast casts; the optimizer needs fp32
     elif cfg.model.lm_model_type and cfg.model.lm_tokenizer == "world":
         raise InputError(
-            f"lm_tokenizer = 'world': {cfg.model.lm_model_type} was trained with another "
-            "tokenizer; name its own, usually the same directory or Hub id."
+            f"lm_tokenizer = 'world': {cfg.model.lm_model_type} needs the tokenizer it was trained "
+            "with; set --model.lm-tokenizer, usually to the same directory or Hub id."
         )
     else:
         model = VisionLanguageModel.from_backbones(cfg.model)
         processor = processors.build(model.cfg)
-    # Weights to start from bring their model fields. Without any, `cfg` stays, so that
-    # `restore` can refuse a resumed run whose sizes were changed.
+    # Loaded weights define the model fields. A run from random weights keeps its own, so that
+    # `restore` can refuse to resume it with other sizes.
     if cfg.train.init_from or cfg.model.vit_model_type or cfg.model.lm_model_type:
         cfg = replace(cfg, model=model.cfg)
     return cfg, model, processor
@@ -142,7 +142,7 @@ def build(
 def prepare_model(
     model: VisionLanguageModel, cfg: RunConfig, dist: Dist, dtype: torch.dtype, compiled: bool
 ) -> None:
-    """Change the model in place: adapters, activation checkpointing, device, FSDP, compiling."""
+    """Prepare the model in place: adapters, activation checkpointing, device, FSDP, compile."""
     adapters.attach_adapters(model, cfg.train)
     checkpointed = choose_checkpointing(cfg, dtype, memory_budget(dist.device))
     for name in checkpointed:
@@ -151,7 +151,7 @@ def prepare_model(
     if checkpointed and dist.is_main:
         print(f"activation checkpointing: {', '.join(checkpointed)}")
     if checkpointed and dist.device.type == "cpu":
-        set_malloc_thresholds(8 * 2**20)  # bytes; a lower limit leaves less fragmentation
+        set_malloc_thresholds(8 * 2**20)  # bytes; a lower limit causes less fragmentation
     model.to(dist.device)
     dist.shard(model, dtype)
     if compiled:
@@ -166,7 +166,7 @@ def evaluate_at(
     autocast_context: torch.autocast,
     step: int,
 ) -> dict:
-    """Evaluate; every `answer_sheet_every`-th time, draw questions and answers as an image."""
+    """Evaluate; every `answer_sheet_every`-th time, also draw an answer sheet."""
     t = cfg.train
     n_evaluations = step // t.eval_every if t.eval_every else 0
     is_due = t.answer_sheet_every and (step == t.steps or n_evaluations % t.answer_sheet_every == 0)

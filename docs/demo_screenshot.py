@@ -87,7 +87,7 @@ def ask(driver, address: str, image: Path, question: str, screenshot: Path) -> s
     box.send_keys(question)
     find("#ask").click()
     note = wait_for("the note", lambda: find("#note textarea, #note input").get_attribute("value"))
-    if "tokens in" not in note:
+    if "answer tokens" not in note:
         raise RuntimeError(note)
     for part in ("#tiles img", "#heat img"):
         wait_for(part, lambda part=part: int(find(part).get_property("naturalWidth")) > 0)

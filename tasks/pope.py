@@ -1,4 +1,4 @@
-"""POPE: is an object in the image? Half the answers are yes (Li et al. 2023)."""
+"""POPE: is an object in the image? Half of the answers are yes (Li et al. 2023)."""
 
 from engine.evaluation.evaluate import Task, row_questions
 from engine.evaluation.metrics import first_word, per_answer, yes_no_figures

@@ -1,4 +1,4 @@
-"""Your own rows, in any format that trains; the last turn of each is the correct answer."""
+"""Your own rows, in any format that train.py reads; the last turn is the correct answer."""
 
 from engine.evaluation.evaluate import Task, load_items
 

@@ -1,4 +1,4 @@
-"""The built-in world: the same number of questions per skill, half on held-out combinations."""
+"""The built-in world: equally many questions per skill, half on held-out combinations."""
 
 from dataclasses import replace
 

@@ -43,7 +43,7 @@ def tiny_processor() -> processors.Processor:
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Random norms, biases and positions: ones and zeros would hide a mapping error."""
+    """Randomize norms, biases and positions: ones and zeros would hide a mapping error."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -64,7 +64,7 @@ def randomise_fixture():
 
 
 def small_config(**changes) -> VLMConfig:
-    """Sizes that differ wherever they may, so that a swapped one cannot fit by chance."""
+    """Different sizes wherever possible, so that swapped dimensions raise an error."""
     sizes = dict(
         vit_img_size=16,
         vit_patch_size=4,
@@ -102,7 +102,7 @@ def small_model():
 
 @pytest.fixture
 def make_sample():
-    """(ids [T], images [n_tiles, 3, H, W]): words; a tile's placeholders follow their own word."""
+    """Return (ids [T], images [n_tiles, 3, H, W]); a word precedes each tile's placeholders."""
 
     def make(cfg: VLMConfig, n_tiles: int, n_words: int, seed: int):
         g = torch.Generator().manual_seed(seed)
@@ -118,9 +118,9 @@ def make_sample():
 
 @pytest.fixture
 def some_rows():
-    """`some_rows(cfg, seed, packed)`: arguments of a training step.
+    """`some_rows(cfg, seed, packed)`: random arguments of a training step.
 
-    2 rows of some length with 1 or 2 pictures; packed: of some samples each.
+    Two rows of 40 to 59 tokens with 1 or 2 tiles; with `packed`, several samples per row.
     """
 
     def build(cfg, seed: int, packed: bool) -> dict:
@@ -143,7 +143,7 @@ def some_rows():
 
 @pytest.fixture
 def pad_rows():
-    """Samples -> (ids [B, T], images of all, attention_mask [B, T]), padded on the `side`."""
+    """Pad samples to (ids [B, T], images of all samples, attention_mask [B, T]) on `side`."""
 
     def pad(cfg: VLMConfig, samples: list, side: str):
         T = max(len(ids) for ids, _ in samples)
@@ -158,7 +158,7 @@ def pad_rows():
 
 
 def lively(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Weights so large that pictures and words change the answer, which a fresh model's do not."""
+    """Large weights, so that images and text change the answer; a fresh model ignores them."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in randomise(model, seed).named_parameters():
@@ -173,7 +173,7 @@ def lively_fixture():
     return lively
 
 
-# A whole run this small takes a step in milliseconds; the tokenizer is the world's.
+# A model so small that a training step takes milliseconds; it has the world's tokenizer.
 MINUTE = dict(
     vit_img_size=16,
     vit_patch_size=4,
@@ -197,7 +197,7 @@ def minute_config_fixture():
 
 @pytest.fixture(scope="session")
 def rows_file(tmp_path_factory) -> Path:
-    """24 rows, each with a picture of its own and an answer of its own length."""
+    """24 rows, each with a different image; answers are 1 to 5 words long."""
     folder = tmp_path_factory.mktemp("rows")
     rows = []
     for i in range(24):
@@ -211,8 +211,8 @@ def rows_file(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run_file(tmp_path, rows_file, monkeypatch, tiny_processor, minute_config):
-    """`run_file(out="a", model={...}, data={...}, **train)` -> config.json of a tiny run in out."""
-    # The tokenizer depends on the vocabulary alone: train it once a session, not once a run.
+    """`run_file(out="a", model={...}, data={...}, **train)` -> config of a tiny run in `out`."""
+    # The tokenizer only depends on the vocabulary: train it once per session, not once per run.
     monkeypatch.setattr(processors, "build", lambda cfg: replace(tiny_processor, cfg=cfg))
 
     def write(
@@ -235,7 +235,7 @@ def run_file(tmp_path, rows_file, monkeypatch, tiny_processor, minute_config):
 
 @pytest.fixture
 def refused(capsys):
-    """`refused(main, *argv)`: the one line on stderr of a command that exits with 2."""
+    """`refused(main, *argv)`: the error line of a command that exits with code 2."""
 
     def refused(main: Callable, *argv: object) -> str:
         with pytest.raises(SystemExit) as stop:
@@ -251,7 +251,7 @@ def refused(capsys):
 
 @pytest.fixture(scope="session")
 def python(tmp_path_factory) -> Iterator[Callable]:
-    """`python(argv, cwd=ROOT, **env)` as `subprocess.run` of the interpreter, seconds sooner."""
+    """`python(argv, cwd=ROOT, **env)`: like `subprocess.run`, but forked, which saves seconds."""
     folder = tmp_path_factory.mktemp("python")
     with subprocess.Popen(
         [sys.executable, ROOT / "tests" / "forked.py"],
@@ -263,8 +263,8 @@ def python(tmp_path_factory) -> Iterator[Callable]:
             files = {name: folder / name for name in ("out", "err")}
             for path in files.values():
                 path.unlink(missing_ok=True)
-            asked = {"argv": [str(a) for a in argv], "cwd": str(cwd), "env": env}
-            server.stdin.write(json.dumps(asked | {k: str(v) for k, v in files.items()}) + "\n")
+            request = {"argv": [str(a) for a in argv], "cwd": str(cwd), "env": env}
+            server.stdin.write(json.dumps(request | {k: str(v) for k, v in files.items()}) + "\n")
             server.stdin.flush()
             code = int(server.stdout.readline())
             out, err = (path.read_text(encoding="utf-8") for path in files.values())
@@ -275,7 +275,7 @@ def python(tmp_path_factory) -> Iterator[Callable]:
 
 @pytest.fixture(scope="session")
 def small_checkpoint(tmp_path_factory, tiny_processor, minute_config) -> Path:
-    """Random weights of a minute model with its processor, as `save_pretrained` writes them."""
+    """A checkpoint of `minute_config` with large random weights (`lively`) and its processor."""
     folder = tmp_path_factory.mktemp("checkpoint")
     torch.manual_seed(0)
     cfg = minute_config(lm_max_position_embeddings=256, lm_tie_weights=False)
@@ -285,15 +285,14 @@ def small_checkpoint(tmp_path_factory, tiny_processor, minute_config) -> Path:
 
 
 def _as_process(argv: list[str], rank: int, world: int, port: int, out: Path, before) -> None:
-    """`train.py argv` as process `rank` of `world`, in a child forked from this one."""
+    """Run `train.py argv` as process `rank` of `world`, in a child forked from this process."""
     import train
 
     sys.stdout = sys.stderr = open(out, "a", buffering=1)  # noqa: SIM115
     os.dup2(sys.stdout.fileno(), 1), os.dup2(sys.stdout.fileno(), 2)
-    torch.set_num_threads(1)  # a pool of threads does not survive a fork
-    gc.freeze()  # loaders that the parent has left would raise here when they are collected
-    # All that are forked from here share the progress bars' lock: one that is killed while it has
-    # it would stop the others for ever.
+    torch.set_num_threads(1)  # a thread pool does not survive a fork
+    gc.freeze()  # collecting loaders of the parent process would raise here
+    # Forked processes share tqdm's lock: a process killed while holding it would block the others.
     tqdm.set_lock(threading.RLock())
     if world > 1:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank),
@@ -306,7 +305,7 @@ def _as_process(argv: list[str], rank: int, world: int, port: int, out: Path, be
 def launch(tmp_path):
     """`launch(argv, world, before)` starts `train.py` as `world` processes and returns them.
 
-    `before(rank)` runs in each first. Forked, so that none has to import torch again.
+    Each process first calls `before(rank)`. They are forked, so that none imports torch again.
     """
     import multiprocessing
     import socket
@@ -317,15 +316,15 @@ def launch(tmp_path):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        context, out = multiprocessing.get_context("fork"), tmp_path / "said.txt"
-        crowd = [
+        context, out = multiprocessing.get_context("fork"), tmp_path / "output.txt"
+        processes = [
             context.Process(target=_as_process, args=(argv, rank, world, port, out, before))
             for rank in range(world)
         ]
-        for process in crowd:
+        for process in processes:
             process.start()
-        started.extend(crowd)
-        return crowd
+        started.extend(processes)
+        return processes
 
     yield start
     for process in started:

@@ -1,9 +1,9 @@
-"""Runs `python ...` commands, each in a process forked from this one, which has torch already.
+"""Run `python ...` commands in processes forked from this one, which has already imported torch.
 
-One JSON object a line on standard input: argv (what follows `python`), cwd, env, and out, err,
-the files that get the child's output. Its exit code is the answer, a line on standard output.
-Only torch is imported ahead, with what its optimizers import: what reads the environment at import
-does so in the child.
+Reads a JSON object per line from stdin: argv (the words after `python`), cwd, env, and the files
+`out` and `err` for the child's output. Prints the child's exit code as a line.
+Only torch and its optimizers are imported in advance: modules that read the environment at import
+must do so in the child.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch._dynamo
 
 
 def become(argv: list[str], cwd: str, env: dict[str, str], out: str, err: str) -> None:
-    """This process, from here on, is `python *argv`."""
+    """Turn this process into `python *argv`."""
     for fd, name in ((0, os.devnull), (1, out), (2, err)):
         os.dup2(os.open(name, os.O_RDWR | os.O_CREAT, 0o600), fd)
     os.chdir(cwd)
@@ -46,7 +46,7 @@ def become(argv: list[str], cwd: str, env: dict[str, str], out: str, err: str) -
 
 
 def end(run: partial) -> None:
-    """Ends as an interpreter does, but for taking torch down, which takes a second."""
+    """Run, then exit like the interpreter, but without torch's teardown, which takes a second."""
     code = 0
     try:
         run()

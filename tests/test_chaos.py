@@ -1,4 +1,4 @@
-"""kill -9 at any moment: what is resumed ends as if nothing had happened, bit for bit."""
+"""Kill a run with SIGKILL at any moment: the resumed run ends bit for bit the same."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KINDS = {  # name -> data, processes
     "map-2-shards": ({}, 2),
     "stream-2-processes": (STREAM | {"stream_block": 5, "workers": 1}, 2),
 }
-# Where a process may be when it dies: function -> call of it.
+# When to kill a process: name -> (function, number of the call).
 MOMENTS = {
     "step": ("engine.training.loop.clip_gradients", 3),
     "packing": ("data.batches.loader.collate", 4),
@@ -40,12 +40,12 @@ MOMENTS = {
 
 @pytest.fixture
 def config(run_file, rows_file):
-    """`config(name, kind)` -> the file of a run with a chance for everything to go wrong."""
+    """`config(name, kind)` -> config file of a run with evaluation, checkpoints and dropout."""
     __import__("datasets")  # once, not in each forked process
 
     def write(name: str, kind: str) -> Path:
         data = {"val_fraction": 0.2} | KINDS[kind][0]
-        if data.get("stream"):  # pictures of a stream are in its rows or have whole paths
+        if data.get("stream"):  # streams need absolute image paths
             rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
             rows = [row | {"image": str(rows_file.parent / row["image"])} for row in rows]
             data["source"] = str(rows_file.with_name("whole.jsonl"))
@@ -62,41 +62,41 @@ def folder(config: Path) -> Path:
 
 
 def result(run: Path) -> tuple[dict, dict]:
-    """(weights, every figure ever logged of each step but clock times)."""
-    said: dict = {}
+    """Return (weights, every logged value of each step), without times."""
+    logged: dict = {}
     for event in map(json.loads, (run / "log.jsonl").read_text().splitlines()):
         names = ("loss", "grad_norm", "grad_norm_vision", "val_loss", "val_accuracy")
         for name in names:
             if name in event:
-                said.setdefault((event["step"], name), set()).add(event[name])
-    return load_file(run / f"step-{STEPS:06d}" / "model.safetensors"), said
+                logged.setdefault((event["step"], name), set()).add(event[name])
+    return load_file(run / f"step-{STEPS:06d}" / "model.safetensors"), logged
 
 
 def assert_same(whole: Path, other: Path) -> None:
-    (x, said), (y, again) = result(whole), result(other)
-    assert again == said, "a step that was taken twice says the same twice"
+    (x, logged), (y, logged_again) = result(whole), result(other)
+    assert logged_again == logged, "a repeated step logs the same values"
     assert [name for name in x if not torch.equal(x[name], y[name])] == []
     states = [torch.load(r / f"step-{STEPS:06d}" / "state.pt", weights_only=True)
               for r in (whole, other)]  # fmt: skip
     assert states[0]["loader"] == states[1]["loader"] and states[0]["best"] == states[1]["best"]
-    assert not list(other.glob(".saving-*")), "what a kill leaves is cleared"
+    assert not list(other.glob(".saving-*")), "leftovers of killed processes are removed"
 
 
 def kill_at(where: str, call: int):
-    """What makes process 0 die in the middle of a function's n-th call."""
+    """Return a function that makes process 0 kill itself at the n-th call of a function."""
 
     def arm(rank: int) -> None:
         if rank:
             return
         module, _, name = where.rpartition(".")
         module = __import__(module, fromlist=[name])
-        really, left = getattr(module, name), [call]
+        original, left = getattr(module, name), [call]
 
         def counted(*args, **kwargs):
             left[0] -= 1
             if left[0] == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return really(*args, **kwargs)
+            return original(*args, **kwargs)
 
         setattr(module, name, counted)
 
@@ -104,29 +104,29 @@ def kill_at(where: str, call: int):
 
 
 def finish(launch, argv: list[str], world: int, before=lambda rank: None) -> list[int]:
-    """Exit codes of all processes; when one is killed, so are the others, as torchrun does."""
-    crowd = launch(argv, world, before)
-    while any(p.is_alive() for p in crowd):
-        if any(p.exitcode not in (None, 0) for p in crowd):
-            for p in crowd:
+    """Return exit codes; if one process is killed, kill the others, as torchrun does."""
+    processes = launch(argv, world, before)
+    while any(p.is_alive() for p in processes):
+        if any(p.exitcode not in (None, 0) for p in processes):
+            for p in processes:
                 p.kill()
-        crowd[0].join(0.02)
-    for p in crowd:
+        processes[0].join(0.02)
+    for p in processes:
         p.join()
-    return [p.exitcode for p in crowd]
+    return [p.exitcode for p in processes]
 
 
 def whole_run(launch, config, kind: str) -> Path:
     path, world = config("whole", kind), KINDS[kind][1]
-    said = path.parent / "said.txt"
-    assert finish(launch, [str(path)], world) == [0] * world, said.read_text()[-3000:]
+    output = path.parent / "output.txt"
+    assert finish(launch, [str(path)], world) == [0] * world, output.read_text()[-3000:]
     return folder(path)
 
 
 @pytest.mark.parametrize(("kind", "moments"), [
     ("map", ["rename", "state"]),
     pytest.param("stream-2-workers", ["packing"], marks=pytest.mark.slow)])  # fmt: skip
-def test_killed_and_continued_is_the_same_run(launch, config, kind, moments):
+def test_a_killed_and_resumed_run_is_the_same(launch, config, kind, moments):
     whole, world = whole_run(launch, config, kind), KINDS[kind][1]
     path = config("parts", kind)
     argv = [str(path), "--train.resume", "auto"]
@@ -138,8 +138,8 @@ def test_killed_and_continued_is_the_same_run(launch, config, kind, moments):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_killed_everywhere(launch, config, kind):
-    """At every kind of moment in turn: 42 kills in all."""
+def test_killed_at_every_moment(launch, config, kind):
+    """At all MOMENTS in turn: 42 kills in total."""
     whole, world = whole_run(launch, config, kind), KINDS[kind][1]
     path = config("parts", kind)
     argv = [str(path), "--train.resume", "auto"]
@@ -152,7 +152,7 @@ def test_killed_everywhere(launch, config, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_at_random_moments(launch, config, kind):
-    """By the clock, wherever each process may be: 28 kills in all."""
+    """After random times: 28 kills in total."""
     rng = random.Random(kind)
     begin = time.monotonic()
     whole, world = whole_run(launch, config, kind), KINDS[kind][1]
@@ -160,11 +160,11 @@ def test_killed_at_random_moments(launch, config, kind):
     path = config("parts", kind)
     argv = [str(path), "--train.resume", "auto"]
     for _ in range(4):
-        crowd = launch(argv, world)
+        processes = launch(argv, world)
         time.sleep(rng.uniform(0.1, 0.9) * seconds)
-        for p in crowd:
+        for p in processes:
             p.kill()
-        for p in crowd:
+        for p in processes:
             p.join()
     assert finish(launch, argv, world) == [0] * world
     assert_same(whole, folder(path))

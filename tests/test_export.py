@@ -32,7 +32,7 @@ def refused(capsys, *argv: object) -> str:
     return err
 
 
-def test_a_fresh_copy_in_another_dtype(small_checkpoint, tmp_path, capsys):
+def test_export_in_another_dtype(small_checkpoint, tmp_path, capsys):
     run(small_checkpoint, "--out", tmp_path / "bf16", "--dtype", "bf16")
     assert "4 x 4 patches per tile: transformers 4.55 to 5.16 may" in capsys.readouterr().out
     folders = (small_checkpoint, tmp_path / "bf16")
@@ -52,9 +52,7 @@ def test_a_fresh_copy_in_another_dtype(small_checkpoint, tmp_path, capsys):
 
 @pytest.mark.parametrize("fields", [{}, dict(lm_tie_weights=True, lm_qkv_bias=True)], ids=str)
 @torch.no_grad()
-def test_the_language_model_alone(
-    fields, minute_config, tiny_processor, lively, tmp_path, monkeypatch
-):
+def test_text_only(fields, minute_config, tiny_processor, lively, tmp_path, monkeypatch):
     cfg = minute_config(**fields)
     model = lively(VisionLanguageModel(cfg))
     model.save_pretrained(tmp_path / "vlm", replace(tiny_processor, cfg=cfg))
@@ -64,10 +62,10 @@ def test_the_language_model_alone(
     tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path / "text")
     ids = tokenizer("What color is the circle?", return_tensors="pt").input_ids
     decoder = model.decoder
-    wanted = decoder.logits(decoder(decoder.token_embedding(ids)))
-    torch.testing.assert_close(reference(ids).logits, wanted, rtol=1e-5, atol=1e-4)
+    expected = decoder.logits(decoder(decoder.token_embedding(ids)))
+    torch.testing.assert_close(reference(ids).logits, expected, rtol=1e-5, atol=1e-4)
     again = LanguageModel.from_pretrained(LMConfig(lm_model_type=str(tmp_path / "text")))
-    assert torch.equal(again.logits(again(again.token_embedding(ids))), wanted)
+    assert torch.equal(again.logits(again(again.token_embedding(ids))), expected)
 
 
 def test_nanovlm_and_back(small_checkpoint, tmp_path):
@@ -81,8 +79,8 @@ def test_nanovlm_and_back(small_checkpoint, tmp_path):
         torch.testing.assert_close(p, model.vision_encoder.get_parameter(name), rtol=0, atol=1e-6)
     assert torch.equal(back.decoder.token_embedding.weight, model.decoder.token_embedding.weight)
     image = Image.effect_noise((40, 30), 90).convert("RGB")
-    said = [Chat.load(f)("What is it?", [image], Sampling(max_new_tokens=8)) for f in folders]
-    assert said[0] == said[1], "it has our tokenizer and tokens"
+    answers = [Chat.load(f)("What is it?", [image], Sampling(max_new_tokens=8)) for f in folders]
+    assert answers[0] == answers[1], "the tokenizer is exported too"
 
 
 def test_a_push_dry_run_writes_what_would_be_uploaded(
@@ -106,7 +104,7 @@ def test_error_messages(small_checkpoint, tmp_path, capsys):
     assert "needs one of" in refused(capsys, small_checkpoint, "--out", out, "--push", "user/name")
     assert "use --out" in refused(capsys, small_checkpoint, "--to", "nanovlm", "--push", "u/n")
     assert "no such checkpoint" in refused(capsys, tmp_path / "nowhere", "--out", out)
-    assert "is not the name" in refused(capsys, small_checkpoint, "--push", "name")
+    assert "is not a repository name" in refused(capsys, small_checkpoint, "--push", "name")
     missing = tmp_path / "missing" / "out"
     assert "its parent folder does not exist" in refused(capsys, small_checkpoint, "--out", missing)
     assert not out.exists() and not list(tmp_path.iterdir())
@@ -116,13 +114,13 @@ def test_error_messages(small_checkpoint, tmp_path, capsys):
 def test_an_encoder_that_idefics3_does_not_support(
     minute_config, tiny_processor, lively, tmp_path, capsys
 ):
-    """The same files under our own model_type, and a note that says so."""
+    """The files have model_type `picovlm`, and a line is printed."""
     cfg = minute_config(vit_cls_flag=True)
     model = lively(VisionLanguageModel(cfg))
     model.save_pretrained(tmp_path / "cls", replace(tiny_processor, cfg=cfg))
     run(tmp_path / "cls", "--out", tmp_path / "copy")
-    said = capsys.readouterr().out
-    assert "Idefics3 format does not support vit_cls_flag = True" in said
+    out = capsys.readouterr().out
+    assert "Idefics3 format does not support vit_cls_flag = True" in out
     assert json.loads((tmp_path / "copy" / "config.json").read_text())["model_type"] == "picovlm"
     chats = [Chat.load(tmp_path / name) for name in ("cls", "copy")]
     assert chats[0]("What?", sampling=Sampling(max_new_tokens=6)) == chats[1](
@@ -132,5 +130,6 @@ def test_an_encoder_that_idefics3_does_not_support(
     card = (tmp_path / "up" / "README.md").read_text()
     assert 'library_name: "picovlm"' in card and "AutoProcessor" not in card
     capsys.readouterr()
-    says = refused(capsys, tmp_path / "cls", "--to", "nanovlm", "--out", tmp_path / "no")
-    assert "nanoVLM does not support vit_cls_flag = True" in says and not (tmp_path / "no").exists()
+    message = refused(capsys, tmp_path / "cls", "--to", "nanovlm", "--out", tmp_path / "no")
+    assert "nanoVLM does not support vit_cls_flag = True" in message
+    assert not (tmp_path / "no").exists()

@@ -1,4 +1,4 @@
-"""What only a GPU does, beside a CPU doing it plainly in fp32; skipped where there is none."""
+"""GPU code compared with fp32 on the CPU; skipped without a GPU."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 ROOT = Path(__file__).parent.parent
 
 
-def apart(found: torch.Tensor, wanted: torch.Tensor, least: float = 0.0) -> float:
-    """Their distance as a share of what is wanted, or of `least` where that is larger."""
-    found, wanted = found.detach().double().cpu(), wanted.detach().double().cpu()
-    return float((found - wanted).norm() / wanted.norm().clamp(min=least))
+def relative_error(found: torch.Tensor, expected: torch.Tensor, minimum: float = 0.0) -> float:
+    """Norm of the difference divided by that of `expected`, or by `minimum` if it is larger."""
+    found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
+    return float((found - expected).norm() / expected.norm().clamp(min=minimum))
 
 
 @pytest.mark.parametrize("n_kv", [1, 3, 6])
 @pytest.mark.parametrize("width", [16, 64, 128])
-def test_the_kernel_keeps_segments_apart(n_kv, width):
+def test_packed_attention_kernel(n_kv, width):
     segments = torch.tensor([[1] * 50 + [2] * 30 + [0] * 20, [2] * 1 + [1] * 99])
     mask = segments[:, None, :, None] == segments[:, None, None, :]  # [B, 1, T, T]
     mask &= torch.ones(100, 100, dtype=torch.bool).tril()
     g = torch.Generator().manual_seed(0)
     exact = [torch.randn(2, h, 100, width, generator=g).bfloat16().float() for h in (6, n_kv, n_kv)]
-    ours = [x.to(GPU, torch.bfloat16).requires_grad_() for x in exact]
+    inputs = [x.to(GPU, torch.bfloat16).requires_grad_() for x in exact]
     exact = [x.requires_grad_() for x in exact]
-    out = packed_attention(*ours, find_bounds(segments, GPU))
-    wanted = F.scaled_dot_product_attention(*exact, attn_mask=mask, enable_gqa=True)
-    cotangent = torch.randn(wanted.shape, generator=g)
+    out = packed_attention(*inputs, find_bounds(segments, GPU))
+    expected = F.scaled_dot_product_attention(*exact, attn_mask=mask, enable_gqa=True)
+    cotangent = torch.randn(expected.shape, generator=g)
     out.backward(cotangent.to(out))
-    wanted.backward(cotangent)
-    assert apart(out, wanted) < 0.01
-    for mine, other in zip(ours, exact, strict=True):
-        assert apart(mine.grad, other.grad) < 0.01
+    expected.backward(cotangent)
+    assert relative_error(out, expected) < 0.01
+    for x, other in zip(inputs, exact, strict=True):
+        assert relative_error(x.grad, other.grad) < 0.01
 
 
 SIZES = dict(vit_hidden_dim=64, vit_n_heads=2, vit_inter_dim=128, lm_hidden_dim=96, lm_n_heads=6,
@@ -55,50 +55,50 @@ SIZES = dict(vit_hidden_dim=64, vit_n_heads=2, vit_inter_dim=128, lm_hidden_dim=
 
 
 @pytest.mark.parametrize("is_compiled", [False, True], ids=["plain", "compiled"])
-@pytest.mark.parametrize("dtype, most", [(torch.float32, 2e-4), (torch.bfloat16, 0.05)], ids=str)
-def test_a_step_of_training(small_model, some_rows, dtype, most, is_compiled):
-    """Loss and every gradient: fp32 in groups of segments, bf16 by their bounds."""
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 2e-4), (torch.bfloat16, 0.05)], ids=str)
+def test_training_step(small_model, some_rows, dtype, limit, is_compiled):
+    """Loss and gradients; fp32 loops over groups of segments, bf16 uses the kernel."""
     torch._dynamo.reset()
-    plain, made = (small_model(**SIZES).train() for _ in range(2))
-    made.to(GPU)
+    on_cpu, on_gpu = (small_model(**SIZES).train() for _ in range(2))
+    on_gpu.to(GPU)
     if is_compiled:
-        compile_blocks(made)
+        compile_blocks(on_gpu)
     for seed in range(3):
-        batch = some_rows(plain.cfg, seed, True)
-        plain.zero_grad(), made.zero_grad()
-        wanted = plain(**batch, reduction="sum")[1]
+        batch = some_rows(on_cpu.cfg, seed, True)
+        on_cpu.zero_grad(), on_gpu.zero_grad()
+        expected = on_cpu(**batch, reduction="sum")[1]
         with autocast(GPU, dtype):
             images = batch["images"].to(GPU)
             positions = batch["positions"].to(GPU)
-            loss = made(**batch | dict(images=images, positions=positions), reduction="sum")[1]
-        wanted.backward()
+            loss = on_gpu(**batch | dict(images=images, positions=positions), reduction="sum")[1]
+        expected.backward()
         loss.backward()
-        assert apart(loss, wanted) < most
-        # A bias of keys moves no softmax: its gradient is rounding, and not to be compared.
-        least = 0.01 * float(torch.nn.utils.get_total_norm([p.grad for p in plain.parameters()]))
-        for (name, x), y in zip(plain.named_parameters(), made.parameters(), strict=True):
-            assert apart(y.grad, x.grad, least) < most, name
+        assert relative_error(loss, expected) < limit
+        # Key biases do not change the softmax: their gradients are rounding noise.
+        minimum = 0.01 * float(torch.nn.utils.get_total_norm([p.grad for p in on_cpu.parameters()]))
+        for (name, x), y in zip(on_cpu.named_parameters(), on_gpu.parameters(), strict=True):
+            assert relative_error(y.grad, x.grad, minimum) < limit, name
 
 
-@pytest.mark.parametrize("way", ["recorded", "compiled", "int8"])
+@pytest.mark.parametrize("mode", ["recorded", "compiled", "int8"])
 @pytest.mark.parametrize("sampling", [Sampling(20), Sampling(20, repetition_penalty=1.3)], ids=str)
-def test_answers_are_those_of_a_cpu(small_model, make_sample, pad_rows, way, sampling):
-    if way == "compiled" and (why := missing_compiler(GPU)):
-        pytest.skip(why)
+def test_answers_match_the_cpu(small_model, make_sample, pad_rows, mode, sampling):
+    if mode == "compiled" and (reason := missing_compiler(GPU)):
+        pytest.skip(reason)
     torch._dynamo.reset()
-    plain, made = (small_model(**SIZES, lm_tie_weights=False) for _ in range(2))
-    if way == "int8":
-        quantize_int8(plain.decoder), quantize_int8(made.decoder)
-    made.to(GPU)
-    if way == "compiled":
-        compile_decoding(made)
+    on_cpu, on_gpu = (small_model(**SIZES, lm_tie_weights=False) for _ in range(2))
+    if mode == "int8":
+        quantize_int8(on_cpu.decoder), quantize_int8(on_gpu.decoder)
+    on_gpu.to(GPU)
+    if mode == "compiled":
+        compile_decoding(on_gpu)
     for prompts in ([(1, 8)], [(0, 3), (1, 8), (2, 5)]):
-        samples = [make_sample(plain.cfg, n, words, i) for i, (n, words) in enumerate(prompts)]
-        ids, images, mask = pad_rows(plain.cfg, samples, "left")
-        wanted = list(steps(plain, ids, images, mask, sampling))
-        found = list(steps(made, ids.to(GPU), images.to(GPU), mask.to(GPU), sampling))
-        for a, b in zip(found, wanted, strict=True):
-            assert apart(a.logits, b.logits) < 1e-3
+        samples = [make_sample(on_cpu.cfg, n, words, i) for i, (n, words) in enumerate(prompts)]
+        ids, images, mask = pad_rows(on_cpu.cfg, samples, "left")
+        expected = list(steps(on_cpu, ids, images, mask, sampling))
+        found = list(steps(on_gpu, ids.to(GPU), images.to(GPU), mask.to(GPU), sampling))
+        for a, b in zip(found, expected, strict=True):
+            assert relative_error(a.logits, b.logits) < 1e-3
             assert a.tokens.tolist() == b.tokens.tolist()
 
 
@@ -107,8 +107,8 @@ def losses(run: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
-def test_a_run_that_goes_on(tmp_path):
-    """train.py as a user types it: 30 steps at once, and the last 15 again."""
+def test_a_resumed_run(tmp_path):
+    """Run train.py for 30 steps, then resume at step 15; losses are nearly the same."""
     run = tmp_path / "run"
 
     def train(*more: str) -> str:
@@ -119,8 +119,8 @@ def test_a_run_that_goes_on(tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout
 
-    said = train()
-    assert torch.cuda.get_device_name() in said and "bf16" in said
+    out = train()
+    assert torch.cuda.get_device_name() in out and "bf16" in out
     whole = losses(run)
     shutil.rmtree(run / "step-000030")
     train("--train.resume=auto")

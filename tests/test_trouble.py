@@ -1,4 +1,4 @@
-"""What goes wrong on the machine under a run costs one sentence, and nothing that was there."""
+"""Full disks, read-only folders, locks and deleted files: one error line, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ def folder(config: Path) -> Path:
 
 
 def test_two_runs_in_one_folder(launch, run_file, tmp_path, capsys):
-    """The second one leaves at once and touches nothing; the first goes on to its end."""
+    """The second run stops with an error and changes nothing; the first run finishes."""
     config = run_file("run", steps=4, save_every=1)
     run = folder(config)
     run.mkdir()
-    hold = lock_run_folder(run)  # by this process: what is forked from it does not have the lock
+    lock = lock_run_folder(run)  # this process holds it; forked processes do not inherit it
     (run / "log.jsonl").write_text('{"step": 1}\n')
     (second,) = launch([str(config)])
     second.join(60)
-    said = (tmp_path / "said.txt").read_text()
+    output = (tmp_path / "output.txt").read_text()
     assert second.exitcode == 2
-    assert f"process {os.getpid()} on " in said and "is training there" in said
+    assert f"process {os.getpid()} on " in output and "is training there" in output
     assert (run / "log.jsonl").read_text() == '{"step": 1}\n' and not (run / "config.json").exists()
-    hold.close()
+    lock.close()
     train.main([str(config)])
     assert (run / "step-000004").is_dir()
     with open(run / ".lock", "a") as file:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # free again
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_may_not_be_written_really(run_file, tmp_path):
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can write everywhere")
+def test_a_folder_without_write_permission(run_file, tmp_path):
     config = run_file("closed/run")
     (tmp_path / "closed").chmod(0o500)
     with pytest.raises(InputError, match=r"train\.out = .*cannot be written \(Permission denied\)"):
@@ -67,8 +67,8 @@ def test_a_read_only_folder_is_refused_before_training(run_file, monkeypatch, ca
     assert "train.out = " in line and "cannot be written (Read-only file system)" in line
 
 
-def test_a_full_disk_stops_the_log_not_the_run(run_file, monkeypatch, capsys):
-    """A line that cannot be written is told once; checkpoints are the run."""
+def test_a_full_disk_stops_the_log_but_not_the_run(run_file, monkeypatch, capsys):
+    """The warning is printed once, and checkpoints are still saved."""
     config = run_file("run", steps=4, save_every=2)
     dumps = json.dumps
 
@@ -79,15 +79,15 @@ def test_a_full_disk_stops_the_log_not_the_run(run_file, monkeypatch, capsys):
 
     monkeypatch.setattr(engine.training.logger.json, "dumps", full)
     train.main([str(config)])
-    said = "".join(capsys.readouterr())
-    assert said.count("log.jsonl: cannot be written (No space left on device)") == 1
+    printed = "".join(capsys.readouterr())
+    assert printed.count("log.jsonl: cannot be written (No space left on device)") == 1
     assert [p.name for p in checkpoint.list_checkpoints(folder(config))] == [
         "step-000002",
         "step-000004",
     ]
 
 
-def test_a_full_disk_at_a_checkpoint_keeps_the_one_before(run_file, monkeypatch, capsys):
+def test_a_full_disk_at_a_checkpoint_keeps_the_previous_one(run_file, monkeypatch, capsys):
     config = run_file("run", steps=4, save_every=2)
     flush, left = engine.training.checkpoint._flush, [2]
 
@@ -108,8 +108,8 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_one_before(run_file, monkeypatch,
 
 
 @pytest.mark.parametrize("what", ["checkpoint", "run"])
-def test_what_is_deleted_under_a_run_is_written_again(run_file, monkeypatch, what):
-    """A checkpoint, or the whole folder; the command that continues works afterwards."""
+def test_files_deleted_during_a_run_are_written_again(run_file, monkeypatch, what):
+    """A checkpoint, or the whole run folder; the run can still be resumed."""
     config = run_file("run", steps=6, save_every=2, keep=1)
     run, point, left = folder(config), engine.training.checkpoint._point, [1]
 
@@ -127,8 +127,8 @@ def test_what_is_deleted_under_a_run_is_written_again(run_file, monkeypatch, wha
     train.main([str(run / "config.json"), "--train.resume", "auto"])
 
 
-def test_the_best_is_kept_beside_the_newest(run_file, monkeypatch):
-    """Accuracy decides, loss among equals; a resumed run still knows which it was."""
+def test_the_best_checkpoint_is_kept(run_file, monkeypatch):
+    """Highest accuracy, then lowest loss; also after a resume."""
     scores = {1: (0.1, 3.0), 2: (0.5, 2.0), 3: (0.5, 1.9), 4: (0.4, 1.0), 5: (0.5, 1.95), 6: (0, 0)}
 
     def fixed(cfg, model, processor, dist, autocast_context, step):
@@ -148,7 +148,7 @@ def test_the_best_is_kept_beside_the_newest(run_file, monkeypatch):
     assert checkpoint.resolve(run / "best").name in ("best", "step-000003")
 
 
-def test_rows_that_changed_are_noticed(run_file, rows_file, tmp_path):
+def test_resuming_with_changed_rows_is_refused(run_file, rows_file, tmp_path):
     copy = tmp_path / "rows.jsonl"
     rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
     for row in rows:
@@ -157,41 +157,41 @@ def test_rows_that_changed_are_noticed(run_file, rows_file, tmp_path):
     config = run_file("run", data={"source": str(copy)}, steps=2)
     train.main([str(config)])
     copy.write_text("\n".join(map(json.dumps, rows[:-1])))
-    with pytest.raises(InputError, match=r"rows of the source: 24 rows .* then, 23 rows .* now"):
+    with pytest.raises(InputError, match=r"rows of the source: was 24 rows .*, now 23 rows "):
         train.main([str(config), "--train.resume", "auto"])
 
 
-def test_prepared_rows_are_the_rows(run_file, rows_file, tmp_path, monkeypatch, capsys):
-    """Read once, pictures and all; interrupted, it goes on; the originals are needed no more."""
+def test_prepare_copies_rows_and_images(run_file, rows_file, tmp_path, monkeypatch, capsys):
+    """Images are copied, an interrupted run resumes, and the originals are not needed any more."""
     out = tmp_path / "prepared"
-    really, left = prepare.write, [2]
+    original, left = prepare.write, [2]
 
-    def cut(rows, path):
+    def interrupt(rows, path):
         left[0] -= 1
         if left[0] == 0:
-            raise InputError("cut off")
-        really(rows, path)
+            raise InputError("interrupted")
+        original(rows, path)
 
-    monkeypatch.setattr(prepare, "write", cut)
-    with pytest.raises(InputError, match="cut off"):
+    monkeypatch.setattr(prepare, "write", interrupt)
+    with pytest.raises(InputError, match="interrupted"):
         prepare.main([str(rows_file), str(out), "--rows", "10"])
-    monkeypatch.setattr(prepare, "write", really)
+    monkeypatch.setattr(prepare, "write", original)
     prepare.main([str(rows_file), str(out), "--rows", "10"])
     assert "24 rows read, 24 kept in 3 files" in capsys.readouterr().out
     from configs import DataConfig
     from data.sources.open import open_dataset
 
-    wanted = open_dataset(DataConfig(source=str(rows_file), val_fraction=0.0), "train")
+    expected = open_dataset(DataConfig(source=str(rows_file), val_fraction=0.0), "train")
     for stream in (False, True):
         cfg = DataConfig(source=str(out), val_fraction=0.0, stream=stream)
         got = open_dataset(cfg, "train")
         assert len(got) == 24
         for i in (0, 23):
-            assert got[i].turns == wanted[i].turns
-            assert got[i].images == (Path(wanted[i].images[0]).read_bytes(),)
+            assert got[i].turns == expected[i].turns
+            assert got[i].images == (Path(expected[i].images[0]).read_bytes(),)
     with pytest.raises(InputError, match="holds something else"):
         prepare.main([str(rows_file), str(tmp_path)])
-    prepare.main([str(rows_file), str(out), "--limit", "5"])  # fewer than there are: nothing to do
+    prepare.main([str(rows_file), str(out), "--limit", "5"])  # no effect: more rows exist
     for flag in ("--rows", "--limit"):
         with pytest.raises(InputError, match=f"{flag[2:]} = -1: must be at least"):
             prepare.main([str(rows_file), str(tmp_path / "new"), f"{flag}=-1"])

@@ -27,8 +27,8 @@ from engine.inference.chat import Chat
 from models.inference.sampling import Sampling
 
 N_EXAMPLES = 10  # answers that an evaluation logs and an answer sheet shows
-# The right image; a blank (mid-gray) image; another question's image. Accuracy that survives the
-# last two does not come from the image.
+# With the question's image, a blank (mid-gray) image, or another question's image. Accuracy that
+# survives the last two does not come from the image.
 VIEWS = ("answer", "blind", "shuffled")
 Views = Iterator[tuple[int, dict[str, str]]]  # (number of the question, answer by view)
 
@@ -81,13 +81,13 @@ def load_items(cfg: DataConfig, split: str, n: int) -> list[Item]:
 
 
 def sample_rows(source: Sized, n: int) -> list[int]:
-    """Indices of up to `n` rows in a random order that is always the same."""
+    """Indices of up to `n` rows in a fixed random order."""
     return np.random.default_rng(0).permutation(len(source))[:n].tolist()
 
 
 @dataclass(frozen=True)
 class RowQuestions(Sequence):
-    """Questions of a public dataset, read one by one, as its images may be gigabytes."""
+    """Questions of a public dataset; images are loaded lazily, as they may be gigabytes."""
 
     rows: Any  # rows of a file (data/sources/open.py)
     order: list[int]
@@ -137,8 +137,8 @@ def encode_question(
     """Encode question `i` with its image (view answer), a blank one, or another question's.
 
     Blank images are mid-gray. The other question is half the list away, or the next one after it
-    with as many images. Raises `InputError` if an image cannot be opened, as leaving the question
-    out would change the score.
+    with as many images. Raises `InputError` if an image cannot be opened, because leaving the
+    question out would change the score.
     """
     sample = questions[i].sample
     images, n = sample.images, len(questions)
@@ -259,10 +259,10 @@ def validation_loss(
 
 
 def load_answerable_items(processor: Processor, cfg: DataConfig, n: int) -> tuple[list[Item], int]:
-    """(validation questions that can be asked, number of those that cannot).
+    """Return (usable validation questions, number of unusable ones).
 
-    A question cannot be asked if an image does not open or the prompt is too long. Training
-    continues without them, where `load_items` would raise.
+    A question is unusable if an image cannot be opened or the prompt is too long. `load_items`
+    would raise; training continues without them.
     """
     if cfg.source == "world":
         return load_items(cfg, "val", n), 0
@@ -285,9 +285,9 @@ def evaluate(
 ) -> dict:  # fmt: skip
     """Validation loss, accuracy per skill and the first answers; {} without validation rows.
 
-    Questions that cannot be asked, for example with a broken image, are skipped and counted as
-    `val_left_out`. If the loss cannot be computed, returns only `val_problem`. `on_answers` gets
-    the answers, of which the first keep their images.
+    Unusable questions, for example with a broken image, are skipped and counted as `val_left_out`.
+    If the loss cannot be computed, returns only `val_problem`. `on_answers` gets the answers; the
+    first of each skill keep their images.
     """
     source = open_dataset(cfg, "val")
     if len(source) == 0:

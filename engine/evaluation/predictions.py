@@ -49,12 +49,12 @@ def part_files(path: Path) -> list[Path]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Lines of a file; not by `splitlines`, as answers may contain U+2028."""
+    """Lines of a file; `splitlines` would also split at U+2028, which answers may contain."""
     return [line for line in path.read_text("utf-8", "replace").split("\n") if line]
 
 
 def read_answers(path: Path | None, run: str) -> Answers:
-    """Answers of an interrupted or finished run; a line that was cut off is ignored."""
+    """Answers of an interrupted or finished run; an incomplete last line is ignored."""
     answers: Answers = {}
     for part in [] if path is None else [path, *part_files(path)]:
         for line in read_lines(part) if part.exists() else ():
@@ -67,7 +67,7 @@ def read_answers(path: Path | None, run: str) -> Answers:
             keys = {"number", "run", "views"}
             if not isinstance(row, dict) or not keys <= row.keys() or row["run"] != run:
                 reason = "holds predictions of another checkpoint or other settings"
-                raise InputError(f"{part}: {reason}; name another file, or delete it.")
+                raise InputError(f"{part}: {reason}; choose another file, or delete it.")
             answers[row["number"]] = row["views"]
     return answers
 
@@ -116,8 +116,8 @@ def read_scores(path: Path, questions: Sequence[Item]) -> list[float]:
         answered = [(r["row"], r["question"], r["expected"]) for r in rows]
         scores = [float(r["score"]) for r in rows]
     except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path}: not a finished file of score.py --predictions.") from None
+        raise InputError(f"{path}: not a complete file of score.py --predictions.") from None
     if answered != [(item.sample.row, item.question, item.expected) for item in questions]:
         fix = "score both with the same task, source, split and n"
-        raise InputError(f"{path}: answers {len(answered)} other questions; {fix}.")
+        raise InputError(f"{path}: its {len(answered)} questions differ; {fix}.")
     return scores

@@ -12,17 +12,17 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jinja2
 import tyro
 from PIL import Image
 
 from cli import command, parse
-from config_tools import InputError, from_dict, import_optional, read_json, write_atomic
+from config_tools import InputError, from_dict, read_json, write_atomic
 from configs import PRESETS, RunConfig
 from data.images import open_image
 from data.preview import describe_rows, evenly_spaced, inspect_row
@@ -30,13 +30,16 @@ from data.sources.open import open_dataset
 from engine.evaluation import evaluate
 from engine.evaluation.evaluate import Answered
 from engine.evaluation.metrics import any_exact, exact, per_answer
-from engine.inference import attention_overlay as overlays
+from engine.figures import style
+from engine.figures.curves import draw_accuracies, draw_curves, draw_losses
+from engine.inference.attention_overlay import draw_overlays
 from engine.inference.chat import Chat
 from engine.training import checkpoint
 from engine.training.logger import read_log
 
 THUMBNAIL = 120  # longest side, in pixels
 N_OVERLAYS = 4  # questions with attention overlays
+MAX_TOKENS = 11  # of an answer, with attention overlays
 N_ROWS = 100  # rows that the data summary reads
 PAGE = Path(__file__).with_name("report.html.jinja")
 
@@ -54,17 +57,17 @@ class Arguments:
 def main(argv: list[str]) -> None:
     args = parse(Arguments, argv)
     if not 1 <= len(args.runs) <= 2:
-        raise InputError(f"{len(args.runs)} run folders: name one or two.")
+        raise InputError(f"expected one or two run folders, got {len(args.runs)}.")
     out = args.out or args.runs[0] / "report.html"
     if out.is_dir() or not out.parent.is_dir():
-        raise InputError(f"out = {out}: must be a file in a folder that exists.")
+        raise InputError(f"out = {out}: must be a file in an existing folder.")
     page = write_page([collect(run) for run in args.runs])
     write_atomic(out, page)
     print(f"{out}: {len(page) / 2**20:.1f} MiB, opens in any browser")
 
 
 def write_page(runs: Sequence[dict]) -> str:
-    """The HTML page of what `collect` returned for each run."""
+    """Render the HTML page from the results of `collect`."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(PAGE.read_text(encoding="utf-8"))
     rows, defaults = [settings(run["config"]) for run in runs], settings(PRESETS["tiny"])
@@ -73,19 +76,21 @@ def write_page(runs: Sequence[dict]) -> str:
     def changed(row: dict) -> list[tuple]:
         return [(k, v, k in differ) for k, v in row.items() if v != defaults[k] or k in differ]
 
-    return template.render(runs=runs, changed=list(map(changed, rows)), all_settings=rows)
+    font = inline(style.font_bytes(), "font/ttf")
+    return template.render(
+        runs=runs, changed=list(map(changed, rows)), all_settings=rows, style=style, font=font
+    )
 
 
 def collect(run: Path) -> dict:
     """Everything the page shows of a run; raises `InputError` if it is not a run folder."""
     if not (run / "config.json").is_file() or not (run / "log.jsonl").is_file():
-        raise InputError(f"{run}: not a run folder, as it has no config.json and log.jsonl.")
+        raise InputError(f"{run}: not a run folder; expected config.json and log.jsonl.")
     cfg = from_dict(RunConfig, read_json(run / "config.json"), f"{run}/config.json")
     events = read_log(run)
     train = [e for e in events if "loss" in e]
     val = [e for e in events if "val_loss" in e]
-    plots = [curve(*c) for c in curves(train, val)]
-    shown = {"name": str(run), "config": cfg, "facts": facts(train, val), "curves": plots}
+    shown = {"name": str(run), "config": cfg, "facts": facts(train, val), "curves": curves(events)}
     shown |= {"data": describe(cfg, run), "scores": scores(run)}
     return shown | answers_section(run, cfg, val)
 
@@ -110,49 +115,39 @@ def facts(train: list[dict], val: list[dict]) -> list[tuple[str, str]]:
         ("minutes from first to last log line", f"{seconds / 60:.1f}"),
         ("training loss", f"{last['loss']:.3f}"),
         *[("validation loss", f"{e['val_loss']:.3f}") for e in val[-1:]],
-        *[("validation accuracy", f"{e['val_accuracy']:.1%}") for e in val[-1:]],
+        *[("validation accuracy", f"{100 * e['val_accuracy']:.1f} %") for e in val[-1:]],
         ("tokens/s, median", f"{speeds[len(speeds) // 2]:,.0f}"),
         ("images/s, last", f"{last['images_per_s']:,.1f}"),
-        ("waiting for data", f"{sum(e['data_wait'] for e in train) / len(train):.0%}"),
+        ("waiting for data", f"{100 * sum(e['data_wait'] for e in train) / len(train):.0f} %"),
         ("bad rows", str(last["bad_rows"])),
     ]
 
 
-def curves(train: list[dict], val: list[dict]) -> list[tuple]:
-    """(title, label of the y axis, points by name, whether the y axis is logarithmic)."""
+def curves(events: list[dict]) -> list[dict]:
+    """Plots of the log; raises `InputError` without matplotlib."""
 
-    def points(events: list[dict], key: str) -> list[tuple]:
-        return [(e["step"], e[key]) for e in events if key in e]
+    def values(title: str, prefix: str, is_noisy: bool = True) -> Callable[[Any], None]:
+        return lambda figure: draw_curves(figure, events, title, prefix, is_noisy)
 
-    other = {"val_loss", "val_answers", "val_left_out", "val_problem"}
-    skills = sorted({k for e in val for k in e if k.startswith("val_")} - other)
-    return [
-        ("Loss", "per token", {"training": points(train, "loss"),
-                               "validation": points(val, "val_loss")}, True),
-        ("Accuracy per skill", "validation", {k[4:]: points(val, k) for k in skills}, False),
-        ("Throughput", "tokens/s", {"": points(train, "tokens_per_s")}, False),
-    ]  # fmt: skip
+    plots: dict[str, Callable[[Any], None]] = {
+        "loss": lambda figure: draw_losses(figure, events),
+        "accuracy": lambda figure: draw_accuracies(figure, events),
+        "gradient norm": values("Gradient norm", "grad_norm"),
+        "learning rate": values("Learning rate", "lr_", is_noisy=False),
+        "throughput": values("Throughput (tokens/s)", "tokens_per_s"),
+    }
+    return [plot(name, draw) for name, draw in plots.items()] if events else []
 
 
-def curve(title: str, label: str, lines: dict[str, list], log: bool) -> dict:
+def plot(name: str, draw: Callable[[Any], None]) -> dict:
     """A plot as an SVG data URI; raises `InputError` without matplotlib."""
-    plt = import_optional("matplotlib.pyplot", "a report")
-    plt.switch_backend("agg")
-    figure, axis = plt.subplots(figsize=(6, 3.4), constrained_layout=True)
-    for i, (name, points) in enumerate(lines.items()):
-        if points:
-            style = dict(lw=3, color="black") if name == "accuracy" else dict(lw=1.2)
-            style |= dict(marker="o" if len(points) < 30 else None, ls="-" if i < 10 else "--")
-            axis.plot(*zip(*points), label=name, ms=3, **style)
-    axis.set(xlabel="step", ylabel=label, yscale="log" if log and any(lines.values()) else "linear")
-    axis.grid(alpha=0.3)
-    if len(lines) > 1 and any(lines.values()):
-        axis.legend(fontsize=7, ncols=2)
     text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    plt.close(figure)
+    with style.plotting("a report") as figure_class:
+        figure = figure_class(figsize=(6, 3.4))
+        draw(figure)
+        figure.savefig(text, format="svg", metadata={"Date": None})
     svg = text.getvalue()
-    return {"title": title, "svg": inline(svg[svg.index("<svg") :].encode(), "svg+xml")}
+    return {"name": name, "svg": inline(svg[svg.index("<svg") :].encode(), "image/svg+xml")}
 
 
 def scores(run: Path) -> list[dict]:
@@ -220,34 +215,38 @@ def question_of(a: Answered) -> str:
     return a.item.question.replace("<image>", "")
 
 
-def overlays_of(chat: Chat, a: Answered, max_tokens: int = 12) -> dict:
-    """The answer, and an attention overlay of the first image for each of its first tokens."""
-    images = [open_image(image) for image in a.item.sample.images]
+def overlays_of(chat: Chat, a: Answered) -> dict:
+    """The answer, and a sheet of attention overlays for its first tokens, if there is an image."""
+    sources = a.item.sample.images
+    images = [open_image(source) for source in sources]
     prompt = chat.processor.encode_prompt(a.item.sample.turns[:-1], images)
     ((_, reply),) = chat.generate_replies([prompt])
-    tokens = []
-    if images:
-        overlay = overlays.attention_overlay(chat, prompt, reply.tokens)
-        tiles, grid = overlays.split_tiles(chat, images)[0]
-        for t, token in enumerate(reply.tokens[:max_tokens]):
-            word = chat.processor.tokenizer.decode([token], skip_special_tokens=True)
-            heat = overlays.merge_tile_maps(overlay.maps[t, tiles], *grid)
-            view = thumbnail(overlays.paint_heatmap(images[0], heat))
-            tokens.append((word.strip() or "(end)", view))
-    return {"question": question_of(a), "answer": reply.text, "tokens": tokens}
+    shown = {"question": question_of(a), "answer": reply.text, "sheet": "", "width": 0}
+    if images and reply.tokens:
+        name = sources[0] if isinstance(sources[0], (str, Path)) else a.item.sample.row or "image"
+        sheet = draw_overlays(
+            chat, prompt, reply.tokens[:MAX_TOKENS], images, str(name), shown["question"]
+        )
+        shown |= {"sheet": encode(sheet, "JPEG"), "width": sheet.width // 2}
+    return shown
 
 
 def thumbnail(image: Image.Image) -> str:
-    """A small copy of an image, as a PNG data URI."""
+    """A small copy of an image, as a data URI."""
     image.thumbnail((THUMBNAIL, THUMBNAIL))
+    return encode(image, "PNG")
+
+
+def encode(image: Image.Image, file_format: str) -> str:
+    """An image as a data URI."""
     data = io.BytesIO()
-    image.save(data, "PNG")
-    return inline(data.getvalue(), "png")
+    image.save(data, file_format, quality=88)
+    return inline(data.getvalue(), f"image/{file_format.lower()}")
 
 
-def inline(content: bytes, kind: str) -> str:
-    """Bytes of an image format as a data URI."""
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+def inline(content: bytes, media_type: str) -> str:
+    """Bytes as a data URI."""
+    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
 
 
 if __name__ == "__main__":

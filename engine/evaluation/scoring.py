@@ -18,17 +18,18 @@ from engine.inference.chat import Chat
 from engine.training.distributed import Dist
 
 YES_NO_FIGURES = ("precision", "recall", "f1", "yes_ratio")
+LEGEND = "unseen: held-out combinations; blind: blank image; shuffled: another question's image"
 
 
 def answer_all(
     chat: Chat, questions: Sequence[Item], dist: Dist, by: str, predictions: Path | None,
     run: str, max_tiles: int, max_new_tokens: int,
 ) -> Answers:  # fmt: skip
-    """Answer all questions in all views; every process answers a part of the open ones.
+    """Answer all open questions in all views; every process answers a share of them.
 
     `by` is generation or likelihood. `predictions` and `run` are as in `record_answers`.
     """
-    # Gathered before any process writes: all must agree on which questions are open.
+    # Read before any process writes, so that all agree on which questions are open.
     answers = dist.all_gather(read_answers(predictions, run))[0]
     is_open = [i for i in range(len(questions)) if i not in answers]
     share = is_open[dist.rank :: dist.world_size]
@@ -65,9 +66,10 @@ def format_result(result: dict) -> str:
         lines.append(line + " ".join(f"{cell:>8}" for cell in (*cells, s["n"])))
     figures = [f"{k} {result[k]:.1%}" for k in YES_NO_FIGURES if k in result]
     lines += [", ".join(figures)] if figures else []
+    lines.append(LEGEND)
     if "against" in result:
         a = result["against"]
         low, high = a["interval"]
-        lines.append(f"against the other checkpoint: better by {a['difference']:+.1%} "
-                     f"({low:+.1%} to {high:+.1%}), p = {a['p']:.4f}")  # fmt: skip
+        lines.append(f"difference to the other checkpoint: {a['difference']:+.1%} "
+                     f"(95 % interval {low:+.1%} to {high:+.1%}), p = {a['p']:.4f}")  # fmt: skip
     return "\n".join(lines)

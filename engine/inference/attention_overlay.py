@@ -16,10 +16,14 @@ from PIL import Image
 
 from data.images import tile_grid
 from data.types import Tokens
+from engine.figures.heatmaps import color_scale, overlay
+from engine.figures.sheet import SIDE, Cell, Text, draw_sheet, square
+from engine.figures.style import MUTED
 from engine.inference.chat import Chat
 from models.inspect.attention_maps import attention_weights, tile_maps
 
 MAX_SIDE = 480  # longest side of an overlay, in pixels
+COLUMNS = 6  # of a sheet of overlays
 
 
 @dataclass(frozen=True)
@@ -71,11 +75,30 @@ def paint_heatmap(image: Image.Image, heat: np.ndarray) -> Image.Image:
     scale = MAX_SIDE / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     smooth = Image.Resampling.NEAREST if scale > 3 else Image.Resampling.BICUBIC
-    grey = np.asarray(image.convert("L").resize(size, smooth), dtype=np.float32)[..., None]
-    heat = (heat - heat.min()) / max(float(heat.max() - heat.min()), 1e-12)
-    glow = Image.fromarray(heat.astype(np.float32)).resize(size, Image.Resampling.BICUBIC)
-    glow = np.asarray(glow).clip(0, 1)[..., None]  # [H, W, 1]
-    warm = np.concatenate((np.full_like(glow, 255), 230 * glow, 60 * (1 - glow)), axis=-1)
-    alpha = 0.75 * glow
-    mixed = (0.45 * grey + 90) * (1 - alpha) + warm * alpha
-    return Image.fromarray(mixed.clip(0, 255).astype(np.uint8))
+    return overlay(image.resize(size, smooth), heat)
+
+
+def draw_overlays(
+    chat: Chat,
+    prompt: Tokens,
+    answer: Sequence[int],
+    images: Sequence[Image.Image],
+    name: str,
+    title: str = "",
+) -> Image.Image:
+    """A sheet: the first image with its `name`, and its overlay for each token of an answer.
+
+    Below each overlay are the token, the share of attention on all images, and the color scale.
+    """
+    found = attention_overlay(chat, prompt, answer)
+    tiles, grid = split_tiles(chat, images)[0]
+    cells = [Cell(square(images[0]), (Text(name, is_path=True),))]
+    for token, maps, share in zip(answer, found.maps, found.on_images):
+        heat = merge_tile_maps(maps[tiles], *grid)
+        word = chat.processor.tokenizer.decode([token], skip_special_tokens=True).strip()
+        texts = Text(word or "(end)"), Text(f"{100 * share:.0f} % on image", MUTED)
+        scale = color_scale(float(heat.min()), float(heat.max()), SIDE, is_overlay=True)
+        cells.append(Cell(square(paint_heatmap(images[0], heat)), texts, scale))
+    rows = [cells[i : i + COLUMNS] for i in range(0, len(cells), COLUMNS)]
+    what = Text("Attention on the image for each token of the answer", MUTED, max_lines=2)
+    return draw_sheet(rows, title=[Text(title, max_lines=3), what] if title else [what])

@@ -30,7 +30,7 @@ class Request(NamedTuple):
     prompt: str
     images: list[str]
     choices: list[str]
-    copied: dict  # fields for the answer's row
+    copied: dict  # fields that the answer's row repeats
 
 
 def answer_file(
@@ -83,11 +83,11 @@ def answer_file(
                 continue
             best = max(range(len(options)), key=probabilities.__getitem__)
             write(k, {"answer": options[best], "shares": [round(p, 6) for p in probabilities]})
-    # Like the questions, in place of the order in which the answers were finished.
+    # Answers were appended as they finished: sort them like the questions.
     write_atomic(out, "".join(json_line(done[k]) for k in sorted(done)))
     if failed:
         k, n = next(iter(failed)), f"{len(failed)} of {len(rows)} rows"
-        raise InputError(f"{out}: {n} are not answered, the first: {rows.where(k)}: {failed[k]}")
+        raise InputError(f"{out}: {n} have no answer; the first is {rows.where(k)}: {failed[k]}")
 
 
 def _read_request(rows: Any, k: int) -> Request:
@@ -97,10 +97,10 @@ def _read_request(rows: Any, k: int) -> Request:
     images = [images] if isinstance(images, str) else images
     choices = row.get("choices") or []
     if not isinstance(prompt, str) or not prompt.strip():
-        raise InputError(f"{rows.where(k)}: needs a text in 'question' or 'prompt'.")
+        raise InputError(f"{rows.where(k)}: expected text in 'question' or 'prompt'.")
     for name, value in (("image", images), ("choices", choices)):
         if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
-            kind = "a path or a list of paths" if name == "image" else "a list of texts"
+            kind = "a path or a list of paths" if name == "image" else "a list of strings"
             raise InputError(f"{rows.where(k)}: {name!r} must be {kind}.")
     copied = json.loads(json.dumps({n: row[n] for n in NAMES if n in row}, default=str))
     return Request(prompt, [str(rows.folder / image) for image in images], choices, copied)
@@ -125,8 +125,8 @@ def read_answered(out: Path, copied: Sequence[dict], run: str) -> dict[int, dict
         except ValueError:
             is_same = is_cut and line.startswith(b"{")
         if not is_same:
-            reason = "holds other answers, or those of another model or other settings"
-            raise InputError(f"{out}: {reason}; name another file, or delete it.")
+            reason = "holds answers to other questions, of another model or with other settings"
+            raise InputError(f"{out}: {reason}; choose another file, or delete it.")
         if is_cut:
             os.truncate(out, n_bytes)
             break

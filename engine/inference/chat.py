@@ -68,7 +68,7 @@ def answer_text(processor: Processor, tokens: Sequence[int], stop: Sequence[str]
 def stream_text(
     processor: Processor, steps: Iterable[Step], stop: Sequence[str] = ()
 ) -> Iterator[Chunk]:
-    """Decode the steps of a single row into chunks, up to the first stop string.
+    """Decode generated tokens of a single row into chunks, up to the first stop string.
 
     Yields one chunk per token, and one more if text was held back at the end.
     """
@@ -111,7 +111,7 @@ class Chat:
 
     @classmethod
     def load(cls, checkpoint: str | Path, device: str | torch.device = "cpu") -> Chat:
-        """`open_checkpoint`, on a device; raises `InputError`."""
+        """Load a checkpoint, a run folder or a Hub id onto a device; raises `InputError`."""
         try:
             torch.zeros(1, device=device)
         except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
@@ -130,7 +130,7 @@ class Chat:
     def stream(
         self, prompt: str, images: Images = (), sampling: Sampling = Sampling()
     ) -> Iterator[str]:
-        """Yield the answer piece by piece while it is generated."""
+        """Yield pieces of the answer while it is generated."""
         chunks = self.stream_chunks(self.encode_prompt(prompt, images), sampling)
         return (chunk.text for chunk in chunks)
 
@@ -181,9 +181,9 @@ class Chat:
         answers = [self.processor.encode_answer(choice).tolist() for choice in choices]
         longest, limit = max(map(len, answers)), self.processor.cfg.lm_max_position_embeddings
         if len(tokens) + longest > limit:
-            size = f"the longest has {longest} tokens after the prompt's {len(tokens)}"
+            size = f"the prompt has {len(tokens)} tokens and the longest choice {longest}"
             size += f", but the model's context ends at {limit}"
-            raise InputError(f"choices: {size}; shorten it.")
+            raise InputError(f"choices: {size}; shorten them.")
         logprobs = score_continuations(self.model, self._encode(tokens), answers)
         scores = [float(x.sum()) for x in logprobs]
         weights = [math.exp(x - max(scores)) for x in scores]

@@ -1,7 +1,7 @@
 """A conversation of several turns, with a prefix cache that is reused across turns.
 
 The cache holds keys and values of all tokens so far. Each turn runs the model only on the tokens
-after the longest common prefix; after `reset`, images that come again can still match.
+after the longest common prefix. The cache survives `reset`, so the same first images match again.
 Not here: the terminal (terminal.py).
 """
 
@@ -56,7 +56,7 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """Forget turns and images; the cache stays, in case the same images come again."""
+        """Start a new conversation; the cache stays, in case the same images come again."""
         self.turns: list[Turn] = []
         self.images: list[Any] = []
         self.keys: list[np.ndarray] = []  # of each encoded turn
@@ -66,7 +66,7 @@ class Conversation:
         self, prompt: str, images: Sequence = (), sampling: Sampling = Sampling(),
         stop: Sequence[str] = (),
     ) -> Iterator[Chunk]:  # fmt: skip
-        """Yield the answer as chunks; a caller that stops iterating cuts the answer off there.
+        """Yield the answer as chunks; to interrupt it, stop iterating.
 
         Raises `InputError`; the conversation is then unchanged.
         """
@@ -84,8 +84,8 @@ class Conversation:
                 text, has_answer = text + chunk.text, True
                 yield chunk
         finally:
-            if has_answer:  # not if it was cut off before the first token
-                # First, as it raises if the answer spells a special token.
+            if has_answer:  # not if it was interrupted before the first token
+                # Before any change, because it raises if the answer spells a special token.
                 self.keys = [*parts, processor.encode_answer(text).astype(np.int64)]
                 self.turns += [turn, Turn("assistant", text)]
                 self.images += images

@@ -21,7 +21,7 @@ from models.inference.sampling import Sampling
 HELP = """/image FILE ...   add images to the next question
 /reset            start a new conversation; encoded images stay cached
 /save FILE        append the conversation to a JSONL file that train.py reads
-/quit             leave (also Ctrl-D); Ctrl-C cuts an answer off"""
+/quit             quit (also Ctrl-D); Ctrl-C interrupts an answer"""
 
 
 def print_chunks(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
@@ -58,14 +58,14 @@ def read_keyboard() -> Iterator[str]:
     """Yield lines from the keyboard; with history if Python has readline."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  gives input() line editing and history
-    print("Ask; /help lists commands.", file=sys.stderr)
+    print("Ask a question; /help lists commands.", file=sys.stderr)
     while True:
         try:
             line = input("> ")
         except EOFError:
             print(file=sys.stderr)
             return
-        except KeyboardInterrupt:  # discards the line, as in a shell
+        except KeyboardInterrupt:  # discard the line, as a shell does
             print(file=sys.stderr)
             continue
         yield line
@@ -76,7 +76,7 @@ def run_conversation(
     sampling: Sampling, stop: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Answer each line or run its command; an `InputError` is printed and the loop continues."""
-    given = list(images)  # all images so far; the last ones wait for the next question
+    given = list(images)  # all images so far, including those for the next question
     if given:
         conversation.chat.encode_prompt("", given)  # fail now if an image cannot be read
     for line in map(str.strip, lines):
@@ -86,14 +86,14 @@ def run_conversation(
                 return
             if word == "/image":
                 new = file_arguments(line)
-                conversation.chat.encode_prompt("", waiting + new)  # all, as they go together
+                conversation.chat.encode_prompt("", waiting + new)  # fail now if they do not fit
                 given += new
             elif word == "/reset":
                 conversation.reset()
             elif word == "/save":
                 save_conversation(conversation, Path(file_arguments(line)[0]))
             elif word.startswith("/"):
-                print("" if word == "/help" else f"{word}: no such command.\n", HELP, sep="",
+                print("" if word == "/help" else f"{word}: unknown command.\n", HELP, sep="",
                       file=sys.stderr)  # fmt: skip
             elif line:
                 list(print_chunks(conversation.ask(line, waiting, sampling, stop)))
@@ -104,20 +104,20 @@ def run_conversation(
 
 
 def file_arguments(line: str) -> list[str]:
-    """The files that a command names; raises `InputError` without any."""
+    """Return the file names after a command; raises `InputError` if there are none."""
     try:
         _, *names = shlex.split(line)
     except ValueError:  # an unclosed quote
         names = []
     if not names:
-        raise InputError("name a file, in quotes if it has spaces.")
+        raise InputError("file name missing; use quotes if it has spaces.")
     return names
 
 
 def save_conversation(conversation: Conversation, path: Path) -> None:
     """Append the conversation to a JSONL file, as a row that `data.source` reads."""
     if not conversation.turns:
-        raise InputError("there is nothing to save yet.")
+        raise InputError("nothing to save: the conversation is empty.")
     row = {
         "images": [str(Path(p).resolve()) for p in conversation.images],
         "messages": [{"role": turn.role, "content": turn.text} for turn in conversation.turns],
@@ -125,7 +125,7 @@ def save_conversation(conversation: Conversation, path: Path) -> None:
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json_line(row))
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         reason = getattr(error, "strerror", error)
         raise InputError(f"{str(path)!r}: cannot be written ({reason}).") from None
     print(f"appended to {path}", file=sys.stderr)

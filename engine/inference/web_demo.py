@@ -55,18 +55,18 @@ class AnswerState:
 def open_images(paths: Sequence[str]) -> list[Image.Image]:
     """Open uploaded images; raises `InputError` if there are too many, or one is too large."""
     if len(paths) > MAX_IMAGES:
-        raise InputError(f"{len(paths)} images are more than {MAX_IMAGES}; send fewer.")
+        raise InputError(f"{len(paths)} images, but the maximum is {MAX_IMAGES}; send fewer.")
     images = []
     for path in paths:
         name, width, height = Path(path).name, 0, 0
-        # Pillow's plug-ins raise nearly every type on broken files, which open_image reports.
+        # Pillow may raise any exception for a broken file; open_image below reports it.
         with warnings.catch_warnings(), contextlib.suppress(Exception):
             warnings.simplefilter("ignore")
             with Image.open(path, formats=FORMATS) as image:
                 width, height = image.size
         if width * height > MAX_PIXELS:
-            size = f"{width} x {height} pixels are more than {MAX_PIXELS:,}"
-            raise InputError(f"{name}: {size}; send a smaller one.")
+            size = f"{width} x {height} pixels, but the maximum is {MAX_PIXELS:,}"
+            raise InputError(f"{name}: {size}; send a smaller image.")
         try:
             images.append(open_image(path))
         except InputError as error:
@@ -81,7 +81,7 @@ def answer(
     yield {"answer": "", "note": "", "tiles": [], "state": AnswerState()}
     try:
         if len(prompt) > MAX_CHARACTERS:
-            size = f"{len(prompt):,} characters, more than {MAX_CHARACTERS:,}"
+            size = f"{len(prompt):,} characters, but the maximum is {MAX_CHARACTERS:,}"
             raise InputError(f"the question has {size}; shorten it.")
         images = open_images(paths or ())
         prompt_tokens = chat.encode_prompt(prompt, images)
@@ -180,7 +180,7 @@ def build_page(chat: Chat, title: str, examples: Sequence[str], sampling: Sampli
                 reply = gr.Textbox(label="Answer", lines=3, interactive=False, elem_id="answer")
                 note = gr.Textbox(show_label=False, container=False, interactive=False,
                                   elem_id="note")  # fmt: skip
-                tiles = gr.Gallery(label="Tiles, as the model sees them", height=200,
+                tiles = gr.Gallery(label="Tiles that the model gets", height=200,
                                    object_fit="contain", elem_id="tiles")  # fmt: skip
             with gr.Column():
                 slider = gr.Slider(1, 2, 1, step=1, label="Token of the answer", elem_id="token",

@@ -18,11 +18,11 @@ from models.pretrained.hub import find
 from models.pretrained.load import newest_checkpoint
 from models.pretrained.save import transformers_class
 
-NO_LOADER = "only picoVLM loads it: no class of transformers fits"
+NO_LOADER = "only picoVLM loads it: transformers has no class for this architecture"
 
 
 def write_repository(source: str, folder: Path, repo_id: str) -> str:
-    """Write the repository into `folder`; return a line that names what can load it."""
+    """Write the repository into `folder`; return a line about what can load it."""
     model = open_classifier(source)
     model.save_pretrained(folder)
     checkpoint = newest_checkpoint(find(source))

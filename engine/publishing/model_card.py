@@ -53,7 +53,7 @@ def write_repository(
     score = read_json(run / SCORE) if (run / SCORE).is_file() else {}
     keys = {"accuracy", "interval", "n"}
     if score and not all(keys <= set(s) for s in (score, *score.get("skills", {}).values())):
-        raise InputError(f"{run / SCORE}: not a result of score.py --json; move the file away.")
+        raise InputError(f"{run / SCORE}: not a result of score.py --json; move or delete it.")
     (folder / "README.md").write_text(card(model, record, score, folder, repo_id), encoding="utf-8")
 
 
@@ -99,7 +99,7 @@ def fingerprint(source: str, seed: int) -> str:
 
 
 def hours(events: list[dict]) -> float:
-    """Hours of training; the clock of the log restarts at 0 with every resume."""
+    """Hours of training, over all resumes; `seconds` in the log restarts at 0 with each."""
     total = last = 0.0
     for event in events:
         if event["seconds"] < last:
@@ -157,7 +157,7 @@ def architecture(model: VisionLanguageModel, reason: str) -> str:
         "vision": f"ViT, {cfg.vit_n_blocks} blocks of {cfg.vit_hidden_dim}, tiles of "
         f"{cfg.vit_img_size} pixels, patches of {cfg.vit_patch_size}",
         "projector": f"pixel shuffle by {cfg.mp_pixel_shuffle_factor}, {cfg.tokens_per_tile} "
-        "tokens a tile",
+        "tokens per tile",
         "language": f"{cfg.lm_n_blocks} blocks of {cfg.lm_hidden_dim}, {cfg.lm_n_heads} heads "
         f"({cfg.lm_n_kv_heads} for keys), vocabulary of {cfg.lm_vocab_size:,}",
     }
@@ -184,11 +184,11 @@ def training(record: dict) -> str:
 
 
 def section(rows: dict[str, str], script: str) -> str:
-    """The section about training: `rows` as a table, and the command that repeats it."""
+    """The section about training: `rows` as a table, and the command to repeat it."""
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return (
-        f"## Training\n\n| | |\n|---|---|\n{table}\n\nAgain, from the commit above and with "
-        f"[{CONFIG_NAME}]({CONFIG_NAME}):\n\n```bash\npython {script} {CONFIG_NAME}\n```"
+        f"## Training\n\n| | |\n|---|---|\n{table}\n\nTo repeat it, check out the commit above and "
+        f"run, with [{CONFIG_NAME}]({CONFIG_NAME}):\n\n```bash\npython {script} {CONFIG_NAME}\n```"
     )
 
 

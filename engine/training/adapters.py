@@ -55,7 +55,7 @@ def target_modules(model: VisionLanguageModel, cfg: TrainConfig) -> list[str]:
         chosen = [n for n in of_part if not cfg.lora_targets or n.endswith(cfg.lora_targets)]
         if not chosen:
             ends = sorted({name.rpartition(".")[2] for name in of_part})
-            reason = f"no such layer in {part}; it has {', '.join(ends)}"
+            reason = f"no linear layer in {part} matches; it has {', '.join(ends)}"
             raise InputError(f"train.lora_targets = {cfg.lora_targets}: {reason}.")
         found += chosen
     return found
@@ -68,7 +68,7 @@ def adapter_layers(model: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def merge(model: VisionLanguageModel) -> VisionLanguageModel:
-    """A model without adapters and with the same outputs; other tensors are shared, not copied."""
+    """Merge the adapters into a new model; tensors without adapters are shared, not copied."""
     layers, tensors = adapter_layers(model), {}
     for name, tensor in model.state_dict().items():
         owner, _, leaf = name.rpartition(".base_layer.")
@@ -81,7 +81,7 @@ def merge(model: VisionLanguageModel) -> VisionLanguageModel:
 
 
 def trainable_tensors(model: VisionLanguageModel) -> dict[str, Tensor]:
-    """All tensors that train, by picoVLM's names, for example `layer.lora_A.weight`."""
+    """Trainable tensors by their names in picoVLM, for example `layer.lora_A.weight`."""
     trainable = ((name, p.detach()) for name, p in model.named_parameters() if p.requires_grad)
     return {name.replace(".default.", "."): p for name, p in trainable}
 
@@ -124,15 +124,15 @@ def load_adapter(model: VisionLanguageModel, folder: Path) -> None:
     shapes, now = ({name: t.shape for name, t in x.items()} for x in (saved, trainable))
     mismatched = {name for name in shapes | now if shapes.get(name) != now.get(name)}
     if mismatched:
-        reason = f"does not match the adapters of this run: {min(mismatched)}"
-        raise InputError(f"{folder / FOLDER}: {reason}.")
+        reason = f"tensor {min(mismatched)} does not match the adapters of this run"
+        raise InputError(f"{folder / FOLDER}: {reason}; keep the --train.lora settings.")
     with torch.no_grad():
         for name, tensor in trainable.items():
             tensor.copy_(saved[name])
 
 
 def initial_weights(folder: Path) -> Path:
-    """The model to load when resuming from a checkpoint: itself, or the base of its adapters."""
+    """The model to load before resuming: the checkpoint, or with adapters the base model."""
     return folder.parent / BASE if (folder / FOLDER).is_dir() else folder
 
 
@@ -148,7 +148,7 @@ def save_model(model: VisionLanguageModel, folder: Path, processor, cfg: TrainCo
 def save_base(model: VisionLanguageModel, processor, cfg: TrainConfig) -> None:
     """Before training with adapters, write the base model into the run folder.
 
-    New adapters add zero, so merging them does not change a bit.
+    Merging new adapters adds zero, so the base weights are unchanged.
     """
     folder, temporary = Path(cfg.out, BASE), Path(cfg.out, ".saving-base")
     if cfg.lora:

@@ -42,7 +42,7 @@ class Best:
     score: tuple[float, float] = (-1.0, 0.0)  # accuracy, minus loss
 
     def update(self, values: dict, step: int) -> bool:
-        """Record `values` if they are better, not without `val_loss`; return whether they are."""
+        """Record `values` if they have `val_loss` and are better; return whether they are."""
         if "val_loss" not in values:
             return False
         score = (values["val_accuracy"], -values["val_loss"])
@@ -53,10 +53,10 @@ class Best:
 
 
 def list_shared_checkpoints(run: Path, dist: Dist) -> list[Path]:
-    """`list_checkpoints`; raises `InputError` if processes on different machines see others."""
+    """`list_checkpoints`; raises `InputError` if machines see different checkpoints."""
     found = list_checkpoints(run)
     names = {tuple(p.name for p in paths) for paths in dist.all_gather(found)}
-    fix = "machines see different checkpoints there; use a folder that all machines share"
+    fix = "the machines see different checkpoints; use a folder that all machines share"
     require(len(names) == 1, "train.out", str(run), fix)
     return found
 
@@ -143,8 +143,8 @@ def save(
 def write_error(path: Path, reason: object) -> InputError:
     """The error for a checkpoint that cannot be written."""
     return InputError(
-        f"{path}: the checkpoint could not be written ({reason}); earlier checkpoints are intact, "
-        "free some disk space and continue with --train.resume auto."
+        f"{path}: the checkpoint could not be written ({reason}). Earlier checkpoints are "
+        "intact; free disk space and continue with --train.resume auto."
     )
 
 
@@ -179,7 +179,7 @@ def _write(
 
 
 def _point(link: Path, target: Path) -> None:
-    """Make `link` a symlink to a checkpoint, atomically; do nothing without symlinks."""
+    """Make `link` a symlink to a checkpoint, atomically; no effect if symlinks are unsupported."""
     temporary = link.with_name(f".{link.name}-{os.getpid()}")
     with contextlib.suppress(OSError):
         if target.is_dir():
@@ -204,7 +204,7 @@ def read_state(folder: Path, mmap: bool = False) -> dict:
         return torch.load(folder / STATE, "cpu", weights_only=True, mmap=mmap)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0][:120]
-        fix = "delete that checkpoint, and --train.resume auto continues from the previous one"
+        fix = "delete this checkpoint; --train.resume auto then continues from the previous one"
         raise InputError(f"{folder / STATE}: damaged ({reason}); {fix}.") from None
 
 
@@ -228,7 +228,7 @@ def load_state(
     state = read_state(folder)
     saved = from_dict(type(cfg), state["provenance"]["config"], str(folder / STATE))
     changed = [
-        f"{part}.{name}: {old!r} then, {new!r} now"
+        f"{part}.{name}: was {old!r}, now {new!r}"
         for part, fields in vars(saved).items()
         for (name, old), new in zip(vars(fields).items(), vars(getattr(cfg, part)).values())
         if old != new and f"{part}.{name}" not in MAY_CHANGE
@@ -236,10 +236,10 @@ def load_state(
     counts = ("world", "processes", world_size), ("data", "rows of the source", data_fingerprint)
     for key, label, now in counts:
         if (state.get(key) or now) != now:  # checkpoints of earlier versions may lack the key
-            changed.append(f"{label}: {state[key]} then, {now} now")
+            changed.append(f"{label}: was {state[key]}, now {now}")
     then, now = (max(1, c.data.workers) for c in (saved, cfg))
     if getattr(saved.data, "stream", False) and then != now:
-        changed.append(f"data.workers (they share a stream): {then} then, {now} now")
+        changed.append(f"data.workers (fixed with data.stream): was {then}, now {now}")
     if changed:
         is_vlm = "init_from" in vars(cfg.train)
         flag = "--train.init-from" if is_vlm else "--model.vit-model-type"

@@ -40,7 +40,7 @@ class Dist:
 
     @property
     def is_async(self) -> bool:
-        """Whether the device computes asynchronously, while Python goes on."""
+        """Whether the device computes asynchronously to Python."""
         return self.device.type == "cuda"
 
     @property
@@ -145,18 +145,18 @@ def setup(parallel: str = "ddp") -> Dist:
     if cuda:
         i, n = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if i >= n:
-            reason = f"process {i + 1} of this machine has no GPU, as the machine has {n}"
+            reason = f"process {i + 1} has no GPU, because this machine has {n}"
             raise InputError(f"{reason}; start torchrun with --nproc-per-node {n}.")
         device = torch.device("cuda", i)
         torch.cuda.set_device(device)
     else:
         set_malloc_thresholds()
     if world_size > 1:
-        # torchrun reuses its store on a restart: a prefix hides the old addresses.
+        # torchrun reuses its store after a restart; a prefix hides the old addresses.
         store, _, _ = next(dist.rendezvous("env://", rank, world_size))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"attempt-{attempt}", store)
-        # gloo for CPU tensors: over NCCL they would wait for the GPU's queue.
+        # gloo for CPU tensors: with NCCL they would wait for the GPU's queue.
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     return Dist(rank, world_size, device, parallel)
@@ -183,8 +183,9 @@ def set_malloc_thresholds(max_bytes: int = 1 << 24) -> None:
 
 
 def memory_budget(device: torch.device) -> float:
-    """Bytes that activations may fill: half of the GPU's memory, or of this process's share of the
-    machine's or container's; infinite where the system does not tell.
+    """Maximum bytes of activations; infinite if the memory size is unknown.
+
+    Half of the GPU's memory, or half of this process's share of the machine's or container's.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory / 2
@@ -220,12 +221,12 @@ def choose_dtype(device: torch.device, precision: str) -> torch.dtype:
 
 
 def agree_on_dtype(dist: Dist, precision: str) -> torch.dtype:
-    """`choose_dtype` of the main process for all processes: auto measures, and may differ."""
+    """The main process's `choose_dtype`, on all processes; with auto, timings could differ."""
     return dist.all_gather(choose_dtype(dist.device, precision))[0]
 
 
 def missing_compiler(device: torch.device) -> str:
-    """What torch.compile needs on this device and is not installed; empty if nothing."""
+    """What torch.compile needs on this device but is not installed; empty if nothing."""
     if device.type == "cuda":
         from torch.utils._triton import has_triton
 
@@ -250,13 +251,13 @@ def should_compile(device: torch.device, choice: str) -> bool:
 
 
 def describe_machine(device: torch.device, dtype: torch.dtype, compiled: bool) -> str:
-    """Device, threads, precision, compilation and malloc setting, as one line."""
+    """One line: device, threads, precision, compilation and malloc setting."""
     precision = "bf16" if dtype == torch.bfloat16 else "fp32"
-    blocks = "blocks compiled" if compiled else "blocks not compiled"
+    blocks = f"torch.compile {'on' if compiled else 'off'}"
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, {precision}, {blocks}"
     n = torch.get_num_threads()
-    malloc = "malloc set by MALLOC_*" if has_malloc_settings() else "freed memory is reused"
+    malloc = "malloc set by MALLOC_*" if has_malloc_settings() else "malloc keeps freed memory"
     return f"CPU, {n} thread{'s' * (n > 1)}, {precision}, {blocks}, {malloc}"
 
 
@@ -266,18 +267,18 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 def precision_name(autocast_context: torch.autocast) -> str:
-    """bf16 or fp32: the `precision` of a context that `autocast` made."""
+    """The `precision` of a context made by `autocast`: bf16 or fp32."""
     with autocast_context:
         return "bf16" if torch.is_autocast_enabled(autocast_context.device) else "fp32"
 
 
 def is_bf16_emulated(device: torch.device) -> bool:
-    """Whether this CPU has no bf16 instructions: torch then multiplies number by number."""
+    """Whether this CPU lacks bf16 instructions; torch then falls back to slow scalar code."""
     return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def bf16_is_faster(device: torch.device) -> bool:
-    """Measure a few matrix products in fp32 and bf16: bf16 instructions alone prove nothing."""
+    """Time matrix products in fp32 and bf16: bf16 instructions do not guarantee a speedup."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if is_bf16_emulated(device):

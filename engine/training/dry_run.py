@@ -26,15 +26,17 @@ from models.vision_language_model import VisionLanguageModel
 
 
 def max_tiles_per_row(model: VLMConfig, data: DataConfig) -> int:
-    """The most tiles that the loader puts into a row."""
+    """Maximum number of tiles that the loader puts into a row."""
     limit = data.max_length if data.packing else data.max_tiles
     per_row = data.tiles_per_batch // data.batch_size or data.max_length
     return min((data.max_length - 2) // model.tokens_per_tile, per_row, limit)
 
 
 def choose_checkpointing(cfg: RunConfig, dtype: torch.dtype, budget: float) -> tuple[str, ...]:
-    """Parts that checkpoint activations: those named in `cfg`, and those whose activations of the
-    largest batch exceed `budget` bytes.
+    """Names of the parts that need activation checkpointing.
+
+    These are the parts named in `cfg`, and those whose activations exceed `budget` bytes with the
+    largest batch.
     """
     m, d, named = cfg.model, cfg.data, cfg.train.activation_checkpointing
     n_patches = d.batch_size * max_tiles_per_row(m, d) * m.vit_n_patches
@@ -61,7 +63,7 @@ def largest_batch(processor: Processor, cfg: DataConfig) -> Batch:
 def peak_memory(device: torch.device) -> str:
     """Peak memory of this process so far: GPU memory, or resident memory on a CPU."""
     if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB of the device"
+        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB of GPU memory"
     unit = 1 if sys.platform == "darwin" else 2**10
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB"
 
@@ -104,8 +106,9 @@ def dry_run(
         f"tiles, {first.n_tokens / first.input_ids.numel():.1%} full: {usual:.2f} s/step, "
         f"{first.n_tokens * batches / usual:,.0f} tokens/s",
         f"{t.steps:,} steps of {batches} batches, about {first.n_samples * batches * t.steps:,} "
-        f"samples: {format_time(usual * t.steps)}, at most {format_time(slowest * t.steps)}",
-        "the first sample, supervised tokens marked:",
+        f"samples; estimated time {format_time(usual * t.steps)}, at most "
+        f"{format_time(slowest * t.steps)}",
+        "first sample, with supervised tokens marked:",
         mark_supervised(first_sample(first), processor, use_color()),
     ]
     return "\n".join(lines)

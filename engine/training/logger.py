@@ -7,7 +7,6 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ from tqdm import tqdm
 from config_tools import InputError, import_optional, to_dict
 from configs import RunConfig
 from configs_classify import ClassifyConfig
+from engine.figures.curves import run_figure
+from engine.figures.style import plotting
 from models.pretrained.save import unsupported_reason
 
 
@@ -140,7 +141,10 @@ def _start_wandb(cfg: RunConfig | ClassifyConfig) -> tuple:
 
 
 def read_log(folder: Path) -> list[dict]:
-    """Events of log.jsonl by step, without non-finite values; of a step, the last line counts."""
+    """Events of log.jsonl by step, without non-finite values.
+
+    If a step was logged twice, as after a resume, the last line counts.
+    """
     by_step: dict[tuple, dict] = {}
     for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
         try:
@@ -155,40 +159,8 @@ def read_log(folder: Path) -> list[dict]:
 
 def plot_curves(folder: Path) -> None:
     """Draw `loss.png` from the log; do nothing without matplotlib, which is optional."""
-    try:
-        plt = import_optional("matplotlib.pyplot", "loss.png")
-    except InputError:
-        return
-    plt.switch_backend("agg")
     events = read_log(folder)
-    if not any("loss" in e for e in events):
+    if not any("loss" in event for event in events):
         return
-    figure, axes = plt.subplots(4, figsize=(7, 10), constrained_layout=True,
-                                height_ratios=(2, 1, 1, 1), sharex=True)  # fmt: skip
-
-    def draw(axis, names: Iterable[str], style: str = "-") -> None:
-        for name in names:
-            points = [(e["step"], e[name]) for e in events if name in e]
-            if points:
-                axis.plot(*zip(*points), style, lw=0.8, ms=3, label=name)
-
-    floats = dict.fromkeys(n for e in events for n in e if isinstance(e[n], float))
-    draw(axes[0], ["loss"])
-    draw(axes[0], ["val_loss"], "o-")
-    axes[0].set(ylabel="loss per target", yscale="log")
-    accuracy, speed = axes[0].twinx(), axes[3].twinx()
-    draw(accuracy, (n for n in floats if n.startswith("val_") and n != "val_loss"), "s--")
-    accuracy.set(ylabel="accuracy", ylim=(0, 1))
-    draw(axes[1], (n for n in floats if n.startswith("grad_norm")))
-    axes[1].set(ylabel="norm of the gradient", yscale="log")
-    draw(axes[2], (n for n in floats if n.startswith("lr_") and n != "lr_factor"))
-    axes[2].set(ylabel="learning rate")
-    draw(axes[3], ("mfu", "data_wait"))
-    axes[3].set(xlabel="step", ylabel="share", ylim=(0, 1))
-    draw(speed, ["tokens_per_s"], ":")
-    speed.set(ylabel="tokens/s", ylim=(0, None))
-    for axis, place in zip((*axes, accuracy, speed), ("upper right",) * 4 + ("lower left",) * 2):
-        if axis.lines:
-            axis.legend(loc=place, fontsize="x-small")
-    figure.savefig(folder / "loss.png", dpi=120)
-    plt.close(figure)
+    with contextlib.suppress(InputError), plotting("loss.png") as figure_class:
+        run_figure(figure_class, events).savefig(folder / "loss.png")

@@ -66,7 +66,7 @@ class StopSignal:
         self.received = True
 
     def restore(self) -> None:
-        """Put the previous signal handlers back."""
+        """Restore the previous signal handlers."""
         for which, handler in self.previous.items():
             signal.signal(which, handler)
 
@@ -131,7 +131,7 @@ def train(
     def save() -> None:
         with optimizer.averaged():  # the average of the weights over steps, if train.ema is set
             checkpoint.save(cfg, step, model, save_model, optimizer, dist, {
-                "loader": dist.all_gather(micro_batches[-1].state),  # after the trained batch
+                "loader": dist.all_gather(micro_batches[-1].state),  # after the last trained batch
                 "best": (best.step, best.score), "world": dist.world_size,
                 "data": data_fingerprint, "precision": precision_name(autocast_context),
             })  # fmt: skip
@@ -141,11 +141,11 @@ def train(
             micro_batches = prefetched or fetch()
             optimizer.set_lr(lr_factor(t, step))
             loss_tensor = accumulate_gradients(wrapped, micro_batches, dist, autocast_context)
-            # A GPU is still computing: prepare the next step's batches meanwhile.
+            # A GPU computes asynchronously: prepare the next batches before waiting for it.
             prefetched = fetch() if dist.is_async and step + 1 < t.steps else []
             is_log_step = due(step + 1, t.log_every, t.steps)
             norms = gradient_norms(model.parts) if is_log_step else {}
-            # Except on log steps, the host waits for the GPU here only, for the guard.
+            # The guard needs loss and norm: the only GPU sync of a step, except on log steps.
             grad_norm = clip_gradients(params, t.grad_clip)
             loss = dist.sum(loss_tensor.item())
             if guard.check_step(step, loss, grad_norm, micro_batches):
@@ -161,11 +161,11 @@ def train(
                 logger.log(values | meter.rates(dist), step)
             is_best = False
             if due(step, t.eval_every, t.steps):
-                # Not compiled: every new length of an answer would compile the blocks again.
+                # Eager, because every new answer length would trigger a recompilation.
                 with save_on_error(save), optimizer.averaged(), eager_blocks(model):
                     values = evaluate(step)
                 logger.log_evaluation(values, step)
-                # Only the main process decides; all must know, because all save.
+                # The main process decides; the others need to know, because all of them save.
                 is_best = dist.sum(dist.is_main and best.update(values, step)) > 0
             is_stopping = dist.sum(stop.received) > 0
             if is_stopping or is_best or due(step, t.save_every, t.steps):
@@ -189,9 +189,9 @@ class NonFiniteGuard:
     def check_step(
         self, step: int, loss: float, grad_norm: float, micro_batches: list[Batch]
     ) -> bool:
-        """Whether loss and gradient are finite; if not, save the batches.
+        """Return whether loss and gradient norm are finite; if not, save the batches.
 
-        Raises `InputError` after `max_bad_steps` steps in a row that were not finite.
+        Raises `InputError` after `max_bad_steps` non-finite steps in a row.
         """
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.n_in_a_row = 0
@@ -202,19 +202,20 @@ class NonFiniteGuard:
         self.logger.write(f"step {step}: {reason}; step skipped, batch saved in {path}")
         if self.n_in_a_row >= self.cfg.max_bad_steps:
             raise InputError(
-                f"{self.n_in_a_row} steps in a row were not finite (train.max_bad_steps); the last "
-                f"batch is saved in {path}. Lower the learning rates, or inspect the batch."
+                f"loss or gradient was NaN or Inf in {self.n_in_a_row} steps in a row "
+                f"(train.max_bad_steps); the last batch is saved in {path}. Lower the learning "
+                "rates, or inspect the batch."
             )
         return False
 
 
 def find_bad_batches(run: Path) -> list[Path]:
-    """Saved batches of all non-finite steps of a run, those of the main process."""
+    """Saved batches of a run's non-finite steps, one file per step (that of rank 0)."""
     return sorted(p for p in run.glob("bad-step-*.pt") if "rank" not in p.name)
 
 
 def save_bad_batches(run: Path, step: int, micro_batches: list[Batch], rank: int = 0) -> Path:
-    """Save a step's batches, one file a process; `torch.load(path, weights_only=True)` reads it."""
+    """Save a step's batches, a file per process; `torch.load(path, weights_only=True)` reads it."""
     path = run / f"bad-step-{step:06d}{f'-rank{rank}' if rank else ''}.pt"
     with contextlib.suppress(OSError, RuntimeError):  # torch raises RuntimeError on a full disk
         torch.save([batch.tensors() for batch in micro_batches], path)

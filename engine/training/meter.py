@@ -70,8 +70,9 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype, n: int = 1024) 
     """
     repeats, n = (20, 8 * n) if device.type == "cuda" else (1, n)
     # Random values: with constant ones a GPU draws less power and clocks higher than in training.
-    own = torch.Generator(device).manual_seed(0)  # leaves the run's generator untouched
-    a, best = torch.randn(n, n, generator=own, device=device).to(dtype), float("inf")
+    generator = torch.Generator(device).manual_seed(0)  # the run's generator stays untouched
+    a = torch.randn(n, n, generator=generator, device=device).to(dtype)
+    best = float("inf")
     for _ in range(4):
         synchronize(device)
         start = time.perf_counter()
@@ -117,5 +118,5 @@ def gradient_norms(parts: Any) -> dict[str, float]:
 
 
 def to_float(x: Any) -> float:
-    """A scalar tensor as a float; a sharded one is gathered first."""
+    """Convert a scalar tensor to float; gather it first if it is sharded."""
     return (x.full_tensor() if hasattr(x, "full_tensor") else x).item()

@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from config_tools import InputError, import_optional, write_atomic
+from config_tools import InputError, write_atomic
 from data.classification.dataset import ClassificationDataset
 from data.classification.loader import evaluation_batches, normalise, open_and_resize
 from engine.evaluation.metrics import bootstrap_interval
+from engine.figures.style import plotting
 from models.classifier import Classifier
 from models.pretrained.load import open_vit
 
@@ -64,7 +65,7 @@ class Result:
         return np.bincount(self.expected * K + self.predicted, minlength=K * K).reshape(K, K)
 
     def values(self) -> dict[str, float]:
-        """Values for the log."""
+        """Values for log.jsonl."""
         values = {"val_loss": round(self.loss, 4), "val_accuracy": round(self.accuracy, 4)}
         if len(self.labels) > TOP:
             values[f"val_top{TOP}"] = round(float(self.in_top.mean()), 4)
@@ -153,22 +154,22 @@ def report_result(result: Result, folder: Path | None) -> None:
 
 def draw_confusion(result: Result, path: Path) -> None:
     """Draw the confusion matrix, normalized per class; raises `InputError` without matplotlib."""
-    plt = import_optional("matplotlib.pyplot", "the confusion matrix")
-    plt.switch_backend("agg")
     confusion, K = result.confusion, len(result.labels)
     share = confusion / np.maximum(1, confusion.sum(1, keepdims=True))
     side = min(14.0, 2.5 + 0.35 * K)
-    figure, axis = plt.subplots(figsize=(side, side), constrained_layout=True)
-    axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    axis.set(xlabel="prediction", ylabel="class", title=f"accuracy {result.accuracy:.1%}")
-    if K <= 60:
-        axis.set_xticks(range(K), result.labels, rotation=90)
-        axis.set_yticks(range(K), result.labels)
-    for i, k in np.argwhere(confusion) if K <= 20 else ():
-        color = "white" if share[i, k] > 0.5 else "black"
-        axis.text(k, i, confusion[i, k], ha="center", va="center", color=color, fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with plotting("the confusion matrix") as figure_class:
+        figure = figure_class(figsize=(side, side), layout="constrained")
+        axis = figure.subplots()
+        axis.grid(False)
+        axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        axis.set(xlabel="prediction", ylabel="class", title=f"accuracy {result.accuracy:.1%}")
+        if K <= 60:
+            axis.set_xticks(range(K), result.labels, rotation=90)
+            axis.set_yticks(range(K), result.labels)
+        for i, k in np.argwhere(confusion) if K <= 20 else ():
+            color = "white" if share[i, k] > 0.5 else "black"
+            axis.text(k, i, confusion[i, k], ha="center", va="center", color=color, fontsize=8)
+        figure.savefig(path, dpi=120)
 
 
 # --- Predictions --------------------------------------------------------------------------------
@@ -180,7 +181,7 @@ def predict(
 ) -> Iterator[tuple[object, list[tuple[str, float]], str]]:
     """Yield (image, its `k` most probable (class, probability), error), in order.
 
-    An image that cannot be opened has no classes; the error of the others is empty.
+    An image that cannot be opened has an error and no classes; otherwise the error is empty.
     """
     k = min(k, len(model.labels))
     for start in range(0, len(images), batch_size):

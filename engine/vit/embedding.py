@@ -75,7 +75,7 @@ def embed(vit: ViT, images: Sequence) -> tuple[np.ndarray, list[str]]:
 
 
 def _lines(path: Path) -> list[dict]:
-    """The JSON objects of a file; a last line that was cut off is ignored."""
+    """The JSON objects of a file; an incomplete last line is ignored."""
     if not path.is_file():
         return []
     *whole, _cut = path.read_text("utf-8", "replace").split("\n")  # names may hold U+2028
@@ -85,7 +85,7 @@ def _lines(path: Path) -> list[dict]:
             return lines
     except (ValueError, KeyError, TypeError):
         pass
-    raise InputError(f"{path}: not the lines of an index; build the index again in another folder.")
+    raise InputError(f"{path}: damaged; build the index again in another folder.")
 
 
 def _append(path: Path, lines: list[dict]) -> None:
@@ -95,10 +95,11 @@ def _append(path: Path, lines: list[dict]) -> None:
 
 def require_same(folder: Path, before: dict, now: dict) -> None:
     """Raise `InputError` unless an index's description `before` matches `now`."""
-    changed = [f"{key}: {before.get(key)!r} then, {value!r} now" for key, value in now.items()
+    changed = [f"{key}: was {before.get(key)!r}, now {value!r}" for key, value in now.items()
                if before.get(key) != value]  # fmt: skip
     if changed:
-        raise InputError(f"{folder}: built otherwise ({'; '.join(changed)}); build a new one.")
+        reason = f"built with other settings ({'; '.join(changed)})"
+        raise InputError(f"{folder}: {reason}; build the index in another folder.")
 
 
 def file_signature(name: str) -> str:
@@ -111,13 +112,13 @@ def file_signature(name: str) -> str:
 
 
 def _resume(folder: Path, about: dict, width: int) -> list[dict]:
-    """Lines of an interrupted build; both files are truncated to the images that are in both."""
+    """Lines of an interrupted build; truncates both files to the images that both contain."""
     done = _lines(folder / LINES)
     (folder / SKIPPED).unlink(missing_ok=True)
     if (folder / ABOUT).is_file():
         require_same(folder, read_json(folder / ABOUT), about)
     part = folder / PART
-    if done and not part.is_file():  # a finished index that grows
+    if done and not part.is_file():  # adding images to a finished index
         part.write_bytes(open_index(folder).rows.tobytes())
     n = min(len(done), part.stat().st_size // (4 * width)) if part.is_file() else 0
     (folder / LINES).unlink(missing_ok=True)
@@ -171,7 +172,7 @@ def build(vit: ViT, files: Sequence[str], folder: Path, about: dict, batch_size:
 def open_index(folder: Path) -> Index:
     """Load a finished index; raises `InputError`."""
     if (folder / PART).is_file():
-        raise InputError(f"{folder}: not finished; run the same `embed.py build` again.")
+        raise InputError(f"{folder}: not finished; run the same `embed.py build` command again.")
     if not (folder / ROWS).is_file():
         raise InputError(f"{folder}: not an index; build one with `embed.py build`.")
     try:
@@ -183,7 +184,7 @@ def open_index(folder: Path) -> Index:
         raise InputError(f"{folder}: {len(files)} lines in {LINES}, {len(rows)} rows in {ROWS}.")
     about = read_json(folder / ABOUT)
     if not {"model", "pool"} <= about.keys():
-        raise InputError(f"{folder / ABOUT}: names no encoder and pooling; build the index again.")
+        raise InputError(f"{folder / ABOUT}: 'model' or 'pool' is missing; build the index again.")
     return Index(folder, files, rows, about)
 
 

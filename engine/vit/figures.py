@@ -9,71 +9,61 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from config_tools import InputError
 from data.classification.loader import normalise, resize_square
 from data.images import open_image
+from engine.figures.heatmaps import color_scale, colorize, enlarge, overlay
+from engine.figures.sheet import SIDE, Cell, Text, draw_sheet, save_sheet, square
+from engine.figures.style import MUTED
 from models.inspect.rollout import rollout
 from models.vision_transformer import ViT
 
-SIDE, GAP, LINE = 160, 10, 18
-# Five colors of the viridis colormap, from dark to bright.
-VIRIDIS = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]])
+COLUMNS = 6
 
 
 def heatmap(values: np.ndarray) -> Image.Image:
     """A map [h, w] as a square image; the minimum is dark, the maximum bright."""
-    low, high = values.min(), values.max()
-    scaled = (values - low) / max(high - low, 1e-12)
-    small = Image.fromarray(scaled.astype(np.float32))
-    smooth = small.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-    at = np.asarray(smooth).clip(0, 1) * (len(VIRIDIS) - 1)  # [SIDE, SIDE]
-    colors = [np.interp(at, range(len(VIRIDIS)), channel) for channel in VIRIDIS.T]
-    return Image.fromarray(np.stack(colors, -1).round().astype(np.uint8))
+    return Image.fromarray(colorize(enlarge(values, (SIDE, SIDE))).round().astype(np.uint8))
 
 
-def draw_rollout(vit: ViT, images: Sequence[Image.Image], path: Path) -> None:
-    """Write a contact sheet: each image, the rollout map over it, and the map alone."""
+def draw_rollout(
+    vit: ViT, images: Sequence[Image.Image], path: Path, names: Sequence[str] = ()
+) -> None:
+    """Write a sheet: each image with its file name, the rollout map over it, and the map alone."""
     views = [resize_square(image, vit.cfg) for image in images]
     maps = rollout(vit, normalise(views, vit.cfg)).numpy()  # [N, grid, grid]
-    rows = []
-    for view, values in zip(views, maps):
+    names = names or [f"image {i + 1}" for i in range(len(images))]
+    cells = []
+    for view, values, name in zip(views, maps, names, strict=True):
         image = square(Image.fromarray(view))
-        colors = heatmap(values)
-        rows += [(image, ""), (Image.blend(image, colors, 0.6), ""), (colors, "")]
-    draw_rows([rows[i : i + 6] for i in range(0, len(rows), 6)], path)  # two images per line
-
-
-def square(image: Image.Image, side: int = SIDE) -> Image.Image:
-    """Fit an image into a white square; small ones are enlarged without blur."""
-    scale = side / max(image.size)
-    width, height = (max(1, round(edge * scale)) for edge in image.size)
-    how = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
-    sheet = Image.new("RGB", (side, side), "white")
-    sheet.paste(image.convert("RGB").resize((width, height), how))
-    return sheet
+        low, high = float(values.min()), float(values.max())
+        over, alone = (color_scale(low, high, SIDE, is_over) for is_over in (True, False))
+        cells.append(Cell(image, (Text(name, is_path=True),)))
+        cells.append(Cell(overlay(image, values), (Text("over the image", MUTED),), over))
+        cells.append(Cell(heatmap(values), (Text("map alone", MUTED),), alone))
+    rows = [cells[i : i + COLUMNS] for i in range(0, len(cells), COLUMNS)]  # two images per row
+    title = Text("Attention rollout: share of each patch in the output", max_lines=2)
+    save_sheet(draw_sheet(rows, title=[title]), path)
 
 
 def draw_files(lines: Sequence[Sequence[tuple[str, str]]], path: Path) -> None:
-    """Write a contact sheet from lines of (image file, caption)."""
-    draw_rows([[(square(open_image(name)), words) for name, words in line] for line in lines], path)
+    """Write a contact sheet from lines of (image file, caption), with each file's name.
+
+    A file name at the end of a caption is not repeated. A long line continues in a further row,
+    below its second image.
+    """
+    rows: list[list[Cell]] = []
+    for line in lines:
+        cells = [file_cell(name, caption) for name, caption in line]
+        rows.append(cells[:COLUMNS])
+        rest = cells[COLUMNS:]
+        for i in range(0, len(rest), COLUMNS - 1):
+            rows.append([Cell(), *rest[i : i + COLUMNS - 1]])
+    save_sheet(draw_sheet(rows), path)
 
 
-def draw_rows(lines: Sequence[Sequence[tuple[Image.Image, str]]], path: Path) -> None:
-    """Write a contact sheet from lines of (square image, caption); raises `InputError`."""
-    n_columns, step = max(map(len, lines)), SIDE + GAP
-    height = SIDE + GAP + LINE * any(words for line in lines for _, words in line)
-    sheet = Image.new("RGB", (n_columns * step + GAP, len(lines) * height + GAP), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    for row, line in enumerate(lines):
-        for column, (image, words) in enumerate(line):
-            x, y = GAP + column * step, GAP + row * height
-            sheet.paste(image, (x, y))
-            while words and pen.textlength(words, font) > SIDE:
-                words = words[1:]  # keep the end of a path
-            pen.text((x, y + SIDE + 2), words, fill="black", font=font)
-    try:
-        sheet.save(path)
-    except (OSError, ValueError) as error:  # ValueError: a suffix that Pillow does not write
-        raise InputError(f"{path}: cannot be written ({error}).") from None
+def file_cell(name: str, caption: str) -> Cell:
+    """An image file with its name and its caption."""
+    texts = (Text(name, is_path=True), Text(caption.removesuffix(name).strip(), MUTED))
+    return Cell(square(open_image(name)), texts)

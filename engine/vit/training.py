@@ -32,8 +32,8 @@ def build_classifier(cfg: ClassifyConfig, labels: tuple[str, ...], weights: str 
     """Build a classifier for `labels` from `weights`, `cfg.model.vit_model_type`, or at random."""
     if cfg.model.vit_n_classes not in (0, len(labels)):
         raise InputError(
-            f"vit_n_classes = {cfg.model.vit_n_classes}: the data have {len(labels)} classes; "
-            "leave it out, or name all classes in vit_labels."
+            f"vit_n_classes = {cfg.model.vit_n_classes}: the data has {len(labels)} classes; "
+            "omit it, or name all classes in vit_labels."
         )
     torch.manual_seed(cfg.train.seed)
     model = replace(cfg.model, vit_n_classes=len(labels), vit_labels=labels)
@@ -122,7 +122,7 @@ def describe(
     print(model)
     frozen = f"; frozen: {', '.join(cfg.train.freeze)}" if cfg.train.freeze else ""
     start = f"; weights from {cfg.model.vit_model_type}" if cfg.model.vit_model_type else ""
-    print(f"training on {describe_balance(data)}; {len(val_data):,} to validate{frozen}{start}")
+    print(f"training on {describe_balance(data)}; {len(val_data):,} for validation{frozen}{start}")
     print(f"steps {step} to {cfg.train.steps}; run folder: {cfg.train.out}")
     for note in data.notes:
         print(note)

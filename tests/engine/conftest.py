@@ -1,4 +1,4 @@
-"""What tests of runs share: the moment at which one is stopped."""
+"""Fixtures for tests of training runs."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ import engine.training.loop
 
 @pytest.fixture
 def stop_after(monkeypatch):
-    """Sends this process a SIGTERM in the middle of its n-th step from now."""
+    """`stop_after(n)`: send this process a SIGTERM in the middle of its n-th step from now."""
 
     def arm(n: int) -> None:
         left, clip_gradients = [n], engine.training.loop.clip_gradients

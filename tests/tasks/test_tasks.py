@@ -1,4 +1,4 @@
-"""Each public task on hand-made rows with exactly its data set's columns and types, as Parquet."""
+"""Every public task on Parquet rows with the columns and types of its dataset."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset, Features, Image, Sequence, Value
-from PIL import Image as Pictures
+from PIL import Image as PILImage
 
 from config_tools import InputError
 from configs import DataConfig
@@ -19,19 +19,20 @@ from tasks.world import CHOICES
 TEXT, NUMBER = Value("string"), Value("int64")
 
 
-def picture(color: str) -> dict:
+def jpeg(color: str) -> dict:
     data = io.BytesIO()
-    Pictures.new("RGB", (60, 40), color).save(data, "JPEG")
+    PILImage.new("RGB", (60, 40), color).save(data, "JPEG")
     return {"bytes": data.getvalue(), "path": None}
 
 
-# name: (features, rows, [(what the prompt says, expected, choices, skill)], right, wrong answers)
+# name: (features, rows, [(text in the prompt, reference, choices, skill)], right answers, wrong
+# answers)
 SETS = {
     "mmstar": (
         {"index": NUMBER, "question": TEXT, "image": Image(), "answer": TEXT, "category": TEXT,
          "l2_category": TEXT,
          "meta_info": {"image_path": TEXT, "source": TEXT, "split": TEXT}},
-        [{"index": 0, "image": picture("red"), "answer": "B", "category": "coarse perception",
+        [{"index": 0, "image": jpeg("red"), "answer": "B", "category": "coarse perception",
           "question": "Which is it?\nOptions: A: a cat, B: a lawn, C: a car, D: a cup\n",
           "l2_category": "image scene and topic",
           "meta_info": {"image_path": "images/0.jpg", "source": "MMBench", "split": "val"}}],
@@ -42,10 +43,10 @@ SETS = {
         {"id": TEXT, "question_id": TEXT, "question": TEXT, "answer": TEXT, "image_source": TEXT,
          "image": Image(), "category": TEXT},
         [{"id": "0", "question_id": "1", "question": "Is there a snowboard in the image?",
-          "answer": "yes", "image_source": "COCO_val2014_000000310196", "image": picture("blue"),
+          "answer": "yes", "image_source": "COCO_val2014_000000310196", "image": jpeg("blue"),
           "category": "adversarial"},
          {"id": "1", "question_id": "2", "question": "Is there a car in the image?",
-          "answer": "no", "image_source": "COCO_val2014_000000210789", "image": picture("red"),
+          "answer": "no", "image_source": "COCO_val2014_000000210789", "image": jpeg("red"),
           "category": "random"}],
         [("snowboard in the image?\nAnswer the question using", "yes", ("yes", "no"),
           "adversarial"), ("car", "no", ("yes", "no"), "random")],
@@ -55,12 +56,12 @@ SETS = {
         {"image": Image(), "question": TEXT, "choices": Sequence(TEXT), "answer": Value("int8"),
          "hint": TEXT, "task": TEXT, "grade": TEXT, "subject": TEXT, "topic": TEXT,
          "category": TEXT, "skill": TEXT, "lecture": TEXT, "solution": TEXT},
-        [{"image": picture("red"), "question": "Which is farthest north?", "answer": 2,
+        [{"image": jpeg("red"), "question": "Which is farthest north?", "answer": 2,
           "choices": ["West Virginia", "Louisiana", "Arizona"], "hint": "Look at the map.",
           "task": "closed choice", "grade": "grade2", "subject": "social science",
           "topic": "geography", "category": "Geography", "skill": "Read a map", "lecture": "",
           "solution": ""},
-         {"image": picture("red"), "question": "Will these magnets attract?", "answer": 0,
+         {"image": jpeg("red"), "question": "Will these magnets attract?", "answer": 0,
           "choices": ["attract", "repel"], "hint": "", "task": "closed choice",
           "grade": "grade5", "subject": "natural science", "topic": "physics",
           "category": "Magnets", "skill": "Magnets", "lecture": "", "solution": ""}],
@@ -73,9 +74,9 @@ SETS = {
     "chartqa": (
         {"type": TEXT, "question": TEXT, "answer": TEXT, "image": Image()},
         [{"type": "human_test", "question": "How many bars?", "answer": "14",
-          "image": picture("white")},
+          "image": jpeg("white")},
          {"type": "augmented_test", "question": "Share of women?", "answer": "57.5%",
-          "image": picture("white")}],
+          "image": jpeg("white")}],
         [("How many bars?", "14", (), "human"), ("women", "57.5%", (), "augmented")],
         ["14.0", "0.58"], ["15", "64%"],
     ),
@@ -86,7 +87,7 @@ SETS = {
          "answers": Sequence(TEXT), "image_classes": Sequence(TEXT), "set_name": TEXT,
          "ocr_tokens": Sequence(TEXT)},
         [{"image_id": "003a8ae2ef43b901", "question_id": 34602, "question": "what brand is this?",
-          "question_tokens": ["what", "brand"], "image": picture("gray"), "image_width": 1024,
+          "question_tokens": ["what", "brand"], "image": jpeg("gray"), "image_width": 1024,
           "image_height": 664, "flickr_original_url": "", "flickr_300k_url": "",
           "answers": ["nokia"] * 8 + ["Nokia 6", "toshiba"], "image_classes": ["Phone"],
           "set_name": "val", "ocr_tokens": ["NOKIA"]}],
@@ -98,7 +99,7 @@ SETS = {
          "image": Image(), "docId": NUMBER, "ucsf_document_id": TEXT,
          "ucsf_document_page_no": TEXT, "answers": Sequence(TEXT), "data_split": TEXT},
         [{"questionId": "49153", "question": "What is the actual value per 1000?",
-          "question_types": ["figure/diagram", "layout"], "image": picture("white"),
+          "question_types": ["figure/diagram", "layout"], "image": jpeg("white"),
           "docId": 14465, "ucsf_document_id": "pybv0228", "ucsf_document_page_no": "81",
           "answers": ["0.28", "0.28 per 1000"], "data_split": "val"}],
         [("What is the actual value per 1000?\n", "0.28", (), "figure/diagram")],
@@ -108,7 +109,7 @@ SETS = {
         {"question_id": TEXT, "image": Image(), "question": TEXT, "answer": Sequence(TEXT),
          "id": NUMBER, "license": Value("int8"), "file_name": TEXT, "coco_url": TEXT,
          "height": Value("int32"), "width": Value("int32"), "date_captured": TEXT},
-        [{"question_id": f"COCO_val2014_{i}.jpg", "image": picture("red"), "id": i, "license": 3,
+        [{"question_id": f"COCO_val2014_{i}.jpg", "image": jpeg("red"), "id": i, "license": 3,
           "question": "Please carefully observe the image and come up with a caption for it",
           "answer": answers, "file_name": "", "coco_url": "", "height": 40, "width": 60,
           "date_captured": "2013-11-14"}
@@ -131,9 +132,9 @@ def test_a_public_task(name, tmp_path):
     found = task.items(DataConfig(source=str(tmp_path / "rows.parquet")), "test", 99)
     assert len(found) == len(rows) and task.source.startswith("hf:")
     items = sorted(found, key=lambda item: int(item.sample.row.split()[-1]))
-    for item, row, (says, expected, choices, skill) in zip(items, rows, wanted, strict=True):
+    for item, row, (text, expected, choices, skill) in zip(items, rows, wanted, strict=True):
         prompt = item.sample.turns[0].text
-        assert prompt.startswith("<image>") and says in prompt, prompt
+        assert prompt.startswith("<image>") and text in prompt, prompt
         assert (item.expected, item.choices, item.skill) == (expected, choices, skill)
         assert item.sample.images == (row["image"]["bytes"],)
     assert min(a.score for a in score_answers(items, right, task.metric)) > 0.9
@@ -142,31 +143,31 @@ def test_a_public_task(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_rows_of_something_else_are_refused(name, rows_file):
+def test_rows_with_other_columns_are_refused(name, rows_file):
     found = importlib.import_module(f"tasks.{name}").TASK.items(
         DataConfig(source=str(rows_file)), "test", 3
     )
     if name == "coco_captions":
-        return  # any picture with an answer is a caption
+        return  # any row with an image and an answer has its columns
     with pytest.raises(InputError, match=r"row .*: not a row of this task .* are image, quest"):
         _ = found[0].sample
 
 
-def test_every_choice_of_the_world_is_an_answer_and_the_other_way_round():
+def test_choices_of_the_world_are_its_answers():
     task = importlib.import_module("tasks.world").TASK
     found = task.items(DataConfig(), "test", 30 * len(questions.SKILLS))
     for item in found:
         if item.choices:
             assert item.expected in item.choices, item
-    told = {item.skill: set() for item in found}
+    answers = {item.skill: set() for item in found}
     for item in found:
-        told[item.skill].add(item.expected)
-    assert {s for s in told if not CHOICES.get(s)} == {"what", "caption"}
-    assert all(told[s] == set(CHOICES[s]) for s in ("exist", "compare", "count", "shape"))
+        answers[item.skill].add(item.expected)
+    assert {s for s in answers if not CHOICES.get(s)} == {"what", "caption"}
+    assert all(answers[s] == set(CHOICES[s]) for s in ("exist", "compare", "count", "shape"))
 
 
-def test_real_photographs_go_through_the_caption_metric(shared, tmp_path):
-    """51 photographs with five captions each: people agree with each other more than at random."""
+def test_caption_metric_on_photos(shared, tmp_path):
+    """51 photos with five captions each: the first scores higher than that of another photo."""
     pytest.importorskip("pycocoevalcap", reason="no pycocoevalcap: captions are not scored")
     from config_tools import read_json
 
@@ -182,5 +183,5 @@ def test_real_photographs_go_through_the_caption_metric(shared, tmp_path):
     items = sorted(found, key=lambda item: int(item.sample.row.split()[-1]))
     assert all(Path(item.sample.images[0]).is_file() for item in items)
     mean = lambda answers: sum(task.metric(answers, [i.correct for i in items])) / 51  # noqa: E731
-    assert 0.6 < mean(people) < 1.6, "what CIDEr gives people on COCO, about 0.9"
+    assert 0.6 < mean(people) < 1.6, "human captions on COCO have about 0.9"
     assert mean([*people[1:], people[0]]) < 0.2

@@ -1,4 +1,4 @@
-"""What is reported adds up, and a blind model sees nothing."""
+"""Questions, views (answer, blind, shuffled), scores and validation values."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def item(expected: str, skill: str = "color", unseen: bool = False) -> Item:
     return Item(Sample((Turn("user", "What?"), Turn("assistant", expected))), skill, unseen)
 
 
-def test_items_cover_every_skill_and_repeat():
+def test_items_cover_every_skill_and_are_reproducible():
     found = load_items(DataConfig(), "test", 2 * len(questions.SKILLS))
     assert sorted(i.skill for i in found) == sorted(2 * questions.SKILLS)
     again = load_items(DataConfig(), "test", 2 * len(questions.SKILLS))
@@ -56,7 +56,7 @@ def test_items_cover_every_skill_and_repeat():
     ]
 
 
-def test_items_of_a_file_are_its_rows_in_one_order(rows_file):
+def test_items_of_a_file_are_its_rows_in_a_fixed_order(rows_file):
     cfg = DataConfig(source=str(rows_file), val_fraction=0.0)
     some, every = load_items(cfg, "test", 7), load_items(cfg, "test", 999)
     assert [i.sample.row for i in some] == [i.sample.row for i in every[:7]]
@@ -65,9 +65,9 @@ def test_items_of_a_file_are_its_rows_in_one_order(rows_file):
     assert {i.skill for i in every} == {"all"} and load_items(cfg, "val", 5) == []
 
 
-def test_report_adds_up():
+def test_summary_adds_up():
     right, wrong = "red", "blue"
-    asked = [item("red"), item("red"), item("red", unseen=True), item("red", "count")]
+    questions = [item("red"), item("red"), item("red", unseen=True), item("red", "count")]
     answers = {
         "answer": (right, wrong, right, wrong),
         "blind": (right, wrong, wrong, wrong),
@@ -75,7 +75,7 @@ def test_report_adds_up():
     }
     metric = per_answer(any_exact)
     result = summarize_skills(
-        {view: score_answers(asked, given, metric) for view, given in answers.items()}
+        {view: score_answers(questions, given, metric) for view, given in answers.items()}
     )
     keys = {"accuracy", "interval", "seen", "unseen", "blind", "shuffled", "n"}
     assert set(result) == keys | {"skills"} and result["shuffled"] == 0
@@ -91,7 +91,7 @@ def test_report_adds_up():
     assert json.loads(json.dumps(result))["interval"] == list(result["interval"])
 
 
-def test_a_blind_view_blanks_and_a_shuffled_one_exchanges(chat, rows_file):
+def test_blind_and_shuffled_views(chat, rows_file):
     cfg = DataConfig(source=str(rows_file), val_fraction=0.0)
     questions = load_items(cfg, "test", 6)
     plain = [encode_question(chat, questions, i, "answer", 9) for i in range(6)]
@@ -104,33 +104,35 @@ def test_a_blind_view_blanks_and_a_shuffled_one_exchanges(chat, rows_file):
     text = Item(Sample((Turn("user", "Yes?"), Turn("assistant", "yes"))), "all")
     mixed = [text, *questions[:2], text]
     other = encode_question(chat, mixed, 1, "shuffled", 9)
-    assert np.array_equal(other.tiles, plain[1].tiles), "never a picture for a question without"
+    assert np.array_equal(other.tiles, plain[1].tiles), "needs as many images"
     assert len(encode_question(chat, mixed, 0, "shuffled", 9).tiles) == 0
 
 
-def test_views_are_answered_together_as_apart(chat, rows_file):
+def test_views_in_one_batch_match_separate_ones(chat, rows_file):
     cfg = DataConfig(source=str(rows_file), val_fraction=0.0)
     questions = load_items(cfg, "test", 5)
     together = dict(generate_views(chat, questions, [4, 1, 2], VIEWS, max_new_tokens=5))
     assert set(together) == {1, 2, 4}
     for view in VIEWS:
-        apart = answer_questions(chat, questions, view, max_new_tokens=5)
-        assert [together[i][view] for i in (1, 2, 4)] == [apart[i].answer for i in (1, 2, 4)]
+        separate = answer_questions(chat, questions, view, max_new_tokens=5)
+        assert [together[i][view] for i in (1, 2, 4)] == [separate[i].answer for i in (1, 2, 4)]
     assert len({found[view] for found in together.values() for view in VIEWS}) > 3
 
 
-def test_the_likeliest_choice_is_an_answer(chat, rows_file):
+def test_choose_views_picks_the_most_likely_choice(chat, rows_file):
     cfg = DataConfig(source=str(rows_file), val_fraction=0.0)
     choices = ("red", "red red", "no")
     questions = [replace(i, choices=choices) for i in load_items(cfg, "test", 3)]
     for i, found in choose_views(chat, questions, [0, 2], ("answer", "blind")):
-        shares = chat.choice_probabilities(
+        probabilities = chat.choice_probabilities(
             encode_question(chat, questions, i, "answer", 9), choices
         )
-        assert found["answer"] == choices[int(np.argmax(shares))] and found["blind"] in choices
+        assert (
+            found["answer"] == choices[int(np.argmax(probabilities))] and found["blind"] in choices
+        )
 
 
-def test_graded_keeps_few_pictures_and_every_reference(rows_file):
+def test_score_answers_keeps_few_images_and_all_references(rows_file):
     cfg = DataConfig(source=str(rows_file), val_fraction=0.0)
     questions = load_items(cfg, "test", 24)
     right = [item.expected for item in questions]
@@ -140,11 +142,11 @@ def test_graded_keeps_few_pictures_and_every_reference(rows_file):
     assert score_answers([], [], per_answer(any_exact)) == []
 
 
-def test_a_blind_model_cannot_tell_pictures_apart(chat, tmp_path):
+def test_a_blind_model_gives_the_same_answer_for_all_images(chat, tmp_path):
     def about(color: str) -> Item:
-        picture = Image.new("RGB", (30, 30), color)
+        image = Image.new("RGB", (30, 30), color)
         turns = (Turn("user", "<image>What color?"), Turn("assistant", color))
-        return Item(Sample(turns, (picture,)), "color", False)
+        return Item(Sample(turns, (image,)), "color", False)
 
     questions = [about("red"), about("blue")]
     red, blue = answer_questions(chat, questions, max_new_tokens=8)
@@ -153,7 +155,7 @@ def test_a_blind_model_cannot_tell_pictures_apart(chat, tmp_path):
     assert red.answer == blue.answer
 
 
-def test_a_lost_picture_or_one_over_budget_is_not_scored_around(chat, rows_file, tmp_path):
+def test_scoring_raises_for_a_missing_image_or_too_many_tiles(chat, rows_file, tmp_path):
     turns = (Turn("user", "<image>What?"), Turn("assistant", "red"))
     lost = Item(Sample(turns, (str(tmp_path / "lost.png"),)), "all", False)
     with pytest.raises(InputError, match=r"lost\.png"):
@@ -170,7 +172,7 @@ def cfg(rows_file) -> DataConfig:
     )
 
 
-def test_evaluate_leaves_the_model_as_it_was(chat, cfg):
+def test_evaluate_restores_mode_and_generators(chat, cfg):
     chat.model.train()
     state = torch.get_rng_state()
     values = evaluate(chat.model, chat.processor, cfg, 3, OFF)
@@ -182,7 +184,7 @@ def test_evaluate_leaves_the_model_as_it_was(chat, cfg):
     assert len(values["val_answers"]) == 3 and all(map(str, values["val_answers"]))
 
 
-def test_validation_loss_is_a_mean_over_targets(chat, cfg):
+def test_validation_loss_is_a_mean_over_supervised_tokens(chat, cfg):
     def loader(packing: bool) -> Loader:
         changed = replace(cfg, packing=packing, batch_size=1)
         return Loader(open_dataset(changed, "val"), chat.processor, changed)
@@ -199,9 +201,9 @@ def test_validation_loss_is_a_mean_over_targets(chat, cfg):
     assert found == pytest.approx(total / n_targets.item(), rel=1e-4)
 
 
-def test_a_broken_picture_is_left_out_and_counted(chat, tmp_path):
+def test_broken_images_are_skipped_and_counted(chat, tmp_path):
     Image.new("RGB", (20, 20), "red").save(tmp_path / "good.png")
-    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "bad.png").write_bytes(b"not an image")
     rows = [
         {"image": f"{kind}.png", "question": f"q{i}", "answer": "a"}
         for kind, n in (("good", 60), ("bad", 4))
@@ -220,8 +222,8 @@ def test_a_broken_picture_is_left_out_and_counted(chat, tmp_path):
     assert chat.model.training and not Best().update(problem, 1)
 
 
-def test_a_picture_that_is_no_base64_is_left_out_too(chat, tmp_path):
-    """It is broken before anything opens it, and of no validation batch that gives the loss."""
+def test_invalid_base64_is_skipped_too(chat, tmp_path):
+    """The error occurs before an image is opened, and in no batch of the validation loss."""
     image = "data:image/png;base64,abc"
     rows = [{"question": f"q{i}", "answer": "a"} for i in range(60)]
     rows.append({"image": image, "question": "last", "answer": "a"})
@@ -231,10 +233,10 @@ def test_a_picture_that_is_no_base64_is_left_out_too(chat, tmp_path):
     values = evaluate(chat.model, chat.processor, cfg, 100, OFF)
     assert values["val_left_out"] == 1 and values["val_loss"] > 0
     with pytest.raises(InputError, match="not base64"):
-        load_items(cfg, "val", 100)  # a score is of all questions
+        load_items(cfg, "val", 100)  # score.py needs all questions
 
 
-def test_without_validation_rows_there_is_nothing_to_log(chat, cfg):
+def test_no_values_without_validation_rows(chat, cfg):
     assert evaluate(chat.model, chat.processor, replace(cfg, val_fraction=0.0), 3, OFF) == {}
 
 

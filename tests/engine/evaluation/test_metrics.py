@@ -1,4 +1,4 @@
-"""The metrics against values worked out by hand."""
+"""Metrics and intervals against values computed by hand."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_exact(answer, expected, score):
     assert exact(answer, expected) == score and isinstance(exact(answer, expected), float)
 
 
-def test_interval_is_that_of_the_mean():
+def test_the_bootstrap_interval_matches_the_normal_approximation():
     scores = np.random.default_rng(1).random(400) < 0.7
     low, high = bootstrap_interval(scores.tolist())
     half = 1.96 * scores.std() / 20
@@ -44,7 +44,7 @@ def test_interval_is_that_of_the_mean():
     assert bootstrap_interval([1.0] * 9) == (1.0, 1.0) and bootstrap_interval([0]) == (0, 0)
 
 
-def test_any_reference_will_do():
+def test_any_reference_counts():
     assert per_answer(any_exact)(["Red.", "red"], [["blue", "red"], ["blue"]]) == [1, 0]
     with pytest.raises(ValueError, match="zip"):
         per_answer(any_exact)(["red"], [])
@@ -61,7 +61,7 @@ def test_any_reference_will_do():
 )  # fmt: skip
 def test_letter(answer, score):
     assert letter(answer, ("B", "a dog")) == score
-    assert letter("a big dog", ("A",)) == 0, "an article is no choice"
+    assert letter("a big dog", ("A",)) == 0, "an article is not a choice"
 
 
 def test_first_word():
@@ -94,22 +94,22 @@ def test_edit_distance(a, b, n):
 def test_anls():
     assert anls("$4,000", ("$ 4,000", "4000")) == pytest.approx(1 - 1 / 7)
     assert anls("The  Smiths", ("the smiths",)) == 1 and anls("yes", ("no",)) == 0
-    assert anls("ab", ("abcd",)) == 0, "half is too far"
+    assert anls("ab", ("abcd",)) == 0, "a distance of 0.5 scores 0"
     assert anls("abc", ("abcd",)) == 0.75 and anls("", ("",)) == 1 and anls("", ("x",)) == 0
 
 
 def test_vqa_accuracy():
-    people = ["red"] * 2 + ["a red"] + ["blue"] * 3 + ["4"] * 4
-    # Of the ten panels of nine, three that leave out a "red" have two left, the others three.
-    assert vqa_accuracy("Red!", people) == pytest.approx((3 * 2 / 3 + 7) / 10)
-    assert vqa_accuracy("four", people) == 1 and vqa_accuracy("green", people) == 0
+    references = ["red"] * 2 + ["a red"] + ["blue"] * 3 + ["4"] * 4
+    # Of the ten subsets of nine references, three contain two "red", the others three.
+    assert vqa_accuracy("Red!", references) == pytest.approx((3 * 2 / 3 + 7) / 10)
+    assert vqa_accuracy("four", references) == 1 and vqa_accuracy("green", references) == 0
     assert vqa_accuracy("one", ["1"] + ["x"] * 9) == pytest.approx(0.3)
     same = (("1,000.5 m", "1000.5 m"), ("co-op; shop", "co op shop"), ("U.S.A", "usa"))
-    for said, wanted in same:
-        assert vqa_accuracy(said, [wanted] * 10) == 1, said
+    for answer, reference in same:
+        assert vqa_accuracy(answer, [reference] * 10) == 1, answer
 
 
-def test_cider_rewards_rare_words_people_agree_on():
+def test_cider_rewards_rare_words_of_the_references():
     pytest.importorskip("pycocoevalcap")
     references = [
         ["a red cross on a lawn", "a red cross stands on green grass"],
@@ -123,8 +123,8 @@ def test_cider_rewards_rare_words_people_agree_on():
     assert cider(["", "on a", "boats on a lake"], references)[:1] == [0.0]
 
 
-def test_cider_is_the_official_one_but_for_the_tokenizer():
-    """pycocoevalcap's own pipeline on words that both tokenizers cut alike."""
+def test_cider_matches_pycocoevalcap():
+    """On captions that both tokenizers split in the same way."""
     pytest.importorskip("pycocoevalcap")
     from pycocoevalcap.cider.cider import Cider
 
@@ -148,16 +148,16 @@ def test_yes_no_figures():
     assert yes_no_figures(["no"], [["yes"]])["f1"] == 0
 
 
-def test_a_paired_difference_sees_more_than_two_intervals():
+def test_a_paired_test_finds_a_difference_that_intervals_do_not():
     g = np.random.default_rng(0)
-    theirs = (g.random(300) < 0.5).astype(float)
-    ours = theirs.copy()
-    ours[np.flatnonzero(theirs == 0)[:15]] = 1  # better on fifteen questions, worse on none
-    found = paired_difference(ours, theirs, n_resamples=2000)
+    other = (g.random(300) < 0.5).astype(float)
+    better = other.copy()
+    better[np.flatnonzero(other == 0)[:15]] = 1  # better on fifteen questions, worse on none
+    found = paired_difference(better, other, n_resamples=2000)
     assert found["difference"] == pytest.approx(15 / 300)
     assert 0 < found["interval"][0] < 0.05 < found["interval"][1] and found["p"] < 0.01
-    low, high = bootstrap_interval(theirs)
-    assert low < ours.mean() < high, "the plain intervals overlap"
-    # Sign flips of 15 equal differences: p is 2 / 2^15 in the limit, and a tie is no difference.
+    low, high = bootstrap_interval(other)
+    assert low < better.mean() < high, "the plain intervals overlap"
+    # All sign flips of three equal differences: 2 of 8 are as extreme. A tie has p = 1.
     assert paired_difference([1, 1, 1], [0, 0, 0], 4000)["p"] == pytest.approx(0.25, abs=0.03)
     assert paired_difference([1, 0], [0, 1])["p"] == 1

@@ -1,4 +1,4 @@
-"""The model card: every figure is the run's own."""
+"""The model card: figures come from the files of the run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from engine.publishing import model_card
 
 @pytest.fixture
 def finished(run_file, tmp_path, capsys):
-    """A run of four steps, resumed once, with a score and a curve."""
+    """A run of four steps with a score and a loss curve."""
     config = run_file(save_every=2)
     command(train.main, [str(config), "--train.steps", "4"])
     run = tmp_path / "run"
@@ -30,7 +30,7 @@ def finished(run_file, tmp_path, capsys):
     return run
 
 
-def test_figures_of_somebody_else_and_a_torn_state(finished, tmp_path):
+def test_an_invalid_score_and_a_damaged_state(finished, tmp_path):
     (finished / "score.json").write_text('{"accuracy": 0.5}')
     with pytest.raises(InputError, match=r"score\.json: not a result of score\.py --json"):
         model_card.write_repository(finished, tmp_path / "up", "user/name")
@@ -68,7 +68,7 @@ def test_the_card_of_a_run(finished, tmp_path):
 
 
 def test_a_checkpoint_without_a_run(small_checkpoint, tmp_path):
-    """No figures, no claims."""
+    """The card has no training and score sections."""
     model_card.write_repository(small_checkpoint, tmp_path / "up", "user/name")
     card = (tmp_path / "up" / "README.md").read_text()
     assert "## Training" not in card and "## Scores" not in card and "loss.png" not in card
@@ -87,7 +87,7 @@ def test_the_fingerprint_changes_with_the_rows(rows_file, tmp_path):
 
 
 def test_hours_of_a_resumed_run():
-    """The log's clock starts anew: 100 s, then 50 s, of which the log tells by going back."""
+    """Resuming restarts `seconds` at 0: here after 100 s; then 50 s follow."""
     events = [{"seconds": s} for s in (10, 60, 100, 5, 50)]
     assert model_card.hours(events) == pytest.approx(150 / 3600)
     assert model_card.hours([]) == 0
@@ -103,5 +103,5 @@ def test_hours_of_a_resumed_run():
         ("openai/clip-vit-base-patch16", "", "mit"),
     ],
 )
-def test_the_licence_is_that_of_the_backbones(vision, language, licence):
+def test_the_license_of_the_backbones(vision, language, licence):
     assert model_card.licence(VLMConfig(vit_model_type=vision, lm_model_type=language)) == licence

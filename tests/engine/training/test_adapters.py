@@ -1,4 +1,4 @@
-"""Adapters train alone, merge to the same logits, and are peft's own: transformers opens them."""
+"""LoRA: only adapters train, merging keeps the logits, and transformers loads them with peft."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ peft = pytest.importorskip("peft")
 ALL = dict(lora=("vision", "projector", "language"), lora_r=4, lora_alpha=12.0)
 
 
-def stir(model: VisionLanguageModel, seed: int = 1) -> None:
-    """Fresh adapters add nothing: give them something to add."""
+def randomise_adapters(model: VisionLanguageModel, seed: int = 1) -> None:
+    """Set random adapter weights; new adapters add zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -37,7 +37,7 @@ def inputs(small_config, make_sample):
 
 
 @pytest.mark.parametrize("parts", [("language",), ("vision", "projector", "language")])
-def test_merged_is_adapted_and_fresh_is_base(small_model, inputs, parts):
+def test_merging_keeps_the_logits_and_new_adapters_add_zero(small_model, inputs, parts):
     model = small_model()
     before, _ = model(**inputs)
     freeze = tuple({"vision", "language"} - set(parts))
@@ -46,8 +46,8 @@ def test_merged_is_adapted_and_fresh_is_base(small_model, inputs, parts):
     with torch.no_grad():
         fresh, _ = model(**inputs)
         plain = adapters.merge(model)
-        assert torch.equal(plain(**inputs)[0], before), "merging zero changes no bit"
-        stir(model)
+        assert torch.equal(plain(**inputs)[0], before), "merging zero changes nothing"
+        randomise_adapters(model)
         adapted, _ = model(**inputs)
         merged, _ = adapters.merge(model)(**inputs)
     assert torch.equal(fresh, before)
@@ -55,14 +55,14 @@ def test_merged_is_adapted_and_fresh_is_base(small_model, inputs, parts):
     torch.testing.assert_close(merged, adapted, rtol=1e-5, atol=1e-5)
 
 
-def test_only_what_is_named_gets_adapters(small_model):
+def test_target_modules(small_model):
     model = small_model()
     cfg = TrainConfig(lora=("language",), lora_targets=("q_proj", "v_proj"), freeze=("vision",))
     names = adapters.target_modules(model, cfg)
     assert names == [f"decoder.blocks.{i}.attn.{n}_proj" for i in range(3) for n in "qv"]
     everything = adapters.target_modules(model, TrainConfig(**ALL))
     assert len(everything) == 7 * 3 + 6 * 2 + 1 and "decoder.head" not in everything
-    with pytest.raises(InputError, match=r"no such layer in vision; it has .*out_proj"):
+    with pytest.raises(InputError, match=r"no linear layer in vision matches; it has .*out_proj"):
         adapters.target_modules(model, TrainConfig(lora=("vision",), lora_targets=("gate",)))
     with pytest.raises(InputError, match=r"vision would train in full.*--train\.freeze"):
         adapters.attach_adapters(model, TrainConfig(lora=("language",)))
@@ -70,10 +70,8 @@ def test_only_what_is_named_gets_adapters(small_model):
         TrainConfig(lora=("language",), freeze=("language", "vision"))
 
 
-def test_a_run_with_adapters_stops_resumes_merges_and_keeps_its_base(
-    run_file, small_checkpoint, stop_after
-):
-    """The run is the same stopped or not; base untouched; the checkpoint is the merged model."""
+def test_a_run_with_adapters_resumes_exactly(run_file, small_checkpoint, stop_after):
+    """Also: the base model is unchanged, and checkpoints hold the merged model."""
     flags = ["--train.init-from", str(small_checkpoint), "--train.lora", "language",
              "--train.freeze", "vision", "--train.lora-r", "2"]  # fmt: skip
     whole, parts = (run_file(n, steps=4, save_every=2) for n in ("whole", "parts"))
@@ -85,7 +83,7 @@ def test_a_run_with_adapters_stops_resumes_merges_and_keeps_its_base(
     for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
         files = (run / "step-000004" / name for run in (one, two))
         assert next(files).read_bytes() == next(files).read_bytes()
-    with pytest.raises(InputError, match=r"does not match the adapters of this run: .*lora_A"):
+    with pytest.raises(InputError, match=r"lora_A.* does not match the adapters of this run"):
         main([str(parts), *flags[:-1], "4", "--train.resume", "auto"])
     given = VisionLanguageModel.from_pretrained(small_checkpoint).state_dict()
     base = VisionLanguageModel.from_pretrained(two / "base")
@@ -104,14 +102,14 @@ def test_a_run_with_adapters_stops_resumes_merges_and_keeps_its_base(
                        if "lora_B" not in n}  # fmt: skip
     state = torch.load(two / "step-000004" / "state.pt", weights_only=True)["optimizer"]
     n_state = sum(len(s["state"]) for s in state)
-    assert n_state == len(adapters.trainable_tensors(base)), "nothing frozen has optimizer state"
+    assert n_state == len(adapters.trainable_tensors(base)), "frozen tensors have none"
 
 
 @pytest.mark.parametrize("with_projector", [False, True])
 def test_transformers_and_peft_open_the_adapter(
     small_checkpoint, tmp_path, tiny_processor, with_projector
 ):
-    """On the exported base it changes the answers as it does here."""
+    """transformers' Idefics3 with peft gives the same logits on the exported base model."""
     import transformers as hf
 
     chat = Chat.load(small_checkpoint)
@@ -121,31 +119,31 @@ def test_transformers_and_peft_open_the_adapter(
     (tmp_path / "base").mkdir()
     model.save_pretrained(tmp_path / "base", replace(tiny_processor, cfg=model.cfg))
     adapters.attach_adapters(model, cfg)
-    stir(model)
-    if with_projector:  # trains in full beside them
+    randomise_adapters(model)
+    if with_projector:  # it trains in full
         model.MP.requires_grad_(True)
         with torch.no_grad():
             model.MP.proj.weight.add_(0.05)
     adapters.save_adapter(model, cfg, tmp_path)
-    said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert (said["peft_type"], said["r"], said["lora_alpha"]) == ("LORA", 4, 12.0)
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (saved["peft_type"], saved["r"], saved["lora_alpha"]) == ("LORA", 4, 12.0)
 
-    tokens = chat.encode_prompt("What is it?", [torch_picture()])
+    tokens = chat.encode_prompt("What is it?", [noise_image()])
     from data.batches.packing import collate_prompts
 
     ids, mask, images = collate_prompts([tokens], model.cfg)
-    theirs = hf.AutoModelForImageTextToText.from_pretrained(tmp_path / "base").eval()
+    reference = hf.AutoModelForImageTextToText.from_pretrained(tmp_path / "base").eval()
     call = dict(input_ids=ids, attention_mask=mask, pixel_values=images[None])
     with torch.no_grad():
-        base = theirs(**call).logits
-        theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
-        got = theirs(**call).logits
-        want, _ = model(ids, images, mask)
-    assert (got - base).abs().max() > 0.1
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        base = reference(**call).logits
+        reference = peft.PeftModel.from_pretrained(reference, tmp_path / "adapter").eval()
+        expected = reference(**call).logits
+        logits, _ = model(ids, images, mask)
+    assert (expected - base).abs().max() > 0.1
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def torch_picture():
+def noise_image():
     import numpy as np
     from PIL import Image
 

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or absent: whatever interrupts it, the one before stays."""
+"""A checkpoint is complete or absent; an interrupted save keeps the previous one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from models.vision_language_model import VisionLanguageModel
 
 @pytest.fixture
 def made(tmp_path, minute_config, tiny_processor):
-    """(cfg, save(step)) of a run in a folder of its own."""
+    """Return (cfg, save(step)) of a run in a new folder."""
     cfg = RunConfig(model=minute_config(), train=TrainConfig(out=str(tmp_path / "run"), keep=2))
     model, processor = VisionLanguageModel(cfg.model), replace(tiny_processor, cfg=cfg.model)
 
@@ -41,7 +41,7 @@ def made(tmp_path, minute_config, tiny_processor):
 
 
 def names(cfg: RunConfig) -> list[str]:
-    """What is in a run's folder beside its config.json."""
+    """Files of a run folder, without config.json."""
     return sorted(p.name for p in Path(cfg.train.out).iterdir() if p.name != "config.json")
 
 
@@ -53,7 +53,7 @@ def test_the_newest_are_kept_and_found(made):
     assert checkpoint.resolve(cfg.train.out).name == "step-1000000"
 
 
-def test_the_millionth_step_is_newer_than_those_before(made):
+def test_steps_are_ordered_by_number_not_by_name(made):
     cfg, save = made
     for step in (999000, 999500, 1000000, 1000500):
         save(step)
@@ -62,21 +62,21 @@ def test_the_millionth_step_is_newer_than_those_before(made):
     assert checkpoint.resolve(cfg.train.out).name == "step-1000500"
 
 
-def test_a_run_keeps_the_arithmetic_it_began_with(made):
-    """Auto is measured: at another moment it might come out otherwise."""
+def test_a_resumed_run_keeps_its_precision(made):
+    """With auto, a new measurement could choose another precision."""
     _, save = made
-    assert checkpoint.resumed_precision([], "auto") == "auto", "nothing began yet"
+    assert checkpoint.resumed_precision([], "auto") == "auto", "a new run"
     for step, precision in ((5, "fp32"), (6, "bf16")):
         found = [save(step, precision=precision)]
         assert checkpoint.resumed_precision(found, "auto") == precision
-        assert checkpoint.resumed_precision(found, "fp32") == "fp32", "what was asked for"
-    assert checkpoint.resumed_precision([save(7)], "auto") == "auto", "of an earlier version"
+        assert checkpoint.resumed_precision(found, "fp32") == "fp32", "an explicit precision"
+    assert checkpoint.resumed_precision([save(7)], "auto") == "auto", "an earlier version"
     (found[0] / checkpoint.STATE).write_bytes(b"half")
     with pytest.raises(InputError, match=r"state\.pt: damaged"):
         checkpoint.resumed_precision(found, "auto")
 
 
-def test_a_state_of_a_gpu_opens_where_there_is_none(made, monkeypatch):
+def test_a_state_saved_on_a_gpu_opens_without_one(made, monkeypatch):
     cfg, save = made
     with monkeypatch.context() as patched:
         patched.setattr(torch.serialization, "location_tag", lambda _: "cuda:0")
@@ -87,8 +87,8 @@ def test_a_state_of_a_gpu_opens_where_there_is_none(made, monkeypatch):
     assert checkpoint.resumed_precision([folder], "auto") == "auto"
 
 
-def test_any_seed_that_is_allowed():
-    """Of every process, though torch takes 64 bits; each draws its own."""
+def test_processes_with_the_largest_seed_draw_different_numbers():
+    """torch's seeds are limited to 64 bits."""
     found = []
     for rank in range(1, 4):
         checkpoint.seed_generators(2**63 - 1, rank)
@@ -111,16 +111,16 @@ def test_a_file_system_without_locks(made, monkeypatch, code):
         run_folder.claim_run_folder(cfg).close()
 
 
-def test_what_a_crash_leaves_is_never_picked_up(made):
+def test_incomplete_checkpoints_are_ignored(made):
     cfg, save = made
     save(5)
     run = Path(cfg.train.out)
-    for torn in (".saving-000009-123", "step-000009"):
-        (run / torn).mkdir()
-        (run / torn / "model.safetensors").write_bytes(b"half")
+    for name in (".saving-000009-123", "step-000009"):
+        (run / name).mkdir()
+        (run / name / "model.safetensors").write_bytes(b"half")
     assert [p.name for p in checkpoint.list_checkpoints(run)] == ["step-000005"]
     assert checkpoint.resolve(run).name == "step-000005"
-    save(9)  # and the torn folder of the same step is replaced
+    save(9)  # replaces the incomplete folder of the same step
     assert checkpoint.load_state(checkpoint.resolve(run), cfg)["step"] == 9
 
 
@@ -137,7 +137,7 @@ def break_save(monkeypatch, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["weights", "state", "rename"])
-def test_a_full_disk_leaves_the_one_before_whole(made, monkeypatch, how):
+def test_a_full_disk_keeps_the_previous_checkpoint(made, monkeypatch, how):
     cfg, save = made
     save(5)
     with monkeypatch.context() as patched:
@@ -149,8 +149,8 @@ def test_a_full_disk_leaves_the_one_before_whole(made, monkeypatch, how):
 
 
 @pytest.mark.parametrize("limit", [30_000, 300_000], ids=["weights", "state"])
-def test_a_real_refusal_to_write_is_an_input_error(made, limit):
-    """The libraries' own errors, which are not all OSError: files may not grow past the limit."""
+def test_a_file_size_limit_is_an_input_error(made, limit):
+    """Libraries raise different errors when a write fails; RLIMIT_FSIZE makes it fail."""
     cfg, save = made
     save(5)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -163,11 +163,11 @@ def test_a_real_refusal_to_write_is_an_input_error(made, limit):
     assert names(cfg) == ["step-000005"]
 
 
-def test_generators_continue_where_they_were():
+def test_rng_state_round_trip():
     def draws():
         return torch.rand(3).tolist(), random.random(), np.random.rand(2).tolist()
 
-    random.gauss(0, 1), np.random.randn()  # leave a cached second normal in each
+    random.gauss(0, 1), np.random.randn()  # both cache a second value
     state = checkpoint.rng_state()
     first = draws(), random.gauss(0, 1), float(np.random.randn())
     draws()
@@ -175,11 +175,11 @@ def test_generators_continue_where_they_were():
     assert (draws(), random.gauss(0, 1), float(np.random.randn())) == first
 
 
-def test_state_names_what_changed(made):
+def test_load_state_names_changed_settings(made):
     cfg, save = made
     folder = save(5)
     other = replace(cfg, train=replace(cfg.train, beta2=0.5, log_every=3, keep=9))
-    with pytest.raises(InputError, match=r"train.beta2: 0.98 then, 0.5 now\)"):
+    with pytest.raises(InputError, match=r"train.beta2: was 0.98, now 0.5\)"):
         checkpoint.load_state(folder, other)
     assert checkpoint.load_state(folder, cfg)["provenance"]["torch"] == torch.__version__
 
@@ -195,7 +195,7 @@ def test_a_run_folder_is_not_overwritten(made):
 
 
 @pytest.mark.parametrize("kind", ["absent", "empty", "file"])
-def test_what_is_no_checkpoint_is_named(tmp_path, kind):
+def test_a_missing_checkpoint_is_named(tmp_path, kind):
     path = tmp_path / kind
     if kind == "empty":
         path.mkdir()

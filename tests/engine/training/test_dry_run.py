@@ -1,4 +1,4 @@
-"""A dry run takes a step that no batch exceeds, says what a run will take, and leaves nothing."""
+"""A dry run measures the largest batch, estimates time and memory, and writes nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from engine.training.dry_run import choose_checkpointing, first_sample, largest_
 from train import main
 
 
-def test_nothing_the_loader_makes_is_larger(tiny_processor):
+def test_no_batch_is_larger_than_largest_batch(tiny_processor):
     packed = DataConfig(batch_size=2, max_length=128, world_questions=2)
     plain = replace(packed, packing=False, max_tiles=3)
     for cfg in (packed, plain, replace(packed, tiles_per_batch=128)):
@@ -37,14 +37,14 @@ def test_the_first_sample_is_one_conversation(tiny_processor):
         batch = next(iter(open_loader(open_dataset(cfg, "train"), tiny_processor, cfg)))
         tokens = first_sample(batch)
         assert int((tokens.ids == tiny_processor.cfg.vlm_bos_token_id).sum()) == 1
-        said = tiny_processor.tokenizer.decode(tokens.ids.tolist(), skip_special_tokens=False)
-        assert said.endswith(("<end_of_utterance>", "<end_of_utterance>\n"))
-        learned = tokens.ids[tokens.supervised]
-        assert 0 < len(learned) < len(tokens.ids)
-        assert tiny_processor.cfg.vlm_image_token_id not in learned
+        text = tiny_processor.tokenizer.decode(tokens.ids.tolist(), skip_special_tokens=False)
+        assert text.endswith(("<end_of_utterance>", "<end_of_utterance>\n"))
+        supervised = tokens.ids[tokens.supervised]
+        assert 0 < len(supervised) < len(tokens.ids)
+        assert tiny_processor.cfg.vlm_image_token_id not in supervised
 
 
-def test_a_dry_run_says_all_and_writes_nothing(run_file, tmp_path, capsys):
+def test_a_dry_run_prints_a_summary_and_writes_nothing(run_file, tmp_path, capsys):
     config = run_file("run", data={"packing": True}, steps=600, freeze=("vision",), accumulate=2)
     torch.manual_seed(99)
     before, state = set(tmp_path.iterdir()), torch.get_rng_state()
@@ -57,12 +57,13 @@ def test_a_dry_run_says_all_and_writes_nothing(run_file, tmp_path, capsys):
                      r"peak memory [\d.]+ GiB", out)  # fmt: skip
     assert re.search(r"first batch: \d+ samples, \d+ tokens, \d+ tiles, [\d.]+% full: [\d.]+ s/"
                      r"step, [\d,]+ tokens/s", out)  # fmt: skip
-    assert re.search(r"600 steps of 2 batches, about [\d,]+ samples: \d+ (min|h) .*at most", out)
+    assert re.search(r"600 steps of 2 batches, about [\d,]+ samples; estimated time \d+ (min|h) "
+                     r".*, at most \d+ (min|h) ", out)  # fmt: skip
     assert re.search(r"User:.*What is \d+\?.*\[\[ red.*<end_of_utterance>\]\]", out, re.S)
 
 
 def test_parts_that_do_not_fit_are_checkpointed():
-    """By the largest batch: `460m`'s tiles exceed any machine here, `tiny` fits everywhere."""
+    """Tiles of `460m` exceed 20 GiB, and `tiny` needs less than 1 GiB."""
     bf16, named = torch.bfloat16, PRESETS["460m"]
     plain = replace(named, train=replace(named.train, activation_checkpointing=()))
     assert choose_checkpointing(plain, bf16, 20 * 2**30) == ("vision",)
@@ -72,7 +73,7 @@ def test_parts_that_do_not_fit_are_checkpointed():
     assert choose_checkpointing(PRESETS["222m"], torch.float32, 2**31) == ("vision", "language")
 
 
-def test_the_budget_is_a_share_of_this_machine(monkeypatch):
+def test_the_memory_budget_is_shared_among_processes(monkeypatch):
     whole = memory_budget(torch.device("cpu"))
     assert 2**28 < whole < 2**45
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")

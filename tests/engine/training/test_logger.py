@@ -1,4 +1,4 @@
-"""Every outlet of `log` gets the line, and a resumed run's curve has each step once."""
+"""Each output of the log gets every line, and after a resume each step counts once."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ def config(tmp_path, **train) -> RunConfig:
     return RunConfig(train=TrainConfig(out=str(tmp_path), steps=4, **train))
 
 
-def test_lines_plot_and_words(tmp_path, capsys):
+def test_log_lines_plot_and_messages(tmp_path, capsys):
     logger = Logger(config(tmp_path), True)
     for step in range(1, 5):
         logger.advance()
         logger.log({"loss": 4.0 - step / 2, "grad_norm_vision": 0.1 * step, **RATES}, step)
     logger.log({"val_loss": 2.5, "val_accuracy": 0.5, "val_answers": ["red"]}, 4)
-    logger.write("a sentence")
+    logger.write("a message")
     logger.close()
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [e["step"] for e in lines] == [1, 2, 3, 4, 4]
     assert lines[0]["loss"] == 3.5 and lines[4]["val_accuracy"] == 0.5 and "seconds" in lines[0]
-    assert Image.open(tmp_path / "loss.png").size == (840, 1200)
+    assert Image.open(tmp_path / "loss.png").size == (1800, 760)
     out, err = capsys.readouterr()
-    assert "a sentence" in out and "4/4" in err and "loss 2.000, 10 tokens/s" in err
+    assert "a message" in out and "4/4" in err and "loss 2.000, 10 tokens/s" in err
 
 
 def test_other_processes_are_silent(tmp_path, capsys):
@@ -65,7 +65,7 @@ def test_no_step_no_plot(tmp_path):
     assert (tmp_path / "log.jsonl").read_text() == "" and not (tmp_path / "loss.png").exists()
 
 
-def test_plot_needs_no_matplotlib(tmp_path, monkeypatch):
+def test_without_matplotlib_there_is_no_plot(tmp_path, monkeypatch):
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     plot_curves(tmp_path)
@@ -78,7 +78,7 @@ def test_wandb_is_offline_and_gets_every_value(tmp_path, monkeypatch):
         log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("end")
     )
     init = lambda **kwargs: calls.append(kwargs) or run  # noqa: E731
-    fake = types.SimpleNamespace(init=init, Image=lambda path: ("picture", path))
+    fake = types.SimpleNamespace(init=init, Image=lambda path: ("image", path))
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     cfg = config(tmp_path, wandb=True)
@@ -87,13 +87,13 @@ def test_wandb_is_offline_and_gets_every_value(tmp_path, monkeypatch):
     sheet = answer_sheet_path(tmp_path, 3)
     sheet.touch()
     logger.log_evaluation({"val_loss": 0.5, "val_answers": ["red"]}, 3)
-    logger.log_evaluation({"val_loss": 0.4}, 4)  # no answers were drawn
+    logger.log_evaluation({"val_loss": 0.4}, 4)  # without an answer sheet
     logger.close()
     init, line, evaluated, later, end = calls
     assert init["mode"] == "offline" and init["dir"] == str(tmp_path)
     assert init["config"]["train"]["steps"] == 4
     assert line == (3, {"loss": 1.0} | RATES) and end == "end"
-    assert evaluated == (3, {"val_loss": 0.5, "answers": ("picture", str(sheet))})
+    assert evaluated == (3, {"val_loss": 0.5, "answers": ("image", str(sheet))})
     assert later == (4, {"val_loss": 0.4})
     monkeypatch.setenv("WANDB_MODE", "disabled")
     Logger(cfg, True).close()
@@ -101,8 +101,8 @@ def test_wandb_is_offline_and_gets_every_value(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_wandb_itself_keeps_the_pictures_of_an_offline_run(run_file, monkeypatch):
-    pytest.importorskip("wandb", reason="wandb is not installed: its files are not looked at")
+def test_wandb_keeps_the_answer_sheets_of_an_offline_run(run_file, monkeypatch):
+    pytest.importorskip("wandb", reason="wandb is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
     path = run_file("run", data={"val_fraction": 0.3}, steps=4, eval_every=2, eval_samples=3,
                     wandb=True)  # fmt: skip

@@ -1,4 +1,4 @@
-"""A run is a function of its settings: stopped and continued, split or spread, it is the same."""
+"""Training is deterministic: resumed, accumulated and compiled runs match uninterrupted ones."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ ROOT = Path(__file__).parents[3]
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def go(config: Path, *flags: str) -> Path:
-    """Train in this process; the run folder."""
+def train_run(config: Path, *flags: str) -> Path:
+    """Train in this process; return the run folder."""
     main([str(config), *flags])
     return Path(read_json(config)["train"]["out"])
 
@@ -44,13 +44,13 @@ def weights(run: Path, step: int = 6) -> dict[str, torch.Tensor]:
 
 
 def events(run: Path) -> list[tuple]:
-    """Every log line, without what a clock says."""
+    """(step, loss, grad_norm, lr_factor) of every training line of the log."""
     lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())
     return [(e["step"], e["loss"], e["grad_norm"], e["lr_factor"]) for e in lines if "loss" in e]
 
 
 def same_state(a, b) -> bool:
-    """Equal nested state: tensors bit for bit."""
+    """Compare nested states; tensors bit for bit."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
@@ -82,72 +82,72 @@ def assert_same_run(a: Path, b: Path) -> None:
     ],
     ids=["plain", "dropout-packed-accumulated", "adamw-untied-worker"],
 )
-def test_stopped_and_continued_is_the_same_run(run_file, stop_after, capsys, model, data, train):
-    whole = go(run_file("whole", model, data, **train))
+def test_resumed_runs_match_uninterrupted_ones(run_file, stop_after, capsys, model, data, train):
+    whole = train_run(run_file("whole", model, data, **train))
     config = run_file("parts", model, data, **train)
     stop_after(3)
-    parts = go(config)
+    parts = train_run(config)
     assert not (parts / "step-000006").exists()
     printed = capsys.readouterr().out
     assert f"python train.py {parts}/config.json --train.resume auto" in printed
-    torch.manual_seed(99)  # a new process would not have this one's generator
-    go(parts / "config.json", "--train.resume", "auto")
+    torch.manual_seed(99)  # a new process would have another generator state
+    train_run(parts / "config.json", "--train.resume", "auto")
     assert_same_run(whole, parts)
 
 
-def test_batches_prepared_ahead_change_nothing(run_file, stop_after, monkeypatch):
-    """As on a GPU, which still works on a step when the next one's batches are made."""
+def test_prefetched_batches_change_nothing(run_file, stop_after, monkeypatch):
+    """On a GPU, the next step's batches are prepared while it still computes."""
     train, packed = {"accumulate": 2}, {"packing": True}
-    whole = go(run_file("whole", {}, packed, **train))
+    whole = train_run(run_file("whole", {}, packed, **train))
     monkeypatch.setattr(Dist, "is_async", True)
     config = run_file("parts", {}, packed, **train)
     stop_after(3)
-    parts = go(config)
+    parts = train_run(config)
     torch.manual_seed(99)
-    go(parts / "config.json", "--train.resume", "auto")
+    train_run(parts / "config.json", "--train.resume", "auto")
     assert_same_run(whole, parts)
 
 
-def test_a_run_of_compiled_blocks_goes_on_and_is_the_run(run_file, stop_after, monkeypatch, capsys):
-    """What the compiler is given is run as it is, which takes no compiler."""
+def test_compiled_blocks_train_like_eager_ones(run_file, stop_after, monkeypatch, capsys):
+    """With backend `eager`, which needs no compiler."""
     monkeypatch.setattr(distributed, "missing_compiler", lambda _: "")
     monkeypatch.setattr("train.compile_blocks", partial(compile_blocks, backend="eager"))
     plain, compiled = {"packing": True}, dict(optimizer="adamw", compile="on")
-    whole = go(run_file("whole", {}, plain, **compiled))
-    assert ", blocks compiled, " in capsys.readouterr().out
+    whole = train_run(run_file("whole", {}, plain, **compiled))
+    assert ", torch.compile on, " in capsys.readouterr().out
     config = run_file("parts", {}, plain, **compiled)
     stop_after(3)
-    parts = go(config)
-    go(parts / "config.json", "--train.resume", "auto")
+    parts = train_run(config)
+    train_run(parts / "config.json", "--train.resume", "auto")
     assert_same_run(whole, parts)
-    other = go(run_file("other", {}, plain, optimizer="adamw"))
+    other = train_run(run_file("other", {}, plain, optimizer="adamw"))
     assert weights(whole).keys() == weights(other).keys()
     for (_, *x), (_, *y) in zip(events(whole), events(other), strict=True):
         torch.testing.assert_close(torch.tensor(x), torch.tensor(y), rtol=1e-5, atol=1e-5)
 
 
-def test_same_seed_same_run_and_other_seed_another(run_file):
-    a, b = (go(run_file(name, {"lm_dropout": 0.1})) for name in "ab")
+def test_the_seed_determines_the_run(run_file):
+    a, b = (train_run(run_file(name, {"lm_dropout": 0.1})) for name in "ab")
     assert_same_run(a, b)
-    c = go(run_file("c", {"lm_dropout": 0.1}, seed=1))
+    c = train_run(run_file("c", {"lm_dropout": 0.1}, seed=1))
     assert events(a) != events(c)
 
 
-def test_the_config_of_a_continued_run_still_describes_the_run(run_file, stop_after):
+def test_config_json_of_a_resumed_run_is_unchanged(run_file, stop_after):
     config = run_file("run")
     stop_after(2)
-    run = go(config)
-    go(run / "config.json", "--train.resume", "auto")
+    run = train_run(config)
+    train_run(run / "config.json", "--train.resume", "auto")
     again = read_json(run / "config.json")["train"]
     assert again["init_from"] == ""  # else a copy of the file would not start from scratch
     assert again | {"resume": "no"} == read_json(config)["train"]
 
 
-def test_accumulation_is_the_same_step(run_file):
-    # Key biases have no gradient but rounding, which Adam would blow up.
+def test_gradient_accumulation_matches_a_larger_batch(run_file):
+    # Gradients of key biases are rounding noise, which Adam would amplify.
     model = {"vit_qkv_bias": False}
-    whole = go(run_file("whole", model, {"batch_size": 4}, steps=3, optimizer="adamw"))
-    split = go(
+    whole = train_run(run_file("whole", model, {"batch_size": 4}, steps=3, optimizer="adamw"))
+    split = train_run(
         run_file("split", model, {"batch_size": 2}, steps=3, accumulate=2, optimizer="adamw")
     )
     for (_, *x), (_, *y) in zip(events(whole), events(split), strict=True):
@@ -158,8 +158,8 @@ def test_accumulation_is_the_same_step(run_file):
 
 
 @pytest.mark.parametrize("part", ["vision", "projector", "language"])
-def test_a_frozen_part_keeps_every_bit(run_file, part):
-    run = go(run_file("run", steps=2, freeze=(part,), weight_decay=0.5))
+def test_frozen_parts_do_not_change(run_file, part):
+    run = train_run(run_file("run", steps=2, freeze=(part,), weight_decay=0.5))
     prefix = {"vision": "vision_encoder.", "projector": "MP.", "language": "decoder."}
     torch.manual_seed(0)
     model = VisionLanguageModel.from_pretrained(run / "step-000002")
@@ -171,32 +171,32 @@ def test_a_frozen_part_keeps_every_bit(run_file, part):
         assert any(name.startswith(prefix[other]) for name in moved)
 
 
-def test_rows_without_pictures_train(run_file, tmp_path):
+def test_training_on_rows_without_images(run_file, tmp_path):
     rows = [{"question": f"What is {i}?", "answer": "yes"} for i in range(8)]
     (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data = {"source": str(tmp_path / "text.jsonl"), "val_fraction": 0.3}
-    run = go(run_file("run", data=data, steps=12, lr_language=0.01, warmup=0))
+    run = train_run(run_file("run", data=data, steps=12, lr_language=0.01, warmup=0))
     losses = [loss for _, loss, *_ in events(run)]
     assert losses[-1] < 0.7 * losses[0]
     assert (run / "step-000012" / "model.safetensors").is_file()
 
 
-def spoil(monkeypatch, bad: set[int]) -> None:
-    """Pictures of the chosen batches, counted from 0, become NaN."""
+def inject_nan(monkeypatch, bad: set[int]) -> None:
+    """Set the images of the chosen batches, counted from 0, to NaN."""
     collate, count = data.batches.loader.collate, iter(range(1000))
 
-    def spoilt(*args):
+    def collate_with_nan(*args):
         batch = collate(*args)
         if next(count) in bad:
             batch.images.fill_(torch.nan)
         return batch
 
-    monkeypatch.setattr(data.batches.loader, "collate", spoilt)
+    monkeypatch.setattr(data.batches.loader, "collate", collate_with_nan)
 
 
-def test_a_step_that_is_not_finite_changes_nothing(run_file, monkeypatch, capsys):
-    spoil(monkeypatch, {1})
-    run = go(run_file("run", steps=3, save_every=1, keep=3, warmup=0))
+def test_a_non_finite_step_is_skipped_and_logged(run_file, monkeypatch, capsys):
+    inject_nan(monkeypatch, {1})
+    run = train_run(run_file("run", steps=3, save_every=1, keep=3, warmup=0))
     x, y = weights(run, 1), weights(run, 2)
     assert all(torch.equal(x[k], y[k]) for k in x)
     assert same_state(state_of(run, 1)["optimizer"][0]["state"],
@@ -210,15 +210,15 @@ def test_a_step_that_is_not_finite_changes_nothing(run_file, monkeypatch, capsys
     assert [e["loss"] is None for e in steps] == [False, True, False]
     assert [e["step"] for e in read_log(run) if "loss" in e] == [1, 3]
     shutil.rmtree(run / "step-000003")
-    go(run / "config.json", "--train.resume", "auto")
-    assert events(run)[-1][0] == 3 and read_log(run)[-2]["bad_steps"] == 1, "forgotten"
+    train_run(run / "config.json", "--train.resume", "auto")
+    assert events(run)[-1][0] == 3 and read_log(run)[-2]["bad_steps"] == 1, "lost on resume"
 
 
 def refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
-def test_every_process_keeps_its_own_bad_batch(tmp_path):
+def test_every_process_saves_its_own_bad_batch(tmp_path):
     for rank in (0, 1):
         batch = types.SimpleNamespace(tensors=lambda rank=rank: {"x": torch.full((2,), rank)})
         path = save_bad_batches(tmp_path, 7, [batch], rank)
@@ -227,36 +227,36 @@ def test_every_process_keeps_its_own_bad_batch(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2 and len(find_bad_batches(tmp_path)) == 1
 
 
-def test_bad_steps_in_a_row_stop_the_run_good_ones_forgive(run_file, monkeypatch):
-    spoil(monkeypatch, {1, 3, 4})
+def test_consecutive_bad_steps_stop_the_run(run_file, monkeypatch):
+    inject_nan(monkeypatch, {1, 3, 4})
     config = run_file("run", steps=6, save_every=1, max_bad_steps=2)
     with pytest.raises(InputError, match="2 steps in a row"):
-        go(config)
+        train_run(config)
     run = Path(read_json(config)["train"]["out"])
     assert (run / "step-000004").is_dir() and not (run / "step-000005").exists()
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # handlers are given back
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # handlers are restored
 
 
-def test_settings_that_change_the_run_are_refused(run_file, stop_after):
+def test_resuming_with_other_settings_is_refused(run_file, stop_after):
     stop_after(2)
-    run = go(run_file("run"))
-    go_on = ["--train.resume", "auto"]
+    run = train_run(run_file("run"))
+    resume = ["--train.resume", "auto"]
     for flag, value, name in [
-        ("--train.lr-muon", "0.5", f"train.lr_muon: {TrainConfig().lr_muon} then, 0.5 now"),
-        ("--data.batch-size", "3", "data.batch_size: 1 then, 3 now"),
-        ("--model.lm-dropout", "0.5", "model.lm_dropout: 0.0 then, 0.5 now"),
+        ("--train.lr-muon", "0.5", f"train.lr_muon: was {TrainConfig().lr_muon}, now 0.5"),
+        ("--data.batch-size", "3", "data.batch_size: was 1, now 3"),
+        ("--model.lm-dropout", "0.5", "model.lm_dropout: was 0.0, now 0.5"),
     ]:
         with pytest.raises(InputError, match=name):
-            go(run / "config.json", *go_on, flag, value)
+            train_run(run / "config.json", *resume, flag, value)
     with pytest.raises(InputError, match="holds the checkpoints of an earlier run"):
-        go(run / "config.json")
-    go(run / "config.json", *go_on, "--train.log-every", "2", "--data.workers", "1")
+        train_run(run / "config.json")
+    train_run(run / "config.json", *resume, "--train.log-every", "2", "--data.workers", "1")
     assert (run / "step-000006").is_dir()
 
 
 @pytest.mark.parametrize(("workers", "sent"), [(0, signal.SIGTERM), (1, signal.SIGINT)])
 def test_a_signal_saves_and_the_printed_command_continues(run_file, stop_after, workers, sent):
-    """To the whole group, as schedulers and terminals send signals: workers get it, too."""
+    """The signal goes to the whole process group, as from a terminal, including workers."""
     config = run_file("run", steps=3000)
     run = Path(read_json(config)["train"]["out"])
     command = [sys.executable, "train.py", str(config), "--data.workers", str(workers)]
@@ -267,7 +267,7 @@ def test_a_signal_saves_and_the_printed_command_continues(run_file, stop_after, 
     deadline = time.monotonic() + 60
     while not ((run / "log.jsonl").is_file() and (run / "log.jsonl").stat().st_size):
         if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()  # else its words come after the last of 3,000 steps
+            process.kill()  # otherwise communicate() waits for 3,000 steps
             raise AssertionError(process.communicate())
         time.sleep(0.05)
     os.killpg(process.pid, sent)

@@ -1,4 +1,4 @@
-"""What the log says of speed and gradients is what was computed."""
+"""FLOPs, rates and gradient norms in the log are correct."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("frozen", [(), ("vision",)])
-def test_flops_are_what_torch_counts(small_model, make_sample, frozen):
-    """Without attention's own products, which are small here, and with every position in the head.
+def test_training_flops_match_torch_flop_counter(small_model, make_sample, frozen):
+    """Approximately: `training_flops` omits attention scores and the head.
 
-    What flows back through a frozen part is torch's to count, so the encoder is the one frozen.
+    Only the encoder is frozen: through other frozen parts, torch also counts the gradient of the
+    inputs.
     """
     model = small_model().train()
     for name in frozen:
@@ -36,20 +37,20 @@ def test_flops_are_what_torch_counts(small_model, make_sample, frozen):
     )
 
 
-def test_norms_of_parts_make_the_norm_of_the_whole(small_model, make_sample):
+def test_norms_of_parts_add_up_to_the_total_norm(small_model, make_sample):
     model = small_model().train()
     ids, images = make_sample(model.cfg, 1, 9, 0)
     model.parts["vision"].requires_grad_(False)
     _, loss = model(ids[None], images, targets=ids[None])
     loss.backward()
     norms = gradient_norms(model.parts)
-    assert set(norms) == {"grad_norm_projector", "grad_norm_language"}, "nothing of a frozen part"
+    assert set(norms) == {"grad_norm_projector", "grad_norm_language"}, "frozen parts have no norm"
     whole = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9).item()
     assert sum(n**2 for n in norms.values()) ** 0.5 == pytest.approx(whole, rel=1e-5)
     assert all(p.grad is None for p in model.vision_encoder.parameters())
 
 
-def test_rates_are_of_the_time_since_last_asked(small_model, monkeypatch):
+def test_rates_cover_the_time_since_the_last_call(small_model, monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr("engine.training.meter.measure_peak_flops", lambda device, dtype: 1e9)
@@ -67,12 +68,12 @@ def test_rates_are_of_the_time_since_last_asked(small_model, monkeypatch):
     assert meter.rates(Dist(0, 1, CPU))["tokens_per_s"] == 0
 
 
-def test_the_peak_is_a_speed_of_this_machine():
+def test_measured_peak_flops_are_plausible():
     peak = measure_peak_flops(CPU, torch.float32, 256)
     assert 1e8 < peak < 1e13
 
 
-def test_a_run_logs_parts_rates_answers_and_a_picture(run_file):
+def test_a_run_logs_norms_rates_answers_and_an_answer_sheet(run_file):
     config = run_file("run", data={"val_fraction": 0.3}, steps=4, log_every=2, eval_every=2,
                       eval_samples=3, freeze=("vision",), answer_sheet_every=2)  # fmt: skip
     main([str(config)])

@@ -1,4 +1,4 @@
-"""Every parameter moves once, as its optimizer's paper says, at a rate that the step alone sets."""
+"""Each parameter is in one group; optimizers match references; the schedule depends on the step."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ def test_registers_and_cls_do_not_decay(small_model):
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_frozen_parts_are_in_no_group(small_model, kind):
+def test_frozen_parts_have_no_optimizer_group(small_model, kind):
     model = small_model()
     found = groups_by_name(model, TrainConfig(optimizer=kind, freeze=("vision", "language")))
     assert set(found) == {n for n, _ in model.named_parameters() if n.startswith("MP.")}
     assert {n for n, p in model.named_parameters() if p.requires_grad} == set(found)
-    groups_by_name(model, TrainConfig(optimizer=kind))  # and a later run thaws them
+    groups_by_name(model, TrainConfig(optimizer=kind))  # a later run trains them again
     assert all(p.requires_grad for p in model.parameters())
     everything = TrainConfig(optimizer=kind, freeze=("projector",))
     with pytest.raises(InputError, match="nothing to train"):
@@ -78,16 +78,17 @@ def test_frozen_parts_are_in_no_group(small_model, kind):
 
 
 @pytest.mark.parametrize("shape", [(16, 48), (48, 16), (24, 24), (1, 8)])
-def test_orthogonalise_brings_singular_values_to_about_one(shape):
+def test_newton_schulz_brings_singular_values_near_one(shape):
     torch.manual_seed(0)
     x = torch.randn(3, *shape)
     y = newton_schulz(x, torch.float32)
     values = torch.linalg.svdvals(y)
-    # The quintic promises 0.7 to 1.2 from about 0.005 of the norm on; a square has smaller ones.
+    # The quintic maps values above about 0.005 of the norm to 0.7 ... 1.2; square matrices have
+    # smaller ones.
     low = 0.6 if shape[0] != shape[1] else 0.0
     assert y.shape == x.shape and values.max() <= 1.3 and values.min() >= low
     u, _, vh = torch.linalg.svd(x, full_matrices=False)
-    # The directions stay: u.T y v is diagonal.
+    # Singular vectors are unchanged: u.T y v is diagonal.
     core = u.mT @ y @ vh.mT
     torch.testing.assert_close(core, torch.diag_embed(core.diagonal(dim1=1, dim2=2)),
                                atol=1e-4, rtol=0)  # fmt: skip
@@ -95,7 +96,7 @@ def test_orthogonalise_brings_singular_values_to_about_one(shape):
 
 
 def naive_muon(p, grads, lr, mu, decay):
-    """Jordan's Muon on one matrix, as his page writes it, in float64."""
+    """Muon on one matrix in float64, as in https://kellerjordan.github.io/posts/muon/."""
     p, buffer = p.double(), torch.zeros_like(p, dtype=torch.float64)
     for g in grads:
         buffer = mu * buffer + (1 - mu) * g.double()
@@ -112,11 +113,11 @@ def naive_muon(p, grads, lr, mu, decay):
     return p
 
 
-def test_muon_is_the_naive_one():
+def test_muon_matches_the_naive_implementation():
     torch.manual_seed(0)
     shapes = [(6, 10), (10, 6), (8, 8), (6, 10), (6, 10)]
     params = [torch.nn.Parameter(torch.randn(s)) for s in shapes]
-    idle = torch.nn.Parameter(torch.randn(6, 10))  # of a shape with others, but without gradient
+    idle = torch.nn.Parameter(torch.randn(6, 10))  # same shape as others, but no gradient
     starts, grads = [p.detach().clone() for p in params], [[torch.randn(s) for s in shapes]
                                                            for _ in range(4)]  # fmt: skip
     before = idle.detach().clone()
@@ -126,76 +127,76 @@ def test_muon_is_the_naive_one():
             p.grad = g.clone()
         optimizer.step()
     for i, p in enumerate(params):
-        wanted = naive_muon(starts[i], [step[i] for step in grads], 0.1, 0.9, 0.3)
-        torch.testing.assert_close(p.detach().double(), wanted, atol=2e-5, rtol=1e-4)
+        expected = naive_muon(starts[i], [step[i] for step in grads], 0.1, 0.9, 0.3)
+        torch.testing.assert_close(p.detach().double(), expected, atol=2e-5, rtol=1e-4)
     assert torch.equal(idle, before)
 
 
-def fill(model, seed: int) -> None:
+def set_gradients(model, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         p.grad = 0.1 * torch.randn(p.shape, generator=generator)
 
 
-def test_adamw_is_torchs(small_model):
+def test_adamw_matches_torch(small_model):
     model = small_model()
     twin = copy.deepcopy(model)
     cfg = TrainConfig(optimizer="adamw", **RATES)
-    ours = build_optimizer(model.parts, cfg)
+    fused = build_optimizer(model.parts, cfg)
     by_id = {id(p): q for p, q in zip(model.parameters(), twin.parameters(), strict=True)}
-    theirs = [
+    reference = [
         torch.optim.AdamW(
             [by_id[id(p)] for p in g["params"]],
             lr=g["lr"],
             betas=(0.9, 0.98),
             weight_decay=g["weight_decay"],
         )
-        for g in ours.param_groups
+        for g in fused.param_groups
     ]
     for seed in range(3):
-        fill(model, seed), fill(twin, seed)
-        ours.step()
-        for optimizer in theirs:
+        set_gradients(model, seed), set_gradients(twin, seed)
+        fused.step()
+        for optimizer in reference:
             optimizer.step()
     for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, msg=lambda text, name=name: f"{name}: {text}")
-    ours.zero_grad()
+    fused.zero_grad()
     assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_the_state_is_there_before_the_first_step(small_model, kind):
-    """Made later it would lie among activations; and no step makes any of it anew."""
+def test_optimizer_state_is_allocated_before_the_first_step(small_model, kind):
+    """Allocated later, it would fragment memory; and no step reallocates it."""
     model = small_model()
     optimizer = build_optimizer(model.parts, TrainConfig(optimizer=kind))
 
-    def places() -> set[int]:
+    def addresses() -> set[int]:
         return {x.data_ptr() for member in optimizer.members
                 for state in member.state.values() for x in state.values()}  # fmt: skip
 
     params = [p for group in optimizer.param_groups for p in group["params"]]
     n = [len(member.state) for member in optimizer.members]
-    before = places()
+    before = addresses()
     assert sum(n) == len(params) and not any(
         x.any() for m in optimizer.members for state in m.state.values() for x in state.values()
     )
-    fill(model, 0)
+    set_gradients(model, 0)
     optimizer.step()
-    assert places() == before and len(before) > len(params)
+    assert addresses() == before and len(before) > len(params)
 
 
-def test_state_goes_round(small_model):
+def test_state_dict_round_trip(small_model):
     model = small_model()
     twin = copy.deepcopy(model)
     a = build_optimizer(model.parts, TrainConfig(**RATES))
-    fill(model, 0)
+    set_gradients(model, 0)
     a.set_lr(0.5)
     a.step()
     b = build_optimizer(twin.parts, TrainConfig(**RATES))
     b.load_state_dict(copy.deepcopy(a.state_dict()))
     twin.load_state_dict(model.state_dict())
     for optimizer, m in ((a, model), (b, twin)):
-        fill(m, 1)
+        set_gradients(m, 1)
         optimizer.set_lr(0.25)
         optimizer.step()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
@@ -222,7 +223,7 @@ def test_learning_rate_shapes():
     assert lr_factor(past, 12) == lr_factor(past, 99) == 0
 
 
-def test_a_tied_head_is_the_embedding(minute_config):
+def test_a_tied_head_gets_the_embedding_group(minute_config):
     model = VisionLanguageModel(minute_config(lm_tie_weights=True))
     build_optimizer(model.parts, TrainConfig(optimizer="adamw"))
     assert model.decoder.head.weight is model.decoder.token_embedding.weight
@@ -241,18 +242,18 @@ def test_layer_decay_lowers_rates_towards_the_input(small_model):
         for name in names:
             peak = 0.05 if "momentum" in found[name] else 0.001
             assert found[name]["lr"] == pytest.approx(peak * share), name
-    assert found["MP.proj.weight"]["lr"] == 0.002  # has no blocks
+    assert found["MP.proj.weight"]["lr"] == 0.002  # the projector has no blocks
     assert found["decoder.token_embedding.weight"]["lr"] == pytest.approx(0.003 / 2**4)
 
 
 def ema_run(steps: int, ema: float) -> tuple[list, list, object]:
-    """(weights after each step, model's parameters, optimizer) of a few random steps."""
+    """Return (weights after each step, layer, optimizer) of a few steps with random gradients."""
     torch.manual_seed(0)
     part = torch.nn.Linear(3, 2)
     optimizer = build_optimizer({"vision": part}, TrainConfig(optimizer="adamw", ema=ema, **RATES))
     seen = [part.weight.detach().clone()]
     for step in range(steps):
-        fill(part, step)
+        set_gradients(part, step)
         optimizer.step()
         seen.append(part.weight.detach().clone())
     return seen, part, optimizer
@@ -271,7 +272,7 @@ def test_averaged_weights_are_the_naive_average():
 
 
 def test_a_run_with_averages_resumes_exactly():
-    """The model file has the averages, the state the last weights: loaded, each is in its place."""
+    """A checkpoint holds averages as the model and trained weights in the optimizer state."""
     seen, *_ = ema_run(9, ema=0.7)
     _, part, optimizer = ema_run(5, ema=0.7)
     with optimizer.averaged():
@@ -282,7 +283,7 @@ def test_a_run_with_averages_resumes_exactly():
     optimizer.load_state_dict(state)
     assert torch.equal(part.weight, seen[5])
     for step in range(5, 9):
-        fill(part, step)
+        set_gradients(part, step)
         optimizer.step()
     assert torch.equal(part.weight, seen[9])
     whole = ema_run(9, ema=0.7)
@@ -290,7 +291,7 @@ def test_a_run_with_averages_resumes_exactly():
         torch.testing.assert_close(part.weight, whole[1].weight, rtol=0, atol=0)
 
 
-def test_without_averages_nothing_is_kept(small_model):
+def test_without_ema_weights_and_state_are_unchanged(small_model):
     _, part, optimizer = ema_run(2, ema=0.0)
     before = part.weight.detach().clone()
     with optimizer.averaged():
@@ -298,14 +299,14 @@ def test_without_averages_nothing_is_kept(small_model):
     assert len(optimizer.state_dict()) == 1
 
 
-# --- Eight bits ---------------------------------------------------------------------------------
+# --- 8-bit AdamW ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def eight_bits():
     pytest.importorskip("torchao", reason="torchao is not installed: adamw8bit is not tested")
     if not (shutil.which("g++") or shutil.which("clang++")):
-        pytest.skip("no C++ compiler, with which torchao's step is built: adamw8bit is not tested")
+        pytest.skip("no C++ compiler for torchao: adamw8bit is not tested")
     return TrainConfig(optimizer="adamw8bit", **RATES)
 
 
@@ -316,35 +317,35 @@ def n_bytes(state: object) -> int:
     return sum(map(n_bytes, values)) if isinstance(state, (dict, list)) else 0
 
 
-def test_eight_bits_learn_like_adamw_in_a_quarter_of_the_bytes(small_config, eight_bits):
+def test_adamw8bit_matches_adamw_with_less_memory(small_config, eight_bits):
     models, states = [], []
     for cfg in (TrainConfig(optimizer="adamw", **RATES), eight_bits):
         torch.manual_seed(0)
         model = VisionLanguageModel(small_config(lm_hidden_dim=128, lm_inter_dim=256))
         optimizer = build_optimizer(model.parts, cfg)
         for seed in range(3):
-            fill(model, seed)
+            set_gradients(model, seed)
             optimizer.set_lr(0.5)
             optimizer.step()
         models.append(dict(model.decoder.blocks.named_parameters()))
         states.append(optimizer.state_dict()[0]["state"])
     assert n_bytes(states[1]) < 0.4 * n_bytes(states[0])  # its small tensors keep 32 bits
     name = "0.mlp.up_proj.weight"
-    ours, theirs = models[1][name], models[0][name]
+    eight_bit, full = models[1][name], models[0][name]
     torch.manual_seed(0)
     start = dict(VisionLanguageModel(small_config(lm_hidden_dim=128, lm_inter_dim=256)).decoder
                  .blocks.named_parameters())[name]  # fmt: skip
-    moved = theirs - start
-    assert 0 < (ours - theirs).norm() < 0.2 * moved.norm()
+    moved = full - start
+    assert 0 < (eight_bit - full).norm() < 0.2 * moved.norm()
 
 
-def test_eight_bits_go_round_in_plain_tensors(small_config, eight_bits):
-    """A state that was saved goes on bit for bit, and opens where torchao is not."""
+def test_adamw8bit_state_is_saved_as_plain_tensors(small_config, eight_bits):
+    """A restored state continues bit for bit, and the file opens without torchao."""
     torch.manual_seed(0)
     model = VisionLanguageModel(small_config(lm_hidden_dim=128))
     twin = copy.deepcopy(model)
     a, b = (build_optimizer(m.parts, eight_bits) for m in (model, twin))
-    fill(model, 0)
+    set_gradients(model, 0)
     a.step()
     file = io.BytesIO()
     torch.save(a.state_dict(), file)
@@ -353,14 +354,14 @@ def test_eight_bits_go_round_in_plain_tensors(small_config, eight_bits):
     b.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
     for seed in (1, 2):
         for optimizer, m in ((a, model), (b, twin)):
-            fill(m, seed)
+            set_gradients(m, seed)
             optimizer.set_lr(0.25)
             optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters()))
     assert [g["lr"] for g in b.param_groups] == [0.25 * g["peak_lr"] for g in a.param_groups]
 
 
-def test_a_run_in_eight_bits_resumes_exactly(run_file, eight_bits):
+def test_a_run_with_adamw8bit_resumes_exactly(run_file, eight_bits):
     path = run_file("run", dict(lm_hidden_dim=128), steps=4, save_every=2, optimizer="adamw8bit")
     train.main([str(path)])
     last = Path(read_json(path)["train"]["out"], "step-000004")
@@ -370,11 +371,11 @@ def test_a_run_in_eight_bits_resumes_exactly(run_file, eight_bits):
     again = load_file(last / "model.safetensors")
     assert [name for name in whole if not torch.equal(whole[name], again[name])] == []
     other = [str(path), "--train.resume", "auto", "--train.optimizer", "adamw"]
-    with pytest.raises(InputError, match=r"train\.optimizer: 'adamw8bit' then, 'adamw' now"):
+    with pytest.raises(InputError, match=r"train\.optimizer: was 'adamw8bit', now 'adamw'"):
         train.main(other)
 
 
-def test_eight_bits_need_torchao(monkeypatch):
+def test_adamw8bit_needs_torchao(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
     cfg = TrainConfig(optimizer="adamw8bit")
     with pytest.raises(InputError, match=r"adamw8bit.*torchao; run `pip install torchao`"):

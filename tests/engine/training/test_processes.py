@@ -1,4 +1,4 @@
-"""Several processes are one that sees twice the batches, with whole models and with parts."""
+"""Two processes train like one with twice the batches, with DDP and with FSDP."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from engine.training import checkpoint
 from train import main
 
 ROOT = Path(__file__).parents[3]
-# Key biases have no gradient but rounding, which Adam would blow up.
+# Gradients of key biases are rounding noise, which Adam would amplify.
 MODEL = {"vit_qkv_bias": False}
 
 
@@ -36,16 +36,16 @@ def events(run: Path) -> list[list[float]]:
     return [[e["step"], *(e[name] for name in names)] for e in lines if "loss" in e]
 
 
-def together(launch, argv: list[str], said: Path, before=lambda rank: None) -> None:
-    crowd = launch(argv, 2, before)
-    for process in crowd:
+def run_two(launch, argv: list[str], output: Path, before=lambda rank: None) -> None:
+    processes = launch(argv, 2, before)
+    for process in processes:
         process.join(120)
-    assert [p.exitcode for p in crowd] == [0, 0], said.read_text()[-3000:]
+    assert [p.exitcode for p in processes] == [0, 0], output.read_text()[-3000:]
 
 
 @pytest.fixture
 def mixed_rows(tmp_path, rows_file) -> str:
-    """Pictures on even rows alone, so that a process may have none; answers of unequal length."""
+    """Images only on even rows, so that a process may have none; answers differ in length."""
     rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
     for i, row in enumerate(rows):
         row["image"] = str(rows_file.parent / row["image"])
@@ -56,7 +56,7 @@ def mixed_rows(tmp_path, rows_file) -> str:
 
 
 def few_logits(rank: int) -> None:
-    """The loss in chunks, as of a large vocabulary."""
+    """Compute the loss in chunks, as with a large vocabulary."""
     import models.ops.token_loss
 
     models.ops.token_loss.MAX_LOGITS["cpu"] = 640 * 4
@@ -75,12 +75,12 @@ BOTH = ("vision", "language")
     ("ddp", ()), pytest.param("fsdp", (), marks=pytest.mark.slow),
     pytest.param("ddp", BOTH, marks=pytest.mark.slow),
     pytest.param("fsdp", BOTH, marks=pytest.mark.slow)])  # fmt: skip
-def test_two_processes_are_one_with_twice_the_batches(
+def test_two_processes_match_one_with_twice_the_batches(
     launch, run_file, mixed_rows, parallel, checkpointing
 ):
-    """20 steps of 2 micro-batches with pictures or without, of unequal numbers of targets.
+    """20 steps of 2 micro-batches, with and without images, with unequal numbers of targets.
 
-    The two may compute their blocks again for the gradient, the one keeps them.
+    Only the two processes use activation checkpointing.
     """
     data, train = {"source": mixed_rows}, dict(steps=20, optimizer="adamw", lr_vision=3e-4,
                                                lr_projector=3e-4, lr_language=3e-4)  # fmt: skip
@@ -88,7 +88,7 @@ def test_two_processes_are_one_with_twice_the_batches(
     main([str(one)])
     train |= dict(accumulate=2, parallel=parallel, activation_checkpointing=checkpointing)
     two = run_file("two", MODEL, data, **train)
-    together(launch, [str(two)], two.parent / "said.txt", few_logits)
+    run_two(launch, [str(two)], two.parent / "output.txt", few_logits)
     same_curve(folder(one), folder(two), 20)
     x, y = (load_file(folder(c) / "step-000020" / "model.safetensors") for c in (one, two))
     for name in x:
@@ -96,7 +96,7 @@ def test_two_processes_are_one_with_twice_the_batches(
 
 
 def compile_without_a_compiler(rank: int) -> None:
-    """Blocks become graphs forward and backward, which are run as they are."""
+    """Compile with backend `aot_eager`, which traces forward and backward without a compiler."""
     import engine.training.distributed
     import train
 
@@ -106,46 +106,46 @@ def compile_without_a_compiler(rank: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_compiled_blocks_of_two_processes_are_the_blocks(launch, run_file, mixed_rows, parallel):
+def test_two_processes_with_compiled_blocks(launch, run_file, mixed_rows, parallel):
     train = dict(steps=6, optimizer="adamw", parallel=parallel, accumulate=2,
                  activation_checkpointing=("language",))  # fmt: skip
     data = {"source": mixed_rows, "packing": True}
     plain, made = (run_file(c, MODEL, data, **train, compile=c) for c in ("off", "on"))
-    said = plain.parent / "said.txt"
-    together(launch, [str(plain)], said)
-    together(launch, [str(made)], said, compile_without_a_compiler)
-    assert ", blocks compiled, " in said.read_text()
+    output = plain.parent / "output.txt"
+    run_two(launch, [str(plain)], output)
+    run_two(launch, [str(made)], output, compile_without_a_compiler)
+    assert ", torch.compile on, " in output.read_text()
     same_curve(folder(plain), folder(made), 6)
 
 
 @pytest.mark.slow
-def test_parts_of_a_model_resume_and_evaluate(launch, run_file):
-    """A stopped FSDP run goes on bit for bit, and its checkpoints are whole models."""
+def test_an_fsdp_run_resumes_and_evaluates(launch, run_file):
+    """A stopped FSDP run resumes bit for bit, and its checkpoints hold whole models."""
     train = dict(steps=4, optimizer="adamw", parallel="fsdp", eval_every=2, eval_samples=2)
     data = {"val_fraction": 0.3}
     whole, parts = (run_file(n, {"lm_dropout": 0.1}, data, **train) for n in ("whole", "parts"))
-    said = whole.parent / "said.txt"
-    together(launch, [str(whole)], said)
+    output = whole.parent / "output.txt"
+    run_two(launch, [str(whole)], output)
 
     def stop_in_step_2(rank: int) -> None:
         import os
 
         import engine.training.loop
 
-        really, left = engine.training.loop.clip_gradients, [2]
+        original, left = engine.training.loop.clip_gradients, [2]
 
         def counted(*args):
             left[0] -= 1
-            if left[0] == 0 and rank == 1:  # whichever process is told, all stop
+            if left[0] == 0 and rank == 1:  # a signal to one process stops all
                 os.kill(os.getpid(), signal.SIGTERM)
-            return really(*args)
+            return original(*args)
 
         engine.training.loop.clip_gradients = counted
 
-    together(launch, [str(parts)], said, stop_in_step_2)
+    run_two(launch, [str(parts)], output, stop_in_step_2)
     assert [p.name for p in checkpoint.list_checkpoints(folder(parts))] == ["step-000002"]
     assert (folder(parts) / "step-000002" / "shards" / ".metadata").is_file()
-    together(launch, [str(parts), "--train.resume", "auto"], said)
+    run_two(launch, [str(parts), "--train.resume", "auto"], output)
     x, y = (load_file(folder(c) / "step-000004" / "model.safetensors") for c in (whole, parts))
     assert [name for name in x if not torch.equal(x[name], y[name])] == []
     assert events(folder(whole)) == events(folder(parts))
@@ -153,30 +153,30 @@ def test_parts_of_a_model_resume_and_evaluate(launch, run_file):
     assert '"val_loss"' in lines
 
 
-def test_each_process_has_dropout_of_its_own_and_goes_on_with_it(launch, run_file):
-    """The generators of all are in the checkpoint, and they differ."""
+def test_each_process_has_its_own_dropout_generator(launch, run_file):
+    """A checkpoint holds the generators of all processes, and they differ."""
     config = run_file("run", {"lm_dropout": 0.1}, steps=2)
-    together(launch, [str(config)], config.parent / "said.txt")
+    run_two(launch, [str(config)], config.parent / "output.txt")
     state = torch.load(folder(config) / "step-000002" / "state.pt", weights_only=True)
     first, second = state["rng"]
     assert state["world"] == 2 and not torch.equal(first["torch"], second["torch"])
-    with pytest.raises(InputError, match=r"processes: 2 then, 1 now.*--train\.init-from"):
+    with pytest.raises(InputError, match=r"processes: was 2, now 1.*--train\.init-from"):
         main([str(config), "--train.resume", "auto", "--train.steps", "2"])
 
 
-def test_what_does_not_go_with_parts_is_refused():
+def test_options_that_fsdp_does_not_support_are_refused():
     for changes in ({}, {"optimizer": "adamw", "ema": 0.9}, {"optimizer": "adamw",
                                                              "lora": ("language",)}):  # fmt: skip
         with pytest.raises(InputError, match="parallel = 'fsdp'"):
             TrainConfig(parallel="fsdp", **changes)
 
 
-# --- By torchrun itself -------------------------------------------------------------------------
+# --- With torchrun --------------------------------------------------------------------------------
 
 
-def torchrun(said: Path, *argv: str) -> subprocess.Popen:
-    """`torchrun argv` of train.py, one thread a process."""
-    with open(said, "w") as out:
+def torchrun(output: Path, *argv: str) -> subprocess.Popen:
+    """Start `torchrun argv` with one thread per process."""
+    with open(output, "w") as out:
         return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *argv], cwd=ROOT,
                                 env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=out,
                                 stderr=out)  # fmt: skip
@@ -188,13 +188,13 @@ def same_weights(one: Path, two: Path, step: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_started_again(run_file, tmp_path):
-    """torchrun's --max-restarts with --train.resume auto comes to the same end by itself."""
-    train, said = dict(steps=120, save_every=20, log_every=10), tmp_path / "torchrun.txt"
+def test_torchrun_restarts_a_killed_worker(run_file, tmp_path):
+    """With --max-restarts and --train.resume auto, the run ends with the same weights."""
+    train, output = dict(steps=120, save_every=20, log_every=10), tmp_path / "torchrun.txt"
     whole, again = (run_file(n, {"lm_dropout": 0.1}, **train) for n in ("whole", "again"))
     launch = ["--standalone", "--nproc-per-node=2", "--max-restarts=2", "train.py"]
     for config in (whole, again):
-        process = torchrun(said, *launch, str(config), "--train.resume", "auto")
+        process = torchrun(output, *launch, str(config), "--train.resume", "auto")
         if config == again:
             deadline = time.monotonic() + 300
             while not list(folder(again).glob("step-*")):
@@ -202,13 +202,13 @@ def test_a_killed_worker_is_started_again(run_file, tmp_path):
                 time.sleep(0.05)
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
             os.kill(int(children.split()[-1]), signal.SIGKILL)
-        assert process.wait(600) == 0, said.read_text()[-3000:]
+        assert process.wait(600) == 0, output.read_text()[-3000:]
     same_weights(whole, again, "step-000120")
 
 
 @pytest.mark.slow
-def test_two_nodes_are_one_with_two_processes(run_file, tmp_path):
-    """Two torchruns that find each other, as docs/scaling.md starts them on several machines."""
+def test_two_nodes_match_one_with_two_processes(run_file, tmp_path):
+    """Two torchrun commands with a rendezvous endpoint, as in docs/scaling.md."""
     one, two = (run_file(n, {"lm_dropout": 0.1}, steps=4) for n in ("one", "two"))
     alone = torchrun(tmp_path / "0.txt", "--standalone", "--nproc-per-node=2", "train.py", str(one))
     assert alone.wait(300) == 0, (tmp_path / "0.txt").read_text()[-3000:]

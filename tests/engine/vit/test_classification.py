@@ -1,4 +1,4 @@
-"""The figures are those counted by hand, and pictures that fail are said, not counted."""
+"""Figures of a classifier against values by hand; unreadable images are listed, not counted."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ RESULT = Result(
 )
 
 
-def test_figures_are_counted_by_hand():
+def test_figures_match_values_by_hand():
     assert RESULT.accuracy == 3 / 6
     assert RESULT.confusion.tolist() == [[2, 2, 0], [1, 1, 0], [0, 0, 0]]
     a, b, c = class_metrics(RESULT)
@@ -42,21 +42,21 @@ def test_figures_are_counted_by_hand():
     assert (c["images"], c["recall"], c["precision"], c["confused_with"]) == (0, None, None, "")
     low, high = RESULT.interval
     assert low <= 0.5 <= high
-    assert RESULT.values() == {"val_loss": 0.5, "val_accuracy": 0.5}  # of three, five is no news
+    assert RESULT.values() == {"val_loss": 0.5, "val_accuracy": 0.5}  # no top 5 of 3 classes
 
 
-def test_the_table_has_the_worst_first_and_names_what_is_missing():
+def test_the_table_starts_with_the_lowest_recall_and_lists_skipped_images():
     lines = format_table(RESULT).splitlines()
     assert lines[0].startswith("accuracy 50.00% (95 % interval ")
     assert [line.split()[0] for line in lines[2:]] == ["a", "b", "c"]
-    failed = replace(RESULT, failed=("x.png: torn.",))
-    assert format_table(failed).splitlines()[-1] == "skipped: x.png: torn."
+    failed = replace(RESULT, failed=("x.png: damaged.",))
+    assert format_table(failed).splitlines()[-1] == "skipped: x.png: damaged."
 
 
-def test_the_confusion_is_drawn(tmp_path):
+def test_the_confusion_matrix_is_drawn(tmp_path):
     draw_confusion(RESULT, tmp_path / "c.png")
-    picture = np.asarray(Image.open(tmp_path / "c.png").convert("RGB"))
-    assert picture.shape[0] > 300 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 10
+    image = np.asarray(Image.open(tmp_path / "c.png").convert("RGB"))
+    assert image.shape[0] > 300 and len(np.unique(image.reshape(-1, 3), axis=0)) > 10
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def model(lively) -> Classifier:
     return Classifier(lively(ViT(cfg)))
 
 
-def test_evaluate_is_one_forward_over_everything(model):
+def test_evaluate_matches_one_forward_pass(model):
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (150, 16, 16, 3), dtype=np.uint8)  # two batches
     labels = [str(k) for k in rng.integers(0, 7, 150)]
@@ -79,38 +79,38 @@ def test_evaluate_is_one_forward_over_everything(model):
     x = torch.tensor(pixels).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():
         logits, loss = model.eval()(x, torch.tensor([int(k) for k in labels]))
-    wanted = torch.tensor([int(k) for k in labels])
+    expected = torch.tensor([int(k) for k in labels])
     assert result.loss == pytest.approx(loss.item(), abs=1e-5)
-    assert result.accuracy == pytest.approx((logits.argmax(1) == wanted).float().mean().item())
-    in_top = [w in row for w, row in zip(wanted.tolist(), logits.topk(5).indices.tolist())]
+    assert result.accuracy == pytest.approx((logits.argmax(1) == expected).float().mean().item())
+    in_top = [w in row for w, row in zip(expected.tolist(), logits.topk(5).indices.tolist())]
     assert result.in_top.tolist() == in_top
     assert result.values()["val_top5"] == round(float(np.mean(in_top)), 4)
 
 
-def test_answers_are_in_order_of_probability_and_of_pictures(model, tmp_path):
+def test_predictions_are_sorted_and_in_the_order_of_the_images(model, tmp_path):
     rng = np.random.default_rng(1)
     pixels = rng.integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
-    pictures = [Image.fromarray(x) for x in pixels]
-    (tmp_path / "torn.png").write_bytes(b"torn")
-    mixed = [*pictures[:2], str(tmp_path / "torn.png"), *pictures[2:]]
+    images = [Image.fromarray(x) for x in pixels]
+    (tmp_path / "broken.png").write_bytes(b"broken")
+    mixed = [*images[:2], str(tmp_path / "broken.png"), *images[2:]]
     found = list(predict(model.eval(), mixed, k=9, batch_size=2))
-    assert [picture for picture, *_ in found] == mixed
+    assert [image for image, *_ in found] == mixed
     assert [bool(problem) for *_, problem in found] == [False, False, True, False, False, False]
-    for picture, classes, problem in found:
+    for image, classes, problem in found:
         if problem:
-            assert classes == [] and "torn.png" in problem
+            assert classes == [] and "broken.png" in problem
             continue
-        x = torch.tensor(np.asarray(picture)).permute(2, 0, 1)[None] / 127.5 - 1
+        x = torch.tensor(np.asarray(image)).permute(2, 0, 1)[None] / 127.5 - 1
         with torch.no_grad():
-            shares = model(x)[0].softmax(-1)[0]
-        order = shares.argsort(descending=True).tolist()
+            probabilities = model(x)[0].softmax(-1)[0]
+        order = probabilities.argsort(descending=True).tolist()
         assert [name for name, _ in classes] == list(map(str, order))
         assert sum(p for _, p in classes) == pytest.approx(1)
 
 
-def test_nothing_that_opens_is_said(model, tmp_path):
+def test_an_error_if_no_image_opens(model, tmp_path):
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "torn.png").write_bytes(b"torn")
+    (tmp_path / "a" / "broken.png").write_bytes(b"broken")
     from data.classification.dataset import open_classification
 
     cfg = ClassifyDataConfig(source=str(tmp_path))
