@@ -1,6 +1,6 @@
-"""`logits, loss = classifier(images, targets)`: a ViT with a head, and what training asks of it.
+"""Image classification: `logits, loss = classifier(images, targets)`.
 
-Not here: the ViT, its pools and heads (vision_transformer.py), files (backbones.py).
+Not here: the ViT, its pooling and heads (vision_transformer.py), files (models/pretrained).
 
 Letters: N images, K classes.
 """
@@ -21,7 +21,7 @@ class Classifier(PretrainedMixin, nn.Module):
     def __init__(self, vit: ViT):
         super().__init__()
         if not vit.cfg.vit_n_classes:
-            raise ValueError("vit_n_classes = 0: a classifier needs at least one class")
+            raise ValueError("vit_n_classes = 0: must be at least 1 in a classifier")
         self.cfg, self.vit = vit.cfg, vit
 
     @property
@@ -30,14 +30,14 @@ class Classifier(PretrainedMixin, nn.Module):
 
     @property
     def parts(self) -> dict[str, nn.Module]:
-        """The parts that can be frozen and have their own learning rates."""
+        """The modules that can be frozen and have their own learning rates."""
         children = dict(self.vit.named_children())
         head = children.pop("head")
         return {"trunk": nn.ModuleDict({k: m for k, m in children.items() if m}), "head": head}
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The names of the classes; their numbers where none were given."""
+        """The class names; without names, the class numbers."""
         return self.cfg.vit_labels or tuple(map(str, range(self.cfg.vit_n_classes)))
 
     def forward(
@@ -45,22 +45,22 @@ class Classifier(PretrainedMixin, nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Images [N, channels, size, size] -> (logits [N, K], loss or None).
 
-        targets are class numbers [N], or probabilities [N, K] where images are mixed or labels
-        smoothed.
+        `targets` are class numbers [N], or probabilities [N, K] for mixup, CutMix and label
+        smoothing.
         """
         logits = self.vit(images)
         loss = None if targets is None else F.cross_entropy(logits, targets, reduction=reduction)
         return logits, loss
 
     def __str__(self) -> str:
-        """A table of the parts, their parameters and their sizes."""
+        """A table of the modules, their parameter counts and sizes."""
         cfg = self.cfg
         notes = {
             "patch_embedding": f"{cfg.vit_grid} x {cfg.vit_grid} patches of {cfg.vit_patch_size} "
-            f"pixels, {cfg.vit_n_channels} channels, {cfg.vit_n_prefix} tokens in front",
+            f"pixels, {cfg.vit_n_channels} channels, {cfg.vit_n_prefix} prefix tokens",
             "blocks": f"{cfg.vit_n_blocks} x (width {cfg.vit_hidden_dim}, MLP "
             f"{cfg.vit_inter_dim}, {cfg.vit_n_heads} heads)",
-            "map_pool": "one query attends to all tokens",
+            "map_pool": "attention pooling",
             "head": f"{cfg.vit_head}, {cfg.vit_n_classes} classes",
         }
         counts = {
@@ -68,6 +68,6 @@ class Classifier(PretrainedMixin, nn.Module):
             for name, part in self.vit.named_children()
         }
         rows = [(name, n, notes.get(name, "")) for name, n in counts.items() if n]
-        rows.append(("all", sum(counts.values()), ""))
+        rows.append(("total", sum(counts.values()), ""))
         width = max(len(name) for name, *_ in rows)
         return "\n".join(f"{name:<{width}}  {n:>13,}  {note}".rstrip() for name, n, note in rows)

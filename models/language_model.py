@@ -3,9 +3,8 @@
 Embeddings in, hidden states out; `logits` and `loss` apply the head. Not here: sampling
 (models/inference), images (vision_language_model.py).
 
-Letters: B batch, T tokens, S cache slots, D width, H query heads, K key-value heads, C head
-dimension,
-V vocabulary.
+Letters: B batch, T tokens, S cache slots, D width, H query heads, K key-value heads,
+C head dimension, V vocabulary.
 """
 
 from __future__ import annotations
@@ -34,13 +33,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """What all blocks of one forward pass share. Attention is always causal."""
+    """Inputs that all blocks of one forward pass share. Attention is always causal."""
 
     cos: Tensor  # [B, T, 1, C]
     sin: Tensor  # [B, T, 1, C]
     packing: Packing | None = None  # restricts attention to one sample of a packed row
     cache: KVCache | None = None
-    mask: Tensor | None = None  # [B, 1, T, S]: the cache slots each query sees (causal)
+    mask: Tensor | None = None  # [B, 1, T, S], True where a query attends to a cache slot
 
 
 class RMSNorm(nn.Module):
@@ -69,13 +68,13 @@ class LanguageModelGroupedQueryAttention(nn.Module):
         self.k_norm = RMSNorm(C, cfg.lm_rms_eps) if cfg.lm_qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
-        for_q, for_k, for_v = cast_once(x, 3)  # x under autocast, cast once
+        for_q, for_k, for_v = cast_once(x, 3)  # under autocast one copy for all three
         q = self.q_norm(self.q_proj(for_q).unflatten(-1, (-1, self.head_dim)))  # [B, T, H, C]
         k = self.k_norm(self.k_proj(for_k).unflatten(-1, (-1, self.head_dim)))  # [B, T, K, C]
         v = self.v_proj(for_v).unflatten(-1, (-1, self.head_dim))  # [B, T, K, C]
         if self.uses_rope:
             q, k = apply_rope(q, ctx.cos, ctx.sin), apply_rope(k, ctx.cos, ctx.sin)
-        dtype = v.dtype  # under autocast norms and RoPE compute in fp32, projections in bf16
+        dtype = v.dtype  # under autocast norms and RoPE return fp32, projections bf16
         q, k, v = (y.to(dtype).transpose(1, 2) for y in (q, k, v))  # [B, H or K, T, C]
         if ctx.cache is not None:
             k, v = ctx.cache.write(self.layer_idx, k, v)  # [B, K, S, C]
@@ -120,7 +119,7 @@ class LanguageModel(PretrainedMixin, nn.Module):
 
     def __init__(self, cfg: LMConfig):
         super().__init__()
-        self.cfg: Any = cfg  # a VLMConfig, if this is a part of a VisionLanguageModel
+        self.cfg: Any = cfg  # a VLMConfig inside a VisionLanguageModel
         self.activation_checkpointing = False
         self.token_embedding = nn.Embedding(cfg.lm_vocab_size, cfg.lm_hidden_dim)
         self.blocks = nn.ModuleList(LanguageModelBlock(cfg, i) for i in range(cfg.lm_n_blocks))
@@ -137,10 +136,10 @@ class LanguageModel(PretrainedMixin, nn.Module):
         segments: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Token embeddings [B, T, D] -> hidden states [B, T, D] after the last norm.
+        """Token embeddings [B, T, D] -> hidden states [B, T, D] after the final norm.
 
-        `positions` [B, T] default to 0..T-1. `segments` [B, T] keep packed samples apart. With a
-        `cache`, x continues what it holds, and `positions` are the slots that x fills. Raises
+        `positions` [B, T] default to 0..T-1. Tokens attend only within equal `segments` [B, T].
+        With a `cache`, x continues the cached tokens and fills the slots at `positions`. Raises
         ValueError if x is longer than the context, and for segments together with a cache.
         """
         B, T, _ = x.shape
@@ -148,7 +147,7 @@ class LanguageModel(PretrainedMixin, nn.Module):
             limit = self.cfg.lm_max_position_embeddings
             raise ValueError(f"{T} tokens exceed lm_max_position_embeddings = {limit}")
         if cache is not None and segments is not None:
-            raise ValueError("segments and a cache exclude each other: a cached row is one sample")
+            raise ValueError("segments and cache cannot be combined: a cached row is one sample")
         if positions is None:
             positions = torch.arange(T, device=x.device).expand(B, T)  # [B, T]
         ctx = self.attention_context(x, positions, segments, cache)
@@ -158,7 +157,7 @@ class LanguageModel(PretrainedMixin, nn.Module):
     def attention_context(
         self, x: Tensor, positions: Tensor, segments: Tensor | None, cache: KVCache | None
     ) -> AttentionContext:
-        """The context of x [B, T, D]; begins the next step of the cache, if there is one."""
+        """Build the context for x [B, T, D]; with a cache, call its `begin_step` first."""
         if cache is not None:
             cache.begin_step(positions)
             cos, sin = cache.rope()
@@ -174,18 +173,18 @@ class LanguageModel(PretrainedMixin, nn.Module):
     def loss(self, hidden: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         """Cross-entropy of hidden states [B, T, D] where `targets` [B, T] are not -100.
 
-        `mean` divides by the number of such targets, `sum` does not. Without any target the loss
-        is 0, not NaN. Raises ValueError for another reduction or shape. Keep `targets` on the CPU,
-        as `Batch.to` does, to avoid a GPU synchronisation.
+        `mean` divides by the number of these supervised tokens, `sum` does not. Without any, the
+        loss is 0, not NaN. Raises ValueError for another reduction or shape. Keep `targets` on the
+        CPU, as `Batch.to` does, to avoid a GPU synchronisation.
         """
         if targets.shape != hidden.shape[:-1]:
             expected = list(hidden.shape[:-1])
-            raise ValueError(f"targets are {list(targets.shape)}; hidden states need {expected}")
+            raise ValueError(f"targets have shape {list(targets.shape)}; expected {expected}")
         if reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction = {reduction!r} must be 'mean' or 'sum'")
-        supervised = (targets.flatten() != -100).nonzero()[:, 0]  # [n] of B * T
+            raise ValueError(f"reduction = {reduction!r}: must be 'mean' or 'sum'")
+        supervised = (targets.flatten() != -100).nonzero()[:, 0]  # [n] indices into B * T
         rows = to_device_async(supervised, hidden.device)
         hidden = hidden.flatten(0, 1).index_select(0, rows)  # [n, D]
         targets = to_device_async(targets.flatten()[supervised], hidden.device)  # [n]
-        total = token_loss(hidden, self.head, targets)  # cross-entropy, in chunks
+        total = token_loss(hidden, self.head, targets)  # summed cross-entropy, in chunks
         return total / max(1, len(supervised)) if reduction == "mean" else total

@@ -15,14 +15,14 @@ from configs import VLMConfig
 def pixel_shuffle(x: Tensor, factor: int) -> Tensor:
     """[N, P, D] -> [N, P / F^2, F^2 * D]: each F x F square of patches becomes one token.
 
-    Channels come in the order (row, column, channel) within the square, as in transformers'
+    Channels are ordered (row, column, channel) within the square, as in transformers'
     Idefics3Connector. Raises ValueError unless the patches form a square grid that the factor
     divides."""
     N, P, D = x.shape
     grid = math.isqrt(P)
     if grid * grid != P or grid % factor:
         raise ValueError(
-            f"{P} patches do not form a square grid that a pixel shuffle factor of {factor} divides"
+            f"{P} patches: expected a square grid whose side is a multiple of the factor {factor}"
         )
     x = x.reshape(N, grid // factor, factor, grid // factor, factor, D)  # [N, G/F, F, G/F, F, D]
     x = x.transpose(2, 3)  # [N, G/F, G/F, F, F, D]

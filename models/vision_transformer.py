@@ -1,7 +1,7 @@
 """The vision encoder: a pre-norm Vision Transformer (Dosovitskiy et al. 2020; defaults: SigLIP's).
 
-One ViT does three jobs through `forward_features -> pool -> head`: the encoder of a VLM, a
-classifier, image embeddings. Not here: resizing (data/images.py), loading (models/pretrained).
+One class serves as VLM encoder, classifier and image embedder (`forward_features`, `pool`, `head`).
+Not here: resizing (data/images.py), loading (models/pretrained).
 
 Letters: N tiles, P patches, T tokens (CLS and registers, then patches), M pooling queries,
 D width, H heads, C head dimension.
@@ -25,13 +25,13 @@ from models.pretrained.mixin import PretrainedMixin
 
 
 class ViTPatchEmbeddings(nn.Module):
-    """Tiles [N, channels, size, size] -> tokens [N, T, D], with learned positions."""
+    """Tiles [N, channels, size, size] -> tokens [N, T, D], with learned position embeddings."""
 
     def __init__(self, cfg: ViTConfig):
         super().__init__()
         self.cfg = cfg
         size, D = cfg.vit_patch_size, cfg.vit_hidden_dim
-        bias = not cfg.vit_pre_norm  # CLIP: a norm after the embeddings (ViT.pre_norm), no bias
+        bias = not cfg.vit_pre_norm  # CLIP: no bias, since ViT.pre_norm follows
         self.conv = nn.Conv2d(cfg.vit_n_channels, D, kernel_size=size, stride=size, bias=bias)
         n_positions = int(cfg.vit_cls_flag) + cfg.vit_n_patches  # registers have no position
         self.position_embedding = nn.Parameter(torch.empty(n_positions, D))
@@ -43,7 +43,7 @@ class ViTPatchEmbeddings(nn.Module):
         N, *shape = images.shape
         expected = [self.cfg.vit_n_channels, self.cfg.vit_img_size, self.cfg.vit_img_size]
         if shape != expected:
-            raise ValueError(f"images are {[N, *shape]}; the encoder expects {[N, *expected]}")
+            raise ValueError(f"images have shape {[N, *shape]}; expected {[N, *expected]}")
         x = self.conv(images).flatten(2).transpose(1, 2)  # [N, P, D]
         if self.cls_token is not None:
             x = torch.cat((self.cls_token.expand(N, 1, -1), x), dim=1)  # [N, 1 + P, D]
@@ -91,7 +91,7 @@ class ViTMLP(nn.Module):
 
 
 class ViTLayerScale(nn.Module):
-    """A learned factor for each channel (Touvron et al. 2021)."""
+    """Layer scale: a learned factor per channel (Touvron et al. 2021)."""
 
     def __init__(self, cfg: ViTConfig):
         super().__init__()
@@ -102,7 +102,7 @@ class ViTLayerScale(nn.Module):
 
 
 class ViTDropPath(nn.Module):
-    """In training, each sample skips the branch with probability `rate` (Huang et al. 2016)."""
+    """Stochastic depth (Huang et al. 2016): samples skip the branch with probability `rate`."""
 
     def __init__(self, rate: float):
         super().__init__()
@@ -148,7 +148,7 @@ class ViTMapPool(nn.Module):
 
 
 def build_head(cfg: ViTConfig) -> nn.Module:
-    """Pooled features [N, D] -> logits [N, vit_n_classes]; `mlp` is the ViT paper's."""
+    """[N, D] -> logits [N, vit_n_classes]; `mlp` is the head of the paper's pre-training."""
     D, n_classes = cfg.vit_hidden_dim, cfg.vit_n_classes
     if not n_classes:
         return nn.Identity()
@@ -159,11 +159,11 @@ def build_head(cfg: ViTConfig) -> nn.Module:
 
 
 class ViT(PretrainedMixin, nn.Module):
-    """`forward_features(images)`: all tokens. `vit(images)`: pooled; logits if it has classes."""
+    """`forward_features(images)`: all tokens. `vit(images)`: pooled features or class logits."""
 
     def __init__(self, cfg: ViTConfig):
         super().__init__()
-        self.cfg: Any = cfg  # a VLMConfig, if this is a part of a VisionLanguageModel
+        self.cfg: Any = cfg  # a VLMConfig inside a VisionLanguageModel
         self.activation_checkpointing = False
         D, eps, n_blocks = cfg.vit_hidden_dim, cfg.vit_ln_eps, cfg.vit_n_blocks
         drop_paths = torch.linspace(0, cfg.vit_drop_path, n_blocks, device="cpu").tolist()
@@ -177,13 +177,13 @@ class ViT(PretrainedMixin, nn.Module):
         init_weights(self, n_residual=2 * n_blocks)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Images [N, channels, size, size] -> [N, T, D] after the last norm."""
+        """Images [N, channels, size, size] -> [N, T, D] after the final norm."""
         x = self.dropout(self.pre_norm(self.patch_embedding(images)))  # [N, T, D]
         checkpointing = self.activation_checkpointing and self.training
         return self.layer_norm(run_blocks(self.blocks, x, checkpointing=checkpointing))
 
     def patches(self, images: Tensor) -> Tensor:
-        """The patch tokens alone, [N, P, D]: what the projector of a VLM takes."""
+        """The patch tokens without CLS and registers, [N, P, D]: the input of a VLM's projector."""
         return self.forward_features(images)[:, self.cfg.vit_n_prefix :]
 
     def pool(self, x: Tensor) -> Tensor:
@@ -194,5 +194,5 @@ class ViT(PretrainedMixin, nn.Module):
         return {"cls": x[:, 0], "mean": patches.mean(1), "none": patches}[self.cfg.vit_pooling]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Pooled features; with `vit_n_classes`, their logits [N, vit_n_classes]."""
+        """Pooled features, or logits [N, vit_n_classes] if the config has classes."""
         return self.head(self.pool(self.forward_features(images)))

@@ -123,7 +123,7 @@ def test_too_many_bad_rows(run_file, refused, tmp_path):
     rows = [good, good, '{"question": "no answer"}', *["{"] * 5, good, good]
     (tmp_path / "bad.jsonl").write_text("\n".join(rows))
     line = refused(train.main, run_file(data={"source": str(tmp_path / "bad.jsonl")}))
-    assert "6 of 10 rows are bad" in line and "bad.jsonl row 3" in line and "'answer'" in line
+    assert "6 of 10 rows are unusable" in line and "bad.jsonl row 3" in line and "'answer'" in line
 
 
 def large_image(tmp_path) -> dict:

@@ -1,4 +1,4 @@
-"""Many prompts through few rows: a finished row takes the next prompt at once.
+"""Continuous batching: a row that finishes its answer takes the next prompt.
 
 Letters: B batch, T tokens, V vocabulary.
 """
@@ -17,12 +17,12 @@ from models.inference.generate import Prompt, max_answer_tokens
 from models.inference.kv_cache import KVCache
 from models.inference.sampling import Sampling, new_generator, sample, seen_tokens
 
-MAX_SLOTS = 1 << 14  # rows x slots of the cache that many prompts share, unless one needs more
-SLOT_MULTIPLE = 64  # a cache grows to a multiple of so many slots
+MAX_SLOTS = 1 << 14  # maximum rows x slots of the cache, unless one prompt needs more
+SLOT_MULTIPLE = 64  # the cache grows in steps of this many slots
 
 
 class Completion(NamedTuple):
-    """The answer to a prompt: its tokens, up to and including the end of turn if there is one."""
+    """The answer to a prompt: its tokens, including the end-of-turn token if it has one."""
 
     index: int  # the number of the prompt
     tokens: list[int]
@@ -49,10 +49,10 @@ def generate_continuous(
 ) -> Iterator[Completion]:
     """Yield completions as they finish; prompts are read as rows become free.
 
-    A finished row takes the next prompt, so that short answers do not wait for long ones. A prefill
-    waits until an eighth of the rows are free, because it costs a step or more. `stop(tokens)` ends
-    an answer early. The i-th prompt has the index `number(i)` and samples with seed + index, so
-    that its answer does not depend on the other rows.
+    Short answers do not wait for long ones. Prefill starts when an eighth of the rows are free,
+    because it costs at least one decoding step. `stop(tokens)` ends an answer early. The i-th
+    prompt has the index `number(i)` and samples with seed + index, so its answer does not depend
+    on the other rows.
     """
     waiting, pending = ((number(i), prompt) for i, prompt in enumerate(prompts)), []
     rows: list[Any] = []  # a _Row or None each
@@ -94,9 +94,9 @@ def generate_continuous(
 
 
 def _allocate(model, cache, rows, logits, pending, sampling: Sampling, n_rows: int):
-    """(cache, rows, logits, n): resized so that the first n of the `pending` prompts get a row.
+    """Resize so that the first n `pending` prompts get a row: (cache, rows, logits, n).
 
-    Rows times slots stay below MAX_SLOTS, so that there are fewer rows while prompts are long.
+    Rows x slots stay within MAX_SLOTS, so there are fewer rows while prompts are long.
     """
     cfg, kept = model.cfg, [r for r, row in enumerate(rows) if row is not None]
     slots, n_new = 0 if cache is None else cache.n_slots, 0
@@ -122,7 +122,7 @@ def _allocate(model, cache, rows, logits, pending, sampling: Sampling, n_rows: i
 
 
 def _admit(model, cache: KVCache, rows: list, logits: Tensor, new, sampling: Sampling) -> None:
-    """Prefill new prompts together and put them into free rows of cache, `rows` and `logits`."""
+    """Prefill new prompts as one batch, into free rows of cache, `rows` and `logits`."""
     cfg, device = model.cfg, model.device
     lengths = torch.tensor([len(p.ids) for _, p in new], device=device)  # [B]
     ids = torch.full((len(new), int(lengths.max())), cfg.vlm_pad_token_id, device=device)

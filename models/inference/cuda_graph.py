@@ -1,7 +1,7 @@
-"""Decoding on a GPU as one launch per token: a CUDA graph over a cache whose shapes never change.
+"""CUDA graphs for decoding: one launch per token, over a cache with static shapes.
 
-A step of one row is about a thousand small kernels; launching one takes longer than most of them
-run. Not here: which token comes next (sampling.py).
+A step of one row is about a thousand small kernels, and most take longer to launch than to run.
+Not here: choosing the next token (sampling.py).
 
 Letters: B batch, V vocabulary.
 """
@@ -17,10 +17,10 @@ from models.inference.kv_cache import KVCache, StaticCache
 
 
 def capture(run: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
-    """Record one call of `run`: (a function that replays its kernels, the tensor they fill).
+    """Capture one call of `run`: (a function that replays its kernels, the tensor they fill).
 
-    `run` reads its input from tensors that stay in place on `device`. Two calls on a side stream
-    come first, because kernels and libraries initialise themselves then (torch's CUDA graph notes).
+    `run` reads its input from tensors that stay in place on `device`. Two warm-up calls on a side
+    stream come first, as PyTorch's CUDA graph notes recommend.
     """
     with torch.cuda.device(device):  # streams belong to the current device
         side = torch.cuda.Stream()
@@ -30,7 +30,7 @@ def capture(run: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[
                 run()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # The default stream would belong to the device of the first capture in this process.
+        # torch's default capture stream belongs to the device of the process's first capture.
         with torch.cuda.graph(graph, stream=side):
             output = run()
     return graph.replay, output
@@ -42,10 +42,10 @@ def cuda_graph(
     tokens: Tensor,
     positions: Tensor,
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """`step` (a model's `decode`, compiled or not) over `cache`, as one launch a call.
+    """`step` (a model's `decode`, compiled or not) over `cache`, as one launch per call.
 
     Returns (tokens [B], positions [B]) -> logits [B, V]. The given `tokens` and `positions` must be
-    those of the first call, because recording writes them to the cache.
+    those of the first call, because capturing writes them to the cache.
     """
     static, tokens, positions = StaticCache(cache), tokens.clone(), positions.clone()
     replay, logits = capture(lambda: step(tokens, positions, static), tokens.device)

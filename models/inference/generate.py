@@ -1,6 +1,6 @@
-"""Prefill once, decode with the cache, sample, stop each row at its end of turn, stream.
+"""Generation: prefill once, decode with the cache, sample, stop each row at its end of turn.
 
-Not here: text and images (engine/inference/chat.py); this file knows token ids only.
+Not here: text and images (engine/inference/chat.py). This file handles token ids only.
 
 Letters: B batch, T tokens, V vocabulary.
 """
@@ -26,7 +26,7 @@ class Prompt(NamedTuple):
 
 
 def pad_at_end(input_ids: Tensor, attention_mask: Tensor | None, pad: int) -> tuple[Tensor, Tensor]:
-    """Move each row's tokens [B, T] before its padding; also return their number [B].
+    """Move the padding of each row [B, T] to its end; also return the lengths [B].
 
     Accepts padding on either side. Raises ValueError on a row that is all padding.
     """
@@ -35,7 +35,7 @@ def pad_at_end(input_ids: Tensor, attention_mask: Tensor | None, pad: int) -> tu
     attention_mask = attention_mask.long()
     lengths = attention_mask.sum(1)  # [B]
     if int(lengths.min()) == 0:
-        raise ValueError(f"row {int(lengths.argmin())} is all padding")
+        raise ValueError(f"attention_mask, row {int(lengths.argmin())}: all tokens are padding")
     order = torch.argsort(attention_mask, dim=1, descending=True, stable=True)  # [B, T]
     rows = input_ids.gather(1, order)[:, : int(lengths.max())]  # [B, T]
     steps = torch.arange(rows.shape[1], device=rows.device)
@@ -47,8 +47,8 @@ def max_answer_tokens(cfg, n_tokens: int, max_new_tokens: int) -> int:
     n_free = cfg.lm_max_position_embeddings - n_tokens
     if n_free <= 0:
         raise ValueError(
-            f"a prompt of {n_tokens} tokens leaves no space for an answer in a context of "
-            f"{cfg.lm_max_position_embeddings}"
+            f"the prompt has {n_tokens} tokens and leaves no space for an answer in a context of "
+            f"lm_max_position_embeddings = {cfg.lm_max_position_embeddings}; shorten it"
         )
     return min(max_new_tokens, n_free)
 
@@ -70,11 +70,11 @@ def steps(
     cache: KVCache | None = None,
     start: int = 0,
 ) -> Iterator[Step]:
-    """Yield the next token of every row until all have stopped; rows that have, yield padding.
+    """Yield the next token of every row until all rows have stopped; stopped rows yield padding.
 
-    Prompts are [B, T] with padding marked in `attention_mask`. A `cache` of enough slots may hold
-    their first `start` tokens already; `images` are then those of the rest. Raises ValueError when
-    a prompt fills the context.
+    Prompts are [B, T] with padding marked in `attention_mask`. A `cache` with enough slots may
+    already hold their first `start` tokens; `images` are then those of the remaining tokens. Raises
+    ValueError when a prompt fills the context.
     """
     cfg, sampling = model.cfg, sampling or Sampling()
     rows, lengths = pad_at_end(input_ids, attention_mask, cfg.vlm_pad_token_id)
@@ -106,9 +106,10 @@ def steps(
 def decode_function(
     model, cache: KVCache, tokens: Tensor, positions: Tensor
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """The fastest way from (tokens [B], positions [B]) to logits [B, V]; these are the first ones.
+    """The fastest available (tokens [B], positions [B]) -> logits [B, V].
 
-    A model with hooks runs module by module, so that the hooks are called.
+    The given `tokens` and `positions` are those of its first call. A model with forward hooks is
+    neither compiled nor captured, so that its hooks are called.
     """
     has_hooks = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     if model.compiled_decode is not None and not has_hooks:

@@ -1,7 +1,7 @@
-"""A decoder's matrices in 8 bits, for inference: a token reads a quarter of the bytes.
+"""Weight-only int8 for a decoder, in inference: a token reads a quarter of fp32's bytes.
 
-Only weights are rounded, to 255 steps of a scale for each row; activations keep their dtype.
-Not here: compiling the decoding step (compile.py), without which this saves memory but little time.
+Weights are rounded to 255 levels with one scale per row; activations keep their dtype. Uncompiled,
+this saves memory but little time. Not here: compiling the decoding step (compile.py).
 
 Letters: N outputs, K inputs, R rows of x.
 """
@@ -16,18 +16,18 @@ from torch import Tensor, nn
 
 from models.inference.compile import MAX_ROWS_FOR_LOOP, materialize
 
-LANES = (0xFF, 0xFF00, 0xFF0000, -0x1000000)  # masks of a word's four bytes; the last is signed
+LANES = (0xFF, 0xFF00, 0xFF0000, -0x1000000)  # masks of a word's four bytes; the highest is signed
 UNSIGNED = 0x808080  # flipping these bits adds 128 to the three lower bytes
-MAX_WEIGHT_BYTES = 1 << 19  # weights cast at a time: as fp32 they are 2 MiB, which stay in cache
+MAX_WEIGHT_BYTES = 1 << 19  # weights cast at a time; as fp32 they are 2 MiB, which fit in cache
 
 
 class Int8Linear(nn.Module):
     """`x @ weight.T` of a linear layer without bias, whose K is a multiple of 4.
 
-    Word i of a row holds columns i, i + K/4, i + K/2 and i + 3K/4, so that the same byte of all
-    words multiplies neighbours in x. Compiled, that is a loop that reads words at the memory's rate
-    and masks, converts and multiplies them. torch 2.13 loads int8 and int32 through a buffer, which
-    is twenty and five times slower; therefore the words are stored as float32 bits.
+    Word i of a row holds columns i, i + K/4, i + K/2 and i + 3K/4, so that one byte position of
+    consecutive words multiplies consecutive columns of x. The compiled loop masks, converts and
+    multiplies words as fast as memory delivers them. The words are stored as float32 bits, because
+    torch 2.13 loads int8 and int32 through a buffer: twenty and five times slower.
     """
 
     def __init__(self, weight: Tensor):
@@ -47,7 +47,7 @@ class Int8Linear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The rounded matrix, [N, K]."""
+        """The dequantized matrix, [N, K]."""
         steps = self.words.view(torch.int8).unflatten(1, (-1, 4)).transpose(1, 2)  # [N, 4, K/4]
         return steps.flatten(1) * self.scale[:, None]
 
@@ -75,7 +75,7 @@ class Int8Linear(nn.Module):
 
 
 def quantize_int8(decoder: nn.Module) -> None:
-    """Every matrix of linear layers without bias in 8 bits, in place; others stay as they are."""
+    """Quantize linear layers without bias to int8, in place, if in_features is a multiple of 4."""
     for module in list(decoder.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Linear and child.bias is None and child.in_features % 4 == 0:

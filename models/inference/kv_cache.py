@@ -16,14 +16,14 @@ class KVCache:
     """Keys and values of every block. A token at position p fills slot p of its row.
 
     A step is `begin_step(positions)`, then `write` once in every block. Prompts of unequal length
-    are padded at the end: later tokens overwrite the padding's slots before any query sees them.
+    are padded at the end: later tokens overwrite the padding's slots before any query attends.
     """
 
     def __init__(
         self, cfg: LMConfig, n_rows: int, n_slots: int, device: torch.device, dtype: torch.dtype
     ):
         shape = (n_rows, cfg.lm_n_kv_heads, n_slots, cfg.lm_head_width)
-        # A tensor for each block: a compiled step would copy a tensor that holds all of them.
+        # One tensor per block: a compiled step would copy a tensor that holds all blocks.
         self.k, self.v = (
             [torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.lm_n_blocks)]
             for _ in "kv"
@@ -33,9 +33,9 @@ class KVCache:
         self.rows = torch.arange(n_rows, device=device)[:, None]  # [B, 1]
         # Set by begin_step:
         self.positions: Tensor | None = None  # [B, T]
-        self.mask: Tensor | None = None  # [B, 1, T, S]; None: causal, or a lone query sees all
+        self.mask: Tensor | None = None  # [B, 1, T, S]; None: causal, or one query sees all
         self.n_used: int | None = 0  # slots in use after the step
-        self.span: slice | None = None  # the slots written, where they are the same in every row
+        self.span: slice | None = None  # the slots written, if they are the same in every row
 
     @property
     def n_slots(self) -> int:
@@ -44,8 +44,8 @@ class KVCache:
     def begin_step(self, positions: Tensor) -> None:
         """Prepare to write at `positions` [B, T], consecutive in each row.
 
-        No mask is needed for prompts from position 0 on, and for a lone token in each row where
-        all rows have the same length. Raises ValueError beyond the last slot.
+        Prompts that start at position 0 need no mask, nor does one token per row if all rows have
+        the same length. Raises ValueError beyond the last slot.
         """
         T, n_used = positions.shape[1], int(positions.max()) + 1
         if n_used > self.n_slots:
@@ -79,16 +79,16 @@ class KVCache:
         self.rows = torch.arange(len(rows), device=rows.device)[:, None]
 
     def put(self, rows: Tensor, other: KVCache) -> None:
-        """Copy all rows of `other`, which has no more slots, over these rows."""
+        """Overwrite these rows with all rows of `other`, which must not have more slots."""
         for mine, new in zip((*self.k, *self.v), (*other.k, *other.v), strict=True):
             mine[rows, :, : other.n_slots] = new
 
 
 class StaticCache(KVCache):
-    """The slots of another cache, where every query gets all slots and a mask.
+    """Shares the tensors of another cache; every query gets all slots and a mask.
 
-    A step has the same shapes at every position and reads nothing back from the device, so that it
-    can be compiled or captured as a CUDA graph.
+    Shapes are static and no step synchronises with the device, so that a step can be compiled or
+    captured as a CUDA graph.
     """
 
     def __init__(self, cache: KVCache):

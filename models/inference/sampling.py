@@ -1,4 +1,4 @@
-"""How the next token is chosen: greedy, temperature, top-k, top-p, repetition penalty.
+"""Sampling the next token: greedy, temperature, top-k, top-p, repetition penalty.
 
 Letters: B batch, T tokens, V vocabulary.
 """
@@ -14,13 +14,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. temperature 0 is greedy; top_k 0 and top_p 1 filter nothing."""
+    """Sampling options. temperature 0 is greedy; top_k 0 and top_p 1 filter nothing."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
-    repetition_penalty: float = 1.0  # Keskar et al. 2019; over prompt and answer
+    repetition_penalty: float = 1.0  # of prompt and answer (Keskar et al. 2019)
     seed: int | None = None
 
     def __post_init__(self):
@@ -45,8 +45,8 @@ def sample(
 ) -> Tensor:
     """Logits [B, V] -> tokens [B]. `seen` [B, V] marks tokens the repetition penalty applies to.
 
-    The order is penalty, temperature, top-k, top-p: the nucleus is that of the distribution
-    sampled from.
+    The order is penalty, temperature, top-k, top-p, as in transformers: top-p applies to the
+    distribution after temperature.
     """
     logits = logits.float()
     if seen is not None:
@@ -56,7 +56,7 @@ def sample(
         logits = torch.where(seen, penalised, logits)
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    logits = logits - logits.max(-1, keepdim=True).values  # a cold one would overflow
+    logits = logits - logits.max(-1, keepdim=True).values  # a low temperature would overflow
     logits = logits / sampling.temperature
     if sampling.top_k:
         kth = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]  # [B, 1]
@@ -70,10 +70,10 @@ def sample(
 
 
 def seen_tokens(rows: Tensor, lengths: Tensor, n_vocab: int) -> Tensor:
-    """Marks [B, V] of the tokens that occur in prompts [B, T], padding apart."""
+    """Mask [B, V] of the tokens in prompts [B, T], without padding."""
     padding = torch.arange(rows.shape[1], device=rows.device) >= lengths[:, None]  # [B, T]
     marks = torch.zeros(len(rows), n_vocab, dtype=torch.bool, device=rows.device)
-    return marks.scatter(1, rows.where(~padding, rows[:, :1]), True)  # padding: the first again
+    return marks.scatter(1, rows.where(~padding, rows[:, :1]), True)  # padding: the first token
 
 
 def new_generator(device: torch.device, seed: int | None) -> torch.Generator:

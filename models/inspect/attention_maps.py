@@ -1,6 +1,6 @@
-"""Attention maps of the decoder: softmax recomputed from the queries and keys that hooks catch.
+"""Attention maps of the decoder, recomputed from queries and keys that hooks capture.
 
-The model runs unchanged, so that there is one attention path. Not here: drawing maps over images
+The model itself runs unchanged. Not here: drawing maps over images
 (engine/inference/attention_overlay.py).
 
 Letters: T tokens, R query tokens, H heads, K key-value heads, C head width, L blocks, N tiles,
@@ -22,7 +22,7 @@ from models.ops.rope import apply_rope, rope_frequencies, rope_tables
 
 @contextmanager
 def outputs(modules: list[nn.Module]) -> Generator[list[Tensor]]:
-    """A list to which the modules append their outputs while the context is open."""
+    """Append the outputs of `modules` to a list while the context is open."""
     found: list[Tensor] = []
     hooks = [m.register_forward_hook(lambda _m, _in, out: found.append(out)) for m in modules]
     try:
@@ -60,7 +60,7 @@ def attention_weights(model, input_ids: Tensor, images: Tensor | None, first: in
 
 
 def tile_maps(weights: Tensor, input_ids: Tensor, cfg: VLMConfig) -> Tensor:
-    """The part of [..., T] that falls on image tokens, as [..., N, G, G] in reading order."""
+    """The entries of [..., T] at image tokens, as [..., N, G, G] in reading order."""
     on_tiles = weights[..., input_ids == cfg.vlm_image_token_id]
     side = math.isqrt(cfg.tokens_per_tile)
     return on_tiles.unflatten(-1, (-1, side, side))

@@ -1,4 +1,4 @@
-"""Activation functions: SwiGLU of the decoder, and those of the vision encoder by name."""
+"""Activation functions: SwiGLU for the decoder, and the vision encoder's by config name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """`swiglu_reference`, which keeps two tensors for backward, not three.
+    """`swiglu_reference` that keeps two tensors for backward instead of three.
 
     Saves 6 % of the peak memory of an fp32 training step of `tiny`
     (docs/log/2026-12-01-operations.md).
@@ -29,7 +29,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
         # Without `detach`, torch 2.11's compiler differentiates through the in-place product
-        # instead of calling our backward.
+        # instead of calling `backward` below.
         return F.silu(gate).mul_(up).detach()
 
     @staticmethod

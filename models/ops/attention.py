@@ -1,4 +1,4 @@
-"""Softmax attention (Vaswani et al. 2017) for grouped queries, on every device.
+"""Softmax attention (Vaswani et al. 2017) with grouped queries, on every device.
 
 Letters: B batch, T tokens, S slots, H query heads, K key-value heads, C head width.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
 ) -> Tensor:
-    """The formula: softmax(q k^T / sqrt(C)) v, where each query sees what `mask` allows."""
+    """softmax(q k^T / sqrt(C)) v, over the slots that `mask` allows for each query."""
     T, S = q.shape[2], k.shape[2]
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # [B, H, S, C]
     scores = q.float() @ k.float().transpose(2, 3) / math.sqrt(q.shape[3])  # [B, H, T, S]
@@ -36,15 +36,15 @@ def attention(
 ) -> Tensor:
     """Queries [B, H, T, C] over keys and values [B, K, S, C] -> [B, H, T, C].
 
-    `mask` [B, 1, T, S] is True where a query sees a slot. `causal`: query t sees slots 0..t; a
-    lone query sees every slot.
+    `mask` [B, 1, T, S] is True where a query attends to a slot. With `causal`, query t attends to
+    slots 0..t, but a single query attends to every slot.
     """
     is_grouped = q.shape[1] != k.shape[1]
     if q.shape[2] == 1:
         causal = False
         if is_grouped:
-            # Heads that share a key-value head become queries of one head: in bf16 the CPU kernel
-            # for grouped heads is five times slower at one token.
+            # Treat heads that share a key-value head as queries of one head: for one token the
+            # bf16 CPU kernel for grouped heads is five times slower.
             grouped = q.unflatten(1, (k.shape[1], -1))[..., 0, :]  # [B, K, H / K, C]
             return attention(grouped, k, v, mask, False, dropout).view_as(q)
     options = dict(attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=is_grouped)

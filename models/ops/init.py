@@ -1,4 +1,4 @@
-"""Initial weights, and models without storage."""
+"""Weight initialisation, and models on the meta device."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ RESIDUAL_OUTPUTS = ("out_proj.weight", "o_proj.weight", "fc2.weight", "down_proj
 
 
 def init_weights(module: nn.Module, n_residual: int) -> None:
-    """Initialise every parameter, by the end of its name.
+    """Initialise every parameter according to its name.
 
-    - Matrices: N(0, 1/fan_in); those that write to the residual stream, of which there are
-      `n_residual`, are divided by sqrt(n_residual) (Radford et al. 2019).
-    - Token embeddings: N(0, 1/width). Tied logits then start near N(0, 1), and a token's embedding
-      is as large as what attention adds to it.
-    - Positions: N(0, 0.3), about as large as the patches they are added to. With a smaller value
-      the model learns where things are long after what they are.
-    - CLS, registers and the pooling query: N(0, 0.02). Norms and layer scales: 1. Biases: 0.
+    - Matrices: normal, standard deviation 1 / sqrt(fan_in). The `n_residual` matrices that write
+      to the residual stream are divided by sqrt(n_residual) (Radford et al. 2019).
+    - Token embeddings: normal, 1 / sqrt(width). Logits of a tied head then start near N(0, 1), and
+      embeddings have the scale of what attention adds to them.
+    - Position embeddings: normal, 0.3, about the scale of the patch embeddings. With a smaller
+      value the model learns positions much later than contents.
+    - CLS, registers and the pooling query: normal, 0.02. Norms and layer scales: 1. Biases: 0.
     """
     for name, param in module.named_parameters():
         if "norm" in name or ".ln" in name:
@@ -40,7 +40,7 @@ def init_weights(module: nn.Module, n_residual: int) -> None:
 
 
 class _SkipNormal(TorchFunctionMode):
-    """`nn.init.normal_` leaves its tensor as it is."""
+    """Turns `nn.init.normal_` into a no-op."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -49,10 +49,10 @@ class _SkipNormal(TorchFunctionMode):
 
 @contextlib.contextmanager
 def on_meta_device() -> Generator[None]:
-    """Models built inside have names and shapes, and no storage.
+    """Models built inside have names and shapes but no storage.
 
-    Random initialisation is skipped: on the meta device it makes torch import its compiler, which
-    takes a second.
+    Random initialisation is skipped: on the meta device it imports torch's compiler, which takes a
+    second.
     """
     with torch.device("meta"), _SkipNormal():
         yield

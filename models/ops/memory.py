@@ -1,4 +1,4 @@
-"""What is kept, where and in which dtype: activation checkpointing, copies to a GPU, chunks."""
+"""Activation checkpointing, chunks of tiles, asynchronous copies and autocast's dtype."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# Patches that go through the encoder together. More need memory and are no faster on a CPU. A GPU
-# takes more, because starting a kernel costs its host the same for few patches as for many.
+# Maximum patches per call of the vision encoder. On a CPU more patches use more memory and are no
+# faster. On a GPU larger calls amortise the cost of launching kernels.
 MAX_PATCHES = {"cpu": 1 << 13, "cuda": 1 << 17}
 
 
 def run_blocks(blocks: Iterable[nn.Module], x: Tensor, *args, checkpointing: bool) -> Tensor:
-    """x [..., D] through every block.
+    """Apply every block to x [..., D].
 
-    With `checkpointing`, a block keeps only its input and runs again in backward (Chen et al.
-    2016). Results are the same, dropout included; a step takes about a third longer.
+    With `checkpointing`, a block stores only its input and is recomputed in backward (Chen et al.
+    2016). Results are the same, also with dropout; a step takes about a third longer.
     """
     for block in blocks:
         x = checkpoint(block, x, *args, use_reentrant=False) if checkpointing else block(x, *args)
@@ -32,13 +32,13 @@ def split_tiles(images: Tensor, n_patches: int) -> Sequence[Tensor]:
 
 
 def to_device_async(x: Tensor, device: torch.device) -> Tensor:
-    """x on `device`. A copy to a GPU is queued there, and the host continues at once."""
+    """x on `device`; the host does not wait for a copy to a GPU."""
     if device.type == "cuda" and x.device.type == "cpu":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of a matrix product with x: autocast's where autocast is on."""
+    """The dtype of a matrix product with x: autocast's if it is on, else that of x."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

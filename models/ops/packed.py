@@ -1,4 +1,4 @@
-"""Attention over packed rows: several samples share a row and never see each other.
+"""Attention over packed rows: several samples share a row and never attend to each other.
 
 Letters: B batch, T tokens, S slots, H heads, C head width, G segments of a group, L its length.
 """
@@ -22,7 +22,7 @@ from models.ops.memory import autocast_dtype, to_device_async
 
 @dataclass
 class SegmentGroups:
-    """Segments of similar length side by side: gather into groups, attend, gather back."""
+    """Segments batched by similar length: gather into groups, attend, gather back."""
 
     shapes: list[tuple[int, int]]  # (G, L) of each group
     sources: Tensor  # [S] token of every slot, S = sum of G * L over the groups
@@ -31,9 +31,9 @@ class SegmentGroups:
 
 @dataclass
 class SegmentBounds:
-    """What a variable-length kernel needs to take all segments side by side."""
+    """Arguments of a variable-length kernel, which computes all segments in one call."""
 
-    bounds: Tensor  # [segments + 1] int32: the first token of each among all B * T, and B * T
+    bounds: Tensor  # [segments + 1] int32: start of each in the flattened B * T tokens, then B * T
     longest: int
     kernel: Callable[..., Any]
 
@@ -42,7 +42,7 @@ Packing = SegmentGroups | SegmentBounds
 
 
 def packed_attention_reference(q: Tensor, k: Tensor, v: Tensor, segments: Tensor) -> Tensor:
-    """The mask rule: a query sees a key of the same segment that does not come after it."""
+    """A query attends to keys of its own segment up to its own position."""
     T = segments.shape[1]
     same = segments[:, :, None] == segments[:, None, :]  # [B, T, T]
     causal = torch.ones(T, T, dtype=torch.bool, device=segments.device).tril()
@@ -52,7 +52,7 @@ def packed_attention_reference(q: Tensor, k: Tensor, v: Tensor, segments: Tensor
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, packing: Packing, dropout: float = 0.0
 ) -> Tensor:
-    """`packed_attention_reference` at a cost that grows with segment lengths, not with T squared.
+    """`packed_attention_reference` whose cost grows with segment lengths, not with T squared.
 
     [B, H, T, C] queries over [B, K, T, C] keys and values -> [B, H, T, C].
     """
@@ -62,18 +62,18 @@ def packed_attention(
 
 
 def build_packing(cfg: LMConfig, segments: Tensor, x: Tensor) -> Packing:
-    """The structure with which `packed_attention` keeps segments [B, T] apart.
+    """Prepare segments [B, T] for `packed_attention`.
 
-    Device and dtype of the hidden states x decide between the two kinds. A run of equal ids is a
-    segment; so is padding (id 0), whose output nobody reads. Keep `segments` on the CPU to avoid a
-    GPU synchronisation.
+    Device and dtype of the hidden states x select one of the two kinds. A run of equal ids is a
+    segment. Padding (id 0) is a segment whose output is not used. Keep `segments` on the CPU to
+    avoid a GPU synchronisation.
     """
     varlen = supports_varlen(cfg, x.device, autocast_dtype(x))
     return (find_bounds if varlen else group_segments)(segments, x.device)
 
 
 def find_segments(segments: Tensor) -> tuple[Tensor, Tensor]:
-    """First token and length of every run of equal ids in [B, T], on the CPU."""
+    """Start and length of every run of equal ids in [B, T], on the CPU."""
     n_rows, n_tokens = segments.shape
     flat = segments.cpu().reshape(-1)  # [B * T]
     is_start = torch.ones_like(flat, dtype=torch.bool)
@@ -83,11 +83,11 @@ def find_segments(segments: Tensor) -> tuple[Tensor, Tensor]:
     return starts, torch.diff(starts, append=torch.tensor([n_rows * n_tokens]))
 
 
-# --- Groups: plain kernels, on every device -----------------------------------------------------
+# --- Groups: standard attention, on every device ------------------------------------------------
 
 
 def group_segments(segments: Tensor, device: torch.device) -> SegmentGroups:
-    """Group the segments of [B, T]: one at least half as long as a group's longest joins it."""
+    """Group the segments of [B, T]; each has at least half the length of its group's longest."""
     starts, lengths = find_segments(segments)
     order = torch.argsort(lengths, descending=True, stable=True)
     shapes, sources, n_slots, first = [], [], 0, 0
@@ -97,7 +97,7 @@ def group_segments(segments: Tensor, device: torch.device) -> SegmentGroups:
         n_segments = int((lengths[order[first:]] * 2 >= longest).sum())
         chosen = order[first : first + n_segments]
         steps = torch.arange(longest)[None, :]  # [1, L]
-        # Slots past the end of a segment repeat its last token; no query before them sees them.
+        # Slots past a segment's end repeat its last token; causal attention hides them.
         source = starts[chosen, None] + torch.minimum(steps, lengths[chosen, None] - 1)  # [G, L]
         is_token = steps < lengths[chosen, None]  # [G, L]
         slots[source[is_token]] = n_slots + is_token.reshape(-1).nonzero()[:, 0]
@@ -110,7 +110,7 @@ def group_segments(segments: Tensor, device: torch.device) -> SegmentGroups:
 
 
 # Not compiled, because the number and lengths of segments differ in every batch. Unlike
-# `torch.compiler.disable`, this decorator imports the compiler at the first call, not here.
+# `torch.compiler.disable`, this decorator imports the compiler at the first call, not at import.
 @torch._disable_dynamo
 def _grouped_attention(
     q: Tensor, k: Tensor, v: Tensor, groups: SegmentGroups, dropout: float
@@ -134,9 +134,9 @@ def _grouped_attention(
 
 
 def supports_varlen(cfg: LMConfig, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch's variable-length kernel (FlashAttention 2) computes this.
+    """Whether torch's variable-length kernel (FlashAttention 2) supports this case.
 
-    It has no fp32, no dropout through torch, and needs heads of 8 to 256 channels, in eights.
+    It supports fp16 and bf16, no dropout, and head widths up to 256 that are multiples of 8.
     """
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or cfg.lm_dropout:
         return False
@@ -146,8 +146,8 @@ def supports_varlen(cfg: LMConfig, device: torch.device, dtype: torch.dtype) -> 
 
 
 def varlen_kernel() -> Callable[..., Any]:
-    """torch's `varlen_attn`, told of grouped queries where it has that argument (not in 2.11)."""
-    from torch.nn.attention.varlen import varlen_attn  # imports half of torch.compile
+    """torch's `varlen_attn`; versions after 2.11 need `enable_gqa` for grouped queries."""
+    from torch.nn.attention.varlen import varlen_attn  # slow: imports much of torch.compile
 
     has_gqa = "enable_gqa" in inspect.signature(varlen_attn).parameters
     return partial(varlen_attn, enable_gqa=True) if has_gqa else varlen_attn

@@ -1,4 +1,4 @@
-"""RMSNorm (Zhang and Sennrich 2019), as transformers' LlamaRMSNorm rounds it."""
+"""RMSNorm (Zhang and Sennrich 2019), rounded as in transformers' LlamaRMSNorm."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`rms_norm_reference`, with a backward of few passes over memory.
+    """`rms_norm_reference` with a hand-written backward, which passes over memory less often.
 
-    Autograd takes a dozen passes over x. The hand-written backward saves 4 to 7 % of a training
-    step of `tiny` (docs/log/2026-12-01-operations.md). Supports one `backward()` of each forward.
+    Autograd passes over x a dozen times. This backward saves 4 to 7 % of a training step of `tiny`
+    (docs/log/2026-12-01-operations.md). Second derivatives are not supported.
     """
     if torch.is_grad_enabled():
         return _RMSNorm.apply(x, weight, eps)
-    if x.dtype == torch.float32:  # for lower precisions F.rms_norm rounds once, after the scale
+    if x.dtype == torch.float32:  # in bf16 F.rms_norm rounds once, after the scale
         return F.rms_norm(x, weight.shape, weight, eps)
     return rms_norm_reference(x, weight, eps)
 
@@ -42,7 +42,7 @@ class _RMSNorm(torch.autograd.Function):
         wide, scale = x.float(), weight.float()
         product = (grad * wide).flatten(0, -2)  # [N, D]
         # Under torch.compile the backward inherits the forward's autocast, which would round these
-        # sums to bf16. `mv` rather than `@`, because the compiler fuses only `mv` into its loop.
+        # sums to bf16. Use `mv`, not `@`: the compiler fuses only `mv` into its loop.
         with torch.autocast(x.device.type, enabled=False):
             row_sums = product.mv(scale)  # [N]
             grad_weight = product.t().mv(factor.flatten())  # [D]

@@ -1,4 +1,4 @@
-"""Cross-entropy of the language model's head without keeping its logits (Hsu et al. 2024, Liger).
+"""Cross-entropy of the language model's head without storing all logits (Liger, Hsu et al. 2024).
 
 Letters: N supervised tokens, D width, V vocabulary.
 """
@@ -12,22 +12,22 @@ from torch.autograd.function import once_differentiable
 
 from models.ops.memory import autocast_dtype
 
-# Logits that exist at a time: 128 MiB in fp32 on a CPU. A GPU takes more, because adding each
-# chunk's gradient to the whole head's takes it longer than the products of a small chunk.
+# Maximum logits in memory: 128 MiB in fp32 on a CPU. A GPU gets larger chunks: for small ones,
+# accumulating the head's gradient takes longer than the matrix products.
 MAX_LOGITS = {"cpu": 1 << 25, "cuda": 1 << 27}
 
 
 def token_loss_reference(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
-    """The formula: the sum of -log p(target) over N tokens, in fp32."""
+    """The sum of -log p(target) over N tokens, in fp32."""
     return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
 
 
 def token_loss(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
     """Summed cross-entropy of hidden states [N, D] against targets [N] -> scalar.
 
-    A plain `nn.Linear` without bias or hooks is computed in chunks, gradients included, so that at
-    most MAX_LOGITS logits exist at a time. Its loss supports one `backward()`. Any other head, for
-    example one with a LoRA adapter or a hook, is called as a module.
+    For a plain `nn.Linear` without bias or hooks, loss and gradients are computed in chunks of at
+    most MAX_LOGITS logits; this loss supports one `backward()`. Any other head, for example with a
+    LoRA adapter or a hook, is called as a module.
     """
     if type(head) is not nn.Linear or head.bias is not None or _has_hooks(head):
         return token_loss_reference(hidden, head, targets)

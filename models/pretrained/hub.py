@@ -41,13 +41,13 @@ def find(source: str | Path, revision: str | None = None) -> Path:
 
 
 def push(folder: str | Path, repo_id: str, private: bool = True) -> str:
-    """Upload a folder's files as one commit, into a new private repository if there is none.
+    """Upload a folder's files as one commit; returns the URL of the repository.
 
-    Returns its URL. After an interruption, files that have arrived are not sent again. Raises
-    `InputError`.
+    Creates the repository if it does not exist. After an interruption, files that have arrived are
+    not sent again. Raises `InputError`.
     """
     if not re.fullmatch(rf"{HUB_NAME}/{HUB_NAME}", repo_id):
-        raise InputError(f"{repo_id!r} is not the name of a repository; expected user/name.")
+        raise InputError(f"{repo_id!r} is not a repository name; expected user/name.")
     require_login()
     from huggingface_hub import HfApi
 
@@ -59,13 +59,13 @@ def push(folder: str | Path, repo_id: str, private: bool = True) -> str:
         )
     except Exception as error:  # as in `find`
         raise InputError(
-            f"{repo_id}: not pushed: {_reason(error)}; a new push sends only missing files."
+            f"{repo_id}: not pushed: {_reason(error)}; push again to send the missing files."
         ) from None
     return done.repo_url.url if done.repo_url else repo_id
 
 
 def push_saved(save: Callable[[str], None], repo_id: str, private: bool) -> str:
-    """`push` what `save(folder)` writes."""
+    """`push` the files that `save(folder)` writes."""
     with tempfile.TemporaryDirectory() as folder:
         save(folder)
         return push(folder, repo_id, private)
@@ -80,21 +80,21 @@ def require_login() -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """Why a request failed and what to do."""
+    """Why a request failed and what to do, for the end of a sentence."""
     from huggingface_hub import constants, errors
 
     while isinstance(error, RuntimeError) and error.__cause__ is not None:
-        error = error.__cause__  # the error of one file's upload
+        error = error.__cause__  # of one file's upload
     known = {
-        errors.LocalTokenNotFoundError: "there is no login; run `hf auth login`",
-        errors.GatedRepoError: "it is gated; request access on its page",
-        errors.RevisionNotFoundError: "it has no such revision",
-        errors.HFValidationError: "that is not the name of a repository",
+        errors.LocalTokenNotFoundError: "no login was found; run `hf auth login`",
+        errors.GatedRepoError: "the repository is gated; request access on its page",
+        errors.RevisionNotFoundError: "the repository has no such revision",
+        errors.HFValidationError: "it is not a repository name",
     }
     status = getattr(getattr(error, "response", None), "status_code", None)
     by_status = {
         401: "the login is missing or not valid; run `hf auth login`",
-        403: "the login has no access to it",
+        403: "the login has no access to the repository",
         404: "no such repository is visible to this login",
     }
     for kind, words in known.items():
@@ -105,6 +105,6 @@ def _reason(error: BaseException) -> str:
     if status is not None:
         return by_status.get(status, f"the Hub answered {status}; try again later")
     if constants.is_offline_mode():
-        return "HF_HUB_OFFLINE is set and it is not in the cache"
+        return "HF_HUB_OFFLINE is set and the cache has no copy"
     lines = str(error).splitlines()
     return f"no connection to {constants.ENDPOINT} ({lines[0] if lines else type(error).__name__})"

@@ -1,4 +1,4 @@
-"""Checkpoints and backbones -> models; every config field and every tensor is checked.
+"""Load checkpoints and backbones; every config field and every tensor is checked.
 
 Not here: names and shapes (layouts/), files (safetensors_io.py), the state of a training run
 (engine/training/checkpoint.py).
@@ -58,22 +58,24 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def build_on_meta(cls: type[Model], cfg: Any, n_tensors: int, where: str) -> Model:
-    """A model without storage, to check the names and shapes of a file's tensors against.
+    """A model without storage, whose names and shapes a file's tensors must match.
 
-    Raises `InputError` on sizes that cannot be built, before it builds a block.
+    Raises `InputError` if the sizes cannot be built.
     """
     blocks = max(getattr(cfg, name, 0) for name in ("vit_n_blocks", "lm_n_blocks"))
-    require(blocks <= n_tensors, f"{where}: blocks", blocks, f"the file has {n_tensors} tensors")
+    require(
+        blocks <= n_tensors, f"{where}: blocks", blocks, f"exceed the file's {n_tensors} tensors"
+    )
     try:
         with on_meta_device():
             return cls(cfg)
-    except (RuntimeError, TypeError) as error:  # an overflow in torch
+    except (RuntimeError, TypeError) as error:  # a size overflowed in torch
         reason = str(error).splitlines()[0]
-        raise InputError(f"{where}: no model has such sizes ({reason}).") from None
+        raise InputError(f"{where}: a model of these sizes cannot be built ({reason}).") from None
 
 
 def load_tensors(cls: type[Model], cfg: Any, tensors: dict[str, Tensor]) -> Model:
-    """A model of `cfg` that holds `tensors`, which are not copied; in evaluation mode.
+    """A model of `cfg` in evaluation mode that holds `tensors` without copying them.
 
     A tied head shares its storage with the embedding.
     """
@@ -87,20 +89,20 @@ def load_tensors(cls: type[Model], cfg: Any, tensors: dict[str, Tensor]) -> Mode
 
 
 def own_pairs(model: nn.Module) -> list[Pair]:
-    """Our own layout: every tensor under its parameter name."""
+    """picoVLM's own layout: every tensor under its parameter name."""
     return [Pair((name,), name, SAME) for name in model.state_dict()]
 
 
 def parse_config(cls: type, read: Callable[[], dict], where: str) -> Any:
-    """A config of the fields that `read` takes from a config.json; raises `InputError`."""
+    """A config from the fields that `read` returns for a config.json; raises `InputError`."""
     try:
         return from_dict(cls, read(), where)
     except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
-        raise InputError(f"{where}: not the config of such a model ({error!r}).") from None
+        raise InputError(f"{where}: not a valid config of this model type ({error!r}).") from None
 
 
 def sub_config(cls: type, cfg: Any) -> Any:
-    """The part of a whole model's config that is a `cls`."""
+    """The fields of a whole model's config that belong to `cls`."""
     return cls(**{field.name: getattr(cfg, field.name) for field in dataclasses.fields(cls)})
 
 
@@ -109,14 +111,14 @@ def resolve_tied(
 ) -> None:
     """Add the embedding or head that a file of tied weights leaves out.
 
-    With `strict`, nothing is added: our own files must hold both. Raises `InputError` if the two
-    differ.
+    With `strict`, nothing is added: picoVLM's own files must hold both. Raises `InputError` if the
+    two differ.
     """
     keys = {name.removeprefix("decoder."): pair.key for pair in pairs for name in pair.params}
     one, other = keys[EMBEDDING], keys[HEAD]
     if one in found and other in found:
         equal = found[one].shape == found[other].shape and torch.equal(found[one], found[other])
-        fix = "but the file's embedding and head differ"
+        fix = "must be False, because the file's embedding and head differ"
         require(equal, f"{where}: lm_tie_weights", True, fix)
     if not strict:
         both = found.get(one, found.get(other))
@@ -131,7 +133,7 @@ def _match(
     directory: Path,
     strict: bool = False,
 ) -> dict[str, Tensor]:
-    """A file's tensors by parameter name, all that `model` has; raises `InputError`."""
+    """A file's tensors by parameter name, exactly those of `model`; raises `InputError`."""
     if getattr(model.cfg, "lm_tie_weights", False):
         resolve_tied(found, pairs, str(directory), strict)
     return import_tensors(found, pairs, model.state_dict(), ignore, str(directory))
@@ -154,7 +156,7 @@ def load_vlm(source: str | Path, revision: str | None = None) -> VisionLanguageM
     directory = find(source, revision)
     config, where = read_config(directory), str(directory / CONFIG)
     kind, is_nano = config.get("model_type"), nanovlm.is_config(config)
-    # Our exports to nanoVLM have our tokenizer, so their tokens need no replacement.
+    # picoVLM's exports to nanoVLM use picoVLM's tokenizer: token rows are kept.
     special_ids = idefics3.special_ids(_added_tokens(directory)) if is_nano else {}
     if OWN_KEY in config:
         fix = "must be idefics3 or picovlm"
@@ -166,8 +168,8 @@ def load_vlm(source: str | Path, revision: str | None = None) -> VisionLanguageM
         cfg = parse_config(VLMConfig, lambda: nanovlm.read(config, special_ids, where), where)
     else:
         raise InputError(
-            f"{where}: model_type = {kind!r} and no {OWN_KEY!r} key: neither a picoVLM checkpoint "
-            "nor an Idefics3, SmolVLM or nanoVLM one."
+            f"{where}: model_type = {kind!r} without a {OWN_KEY!r} key is not supported; expected "
+            "a picoVLM, Idefics3, SmolVLM or nanoVLM checkpoint."
         )
     found = read_weights(directory)
     model = build_on_meta(VisionLanguageModel, cfg, len(found), where)
@@ -181,7 +183,7 @@ def load_vlm(source: str | Path, revision: str | None = None) -> VisionLanguageM
 
 
 def _read_idefics3(directory: Path, config: dict) -> dict:
-    """Fields from config.json, from the image settings and from the tokenizer beside it."""
+    """Fields from config.json, the image settings and the tokenizer in the same directory."""
     newer = directory / "processor_config.json"  # transformers 5 writes only this one
     is_newer = newer.is_file() and not (directory / IMAGES).is_file()
     images = read_json(newer if is_newer else directory / IMAGES)
@@ -201,14 +203,14 @@ def _added_tokens(directory: Path) -> dict[str, int]:
 
 
 def _notify(sentence: str) -> None:
-    """Tell the user on stderr, as stdout is the program's output."""
+    """Print a notice on stderr; stdout is for a command's output."""
     print(sentence, file=sys.stderr)
 
 
 def _read_backbone(
     cls: type, config_cls: type, directory: Path, **fields: object
 ) -> tuple[Any, dict[str, Tensor]]:
-    """(the config that a directory describes, its tensors in fp32 by parameter name).
+    """(config of a directory, its tensors in fp32 by parameter name).
 
     `fields` are added to those of its config.json. Raises `InputError`.
     """
@@ -233,21 +235,21 @@ def _read_backbone(
 
 
 def backbone_pairs(layout: Layout | None, model: ViT | LanguageModel, prefix: str) -> list[Pair]:
-    """The pairs of a backbone in `layout`, or in our own."""
+    """The pairs of a backbone in `layout`; without one, in picoVLM's own layout."""
     return layout_pairs(layout, len(model.blocks), prefix) if layout else own_pairs(model)
 
 
 def _image_statistics(directory: Path) -> dict:
-    """Mean and standard deviation of preprocessor_config.json, where it has them."""
+    """Mean and standard deviation from preprocessor_config.json, if it has them."""
     images = read_json(directory / IMAGES) if (directory / IMAGES).is_file() else {}
     images = images.get("image_processor", images)
     pair = {"vit_image_mean": images.get("image_mean"), "vit_image_std": images.get("image_std")}
-    # Our fields always have three values, those of a grey model one.
+    # Config fields always have three values; a greyscale model's file has one.
     return {k: v * 3 if len(v) == 1 else v for k, v in pair.items() if isinstance(v, list)}
 
 
 def newest_checkpoint(directory: Path) -> Path:
-    """The newest checkpoint of a run folder; any other directory as it is."""
+    """The newest checkpoint of a run folder; any other directory unchanged."""
     return max(directory.glob("step-*"), key=checkpoint_order, default=directory)
 
 
@@ -263,7 +265,7 @@ def _read_vit(
         fields = _image_statistics(directory) | ({"vit_pool": "map"} if pool == "map" else {})
         source, tensors = _read_backbone(ViT, ViTConfig, directory, **fields)
     has_map = pool != "map" or "map_pool.probe" in tensors
-    require(has_map, "vit_pool", pool, f"{name} has no such pool, only cls or mean fit")
+    require(has_map, "vit_pool", pool, f"{name} has no weights for it; use cls or mean")
     return source, tensors
 
 
@@ -274,7 +276,7 @@ def _without_unused_pool(tensors: dict[str, Tensor], cfg: ViTConfig) -> dict[str
 
 
 def _classifier_fields(cfg: ViTConfig, source: ViTConfig) -> dict:
-    """The classifier that `cfg` asks for, else that of the source; none inside a VLM."""
+    """Classifier fields of `cfg`, or of the source if `cfg` has none; none inside a VLM."""
     names = ("vit_n_classes", "vit_labels", "vit_head")
     if isinstance(cfg, VLMConfig):
         return dict(zip(names, (0, (), cfg.vit_head)))
@@ -284,13 +286,13 @@ def _classifier_fields(cfg: ViTConfig, source: ViTConfig) -> dict:
 
 
 def open_vit(name: str, pool: str = "auto") -> ViT:
-    """An encoder in its own size, with its own classifier, pooled by `pool`.
+    """Load an encoder at its own image size, with its own classifier, pooled by `pool`.
 
-    `name` is a directory saved by picoVLM or transformers, a run folder, a Hub id, or a whole
-    vision-language model, whose vision encoder is taken. Raises `InputError`.
+    `name` is a directory saved by picoVLM or transformers, a run folder or a Hub id. Of a whole
+    vision-language model, the vision encoder is loaded. Raises `InputError`.
     """
     source, tensors = _read_vit(name, pool)
-    asked: Any = pool  # checked by the config
+    asked: Any = pool  # ViTConfig validates it
     new = source if pool == "auto" else replace(source, vit_pool=asked)
     return load_tensors(ViT, new, _without_unused_pool(tensors, new))
 
@@ -298,8 +300,8 @@ def open_vit(name: str, pool: str = "auto") -> ViT:
 def load_vit(cfg: ViTConfig, revision: str | None = None) -> ViT:
     """The encoder that `cfg.vit_model_type` names, at `cfg.vit_img_size`; raises `InputError`.
 
-    Positions of another grid are resampled. A classifier is kept outside a VLM, unless `cfg` has
-    other classes or another head: then it is new. Both are reported on stderr.
+    Position embeddings of another grid are resampled. Outside a VLM the classifier is kept, unless
+    `cfg` has other classes or another head; then it is initialised. Both are reported on stderr.
     """
     source, tensors = _read_vit(cfg.vit_model_type, cfg.vit_pool, revision)
     head, is_vlm = _classifier_fields(cfg, source), isinstance(cfg, VLMConfig)
@@ -314,12 +316,12 @@ def load_vit(cfg: ViTConfig, revision: str | None = None) -> ViT:
         tensors = {name: t for name, t in tensors.items() if not name.startswith("head.")}
         tensors |= {f"head.{name}": t.detach() for name, t in fresh.named_parameters()}
         if new.vit_n_classes:
-            _notify(f"{cfg.vit_model_type}: a fresh classifier of {new.vit_n_classes} classes.")
+            _notify(f"{cfg.vit_model_type}: new classifier head for {new.vit_n_classes} classes.")
     if new.vit_grid != source.vit_grid:
         _notify(
-            f"{cfg.vit_model_type}: positions of {source.vit_grid} x {source.vit_grid} patches "
-            f"resampled (bicubic) to {new.vit_grid} x {new.vit_grid}, as vit_img_size = "
-            f"{new.vit_img_size}."
+            f"{cfg.vit_model_type}: position embeddings of {source.vit_grid} x {source.vit_grid} "
+            f"patches resampled (bicubic) to {new.vit_grid} x {new.vit_grid}, because "
+            f"vit_img_size = {new.vit_img_size}."
         )
         n_prefix, antialias = int(new.vit_cls_flag), new.vit_n_registers > 0
         table = resample_positions(tensors[POSITION], n_prefix, new.vit_grid, antialias)
@@ -344,7 +346,7 @@ def load_lm(cfg: LMConfig, revision: str | None = None) -> LanguageModel:
 
 
 def load_classifier(cfg: ViTConfig, revision: str | None = None) -> Classifier:
-    """`load_vit` as a Classifier; ValueError where neither `cfg` nor the source has classes."""
+    """`load_vit` as a Classifier; ValueError if neither `cfg` nor the source has classes."""
     return Classifier(load_vit(cfg, revision)).eval()
 
 
@@ -357,6 +359,6 @@ LOADERS: dict[type, Callable[..., nn.Module]] = {
 
 
 def load_pretrained(cls: type, source: Any, revision: str | None = None) -> Any:
-    """What `cls.from_pretrained` does (mixin.py)."""
+    """Implements `cls.from_pretrained` (mixin.py)."""
     load = next(load for base, load in LOADERS.items() if issubclass(cls, base))
     return load(source, revision)

@@ -1,8 +1,8 @@
-"""Applies a layout's tables in either direction, and reports every tensor that does not match.
+"""Apply a layout's tables in either direction, and report every tensor that does not match.
 
-A layout is another library's checkpoint format. Its table pairs our parameter names with the keys
-of a safetensors file; `{i}` stands for the block. Not here: any layout's names (layouts/), files
-(load.py, save.py).
+A layout is another library's checkpoint format. Its table pairs picoVLM's parameter names with the
+keys of a safetensors file; `{i}` is the block number. Not here: any layout's names (layouts/),
+files (load.py, save.py).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from config_tools import InputError, require
 
 Table = list[tuple]  # (parameter name or a tuple of them, key) or (names, key, op)
-Fields = list[tuple[str, str, object]]  # (our field, config.json key, its default there)
+Fields = list[tuple[str, str, object]]  # (our config field, config.json key, default)
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,16 @@ class Layout:
 
     model_types: tuple[str, ...]
     table: Table
-    unprefixed: Table  # keys that never carry a prefix
+    unprefixed: Table  # keys that never have a prefix
     prefixes: tuple[str, ...]  # of the other keys; the first one is written
     ignore: tuple[str, ...]  # patterns of keys that a backbone does not use
     read: Callable[[dict, str], dict]  # config.json, where -> our fields; raises InputError
     write: Callable[[Any], dict]  # our config -> config.json
-    unsupported_reason: Callable[[Any], str]  # "field = value" that it cannot store, or ""
+    unsupported_reason: Callable[[Any], str]  # "field = value" that it does not support, or ""
 
 
 def weight_and_bias(modules: Iterable[tuple[str, str]], param: str = "", key: str = "") -> Table:
-    """A row for the weight and one for the bias of each (our module, its key); with prefixes."""
+    """Rows for the weight and the bias of each (our module, its key), with prefixes."""
     return [
         (f"{param}{module}.{kind}", f"{key}{other}.{kind}")
         for module, other in modules
@@ -68,7 +68,7 @@ def weight_and_bias(modules: Iterable[tuple[str, str]], param: str = "", key: st
 
 
 def prefixed(table: Table, param: str, key: str) -> Table:
-    """The same table one level deeper, as a part of a whole model."""
+    """The table with prefixes, for a part of a whole model."""
     return [
         (_each(names, lambda name: param + name), key + other, *op) for names, other, *op in table
     ]
@@ -131,21 +131,19 @@ def import_tensors(
     missing = [n for n in shapes if n not in found]
     missing += sorted(set(wanted) - {name for pair in used for name in pair.params})
     misshapen = [
-        f"{n} is {list(found[n].shape)}, the config says {shape}"
+        f"{n} is {list(found[n].shape)}, expected {shape}"
         for n, shape in shapes.items()
         if n in found and list(found[n].shape) != shape
     ]
     kinds = {"left over:": extra, "missing:": missing, "misshapen:": misshapen}
     problems = [f"{label} {_shorten(names)}" for label, names in kinds.items() if names]
     if problems:
-        raise InputError(
-            f"{where}: the weights do not fit its config.json ({'; '.join(problems)})."
-        )
-    # The sum is finite if every element is, and needs no mask as large as the tensor.
+        raise InputError(f"{where}: the weights do not match config.json ({'; '.join(problems)}).")
+    # A NaN or Inf makes the sum non-finite; isfinite() of the tensor would need a mask as large.
     broken = [n for n in shapes if not found[n].sum(dtype=torch.float32).isfinite()]
     if broken:
         names = _shorten(broken)
-        raise InputError(f"{where}: NaN or infinite weights in {names}; take another copy.")
+        raise InputError(f"{where}: NaN or infinite weights in {names}; use another checkpoint.")
     return {name: t for p in used for name, t in zip(p.params, p.op.split(found[p.key]))}
 
 
@@ -155,7 +153,7 @@ def _shorten(names: list[str], maximum: int = 6) -> str:
 
 
 def first_unsupported(cfg: object, allowed: Mapping[str, object]) -> str:
-    """The first field whose value a layout cannot store, as "field = value"; "" if there is none.
+    """The first field with an unsupported value, as "field = value"; "" if there is none.
 
     `allowed` holds a field's only value, or a list of its values.
     """
@@ -177,10 +175,10 @@ def write_fields(fields: Fields, cfg: object) -> dict:
 
 
 def refuse_unless(config: Mapping, supported: Mapping[str, object], where: str) -> None:
-    """Raise `InputError` where a key of config.json has another than its only supported value."""
+    """Raise `InputError` if a key of config.json has another value than the supported one."""
     for key, value in supported.items():
         found = config.get(key, value)
-        fix = f"is not supported, only {value!r} is"
+        fix = f"is not supported; expected {value!r}"
         require(found == value or found is None, f"{where}: {key}", found, fix)
 
 
@@ -205,12 +203,12 @@ def read_activation(name: str, where: str) -> str:
 def resample_positions(table: Tensor, n_prefix: int, grid: int, antialias: bool) -> Tensor:
     """Position embeddings [n_prefix + P, D] of a square grid -> [n_prefix + grid^2, D], bicubic.
 
-    Equal to transformers' interpolate_pos_encoding; `antialias` as DINOv2 with registers does. The
-    prefix (CLS) is copied. Raises `InputError` unless P is a square.
+    Equal to transformers' interpolate_pos_encoding, which uses `antialias` for DINOv2 with
+    registers. The prefix (CLS) is copied. Raises `InputError` unless P is a square.
     """
     prefix, patches = table[:n_prefix], table[n_prefix:]
     side = round(len(patches) ** 0.5)
-    require(side * side == len(patches), "position table", len(patches), "must be a square grid")
+    require(side * side == len(patches), "patch positions", len(patches), "must form a square grid")
     square = patches.float().T.reshape(1, -1, side, side)  # [1, D, side, side]
     square = torch.nn.functional.interpolate(
         square, size=(grid, grid), mode="bicubic", antialias=antialias

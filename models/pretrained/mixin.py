@@ -1,8 +1,8 @@
 """`from_pretrained`, `save_pretrained` and `push_to_hub` of every model class.
 
 ViT, LanguageModel, VisionLanguageModel and Classifier inherit them. Each method imports its module
-when called, so that the architecture files import no file or network code. Which function serves a
-class is a table: LOADERS in load.py, SAVERS in save.py.
+when called, so that the architecture files import no file or network code. LOADERS in load.py and
+SAVERS in save.py map a class to its functions.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Self
 
 
 class PretrainedMixin:
-    """Checkpoints and the Hub, for a model class that LOADERS and SAVERS name."""
+    """Checkpoints and the Hub, for the model classes in LOADERS and SAVERS."""
 
     @classmethod
     def from_pretrained(cls, source: Any, revision: str | None = None) -> Self:
@@ -32,7 +32,7 @@ class PretrainedMixin:
     def save_pretrained(self, directory: str | Path, processor: Any = None) -> None:
         """Write weights, config.json and, given a processor, its files. Raises `InputError`.
 
-        transformers loads the directory without conversion where it has such a model.
+        transformers loads the directory without conversion if it has this architecture.
         """
         from models.pretrained import save
 
@@ -41,7 +41,7 @@ class PretrainedMixin:
             processor.save(directory)
 
     def push_to_hub(self, repo_id: str, private: bool = True, processor: Any = None) -> str:
-        """Upload what `save_pretrained` writes to `repo_id`, user/name; returns its URL.
+        """Upload the files of `save_pretrained` to `repo_id`, user/name; returns its URL.
 
         A new repository is private unless `private` is False. A model card is written by
         `export.py --push` and `classify.py export --push`, not here. Raises `InputError`.

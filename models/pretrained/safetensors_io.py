@@ -1,4 +1,4 @@
-"""Reads and writes safetensors files and config.json. Loads no pickle and runs no code."""
+"""Read and write safetensors files and config.json. Loads no pickle and runs no code."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def read_config(directory: Path) -> dict:
 def read_weights(directory: Path, single: str = WEIGHTS) -> dict[str, Tensor]:
     """All tensors of a directory: of the `single` file, else of its shards. Raises `InputError`.
 
-    Tensors are copied out of the memory-mapped file, where they may be unaligned: MKL rounds a
-    matrix product of unaligned tensors differently, so a resumed run would not be bit for bit.
+    Tensors are copied out of the memory-mapped file, where they may be unaligned. MKL rounds
+    products of unaligned tensors differently, so a resumed run would not be bit-identical.
     """
     if (directory / INDEX).is_file() and not (directory / single).is_file():
         weight_map: Any = read_json(directory / INDEX).get("weight_map")
@@ -47,7 +47,7 @@ def read_weights(directory: Path, single: str = WEIGHTS) -> dict[str, Tensor]:
     for name in files:
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise InputError(
-                f"{directory / INDEX}: {name!r} is not the name of a safetensors file beside it."
+                f"{directory / INDEX}: {name!r} is not a safetensors file in the same directory."
             )
         try:
             with safe_open(directory / name, framework="pt") as file:
@@ -62,7 +62,7 @@ def read_weights(directory: Path, single: str = WEIGHTS) -> dict[str, Tensor]:
 
 
 def _pickle(directory: Path) -> str:
-    """A note about a pickle in the directory, for the error on missing weights."""
+    """A note about a pickle in the directory, for the error about missing weights."""
     found = sorted(path.name for pattern in PICKLES for path in directory.glob(pattern))
     return f"; {found[0]} is a pickle, which can run code and is never opened" if found else ""
 
@@ -70,7 +70,7 @@ def _pickle(directory: Path) -> str:
 def write(directory: Path, tensors: dict[str, Tensor], config: dict) -> None:
     """Write model.safetensors and config.json, and delete the index of an earlier model."""
     directory.mkdir(parents=True, exist_ok=True)
-    # safetensors refuses tensors that share storage, as tied ones do.
+    # safetensors refuses tensors that share storage, as tied weights do.
     owners = {t.data_ptr(): name for name, t in tensors.items()}
     tensors = {n: t if owners[t.data_ptr()] == n else t.clone() for n, t in tensors.items()}
     save_tensors(tensors, directory / WEIGHTS)

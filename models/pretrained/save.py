@@ -1,4 +1,4 @@
-"""Models -> checkpoint directories in Idefics3 format, in nanoVLM's, or in a backbone's own."""
+"""Save models in Idefics3 format, in nanoVLM's, or in transformers' format of a backbone."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def unsupported_reason(cfg: VLMConfig) -> str:
 
 
 def checkpoint_pairs(cfg: VLMConfig) -> list[Pair]:
-    """Parameter names and file keys of a checkpoint: Idefics3's if it supports `cfg`, or ours."""
+    """Parameter names and keys of a checkpoint: Idefics3's if it supports `cfg`, else our own."""
     if not idefics3.unsupported_reason(cfg):
         return idefics3.pairs(cfg)
     with on_meta_device():
@@ -42,8 +42,8 @@ def checkpoint_pairs(cfg: VLMConfig) -> list[Pair]:
 def save_vlm(model: VisionLanguageModel, directory: str | Path) -> None:
     """Write weights, config.json and generation_config.json in Idefics3 format.
 
-    Our config is stored under the key "picovlm". A config that Idefics3 does not support is written
-    as model_type "picovlm" with our parameter names.
+    picoVLM's config is stored under the key "picovlm". A config that Idefics3 does not support gets
+    model_type "picovlm" and picoVLM's parameter names.
     """
     directory, cfg = Path(directory), model.cfg
     tensors, dtype = tensors_and_dtype(model)
@@ -62,9 +62,9 @@ def save_vlm(model: VisionLanguageModel, directory: str | Path) -> None:
 
 
 def save_nanovlm(model: VisionLanguageModel, directory: str | Path, tokenizer: str = "") -> None:
-    """Write what nanoVLM's from_pretrained loads. Raises `InputError` if it does not support it.
+    """Write files for nanoVLM's from_pretrained. Raises `InputError` for unsupported fields.
 
-    `tokenizer` is where nanoVLM will find one, by default what our config names.
+    `tokenizer` is the path or Hub id of nanoVLM's tokenizer, by default that of the config.
     """
     cfg = model.cfg
     reason = idefics3.unsupported_reason(cfg) or nanovlm.unsupported_reason(cfg)
@@ -82,7 +82,7 @@ def save_nanovlm(model: VisionLanguageModel, directory: str | Path, tokenizer: s
 
 
 def save_vit(model: ViT, directory: str | Path) -> None:
-    """Write weights, config.json and image settings, as transformers' own class does."""
+    """Write weights, config.json and image settings as transformers does."""
     cfg = sub_config(ViTConfig, model.cfg)
     n = 1 if cfg.vit_n_channels == 1 else 3
     mean, std = list(cfg.vit_image_mean[:n]), list(cfg.vit_image_std[:n])
@@ -97,12 +97,12 @@ def save_vit(model: ViT, directory: str | Path) -> None:
 
 
 def save_lm(model: LanguageModel, directory: str | Path) -> None:
-    """Write weights and config.json of a ...ForCausalLM, which leaves out a tied head."""
+    """Write weights and config.json as transformers' ...ForCausalLM, without a tied head."""
     _write_backbone(model, sub_config(LMConfig, model.cfg), Path(directory))
 
 
 def save_classifier(model: Classifier, directory: str | Path) -> None:
-    """`save_vit` of its encoder, which holds the classifier."""
+    """Save the ViT, which includes the classifier head."""
     save_vit(model.vit, directory)
 
 
@@ -115,19 +115,19 @@ SAVERS: dict[type, Callable[[Any, str | Path], None]] = {
 
 
 def save_pretrained(model: Any, directory: str | Path) -> None:
-    """What `model.save_pretrained` does (mixin.py), a processor's files apart."""
+    """Implements `model.save_pretrained` (mixin.py), without a processor's files."""
     save = next(save for base, save in SAVERS.items() if isinstance(model, base))
     save(model, directory)
 
 
 def _layout_of(model: ViT | LanguageModel) -> Layout | None:
-    """The layout in which a backbone is written; None where none supports its config."""
+    """The layout in which a backbone is written; None if no layout supports its config."""
     layouts = LAYOUTS[type(model)]
     return next((each for each in layouts if not each.unsupported_reason(model.cfg)), None)
 
 
 def transformers_class(model: ViT | LanguageModel) -> str:
-    """The class of transformers that loads a saved backbone; "" if there is none."""
+    """The transformers class that loads a saved backbone; "" if there is none."""
     layout = _layout_of(model)
     return layout.write(model.cfg)["architectures"][0] if layout else ""
 

@@ -1,4 +1,4 @@
-"""What tests of foreign and of damaged files share: random parameters, edits of a directory."""
+"""Fixtures for tests of checkpoint files: random parameters, edited and damaged directories."""
 
 import json
 
@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture
-def shake():
-    """Every parameter random: ones, zeros and uniform attention would hide a mapping error."""
+def randomise_all():
+    """Randomize every parameter: ones, zeros and uniform attention would hide a mapping error."""
 
-    def shake(model: torch.nn.Module) -> torch.nn.Module:
+    def randomise_all(model: torch.nn.Module) -> torch.nn.Module:
         g = torch.Generator().manual_seed(11)
         with torch.no_grad():
             for name, p in model.named_parameters():
@@ -22,12 +22,12 @@ def shake():
                     p.copy_(torch.randn(p.shape, generator=g) * 1.5 * p.shape[-1] ** -0.5)
         return model.eval()
 
-    return shake
+    return randomise_all
 
 
 @pytest.fixture
 def edit_config():
-    """`edit_config(folder, **changes)` of its config.json."""
+    """`edit_config(folder, **changes)`: set keys of its config.json."""
 
     def edit_config(folder, **changes) -> None:
         config = json.loads((folder / "config.json").read_text()) | changes
@@ -50,7 +50,7 @@ def edit_weights():
 
 @pytest.fixture
 def damage(edit_weights):
-    """A leftover, a missing and a misshapen tensor at once; the names of the last two."""
+    """`damage(folder)`: add, delete and cut a tensor; return the names of the last two."""
 
     def damage(folder) -> list[str]:
         names = []
@@ -67,24 +67,24 @@ def damage(edit_weights):
     return damage
 
 
-def kernel(q, k, v, from_q, from_k, max_q, max_k, *, window_size, enable_gqa):
-    """torch's `varlen_attn` as it is called, [B*T, H, C], with a mask instead of a kernel."""
+def masked_attention(q, k, v, from_q, from_k, max_q, max_k, *, window_size, enable_gqa):
+    """Replaces torch's `varlen_attn`: the same arguments, [B*T, H, C], but masked attention."""
     assert from_q is from_k and window_size == (-1, 0) and from_q.dtype == torch.int32
     assert enable_gqa or q.shape[1] == k.shape[1]
     at = torch.arange(len(q), device=q.device)
-    segment, behind = torch.bucketize(at, from_q, right=True), at[:, None] - at
-    mask = (segment[:, None] == segment) & (behind >= 0) & (behind < max_q) & (behind < max_k)
+    segment, gap = torch.bucketize(at, from_q, right=True), at[:, None] - at
+    mask = (segment[:, None] == segment) & (gap >= 0) & (gap < max_q) & (gap < max_k)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H, B*T, C]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=enable_gqa)
     return out[0].transpose(0, 1).contiguous()
 
 
 @pytest.fixture
-def like_a_gpu(monkeypatch):
-    """Segments go to the GPU's kernel, for which a mask stands."""
+def masked_varlen(monkeypatch):
+    """Use variable-length attention, with masked attention in place of the GPU masked_attention."""
     from torch.nn.attention import varlen
 
-    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    monkeypatch.setattr(varlen, "varlen_attn", masked_attention)
     from models.ops import packed
 
     monkeypatch.setattr(packed, "supports_varlen", lambda *_: True)

@@ -1,4 +1,4 @@
-"""The ViT as a classifier: heads, the paper's sizes, other classes on one trunk, the circle."""
+"""The ViT as a classifier: heads, preset sizes, new heads on a checkpoint, use in a VLM."""
 
 from __future__ import annotations
 
@@ -30,41 +30,41 @@ def images(n: int = 4, size: int = 16, channels: int = 3) -> torch.Tensor:
     return torch.randn(n, channels, size, size, generator=torch.Generator().manual_seed(3))
 
 
-# Table 1 of the ViT paper and table 1 of DeiT, whose 5.7 M and 22 M are at /16 with 1000 classes.
+# Table 1 of the ViT paper and table 1 of DeiT (5.7 M and 22 M), with 1000 classes.
 PAPER = {"ti16": 5_717_416, "s16": 22_050_664, "b16": 86_567_656, "b32": 88_224_232,
          "l16": 304_326_632, "l32": 306_535_400}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [f"{s}{p}" for s in SIZES for p in PATCHES])
-def test_presets_are_the_papers(name):
+def test_presets_match_the_paper(name):
     cfg = PRESETS[name].model
     with torch.device("meta"):
-        ours = ViT(ViTConfig(**vars(cfg) | {"vit_n_classes": 1000}))
-        theirs = hf.ViTForImageClassification(
+        model = ViT(ViTConfig(**vars(cfg) | {"vit_n_classes": 1000}))
+        reference = hf.ViTForImageClassification(
             hf.ViTConfig(
                 hidden_size=cfg.vit_hidden_dim, intermediate_size=cfg.vit_inter_dim,
                 num_hidden_layers=cfg.vit_n_blocks, num_attention_heads=cfg.vit_n_heads,
                 patch_size=int(name.lstrip("tisbl")), num_labels=1000,
             )
         )  # fmt: skip
-    count = sum(p.numel() for p in ours.parameters())
-    assert count == sum(p.numel() for p in theirs.parameters())
+    count = sum(p.numel() for p in model.parameters())
+    assert count == sum(p.numel() for p in reference.parameters())
     assert count == PAPER.get(name, count)
-    assert f"{count:,}" in str(Classifier(ours)) and "1000 classes" in str(Classifier(ours))
+    assert f"{count:,}" in str(Classifier(model)) and "1000 classes" in str(Classifier(model))
 
 
 def test_a_model_prints_as_a_table(randomise):
     model = classifier(randomise, vit_head="mlp", vit_pool="map")
     lines = str(model).splitlines()
     assert [line.split()[0] for line in lines] == [
-        "patch_embedding", "blocks", "layer_norm", "map_pool", "head", "all"]  # fmt: skip
+        "patch_embedding", "blocks", "layer_norm", "map_pool", "head", "total"]  # fmt: skip
     counts = [int(line.split()[1].replace(",", "")) for line in lines]
     assert sum(counts[:-1]) == counts[-1] == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("pool", ["cls", "mean", "map"])
 @pytest.mark.parametrize("head", ["linear", "mlp"])
-def test_logits_and_loss_are_those_written_out(pool, head, randomise):
+def test_logits_and_loss_equal_explicit_formulas(pool, head, randomise):
     model = classifier(randomise, vit_pool=pool, vit_head=head)
     logits, loss = model(images(), torch.tensor([0, 4, 2, 2]))
     x = model.vit.forward_features(images())
@@ -73,10 +73,10 @@ def test_logits_and_loss_are_those_written_out(pool, head, randomise):
     layer = model.vit.head
     if head == "mlp":
         pooled, layer = torch.tanh(pooled @ layer.hidden.weight.T + layer.hidden.bias), layer.out
-    wanted = pooled @ layer.weight.T + layer.bias
-    torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-5)
-    by_hand = -(wanted.log_softmax(-1)[range(4), [0, 4, 2, 2]]).mean()
-    torch.testing.assert_close(loss, by_hand, rtol=0, atol=1e-5)
+    expected = pooled @ layer.weight.T + layer.bias
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    expected_loss = -(expected.log_softmax(-1)[range(4), [0, 4, 2, 2]]).mean()
+    torch.testing.assert_close(loss, expected_loss, rtol=0, atol=1e-5)
     summed = model(images(), torch.tensor([0, 4, 2, 2]), reduction="sum")[1]
     torch.testing.assert_close(summed, 4 * loss, rtol=0, atol=1e-4)
     assert model(images())[1] is None
@@ -89,7 +89,7 @@ def test_soft_targets_weigh_the_classes(randomise):
     torch.testing.assert_close(model(images(), soft)[1], 0.25 * a + 0.75 * b, rtol=0, atol=1e-5)
 
 
-def test_parts_are_everything_once(randomise):
+def test_parts_hold_every_parameter_once(randomise):
     model = classifier(randomise, vit_pool="map", vit_head="mlp")
     parts = [id(p) for part in model.parts.values() for p in part.parameters()]
     assert sorted(parts) == sorted(map(id, model.parameters())) and len(set(parts)) == len(parts)
@@ -112,7 +112,7 @@ def test_stochastic_depth_skips_whole_samples_and_keeps_the_mean():
 
 
 @pytest.mark.parametrize(
-    ("changes", "theirs"),
+    ("changes", "hf_class"),
     [
         ({}, "ViTForImageClassification"),
         (dict(vit_qkv_bias=False, vit_hidden_act="relu"), "ViTForImageClassification"),
@@ -125,16 +125,16 @@ def test_stochastic_depth_skips_whole_samples_and_keeps_the_mean():
     ids=str,
 )
 @torch.no_grad()
-def test_transformers_opens_what_it_has_a_place_for(changes, theirs, randomise, tmp_path):
+def test_transformers_loads_what_it_supports(changes, hf_class, randomise, tmp_path):
     labels = tuple("abcde") if changes.get("vit_n_classes", 5) else ()
     torch.manual_seed(0)
     vit = randomise(ViT(ViTConfig(**SMALL | dict(vit_labels=labels) | changes)))
     vit.save_pretrained(tmp_path)
-    assert transformers_class(vit) == theirs
-    if theirs:
-        out = getattr(hf, theirs).from_pretrained(tmp_path).eval()(images())
-        wanted = out.logits if labels else out.last_hidden_state[:, 0]
-        torch.testing.assert_close(vit(images()), wanted, rtol=0, atol=1e-5)
+    assert transformers_class(vit) == hf_class
+    if hf_class:
+        out = getattr(hf, hf_class).from_pretrained(tmp_path).eval()(images())
+        expected = out.logits if labels else out.last_hidden_state[:, 0]
+        torch.testing.assert_close(vit(images()), expected, rtol=0, atol=1e-5)
         if labels:
             opened = hf.AutoConfig.from_pretrained(tmp_path)
             assert opened.id2label == dict(enumerate("abcde"))
@@ -144,19 +144,19 @@ def test_transformers_opens_what_it_has_a_place_for(changes, theirs, randomise, 
 
 
 @torch.no_grad()
-def test_siglip_classifiers_of_transformers_come_in(tmp_path, randomise):
+def test_siglip_classifiers_load(tmp_path, randomise):
     vision = dict(hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=2,
                   image_size=16, patch_size=4)  # fmt: skip
     config = hf.SiglipConfig(vision_config=vision, num_labels=3)
     torch.manual_seed(0)
-    theirs = randomise(hf.SiglipForImageClassification(config))
-    theirs.save_pretrained(tmp_path)
-    ours = open_vit(str(tmp_path))
-    torch.testing.assert_close(ours(images()), theirs(images()).logits, rtol=0, atol=1e-5)
+    reference = randomise(hf.SiglipForImageClassification(config))
+    reference.save_pretrained(tmp_path)
+    model = open_vit(str(tmp_path))
+    torch.testing.assert_close(model(images()), reference(images()).logits, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
-def test_another_head_keeps_the_trunk_and_the_same_head_stays(randomise, tmp_path, capsys):
+def test_new_head_keeps_the_trunk_and_same_head_is_kept(randomise, tmp_path, capsys):
     model = classifier(randomise, vit_labels=tuple("abcde"))
     model.save_pretrained(tmp_path)
 
@@ -164,7 +164,7 @@ def test_another_head_keeps_the_trunk_and_the_same_head_stays(randomise, tmp_pat
         cfg = dict(vit_img_size=16, vit_model_type=str(tmp_path)) | fields
         return ViT.from_pretrained(ViTConfig(**cfg))
 
-    wanted = model.vit.forward_features(images())
+    expected = model.vit.forward_features(images())
     same = load(vit_n_classes=5, vit_labels=tuple("abcde"))
     assert torch.equal(same(images()), model(images())[0])
     assert capsys.readouterr().err == ""
@@ -174,35 +174,37 @@ def test_another_head_keeps_the_trunk_and_the_same_head_stays(randomise, tmp_pat
         dict(vit_n_classes=5, vit_labels=tuple("abcde"), vit_head="mlp"),
     ):
         other = load(**fields)
-        assert torch.equal(other.forward_features(images()), wanted)
+        assert torch.equal(other.forward_features(images()), expected)
         assert other(images()).shape == (4, fields["vit_n_classes"])
         assert other.cfg.vit_labels == fields.get("vit_labels", ())
-        assert "a fresh classifier" in capsys.readouterr().err
+        assert "new classifier head" in capsys.readouterr().err
     larger = load(vit_img_size=32)
     assert larger(images(size=32)).shape == (4, 5)
 
 
 @torch.no_grad()
-def test_the_circle(randomise, small_config, tmp_path):
-    """A classifier's trunk becomes a VLM's encoder, and a VLM's encoder a classifier's trunk."""
+def test_classifier_to_vlm_and_back(randomise, small_config, tmp_path):
+    """A classifier becomes the encoder of a VLM, and this encoder a classifier again."""
     model = classifier(randomise, vit_cls_flag=False, vit_hidden_act="gelu_tanh")
     model.save_pretrained(tmp_path / "step-000001")
-    cfg = small_config(vit_model_type=str(tmp_path))  # a run folder: its newest checkpoint
+    cfg = small_config(
+        vit_model_type=str(tmp_path)
+    )  # of a run folder, the newest checkpoint is loaded
     vlm = VisionLanguageModel.from_backbones(cfg)
-    wanted = model.vit.patches(images())
-    assert torch.equal(vlm.vision_encoder.patches(images()), wanted)
+    expected = model.vit.patches(images())
+    assert torch.equal(vlm.vision_encoder.patches(images()), expected)
     assert vlm.cfg.vit_n_classes == 0
     vlm.save_pretrained(tmp_path / "vlm")
     probe = dict(vit_img_size=16, vit_n_classes=3, vit_model_type=str(tmp_path / "vlm"))
     vit = ViT.from_pretrained(ViTConfig(**probe))
     assert vit.cfg.vit_pooling == "mean" and vit(images()).shape == (4, 3)
-    assert torch.equal(vit.patches(images()), wanted)
-    with pytest.raises(InputError, match="has no such pool"):
+    assert torch.equal(vit.patches(images()), expected)
+    with pytest.raises(InputError, match="has no weights for it; use cls or mean"):
         open_vit(str(tmp_path / "vlm"), pool="map")
 
 
 @torch.no_grad()
-def test_eyes_with_cls_and_registers_serve_a_vlm(randomise, small_config, tmp_path):
+def test_encoder_with_cls_and_registers_in_a_vlm(randomise, small_config, tmp_path):
     model = classifier(randomise, vit_n_registers=2)
     model.save_pretrained(tmp_path)
     vlm = VisionLanguageModel.from_backbones(small_config(vit_model_type=str(tmp_path)))
@@ -211,35 +213,35 @@ def test_eyes_with_cls_and_registers_serve_a_vlm(randomise, small_config, tmp_pa
 
 
 @torch.no_grad()
-def test_one_channel_relu_and_no_biases_are_vit_mnists(shared):
+def test_vit_mnist_has_one_channel_relu_and_no_biases(shared):
     vit = open_vit(str(shared / "weights" / "vit_mnist" / "hf_3class"))
     assert (vit.cfg.vit_n_channels, vit.cfg.vit_hidden_act, vit.cfg.vit_qkv_bias) \
         == (1, "relu", False)  # fmt: skip
     assert (vit.cfg.vit_labels, vit.cfg.vit_img_size) == (("0", "1", "2"), 28)
-    theirs = hf.ViTForImageClassification.from_pretrained(
+    reference = hf.ViTForImageClassification.from_pretrained(
         shared / "weights" / "vit_mnist" / "hf_3class"
     ).eval()
     x = images(16, 28, 1)
-    torch.testing.assert_close(vit(x), theirs(x).logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(vit(x), reference(x).logits, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
-def test_another_pool_of_the_same_files(randomise, tmp_path):
+def test_other_pools_of_one_checkpoint(randomise, tmp_path):
     model = classifier(randomise, vit_pool="map")
     model.save_pretrained(tmp_path / "map")
     features = model.vit.forward_features(images())
-    for pool, wanted in (("cls", features[:, 0]), ("mean", features[:, 1:].mean(1)),
+    for pool, expected in (("cls", features[:, 0]), ("mean", features[:, 1:].mean(1)),
                          ("auto", model.vit.pool(features))):  # fmt: skip
         found = open_vit(str(tmp_path / "map"), pool)
-        torch.testing.assert_close(found.pool(found.forward_features(images())), wanted)
+        torch.testing.assert_close(found.pool(found.forward_features(images())), expected)
     cfg = ViTConfig(vit_img_size=16, vit_model_type=str(tmp_path / "map"))
     assert torch.equal(ViT.from_pretrained(cfg)(images()), model(images())[0])
-    for head, says in (
-        ("mlp", "has no such pool"),
+    for head, message in (
+        ("mlp", "has no weights for it"),
         ("linear", "does not support vit_pool = 'map'"),
     ):
         classifier(randomise, vit_head=head).save_pretrained(tmp_path / head)
-        with pytest.raises(InputError, match=says):
+        with pytest.raises(InputError, match=message):
             open_vit(str(tmp_path / head), "map")
 
 
@@ -253,41 +255,41 @@ TRUNKS = {
 
 @pytest.mark.parametrize("name", TRUNKS)
 @torch.no_grad()
-def test_every_familys_trunk_takes_a_head(name, tmp_path, randomise, capsys):
+def test_new_head_on_every_encoder_family(name, tmp_path, randomise, capsys):
     cls, config, more = TRUNKS[name]
     sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16,
                  patch_size=4)  # fmt: skip
     torch.manual_seed(0)
-    theirs = randomise(cls(config(**sizes | more)))
-    theirs.save_pretrained(tmp_path / "theirs")
+    reference = randomise(cls(config(**sizes | more)))
+    reference.save_pretrained(tmp_path / "reference")
     fields = dict(vit_img_size=16, vit_n_classes=3, vit_labels=tuple("abc"))
-    vit = ViT.from_pretrained(ViTConfig(**fields, vit_model_type=str(tmp_path / "theirs")))
-    hidden = theirs(images()).last_hidden_state
-    if name == "clip":  # their last norm is applied to one token alone
-        hidden = getattr(theirs, "vision_model", theirs).post_layernorm(hidden)
+    vit = ViT.from_pretrained(ViTConfig(**fields, vit_model_type=str(tmp_path / "reference")))
+    hidden = reference(images()).last_hidden_state
+    if name == "clip":  # transformers normalises the CLS token only
+        hidden = getattr(reference, "vision_model", reference).post_layernorm(hidden)
     pooled = hidden.mean(1) if name == "siglip" else hidden[:, 0]
-    wanted = pooled @ vit.head.weight.T + vit.head.bias
-    torch.testing.assert_close(vit(images()), wanted, rtol=0, atol=1e-5)
-    vit.save_pretrained(tmp_path / "ours")
-    again = open_vit(str(tmp_path / "ours"))
+    expected = pooled @ vit.head.weight.T + vit.head.bias
+    torch.testing.assert_close(vit(images()), expected, rtol=0, atol=1e-5)
+    vit.save_pretrained(tmp_path / "saved")
+    again = open_vit(str(tmp_path / "saved"))
     assert again.cfg.vit_labels == ("a", "b", "c")
-    torch.testing.assert_close(again(images()), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(again(images()), expected, rtol=0, atol=1e-5)
 
 
-def test_a_vit_without_classes_is_no_classifier():
+def test_classifier_needs_classes():
     with pytest.raises(ValueError, match="vit_n_classes = 0"):
         Classifier(ViT(ViTConfig(**SMALL | dict(vit_n_classes=0))))
 
 
 @pytest.mark.parametrize(
-    ("fields", "says"),
+    ("fields", "message"),
     [
-        (dict(vit_pool="none"), "a classifier needs mean, cls or map"),
+        (dict(vit_pool="none"), "must be mean, cls or map in a classifier"),
         (dict(vit_labels=("a", "b")), "5 different names"),
         (dict(vit_labels=tuple("aabcd")), "5 different names"),
         (dict(vit_drop_path=1.0), "below 1"),
     ],
 )
-def test_a_classifier_that_makes_no_sense(fields, says):
-    with pytest.raises(InputError, match=says):
+def test_invalid_classifier_configs_raise(fields, message):
+    with pytest.raises(InputError, match=message):
         ViTConfig(**SMALL | fields)

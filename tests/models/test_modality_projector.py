@@ -1,4 +1,4 @@
-"""The projector is transformers' Idefics3Connector."""
+"""The projector equals transformers' Idefics3Connector."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from models.modality_projector import ModalityProjector, pixel_shuffle
 @torch.no_grad()
 def test_equals_idefics3_connector(grid, factor, small_config):
     cfg = small_config(vit_img_size=4 * grid, max_img_size=4 * grid, mp_pixel_shuffle_factor=factor)
-    theirs = Idefics3Connector(
+    reference = Idefics3Connector(
         Idefics3Config(
             scale_factor=factor,
             vision_config=dict(hidden_size=cfg.vit_hidden_dim),
@@ -23,15 +23,15 @@ def test_equals_idefics3_connector(grid, factor, small_config):
             ),
         )
     )
-    ours = ModalityProjector(cfg)
-    ours.proj.load_state_dict(theirs.modality_projection.proj.state_dict())
+    projector = ModalityProjector(cfg)
+    projector.proj.load_state_dict(reference.modality_projection.proj.state_dict())
     x = torch.randn(3, grid * grid, cfg.vit_hidden_dim)
-    assert ours(x).shape == (3, cfg.tokens_per_tile, cfg.lm_hidden_dim)
-    torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=1e-6)
+    assert projector(x).shape == (3, cfg.tokens_per_tile, cfg.lm_hidden_dim)
+    torch.testing.assert_close(projector(x), reference(x), rtol=0, atol=1e-6)
 
 
 def test_channels_come_in_the_order_row_column_channel():
-    """Numbered patches, by hand: the second token of a 4 x 4 grid holds patches 2, 3, 6, 7."""
+    """The second token of a 4 x 4 grid holds patches 2, 3, 6 and 7."""
     x = torch.arange(16)[None, :, None] * 10 + torch.arange(2)  # patch p, channel c: 10 p + c
     out = pixel_shuffle(x, 2)
     assert out.shape == (1, 4, 8)
@@ -39,14 +39,14 @@ def test_channels_come_in_the_order_row_column_channel():
 
 
 @pytest.mark.parametrize("n_patches, factor", [(12, 2), (9, 2), (16, 3), (15, 1), (4, 4)])
-def test_a_grid_that_does_not_fold_is_refused(n_patches, factor):
-    with pytest.raises(ValueError, match=f"{n_patches} patches .* {factor}"):
+def test_grids_that_cannot_be_shuffled_raise(n_patches, factor):
+    with pytest.raises(ValueError, match=f"{n_patches} patches: .* {factor}"):
         pixel_shuffle(torch.zeros(1, n_patches, 8), factor)
 
 
-def test_the_projection_is_initialised_to_keep_the_scale(small_config, monkeypatch):
+def test_initialisation_keeps_the_variance(small_config, monkeypatch):
     normal = torch.nn.init.normal_
-    monkeypatch.setattr(  # whatever PyTorch put there before must not matter
+    monkeypatch.setattr(  # NaN first, so that PyTorch's default cannot hide a miss
         torch.nn.init, "normal_", lambda p, **k: normal(torch.nn.init.constant_(p, torch.nan), **k)
     )
     torch.manual_seed(0)

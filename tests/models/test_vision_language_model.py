@@ -1,4 +1,4 @@
-"""Images land at their placeholders; padding, packing and accumulation change nothing."""
+"""Image tokens replace placeholders; padding, packing and accumulation do not change results."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from models.vision_language_model import VisionLanguageModel
 
 
 def shifted(cfg, ids: torch.Tensor) -> torch.Tensor:
-    """Every next word, never an image placeholder: [T]."""
+    """Next-token targets [T], where image placeholders are not supervised."""
     targets = torch.cat((ids[1:], torch.tensor([-100])))
     return targets.masked_fill(targets == cfg.vlm_image_token_id, -100)
 
 
-def alone(model: VisionLanguageModel, sample) -> torch.Tensor:
-    """The oracle: one sample, no padding, no mask. [T, V]"""
+def logits_of_sample(model: VisionLanguageModel, sample) -> torch.Tensor:
+    """Reference: logits [T, V] of one sample, without padding or mask."""
     ids, images = sample
     return model(ids[None], images)[0][0]
 
@@ -46,8 +46,8 @@ def batch(small_config, make_sample):
 
 
 @torch.no_grad()
-def test_image_tokens_stand_at_their_placeholders(small_model, batch, pad_rows):
-    """In reading order, row by row: a naive loop over the ids."""
+def test_image_tokens_replace_placeholders(small_model, batch, pad_rows):
+    """Compare with a loop over the ids, row by row in reading order."""
     model = small_model()
     ids, images, _ = pad_rows(model.cfg, batch, "right")
     x, tokens = model.embed(ids, images), model.embed_images(images).flatten(0, 1)
@@ -65,54 +65,54 @@ def test_image_tokens_stand_at_their_placeholders(small_model, batch, pad_rows):
 
 @torch.no_grad()
 def test_cls_and_registers_never_reach_the_decoder(small_model, batch):
-    """The grid of patches is folded, so one token more in front would shift every square."""
+    """Pixel shuffle expects patches only; an extra token in front would shift every square."""
     model = small_model(vit_cls_flag=True, vit_n_registers=2)
     images = batch[2][1]
     patches = model.vision_encoder.forward_features(images)[:, 3:]
     assert torch.equal(model.embed_images(images), model.MP(patches))
 
 
-def test_what_forward_returns(small_model, batch, pad_rows):
+def test_forward_outputs(small_model, batch, pad_rows):
     model = small_model()
     ids, images, mask = pad_rows(model.cfg, batch, "right")
     targets = torch.stack([shifted(model.cfg, row) for row in ids]).masked_fill(mask == 0, -100)
     logits, loss = model(ids, images, mask)
     assert logits.shape == (*ids.shape, 101) and loss is None
-    none, loss = model(ids, images, mask, targets)
-    assert none is None and loss.ndim == 0
+    no_logits, loss = model(ids, images, mask, targets)
+    assert no_logits is None and loss.ndim == 0
     again, same = model(ids, images, mask, targets, return_logits=True)
     assert torch.equal(again, logits) and torch.equal(same, loss)
-    wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-    torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     _, total = model(ids, images, mask, targets, reduction="sum")
-    torch.testing.assert_close(total, wanted * (targets != -100).sum(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(total, expected * (targets != -100).sum(), rtol=1e-6, atol=0)
 
 
-def test_mask_and_segments_together_are_refused(small_model):
+def test_mask_with_segments_or_positions_raises(small_model):
     model = small_model()
     ids = torch.full((1, 5), 9)
     for fields in (
         dict(segments=torch.ones(1, 5, dtype=torch.long)),
         dict(positions=torch.arange(5)[None]),
     ):
-        with pytest.raises(ValueError, match="attention_mask excludes segments and positions"):
+        with pytest.raises(ValueError, match="attention_mask implies segments and positions"):
             model(ids, attention_mask=torch.ones(1, 5), **fields)
 
 
-def test_holes_wrong_shapes_and_unknown_reductions_are_refused(small_model):
+def test_inner_padding_wrong_shapes_and_reductions_raise(small_model):
     model = small_model()
     ids = torch.full((2, 5), 9)
     mask = torch.tensor([[0, 1, 1, 1, 0], [1, 1, 0, 1, 1]])
-    with pytest.raises(ValueError, match="attention_mask: row 1 has padding between its tokens"):
+    with pytest.raises(ValueError, match="attention_mask, row 1: padding lies between tokens"):
         model(ids, attention_mask=mask)
-    with pytest.raises(ValueError, match=r"targets are \[2, 4\]; hidden states need \[2, 5\]"):
+    with pytest.raises(ValueError, match=r"targets have shape \[2, 4\]; expected \[2, 5\]"):
         model(ids, targets=ids[:, :4])
-    with pytest.raises(ValueError, match="reduction = 'none' must be 'mean' or 'sum'"):
+    with pytest.raises(ValueError, match="reduction = 'none': must be 'mean' or 'sum'"):
         model(ids, targets=ids, reduction="none")
 
 
-def test_the_loss_calls_a_head_that_is_wrapped(small_model):
-    """A hook on the head, or an adapter around it, takes part in the loss and its gradient."""
+def test_loss_calls_hooks_of_the_head(small_model):
+    """Hooks on the head and adapters around it affect the loss and its gradient."""
     model = small_model(lm_tie_weights=False)
     ids = torch.arange(4, 9)[None]
     _, plain = model(ids, targets=ids)
@@ -126,19 +126,19 @@ def test_the_loss_calls_a_head_that_is_wrapped(small_model):
 @pytest.mark.parametrize("kind", [torch.long, torch.bool, torch.float32], ids=str)
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
-def test_padding_changes_nothing(side, kind, small_model, batch, pad_rows):
+def test_padding_does_not_change_logits(side, kind, small_model, batch, pad_rows):
     model = small_model()
     ids, images, mask = pad_rows(model.cfg, batch, side)
     logits, _ = model(ids, images, mask.to(kind))
     assert logits.isfinite().all()
     for row, sample in enumerate(batch):
-        mine = logits[row, mask[row].bool()]
-        torch.testing.assert_close(mine, alone(model, sample), rtol=0, atol=1e-5)
+        real = logits[row, mask[row].bool()]
+        torch.testing.assert_close(real, logits_of_sample(model, sample), rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
 def test_positions_do_not_count_padding(small_model, batch, pad_rows, monkeypatch):
-    """RoPE is relative, so logits alone cannot tell; a prompt near the context's end could."""
+    """RoPE is relative, so logits do not reveal wrong positions: check what the decoder gets."""
     model, given = small_model(), []
     decoder = model.decoder.forward
 
@@ -156,21 +156,21 @@ def test_positions_do_not_count_padding(small_model, batch, pad_rows, monkeypatc
 
 @torch.no_grad()
 def test_right_padding_needs_no_mask(small_model, batch, pad_rows):
-    """What training relies on when it does not pack."""
+    """Training without packing relies on this."""
     model = small_model()
     ids, images, mask = pad_rows(model.cfg, batch, "right")
     logits, _ = model(ids, images)
     for row, sample in enumerate(batch):
-        mine = logits[row, mask[row].bool()]
-        torch.testing.assert_close(mine, alone(model, sample), rtol=0, atol=1e-5)
+        real = logits[row, mask[row].bool()]
+        torch.testing.assert_close(real, logits_of_sample(model, sample), rtol=0, atol=1e-5)
 
 
 def test_placeholders_and_tiles_must_match(small_model, batch, pad_rows):
     model = small_model()
     ids, images, _ = pad_rows(model.cfg, batch, "right")
     broken = ids.clone()
-    broken[1, 2] = 50  # one placeholder of row 1 is lost
-    with pytest.raises(ValueError, match=r"row 1 has 3 image placeholders.*tokens_per_tile = 4"):
+    broken[1, 2] = 50  # row 1 loses one placeholder
+    with pytest.raises(ValueError, match=r"row 1: 3 image placeholders; .*tokens_per_tile = 4"):
         model(broken, images)
     with pytest.raises(ValueError, match=r"\[0, 1, 3\] tiles.* 3 tiles were given"):
         model(ids, images[1:])
@@ -186,8 +186,8 @@ def test_placeholders_and_tiles_must_match(small_model, batch, pad_rows):
 @pytest.mark.parametrize(
     "fields", [{}, dict(vit_cls_flag=True, vit_n_registers=2, lm_tie_weights=False)], ids=str
 )
-def test_a_batch_without_images_trains_with_the_same_graph(no_images, fields, small_model):
-    """A parameter without a gradient makes one process of a distributed run wait for ever."""
+def test_batch_without_images_gives_every_parameter_a_gradient(no_images, fields, small_model):
+    """In distributed training, processes wait forever for a parameter without a gradient."""
     model = small_model(**fields).train()
     ids = torch.randint(4, 101, (2, 7))
     _, loss = model(ids, no_images, targets=ids)
@@ -204,23 +204,23 @@ def test_a_batch_without_images_trains_with_the_same_graph(no_images, fields, sm
 
 
 @torch.no_grad()
-def test_packed_is_unpacked(small_model, batch):
+def test_packed_logits_equal_unpacked(small_model, batch):
     model = small_model()
     ids, images, positions, segments = pack(batch)
-    pad = torch.zeros(1, 5, dtype=torch.long)  # and padding at the end: segment 0
+    pad = torch.zeros(1, 5, dtype=torch.long)  # padding at the end is segment 0
     logits, _ = model(
         torch.cat((ids, pad), 1),
         images,
         positions=torch.cat((positions, pad), 1),
         segments=torch.cat((segments, pad), 1),
     )
-    wanted = torch.cat([alone(model, sample) for sample in batch])
-    torch.testing.assert_close(logits[0, :-5], wanted, rtol=0, atol=1e-5)
+    expected = torch.cat([logits_of_sample(model, sample) for sample in batch])
+    torch.testing.assert_close(logits[0, :-5], expected, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
 def test_packed_samples_never_see_each_other(small_model, small_config, make_sample):
-    """nanoVLM's flaw: there, changing a sample moves its neighbour's logits like its own."""
+    """Changing a sample does not change its neighbours' logits; in nanoVLM it does."""
     model, cfg = small_model(), small_config()
     before, b, after = (make_sample(cfg, 1, 5, seed) for seed in (1, 2, 3))
     others = [make_sample(cfg, 1, 5, seed) for seed in (4, 5)]
@@ -235,10 +235,10 @@ def test_packed_samples_never_see_each_other(small_model, small_config, make_sam
     assert (first[0, :n] - second[0, :n]).abs().max() > 0.01
 
 
-def test_accumulation_and_packing_leave_the_gradient(
+def test_accumulation_and_packing_do_not_change_gradients(
     small_model, small_config, make_sample, pad_rows
 ):
-    """1 x 8 = 4 x 2 = packed, as summed losses are divided by the targets of all micro-batches."""
+    """Every supervised token counts once in a batch of 8, in 4 batches of 2 and in packed rows."""
     model, cfg = small_model().train(), small_config()
     counts = [(0, 3), (1, 20), (3, 2), (0, 30), (1, 1), (2, 9), (0, 2), (1, 6)]
     samples = [make_sample(cfg, n, words, seed) for seed, (n, words) in enumerate(counts)]
@@ -270,8 +270,8 @@ def test_accumulation_and_packing_leave_the_gradient(
         torch.testing.assert_close(packed[name], grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_a_step_of_training_uses_the_image(small_model, small_config, make_sample):
-    """Two pictures, one question, two answers: only the image can tell them apart."""
+def test_training_uses_the_image(small_model, small_config, make_sample):
+    """Two images, one question, two answers: only the image decides."""
     model, cfg = small_model().train(), small_config()
     ids, _ = make_sample(cfg, 1, 2, seed=0)
     ids = ids.expand(2, -1)
@@ -284,18 +284,18 @@ def test_a_step_of_training_uses_the_image(small_model, small_config, make_sampl
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss < 0.3, "below ln 2 = 0.69, what a blind model can reach"
+    assert loss < 0.3, "a model that ignores the image reaches ln 2 = 0.69"
     assert model(ids, images)[0][:, -1].argmax(-1).tolist() == [40, 41]
 
 
-# --- True sizes -----------------------------------------------------------------------------------
+# --- Full sizes -----------------------------------------------------------------------------------
 
 SIGLIP_B = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
                 num_attention_heads=12, patch_size=16)  # fmt: skip
 SMOLLM2 = dict(vocab_size=49152, max_position_embeddings=8192, rms_norm_eps=1e-5,
                tie_word_embeddings=True,
                rope_parameters={"rope_type": "default", "rope_theta": 100000.0})  # fmt: skip
-TRUE = {
+FULL_SIZES = {
     "222m": (
         hf.SiglipVisionConfig(**SIGLIP_B, image_size=224),
         hf.LlamaConfig(**SMOLLM2, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
@@ -310,11 +310,11 @@ TRUE = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", TRUE)
+@pytest.mark.parametrize("preset", FULL_SIZES)
 @torch.no_grad()
-def test_presets_at_their_true_size(preset, tmp_path, capsys):
-    """Random weights of their real configs -> files -> a VLM on both; one forward of each part."""
-    vision, text = TRUE[preset]
+def test_presets_at_full_size(preset, tmp_path, capsys):
+    """Save transformers' backbones with random weights, load both into a VLM, compare outputs."""
+    vision, text = FULL_SIZES[preset]
     encoder, language_model = hf.SiglipVisionModel(vision).eval(), hf.LlamaForCausalLM(text).eval()
     encoder.save_pretrained(tmp_path / "encoder")
     language_model.save_pretrained(tmp_path / "language_model")
@@ -324,13 +324,13 @@ def test_presets_at_their_true_size(preset, tmp_path, capsys):
         lm_model_type=str(tmp_path / "language_model"),
     )
     model = VisionLanguageModel.from_backbones(cfg)
-    assert model.cfg == cfg, "the preset's sizes are those of its backbones"
+    assert model.cfg == cfg, "the preset has the sizes of its backbones"
     assert "resampled" not in capsys.readouterr().err
     size = vision.image_size
     x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(5))
     model.eval()
-    seen, wanted = model.vision_encoder.forward_features(x), encoder(x).last_hidden_state
-    torch.testing.assert_close(seen, wanted, rtol=0, atol=1e-5)
+    features, expected = model.vision_encoder.forward_features(x), encoder(x).last_hidden_state
+    torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)
     ids = torch.randint(0, 49152, (1, 100))
     logits = model.decoder.logits(model.decoder(model.decoder.token_embedding(ids)))
     torch.testing.assert_close(logits[..., :49152], language_model(ids).logits, rtol=0, atol=1e-5)

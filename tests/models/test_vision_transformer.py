@@ -1,4 +1,4 @@
-"""The encoder is transformers' SigLIP and ViT, and every parameter is initialised."""
+"""The encoder equals transformers' SigLIP and ViT, and every parameter is initialised."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from transformers import SiglipVisionConfig, SiglipVisionModel, ViTModel
-from transformers import ViTConfig as TheirViTConfig
+from transformers import ViTConfig as HFViTConfig
 
 from configs import ViTConfig
 from models import vision_transformer
@@ -23,7 +23,7 @@ SIZES = dict(
     vit_n_heads=2,
     vit_n_blocks=2,
 )
-THEIR_SIZES = dict(
+HF_SIZES = dict(
     image_size=16,
     patch_size=4,
     hidden_size=32,
@@ -38,7 +38,7 @@ def images(n: int = 3, size: int = 16) -> torch.Tensor:
 
 
 def sharpen(model: torch.nn.Module) -> torch.nn.Module:
-    """Their default matrices (std 0.02) leave attention uniform, whatever queries and keys are."""
+    """Enlarge matrices: transformers' default (std 0.02) makes attention nearly uniform."""
     g = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for p in model.parameters():
@@ -47,33 +47,31 @@ def sharpen(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def test_the_convolution_is_cut_flatten_multiply(randomise):
+def test_patch_embedding_equals_cut_flatten_multiply(randomise):
     patches = randomise(ViT(ViTConfig(**SIZES))).patch_embedding
     x = images()
     cut = [  # in reading order, each flattened as (channel, row, column)
         x[:, :, r : r + 4, c : c + 4].flatten(1) for r in range(0, 16, 4) for c in range(0, 16, 4)
     ]
     weight, bias = patches.conv.weight.flatten(1), patches.conv.bias
-    wanted = torch.stack(cut, dim=1) @ weight.T + bias + patches.position_embedding
-    torch.testing.assert_close(patches(x), wanted, rtol=0, atol=1e-5)
+    expected = torch.stack(cut, dim=1) @ weight.T + bias + patches.position_embedding
+    torch.testing.assert_close(patches(x), expected, rtol=0, atol=1e-5)
     reshaped = x.reshape(3, 16, -1) @ weight.T + bias + patches.position_embedding
-    assert (patches(x) - reshaped).abs().max() > 0.5, "a reshape cuts lines, not squares"
+    assert (patches(x) - reshaped).abs().max() > 0.5, "a reshape would cut rows, not squares"
 
 
 @pytest.fixture
 def siglip_pair(randomise):
-    """(ours, theirs) with the same weights. The large epsilon makes a wrong one visible."""
+    """(model, transformers' model) with the same weights; a large epsilon shows a wrong one."""
     torch.manual_seed(0)
-    their_cfg = SiglipVisionConfig(
-        **THEIR_SIZES, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-3
-    )
-    theirs = randomise(sharpen(SiglipVisionModel(their_cfg)))
-    ours = ViT(ViTConfig(**SIZES, vit_ln_eps=1e-3, vit_pool="map")).eval()
-    wanted = {k: v for k, v in ours.state_dict().items() if not k.startswith("map_pool")}
-    found = {k: v for k, v in theirs.state_dict().items() if not k.startswith("head.")}
+    hf_cfg = SiglipVisionConfig(**HF_SIZES, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-3)
+    reference = randomise(sharpen(SiglipVisionModel(hf_cfg)))
+    model = ViT(ViTConfig(**SIZES, vit_ln_eps=1e-3, vit_pool="map")).eval()
+    trunk = {k: v for k, v in model.state_dict().items() if not k.startswith("map_pool")}
+    found = {k: v for k, v in reference.state_dict().items() if not k.startswith("head.")}
     names = expand(siglip.TABLE, {"": 2})
-    tensors = import_tensors(found, names, wanted, siglip.IGNORE, "siglip")
-    head = theirs.head
+    tensors = import_tensors(found, names, trunk, siglip.IGNORE, "siglip")
+    head = reference.head
     for kind in ("weight", "bias"):
         q, k, v = getattr(head.attention, f"in_proj_{kind}").chunk(3)
         tensors |= {f"map_pool.attn.{n}_proj.{kind}": t for n, t in zip("qkv", (q, k, v))}
@@ -82,26 +80,26 @@ def siglip_pair(randomise):
         tensors[f"map_pool.mlp.fc1.{kind}"] = getattr(head.mlp.fc1, kind)
         tensors[f"map_pool.mlp.fc2.{kind}"] = getattr(head.mlp.fc2, kind)
     tensors["map_pool.probe"] = head.probe
-    ours.load_state_dict(tensors)
-    return ours, theirs
+    model.load_state_dict(tensors)
+    return model, reference
 
 
 @torch.no_grad()
 def test_equals_siglip(siglip_pair):
-    ours, theirs = siglip_pair
-    wanted = theirs(images())
-    features = ours.forward_features(images())
-    torch.testing.assert_close(features, wanted.last_hidden_state, rtol=0, atol=1e-5)
-    torch.testing.assert_close(ours(images()), wanted.pooler_output, rtol=0, atol=1e-5)
+    model, reference = siglip_pair
+    expected = reference(images())
+    features = model.forward_features(images())
+    torch.testing.assert_close(features, expected.last_hidden_state, rtol=0, atol=1e-5)
+    torch.testing.assert_close(model(images()), expected.pooler_output, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
 def test_equals_vit_with_cls(randomise):
-    their_cfg = TheirViTConfig(**THEIR_SIZES, hidden_act="gelu", layer_norm_eps=1e-12)
-    theirs = randomise(sharpen(ViTModel(their_cfg, add_pooling_layer=False)))
+    hf_cfg = HFViTConfig(**HF_SIZES, hidden_act="gelu", layer_norm_eps=1e-12)
+    reference = randomise(sharpen(ViTModel(hf_cfg, add_pooling_layer=False)))
     cfg = ViTConfig(**SIZES, vit_hidden_act="gelu", vit_ln_eps=1e-12, vit_cls_flag=True)
-    ours = ViT(cfg).eval()
-    found = theirs.state_dict()
+    model = ViT(cfg).eval()
+    found = reference.state_dict()
     tensors = {
         "patch_embedding.cls_token": found.pop("embeddings.cls_token")[0, 0],
         "patch_embedding.position_embedding": found.pop("embeddings.position_embeddings")[0],
@@ -116,62 +114,62 @@ def test_equals_vit_with_cls(randomise):
         "layernorm": "layer_norm",
     }
     for name, tensor in found.items():
-        for theirs_part, ours_part in renames.items():
-            name = name.replace(theirs_part, ours_part)
+        for old, new in renames.items():
+            name = name.replace(old, new)
         tensors[name] = tensor
-    ours.load_state_dict(tensors)
-    wanted = theirs(images()).last_hidden_state
-    torch.testing.assert_close(ours.forward_features(images()), wanted, rtol=0, atol=1e-5)
-    torch.testing.assert_close(ours(images()), wanted[:, 0], rtol=0, atol=1e-5)
+    model.load_state_dict(tensors)
+    expected = reference(images()).last_hidden_state
+    torch.testing.assert_close(model.forward_features(images()), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(model(images()), expected[:, 0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("act", ["gelu_tanh", "gelu", "quick_gelu", "relu"])
-def test_activations_are_transformers(act):
+def test_activations_equal_transformers(act):
     from transformers.activations import ACT2FN
 
-    theirs = {"gelu_tanh": "gelu_pytorch_tanh"}.get(act, act)
+    hf_name = {"gelu_tanh": "gelu_pytorch_tanh"}.get(act, act)
     x = torch.linspace(-5, 5, 1001)
-    wanted = ACT2FN[theirs](x)
-    torch.testing.assert_close(vision_transformer.ACTIVATIONS[act](x), wanted, rtol=0, atol=1e-6)
+    expected = ACT2FN[hf_name](x)
+    torch.testing.assert_close(vision_transformer.ACTIVATIONS[act](x), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("n_registers", [0, 3])
 @pytest.mark.parametrize("cls", [False, True])
 @torch.no_grad()
-def test_cls_and_registers_stand_in_front(cls, n_registers, randomise):
+def test_cls_and_registers_precede_patches(cls, n_registers, randomise):
     cfg = ViTConfig(**SIZES, vit_cls_flag=cls, vit_n_registers=n_registers)
     vit = randomise(ViT(cfg))
-    front = int(cls) + n_registers
+    n_prefix = int(cls) + n_registers
     tokens, features = vit.patch_embedding(images()), vit.forward_features(images())
-    assert tokens.shape == features.shape == (3, front + 16, 32)
+    assert tokens.shape == features.shape == (3, n_prefix + 16, 32)
     if cls:
         first = vit.patch_embedding.cls_token + vit.patch_embedding.position_embedding[0]
         assert torch.equal(tokens[:, 0], first.expand(3, -1))
     if n_registers:
         registers = vit.patch_embedding.registers  # without a position
-        assert torch.equal(tokens[:, int(cls) : front], registers.expand(3, -1, -1))
+        assert torch.equal(tokens[:, int(cls) : n_prefix], registers.expand(3, -1, -1))
     conv = vit.patch_embedding.conv(images()).flatten(2).transpose(1, 2)
     placed = conv + vit.patch_embedding.position_embedding[int(cls) :]
-    assert torch.equal(tokens[:, front:], placed)
-    assert torch.equal(vit.patches(images()), features[:, front:])
-    assert torch.equal(vit(images()), features[:, 0] if cls else features[:, front:])
+    assert torch.equal(tokens[:, n_prefix:], placed)
+    assert torch.equal(vit.patches(images()), features[:, n_prefix:])
+    assert torch.equal(vit(images()), features[:, 0] if cls else features[:, n_prefix:])
 
 
 @torch.no_grad()
 def test_pools(randomise):
     sizes = SIZES | dict(vit_cls_flag=True, vit_n_registers=2)
-    for pool, wanted in {
+    for pool, pool_tokens in {
         "cls": lambda x: x[:, 0],
         "none": lambda x: x[:, 3:],
-        "mean": lambda x: x[:, 3:].sum(1) / 16,  # of the patches: neither CLS nor registers
+        "mean": lambda x: x[:, 3:].sum(1) / 16,  # without CLS and registers
     }.items():
         vit = randomise(ViT(ViTConfig(**sizes, vit_pool=pool)))
-        expected = wanted(vit.forward_features(images()))
+        expected = pool_tokens(vit.forward_features(images()))
         torch.testing.assert_close(vit(images()), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 20, 16), (2, 3, 32, 32), (2, 1, 16, 16), (2, 3, 8, 32)])
-def test_another_image_size_is_refused(shape):
+def test_wrong_image_shapes_raise(shape):
     with pytest.raises(ValueError, match=rf"{shape[1]}, {shape[2]}, {shape[3]}.*3, 16, 16"):
         ViT(ViTConfig(**SIZES))(torch.zeros(shape))
 
@@ -187,7 +185,7 @@ VARIANTS = [
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_every_parameter_is_initialised(variant, monkeypatch):
-    """NaN in every fresh parameter, so that neither a miss nor PyTorch's own default can hide."""
+    """NaN in every new parameter first: PyTorch's defaults cannot hide a missing initialisation."""
     original = init.init_weights
 
     def fill_with_nan_first(module, n_residual):
@@ -201,24 +199,24 @@ def test_every_parameter_is_initialised(variant, monkeypatch):
     for name, p in vit.named_parameters():
         assert p.isfinite().all(), name
         if p.ndim == 1 and "cls_token" not in name:
-            wanted = 1.0 if name.endswith("weight") else 0.0
-            assert (p == wanted).all(), f"{name}: a norm's weight or a bias"
+            expected = 1.0 if name.endswith("weight") else 0.0
+            assert (p == expected).all(), f"{name}: a norm's weight or a bias"
         else:
             assert p.std() > 0.005, name
     assert vit(images()).isfinite().all()
 
 
 def test_the_residual_stream_keeps_its_scale_with_depth():
-    """What init_weights promises: 1/fan_in, and the 2 n branches share one unit of variance."""
+    """Weights have variance 1/fan_in, and those of the 2 n residual branches 1/(2 n) of it."""
     torch.manual_seed(0)
     vit = ViT(ViTConfig(**SIZES | dict(vit_n_blocks=16, vit_hidden_dim=64, vit_inter_dim=128)))
     fan_in = vit.blocks[3].mlp.fc1.weight.std() * 64**0.5
-    writes = vit.blocks[3].mlp.fc2.weight.std() * 128**0.5 * 32**0.5
-    assert 0.95 < fan_in < 1.05 and 0.95 < writes < 1.05  # 8192 draws: a standard error of 0.8 %
+    residual = vit.blocks[3].mlp.fc2.weight.std() * 128**0.5 * 32**0.5
+    assert 0.95 < fan_in < 1.05 and 0.95 < residual < 1.05  # 8192 draws: a standard error of 0.8 %
 
 
 @torch.no_grad()
-def test_dropout_acts_in_training_only(randomise):
+def test_dropout_is_active_in_training_only(randomise):
     vit = randomise(ViT(ViTConfig(**SIZES, vit_dropout=0.5)))
     plain = randomise(ViT(ViTConfig(**SIZES)))
     plain.load_state_dict(vit.state_dict())
@@ -226,7 +224,7 @@ def test_dropout_acts_in_training_only(randomise):
     assert torch.equal(plain.train()(images()), plain.eval()(images()))
     vit.train()
     assert not torch.equal(vit(images()), vit(images()))
-    attn = vit.blocks[0].attn  # holds no nn.Dropout: its own rate must reach the kernel
+    attn = vit.blocks[0].attn  # has no nn.Dropout; it passes its rate to the kernel
     x = torch.randn(2, 5, 32)
     assert not torch.equal(attn(x), attn(x))
     attn.eval()
@@ -235,9 +233,9 @@ def test_dropout_acts_in_training_only(randomise):
 
 @pytest.mark.parametrize("silent", ["attn", "mlp"])
 @torch.no_grad()
-def test_dropout_acts_on_both_branches(silent, monkeypatch):
+def test_dropout_applies_to_both_branches(silent, monkeypatch):
     block = ViT(ViTConfig(**SIZES, vit_dropout=0.5)).blocks[0].train()
-    block.attn.eval()  # its inner dropout is not what is asked about
+    block.attn.eval()  # no dropout inside attention, only on the branch
     monkeypatch.setattr(getattr(block, silent), "forward", torch.zeros_like)
     x = torch.randn(2, 5, 32)
     assert not torch.equal(block(x), block(x))

@@ -1,6 +1,7 @@
-"""CLIP's vision encoder: transformers' CLIPVisionModel, or that of a CLIPModel.
+"""CLIP's vision encoder: transformers' CLIPVisionModel, also inside a CLIPModel.
 
-Our features come after the last norm. transformers applies that norm to the pooled CLS token only.
+`ViT.forward_features` applies the final norm to all tokens, transformers only to the pooled CLS
+token.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ TABLE: Table = [
     ("patch_embedding.conv.weight", "embeddings.patch_embedding.weight"),
     ("patch_embedding.cls_token", "embeddings.class_embedding"),
     ("patch_embedding.position_embedding", "embeddings.position_embedding.weight"),
-    *weight_and_bias([("pre_norm", "pre_layrnorm")]),  # sic
+    *weight_and_bias([("pre_norm", "pre_layrnorm")]),  # spelled so in transformers
     *siglip.BLOCKS,
     *siglip.LAST_NORM,
 ]

@@ -37,7 +37,7 @@ ALLOWED = vit.OWN | {"vit_layer_scale": True, "vit_pre_norm": False, "vit_n_clas
 
 
 def inter_dim(hidden: int, ratio: float, swiglu: bool) -> int:
-    """Width of the MLP; swiglu takes two thirds of it, rounded up to a multiple of eight."""
+    """Width of the MLP; SwiGLU uses two thirds of it, rounded up to a multiple of eight."""
     width = int(hidden * ratio)
     return (int(width * 2 / 3) + 7) // 8 * 8 if swiglu else width
 
@@ -61,7 +61,7 @@ def read(config: dict, where: str) -> dict:
 
 
 def _mlp_ratio(cfg: ViTConfig) -> int:
-    """The whole mlp_ratio that gives our width; 0 if there is none."""
+    """The integer mlp_ratio that gives `vit_inter_dim`; 0 if there is none."""
     is_swiglu = cfg.vit_hidden_act == "swiglu"
     widths = {inter_dim(cfg.vit_hidden_dim, ratio, is_swiglu): ratio for ratio in range(1, 17)}
     return widths.get(cfg.vit_inter_dim, 0)
@@ -87,15 +87,14 @@ def write(cfg: ViTConfig) -> dict:
 def unsupported_reason(cfg: ViTConfig) -> str:
     """The first field that Dinov2Model does not support, "field = value"; "" if none.
 
-    A swiglu MLP has its own layout. Widths other than a whole mlp_ratio times vit_hidden_dim are
-    not supported.
+    A SwiGLU MLP has its own layout. The MLP width must belong to an integer mlp_ratio.
     """
     reason = first_unsupported(cfg, ALLOWED | {"vit_hidden_act": list(ACTIVATIONS)})
     return reason or _unsupported_width(cfg)
 
 
 def unsupported_swiglu(cfg: ViTConfig) -> str:
-    """As `unsupported_reason`, with a swiglu MLP."""
+    """`unsupported_reason` of the layout with a SwiGLU MLP."""
     reason = first_unsupported(cfg, ALLOWED | {"vit_hidden_act": "swiglu"})
     return reason or _unsupported_width(cfg)
 

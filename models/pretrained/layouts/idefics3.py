@@ -1,4 +1,4 @@
-"""Idefics3 format (SmolVLM's architecture), in which we save: Idefics3ForConditionalGeneration.
+"""Idefics3 format, in which picoVLM saves: transformers' Idefics3ForConditionalGeneration.
 
 A SigLIP-type vision encoder, a pixel shuffle, one projection and a Llama-type decoder.
 """
@@ -48,8 +48,8 @@ def unsupported_reason(cfg: VLMConfig) -> str:
 def write(cfg: VLMConfig, dtype: str) -> dict:
     """config.json for transformers 4 and 5, vLLM, llama.cpp and MLX, with every size.
 
-    The head is declared untied, and its weight is saved, even if `cfg` ties it: transformers 4 and
-    5 differ in which of the two tie_word_embeddings they obey.
+    The head is always declared untied, and its weight is saved: transformers 4 and 5 read different
+    ones of the two tie_word_embeddings.
     """
     ids = {
         "pad_token_id": cfg.vlm_pad_token_id,
@@ -73,7 +73,8 @@ def write(cfg: VLMConfig, dtype: str) -> dict:
 def read(config: dict, images: dict, tokens: dict[str, int], where: str) -> dict:
     """config.json, image settings and token ids of a published model -> fields of a VLMConfig.
 
-    `tie_word_embeddings` is read at the top, else in text_config, else False. Raises `InputError`.
+    `tie_word_embeddings` is read at the top level, else in text_config, else False. Raises
+    `InputError`.
     """
     text: Any = config.get("text_config")
     vision: Any = config.get("vision_config")
@@ -106,12 +107,12 @@ def _read_tokens(config: dict, tokens: dict[str, int], where: str) -> dict:
         return {f"vlm_{kind}_token_id": ids[0] for kind, ids in found.items() if ids}
     missing = ", ".join(token for token in SPECIAL.values() if token not in tokens)
     if missing:
-        raise InputError(f"{where}: its tokenizer has no {missing}, which our prompts need.")
+        raise InputError(f"{where}: the tokenizer has no {missing}, which picoVLM's prompts need.")
     return special_ids(tokens)
 
 
 def special_ids(tokens: dict[str, int]) -> dict[str, int]:
-    """Our fields of the special tokens; empty unless the tokenizer has all of them."""
+    """Config fields of the special tokens; empty unless the tokenizer has all of them."""
     has_all = set(SPECIAL.values()) <= set(tokens)
     return {name: tokens[token] for name, token in SPECIAL.items()} if has_all else {}
 
@@ -119,10 +120,10 @@ def special_ids(tokens: dict[str, int]) -> dict[str, int]:
 def _read_images(tile: int, images: dict, where: str) -> dict:
     """Tile size and normalisation from preprocessor_config.json."""
     size, tiles = (images.get(key, {}).get("longest_edge") for key in ("size", "max_image_size"))
-    fix = f"must equal image_size = {tile} of vision_config, the size of a tile"
+    fix = f"must equal vision_config.image_size = {tile}, the size of a tile"
     require(tiles == tile, f"{where}: max_image_size", tiles, fix)
     if images.get("do_image_splitting") is False:
-        raise InputError(f"{where}: do_image_splitting = False: is not supported, only True is.")
+        raise InputError(f"{where}: do_image_splitting = False: is not supported; expected True.")
     return {
         "max_img_size": size,
         "vit_image_mean": tuple(images.get("image_mean") or (0.5, 0.5, 0.5)),

@@ -1,6 +1,6 @@
 """The decoders of Llama, SmolLM2, SmolLM3, Qwen2, Qwen2.5 and Qwen3: transformers' ...ForCausalLM.
 
-One table serves all: its rows for biases and norms that a config does not have are skipped.
+One table serves all of them; rows for biases and norms that a model does not have are skipped.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ FIELDS: Fields = [
     ("lm_rms_eps", "rms_norm_eps", 1e-6),
     ("lm_max_position_embeddings", "max_position_embeddings", 32768),
 ]
-# Defaults of each kind's config class, which apply where config.json has no such key.
+# Defaults of each config class in transformers, for keys that config.json does not have.
 DEFAULTS: dict[str, dict] = {
     "llama": dict(
         vocab_size=32000, intermediate_size=11008, num_key_value_heads=None,
@@ -60,7 +60,7 @@ DEFAULTS: dict[str, dict] = {
     "qwen3": dict(head_dim=128),
 }  # fmt: skip
 CLASS = {"llama": "Llama", "smollm3": "SmolLM3", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-# The field of our config that only this kind has.
+# The config field that only this model_type sets.
 OWN_FIELD = {"smollm3": "lm_nope_every", "qwen3": "lm_qk_norm", "qwen2": "lm_qkv_bias"}
 ROPE: Fields = [
     ("lm_rope_factor", "factor", 1.0),
@@ -105,7 +105,7 @@ def _read_rope(config: dict, where: str) -> dict:
 
 
 def _read_nope(config: dict, where: str) -> int:
-    """SmolLM3's interval of blocks without positions, which it may also list block by block."""
+    """SmolLM3's interval of blocks without RoPE (NoPE), also from a list of all blocks."""
     every, n = config["no_rope_layer_interval"], config.get("num_hidden_layers")
     listed = config.get("no_rope_layers")
     if not listed:
@@ -113,18 +113,18 @@ def _read_nope(config: dict, where: str) -> int:
     listed = [bool(x) for x in listed][:n]
     every = listed.index(False) + 1 if False in listed else 0
     regular = nope_layers(len(listed), every)
-    fix = "must leave out blocks at a fixed interval"
+    fix = "must turn off RoPE at a fixed interval"
     require(listed == [bool(x) for x in regular], f"{where}: no_rope_layers", listed, fix)
     return every
 
 
 def nope_layers(n: int, every: int) -> list[int]:
-    """SmolLM3's list: 1 for a block with positions, 0 for one without."""
+    """SmolLM3's list: 1 for a block with RoPE, 0 for one without."""
     return [int(not every or (i + 1) % every != 0) for i in range(n)]
 
 
 def kind_of(cfg: LMConfig) -> str:
-    """The model_type whose architecture is that of our config."""
+    """The model_type that has the architecture of `cfg`."""
     return next((kind for kind, field in OWN_FIELD.items() if getattr(cfg, field)), "llama")
 
 
@@ -160,7 +160,7 @@ def write(cfg: LMConfig) -> dict:
 
 
 def unsupported_reason(cfg: LMConfig) -> str:
-    """The fields that no decoder of these kinds has together; "" if there are none."""
+    """The fields that none of these decoders combines; "" if there are none."""
     own = [field for field in OWN_FIELD.values() if getattr(cfg, field)]
     return " together with ".join(own) if len(own) > 1 else ""
 

@@ -1,7 +1,7 @@
-"""nanoVLM's checkpoints: today's layout and that of its first release, the 222M.
+"""nanoVLM's checkpoints: the current layout and that of its first release, the 222M model.
 
-nanoVLM does not normalise images. We do, and fold the difference into the patch convolution. Its
-prompt format differs too, so an imported model needs further training on ours.
+nanoVLM does not normalise images, picoVLM does; the patch convolution absorbs the difference. The
+prompt formats differ, too, so an imported model needs further training on picoVLM's.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ TABLE: Table = [
     ),
     ("decoder.blocks.{i}.attn.o_proj.weight", "decoder.blocks.{i}.attn.out_proj.weight"),
 ]
-INV_FREQ = "decoder.rotary_embd.inv_freq"  # a buffer that its loader requires
+INV_FREQ = "decoder.rotary_embd.inv_freq"  # a buffer that nanoVLM's loader requires
 IGNORE = (INV_FREQ,)
 
 VIT = ["hidden_dim", "inter_dim", "patch_size", "img_size", "n_heads", "n_blocks", "ln_eps"]
@@ -64,27 +64,27 @@ LM = ["hidden_dim", "inter_dim", "rms_eps", "re_base", "max_position_embeddings"
       "n_heads", "n_kv_heads", "n_blocks", "tie_weights", "tokenizer"]  # fmt: skip
 NAMES = [f"vit_{name}" for name in VIT] + [f"lm_{name}" for name in LM]
 NAMES += ["mp_pixel_shuffle_factor", "max_img_size"]
-FIELDS: Fields = [(name, name, None) for name in NAMES]  # it writes all of them
+FIELDS: Fields = [(name, name, None) for name in NAMES]  # nanoVLM writes all of them
 START, END = 1, 2  # SmolLM2's <|im_start|> and <|im_end|>
-# Offsets of our tokens after the base vocabulary, as in SmolVLM; it leaves a gap before the last.
+# Offsets of picoVLM's tokens after the base vocabulary, as in SmolVLM: a gap precedes the last one.
 GLOBAL, TILES, IMAGE, END_OF_TURN, N_NEW = 0, 1, 38, 127, 128
 
 
 def is_config(config: Mapping) -> bool:
-    """Whether a config.json is nanoVLM's, which has no model_type, by its field names."""
+    """Whether a config.json is nanoVLM's, judged by field names because it has no model_type."""
     return "vit_hidden_dim" in config and "lm_hidden_dim" in config
 
 
 def read(config: dict, special_ids: dict[str, int], where: str) -> dict:
-    """Its config.json -> fields of a VLMConfig. Raises `InputError`.
+    """nanoVLM's config.json -> fields of a VLMConfig. Raises `InputError`.
 
-    `special_ids` are those of our tokens where its tokenizer has them, as `write` leaves it. Else
-    the vocabulary is that of `replace_tokens`.
+    `special_ids` are the ids of picoVLM's special tokens if the tokenizer has them, as in an export
+    by picoVLM. Otherwise the vocabulary is that of `replace_tokens`.
     """
     no_dropout = {"vit_dropout": 0.0, "lm_dropout": 0.0}
     refuse_unless(config, no_dropout | {"vit_cls_flag": False, "lm_attn_scaling": 1.0}, where)
     missing = [name for name in NAMES if name not in config and name != "max_img_size"]
-    require(not missing, f"{where}: fields", missing, "are missing")
+    require(not missing, f"{where}: missing fields", missing, "nanoVLM writes all of them")
     fields = read_fields(FIELDS, config)
     fields["lm_re_base"] = float(fields["lm_re_base"])
     if fields["max_img_size"] is None:
@@ -102,12 +102,12 @@ def read(config: dict, special_ids: dict[str, int], where: str) -> dict:
 
 
 def _base(config: Mapping) -> int:
-    """Vocabulary size without added tokens; the 222M adds none."""
+    """Vocabulary size without added tokens; the first release adds none."""
     return config.get("lm_base_vocab_size", config["lm_vocab_size"])
 
 
 def replace_tokens(table: Tensor, config: Mapping) -> Tensor:
-    """Its embedding or head [V, D] -> [base + 128, D], with SmolVLM's tokens after the base ones.
+    """nanoVLM's embedding or head [V, D] -> [base + 128, D], with SmolVLM's added tokens.
 
     Tokens with the same meaning keep their row, the end of turn copies <|im_end|>, and the others
     are the mean.
@@ -127,7 +127,7 @@ def replace_tokens(table: Tensor, config: Mapping) -> Tensor:
 
 
 def write(cfg: VLMConfig) -> dict:
-    """config.json of today's layout; vlm_extra_tokens maps its token names to our tokens."""
+    """config.json of the current layout; vlm_extra_tokens maps nanoVLM's names to our tokens."""
     tiles = {f"r{r}c{c}": f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7)}
     return write_fields(FIELDS, cfg) | {
         "vit_dropout": 0.0,
@@ -170,7 +170,7 @@ def pairs(cfg: VLMConfig) -> list[Pair]:
 
 
 def fold(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights for pixels x in [0, 1] -> for normalised y = 2 x - 1: W x + b = W/2 y + (b + W/2)."""
+    """Convolution of pixels x in [0, 1] -> of y = 2 x - 1: W x + b = W/2 y + (b + sum W/2)."""
     half = tensors[CONV] / 2
     return tensors | {CONV: half, BIAS: tensors[BIAS] + half.sum((1, 2, 3))}
 

@@ -1,4 +1,4 @@
-"""SigLIP and fixed-resolution SigLIP2: transformers' SiglipVisionModel, or that of a SiglipModel.
+"""SigLIP and fixed-resolution SigLIP2: transformers' SiglipVisionModel, also inside a SiglipModel.
 
 Idefics3's vision encoder uses the same names.
 """
@@ -70,7 +70,7 @@ FIELDS: Fields = [
     ("vit_patch_size", "patch_size", 16),
     ("vit_ln_eps", "layer_norm_eps", 1e-6),
 ]
-# What its config.json cannot express; each of the other encoders changes some of these.
+# Fields without a key in config.json; each of the other encoders changes some of them.
 ARCHITECTURE = dict(
     vit_cls_flag=False, vit_n_registers=0, vit_pre_norm=False, vit_layer_scale=False,
     vit_qkv_bias=True,
@@ -82,7 +82,7 @@ TRUNK = ARCHITECTURE | {"vit_hidden_act": list(ACTIVATIONS)}
 
 
 def read_classes(config: dict) -> dict:
-    """Number and names of the classes; two, as transformers' default, where none are named."""
+    """Number and names of the classes; without names two, as is transformers' default."""
     names = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
     names = [str(names[key]) for key in sorted(names, key=int)]
     # Published ImageNet checkpoints give several classes the same name.
@@ -107,7 +107,7 @@ def read(config: dict, where: str) -> dict:
 
 
 def write_sizes(cfg: ViTConfig) -> dict:
-    """Every size under its key, as Idefics3's vision_config needs them too."""
+    """Every size under its key; Idefics3's vision_config uses the same keys."""
     act = ACTIVATIONS[cfg.vit_hidden_act]
     return write_fields(FIELDS, cfg) | {"hidden_act": act, "attention_dropout": 0.0}
 
@@ -133,7 +133,7 @@ def unsupported_reason(cfg: ViTConfig) -> str:
 
 
 def unsupported_classifier(cfg: ViTConfig) -> str:
-    """As `unsupported_reason`, of SiglipForImageClassification."""
+    """`unsupported_reason` of SiglipForImageClassification."""
     reason = first_unsupported(cfg, TRUNK | {"vit_pooling": "mean", "vit_head": "linear"})
     return reason or ("" if cfg.vit_n_classes else "vit_n_classes = 0")
 

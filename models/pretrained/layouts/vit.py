@@ -19,7 +19,7 @@ from models.pretrained.mapping import (
     write_fields,
 )
 
-# DINOv2 shares these names, those of the attention and the fields.
+# DINOv2 uses EMBEDDINGS and ATTENTION, too.
 EMBEDDINGS: Table = [
     ("patch_embedding.conv.weight", "embeddings.patch_embeddings.projection.weight"),
     ("patch_embedding.conv.bias", "embeddings.patch_embeddings.projection.bias"),

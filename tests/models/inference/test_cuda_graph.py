@@ -1,4 +1,4 @@
-"""A recorded step answers what the plain one does; on a CPU a second call stands for the replay."""
+"""A captured step gives the results of the eager one; on a CPU a second call replaces replay."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PROMPTS = [(0, 3), (1, 8), (2, 5), (0, 14)]
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Recording on a CPU: the same tensors are read and filled again; how often it was replayed."""
+    """Emulate capture on a CPU: replay reads and fills the same tensors. Counts replays."""
     found = []
 
     def capture(run, _device):
@@ -31,8 +31,11 @@ def calls(monkeypatch):
         return replay, filled
 
     monkeypatch.setattr(cuda_graph, "capture", capture)
-    record = lambda model, *first: cuda_graph.cuda_graph(model.decode, *first)  # noqa: E731
-    monkeypatch.setattr(generate, "decode_function", record)
+    monkeypatch.setattr(
+        generate,
+        "decode_function",
+        lambda model, *first: cuda_graph.cuda_graph(model.decode, *first),
+    )
     return found
 
 
@@ -45,30 +48,32 @@ def model(small_model):
 
 
 @pytest.mark.parametrize("sampling", [Sampling(12), Sampling(12, temperature=1.5, seed=3)])
-def test_it_says_the_same(model, small_config, make_sample, pad_rows, sampling, request):
+def test_captured_steps_equal_eager_ones(
+    model, small_config, make_sample, pad_rows, sampling, request
+):
     samples = [make_sample(small_config(), n, words, i) for i, (n, words) in enumerate(PROMPTS)]
     ids, images, mask = pad_rows(model.cfg, samples, "left")
-    plain = list(steps(model, ids, images, mask, sampling))
-    replayed = request.getfixturevalue("calls")
-    said = list(steps(model, ids, images, mask, sampling))
-    assert len(said) == len(plain) == 12 and len(replayed) == 11
-    for a, b in zip(said, plain):  # earlier logits, too, when all is said
+    eager = list(steps(model, ids, images, mask, sampling))
+    replays = request.getfixturevalue("calls")
+    captured = list(steps(model, ids, images, mask, sampling))
+    assert len(captured) == len(eager) == 12 and len(replays) == 11
+    for a, b in zip(captured, eager):  # replays must not overwrite earlier logits
         assert a.tokens.tolist() == b.tokens.tolist()
         torch.testing.assert_close(a.logits, b.logits, rtol=1e-5, atol=1e-5)
-    assert len({tuple(step.tokens.tolist()) for step in said}) > 6
+    assert len({tuple(step.tokens.tolist()) for step in captured}) > 6
 
 
-def test_a_cpu_records_nothing(model, make_sample, small_config, monkeypatch):
+def test_cpu_captures_nothing(model, make_sample, small_config, monkeypatch):
     monkeypatch.setattr(cuda_graph, "capture", lambda *_: 1 / 0)
     ids, images = make_sample(small_config(), 1, 5, 0)
     assert model.generate(ids[None], images, sampling=Sampling(4)).shape == (1, 4)
 
 
-def test_who_listens_hears_every_step(model, monkeypatch):
-    """A graph runs no Python: with a hook a GPU decodes as a CPU does."""
+def test_hooks_prevent_capture(model, monkeypatch):
+    """A CUDA graph runs no Python, so a model with hooks decodes without one."""
     on_gpu = types.SimpleNamespace(device=torch.device("cuda"))
-    monkeypatch.setattr(generate, "cuda_graph", lambda *_: "recorded")
-    assert generate.decode_function(model, None, on_gpu, on_gpu) == "recorded"
+    monkeypatch.setattr(generate, "cuda_graph", lambda *_: "captured")
+    assert generate.decode_function(model, None, on_gpu, on_gpu) == "captured"
     handle = model.decoder.norm.register_forward_hook(lambda *_: None)
     assert callable(generate.decode_function(model, None, on_gpu, on_gpu))
     handle.remove()

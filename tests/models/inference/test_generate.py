@@ -1,4 +1,4 @@
-"""Cached, batched, padded generation is the naive loop; sampling is transformers'."""
+"""Cached, batched, padded generation equals a naive loop; sampling equals transformers'."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from models.inference.sampling import Sampling, sample
 
 @pytest.fixture
 def model(small_model):
-    """Untied, as a tied random model answers with the token it has just read; never ends a turn."""
+    """Untied, because a tied random model repeats its last token; never ends a turn."""
     model = small_model(lm_tie_weights=False)
     with torch.no_grad():
         model.decoder.head.weight[model.cfg.vlm_eos_token_id] = 0
@@ -42,7 +42,7 @@ PROMPTS = [(0, 3), (1, 8), (2, 5), (0, 14)]
 
 @torch.no_grad()
 def naive(model, sample, n: int) -> list[int]:
-    """The oracle: a whole forward pass for every token, without a cache, batch or mask."""
+    """Reference: a whole forward pass for every token, without cache, batch or mask."""
     ids, images = sample
     x, tokens = model.embed(ids[None], images), []
     for _ in range(n):
@@ -52,30 +52,30 @@ def naive(model, sample, n: int) -> list[int]:
     return tokens
 
 
-def test_cache_is_the_naive_loop(model, prompts):
+def test_cached_generation_equals_the_naive_loop(model, prompts):
     for ids, images in prompts:
-        wanted = naive(model, (ids, images), 12)
-        assert len(set(wanted)) >= 4, "a model that repeats itself would prove nothing"
+        expected = naive(model, (ids, images), 12)
+        assert len(set(expected)) >= 4, "the answer must vary to test the cache"
         got = model.generate(ids[None], images, sampling=Sampling(max_new_tokens=12))
-        assert got.tolist() == [wanted]
+        assert got.tolist() == [expected]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_batch_is_its_rows(side, model, prompts, pad_rows):
+def test_batched_rows_equal_single_rows(side, model, prompts, pad_rows):
     ids, images, mask = pad_rows(model.cfg, prompts, side)
     got = model.generate(ids, images, mask, Sampling(max_new_tokens=12))
     assert got.tolist() == [naive(model, prompt, 12) for prompt in prompts]
 
 
 @pytest.mark.parametrize("kind", [torch.bool, torch.float32], ids=str)
-def test_a_mask_of_another_type(kind, model, prompts, pad_rows):
+def test_masks_of_other_dtypes(kind, model, prompts, pad_rows):
     ids, images, mask = pad_rows(model.cfg, prompts, "left")
     got = model.generate(ids, images, mask.to(kind), Sampling(max_new_tokens=3))
     assert torch.equal(got, model.generate(ids, images, mask, Sampling(max_new_tokens=3)))
 
 
-def test_the_first_token_is_that_of_forward(model, prompts, pad_rows):
-    """Generation and training must not disagree about where a prompt ends."""
+def test_first_token_equals_argmax_of_forward(model, prompts, pad_rows):
+    """Generation and forward must agree on the last token of a padded prompt."""
     ids, images, mask = pad_rows(model.cfg, prompts, "right")
     with torch.no_grad():
         logits, _ = model(ids, images, mask)
@@ -84,9 +84,9 @@ def test_the_first_token_is_that_of_forward(model, prompts, pad_rows):
     assert got[:, 0].tolist() == last.argmax(-1).tolist()
 
 
-def test_rows_stop_at_their_end_and_pad_after(model, prompts, pad_rows):
+def test_rows_are_padded_after_their_end_of_turn(model, prompts, pad_rows):
     plain = [naive(model, prompt, 12) for prompt in prompts]
-    # A token that some row says early and another later or never becomes the end of turn.
+    # The end of turn is a token that one row generates early and another later or never.
     eos = plain[0][2]
     model.cfg = replace(model.cfg, vlm_eos_token_id=eos)
     pad = model.cfg.vlm_pad_token_id
@@ -95,14 +95,14 @@ def test_rows_stop_at_their_end_and_pad_after(model, prompts, pad_rows):
     ids, images, mask = pad_rows(model.cfg, prompts, "left")
     got = model.generate(ids, images, mask, Sampling(max_new_tokens=12)).tolist()
     longest = max(stops)
-    wanted = [row[:n] + [pad] * (longest - n) for row, n in zip(plain, stops, strict=True)]
-    assert got == wanted
-    alone, tile = prompts[0]
-    short = model.generate(alone[None], tile, sampling=Sampling(max_new_tokens=12))
-    assert short.tolist() == [plain[0][: stops[0]]], "the last row to stop ends the batch"
+    expected = [row[:n] + [pad] * (longest - n) for row, n in zip(plain, stops, strict=True)]
+    assert got == expected
+    first_ids, first_images = prompts[0]
+    short = model.generate(first_ids[None], first_images, sampling=Sampling(max_new_tokens=12))
+    assert short.tolist() == [plain[0][: stops[0]]], "a batch ends with the last row"
 
 
-def test_generate_is_all_steps(model, prompts, pad_rows):
+def test_generate_equals_all_steps(model, prompts, pad_rows):
     ids, images, mask = pad_rows(model.cfg, prompts, "right")
     sampling = Sampling(max_new_tokens=6, temperature=1.0, seed=3)
     tokens = [step.tokens for step in steps(model, ids, images, mask, sampling)]
@@ -110,16 +110,18 @@ def test_generate_is_all_steps(model, prompts, pad_rows):
     model.train()
     begun = steps(model, ids, images, mask, sampling)
     next(begun)
-    assert not torch.is_inference_mode_enabled(), "a half-read stream must not leak its mode"
+    assert not torch.is_inference_mode_enabled(), (
+        "an unfinished generator must not leave inference mode on"
+    )
 
 
-def test_the_answer_is_cut_at_the_context(model, small_config, make_sample):
+def test_answers_end_at_the_context_length(model, small_config, make_sample):
     cfg = small_config()
     ids, images = make_sample(cfg, 0, 120, 0)
     got = model.generate(ids[None], images, sampling=Sampling(max_new_tokens=50))
     assert got.tolist() == [naive(model, (ids, images), 8)]
     ids, images = make_sample(cfg, 0, 128, 0)
-    with pytest.raises(ValueError, match="128 tokens leaves no space for an answer in a context"):
+    with pytest.raises(ValueError, match="has 128 tokens and leaves no space for an answer"):
         model.generate(ids[None], images)
 
 
@@ -152,8 +154,8 @@ def logits_and_ids(B: int = 64, V: int = 40):
     ],
     ids=str,
 )
-def test_sampling_is_transformers(sampling):
-    """The same distribution, so one generator draws the same tokens."""
+def test_sampling_equals_transformers(sampling):
+    """The distributions are equal, so the same seed draws the same tokens."""
     logits, ids = logits_and_ids()
     steps = [TemperatureLogitsWarper(sampling.temperature)]
     seen = None
@@ -168,11 +170,11 @@ def test_sampling_is_transformers(sampling):
     for step in steps:
         scores = step(ids, scores)
     for seed in range(8):  # 512 draws
-        theirs = torch.multinomial(
+        reference = torch.multinomial(
             scores.softmax(-1), 1, generator=torch.Generator().manual_seed(seed)
         )
-        ours = sample(logits, seen, sampling, torch.Generator().manual_seed(seed))
-        assert torch.equal(ours, theirs[:, 0])
+        tokens = sample(logits, seen, sampling, torch.Generator().manual_seed(seed))
+        assert torch.equal(tokens, reference[:, 0])
 
 
 def test_greedy_ignores_the_filters_but_not_the_penalty():
@@ -180,13 +182,13 @@ def test_greedy_ignores_the_filters_but_not_the_penalty():
     seen = torch.zeros_like(logits, dtype=torch.bool).scatter(1, ids, True)
     g = torch.Generator()
     assert torch.equal(sample(logits, None, Sampling(top_k=2, top_p=0.1), g), logits.argmax(-1))
-    wanted = RepetitionPenaltyLogitsProcessor(3.0)(ids, logits.clone()).argmax(-1)
-    assert not torch.equal(wanted, logits.argmax(-1))
-    assert torch.equal(sample(logits, seen, Sampling(repetition_penalty=3.0), g), wanted)
+    expected = RepetitionPenaltyLogitsProcessor(3.0)(ids, logits.clone()).argmax(-1)
+    assert not torch.equal(expected, logits.argmax(-1))
+    assert torch.equal(sample(logits, seen, Sampling(repetition_penalty=3.0), g), expected)
 
 
-def test_the_nucleus_is_that_of_the_tempered_distribution():
-    """0.5, 0.3, 0.2 at temperature 2 is 0.42, 0.32, 0.26: a nucleus of 0.45 is one token or two."""
+def test_top_p_applies_after_temperature():
+    """Temperature 2 turns 0.5, 0.3, 0.2 into 0.42, 0.32, 0.26: top-p 0.45 keeps one or two."""
     logits = torch.tensor([0.5, 0.3, 0.2]).log().expand(500, 3)
     draw = lambda t: sample(  # noqa: E731
         logits, None, Sampling(temperature=t, top_p=0.45), torch.Generator().manual_seed(0)
@@ -202,7 +204,7 @@ def test_top_k_keeps_k():
 
 
 def penalised(model, sample, n: int, penalty: float) -> list[int]:
-    """The naive loop with transformers' processor over prompt and answer."""
+    """The naive loop with transformers' repetition penalty over prompt and answer."""
     processor = RepetitionPenaltyLogitsProcessor(penalty)
     ids, images = sample
     x, ids = model.embed(ids[None], images), ids[None]
@@ -216,7 +218,7 @@ def penalised(model, sample, n: int, penalty: float) -> list[int]:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
-def test_the_penalty_covers_prompt_and_answer_of_each_row(side, model, prompts, pad_rows):
+def test_penalty_covers_prompt_and_answer(side, model, prompts, pad_rows):
     ids, images, mask = pad_rows(model.cfg, prompts, side)
     got = model.generate(ids, images, mask, Sampling(max_new_tokens=12, repetition_penalty=1.5))
     assert got.tolist() == [penalised(model, prompt, 12, 1.5) for prompt in prompts]
@@ -224,8 +226,8 @@ def test_the_penalty_covers_prompt_and_answer_of_each_row(side, model, prompts, 
 
 
 @torch.no_grad()
-def test_the_penalty_does_not_count_padding(model, prompts, pad_rows):
-    """Padding is no part of a shorter row's prompt: pad, the best token here, stays the best."""
+def test_penalty_ignores_padding(model, prompts, pad_rows):
+    """The pad token has the highest logit here and must not be penalised for padding."""
     head, pad = model.decoder.head.weight, model.cfg.vlm_pad_token_id
     head[pad] = 1.2 * head[naive(model, prompts[0], 1)[0]]
     ids, images, mask = pad_rows(model.cfg, prompts, "right")
@@ -235,7 +237,7 @@ def test_the_penalty_does_not_count_padding(model, prompts, pad_rows):
     assert got == [penalised(model, prompt, 1, 1.4) for prompt in prompts]
 
 
-def test_a_seed_repeats_and_another_differs(model, prompts, pad_rows):
+def test_seeds_are_reproducible(model, prompts, pad_rows):
     ids, images, mask = pad_rows(model.cfg, prompts, "left")
     one, again, other = (
         model.generate(ids, images, mask, Sampling(max_new_tokens=8, temperature=1.0, seed=seed))
@@ -245,7 +247,7 @@ def test_a_seed_repeats_and_another_differs(model, prompts, pad_rows):
 
 
 @pytest.mark.parametrize("seed", [None, 7])
-def test_the_global_generator_is_left_alone(seed, model, prompts):
+def test_global_generator_is_unchanged(seed, model, prompts):
     """Sampling during training must not change the run."""
     ids, images = prompts[1]
     before = torch.get_rng_state()
@@ -265,12 +267,12 @@ def test_the_global_generator_is_left_alone(seed, model, prompts):
         ("repetition_penalty", 0.0),
     ],
 )
-def test_a_wrong_option_is_refused(name, value):
+def test_invalid_options_raise(name, value):
     with pytest.raises(ValueError, match=f"{name} = {value}"):
         Sampling(**{name: value})
 
 
-# --- Many prompts through few rows ---------------------------------------------------------------
+# --- Continuous batching -------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -280,45 +282,45 @@ def many(small_config, make_sample):
     return [Prompt(*make_sample(cfg, n, words, seed)) for seed, (n, words) in enumerate(shapes)]
 
 
-def alone(model, prompt: Prompt, sampling: Sampling) -> list[int]:
+def generate_alone(model, prompt: Prompt, sampling: Sampling) -> list[int]:
     return model.generate(prompt.ids[None], prompt.images, sampling=sampling)[0].tolist()
 
 
 @pytest.mark.parametrize("n_rows", [1, 2, 5, 64])
-def test_refilled_rows_answer_as_alone(n_rows, model, many):
-    plain = [alone(model, p, Sampling(12)) for p in many]
-    model.cfg = replace(model.cfg, vlm_eos_token_id=plain[0][3])  # some stop early, some never
-    wanted = [alone(model, p, Sampling(12)) for p in many]
-    assert len({len(answer) for answer in wanted}) > 2
+def test_continuous_batching_equals_single_prompts(n_rows, model, many):
+    plain = [generate_alone(model, p, Sampling(12)) for p in many]
+    model.cfg = replace(model.cfg, vlm_eos_token_id=plain[0][3])  # some answers end early
+    expected = [generate_alone(model, p, Sampling(12)) for p in many]
+    assert len({len(answer) for answer in expected}) > 2
     read = []
     source = (read.append(i) or p for i, p in enumerate(many))
     got = list(generate_continuous(model, source, Sampling(12), n_rows))
-    assert sorted(said.index for said in got) == list(range(len(many))) == read
-    assert {said.index: said.tokens for said in got} == dict(enumerate(wanted))
+    assert sorted(done.index for done in got) == list(range(len(many))) == read
+    assert {done.index: done.tokens for done in got} == dict(enumerate(expected))
 
 
-def test_a_free_row_takes_the_next_prompt_at_once(model, many):
-    """One answer of 12 tokens beside many of one: they pass it, and nobody waits for it."""
-    first = alone(model, many[0], Sampling(12))
-    ends = {alone(model, p, Sampling(1))[0] for p in many[1:]}
+def test_a_free_row_takes_the_next_prompt(model, many):
+    """Beside one answer of 12 tokens, many answers of one token finish in the other row."""
+    first = generate_alone(model, many[0], Sampling(12))
+    ends = {generate_alone(model, p, Sampling(1))[0] for p in many[1:]}
     stop = lambda tokens: len(tokens) == 1 and tokens[0] in ends - {first[0]}  # noqa: E731
     calls = []
     decode = model.decode
     model.decode = lambda tokens, *rest: calls.append(len(tokens)) or decode(tokens, *rest)
-    order = [said.index for said in generate_continuous(model, many, Sampling(12), 2, stop)]
-    assert order.index(0) >= 9, "short answers that came later were done before"
+    order = [done.index for done in generate_continuous(model, many, Sampling(12), 2, stop)]
+    assert order.index(0) >= 9, "short answers that start later finish first"
     assert len(calls) < 12 + len(many)
 
 
 def test_long_prompts_get_fewer_rows(model, many, monkeypatch):
-    wanted = [alone(model, p, Sampling(6)) for p in many]
+    expected = [generate_alone(model, p, Sampling(6)) for p in many]
     monkeypatch.setattr(continuous_batching, "MAX_SLOTS", 100)
     monkeypatch.setattr(continuous_batching, "SLOT_MULTIPLE", 1)
     widths = []
     decode = model.decode
     model.decode = lambda tokens, *rest: widths.append(len(tokens)) or decode(tokens, *rest)
-    got = {said.index: said.tokens for said in generate_continuous(model, many, Sampling(6), 8)}
-    assert got == dict(enumerate(wanted))
+    got = {done.index: done.tokens for done in generate_continuous(model, many, Sampling(6), 8)}
+    assert got == dict(enumerate(expected))
     longest = max(len(p.ids) for p in many) + 6
     assert max(widths) > 1 and widths[-3] <= 100 // longest * 2
 
@@ -326,17 +328,17 @@ def test_long_prompts_get_fewer_rows(model, many, monkeypatch):
 def test_sampling_does_not_depend_on_the_rows(model, many):
     sampling = Sampling(8, temperature=1.0, seed=5, repetition_penalty=1.3)
     answers = [
-        {said.index: said.tokens for said in generate_continuous(model, many, sampling, n)}
+        {done.index: done.tokens for done in generate_continuous(model, many, sampling, n)}
         for n in (1, 3, 64)
     ]
     assert answers[0] == answers[1] == answers[2]
     one = replace(sampling, seed=5 + 4)
-    assert answers[0][4] == alone(model, many[4], one)
+    assert answers[0][4] == generate_alone(model, many[4], one)
     assert list(generate_continuous(model, [], sampling)) == []
 
 
 @torch.no_grad()
-def test_steps_go_on_from_a_cache(model, prompts):
+def test_steps_continue_a_cache(model, prompts):
     ids, images = prompts[2]
     whole = [int(s.tokens) for s in steps(model, ids[None], images, None, Sampling(9))]
     cache = KVCache(model.cfg, 1, 64, ids.device, torch.float32)
@@ -344,22 +346,22 @@ def test_steps_go_on_from_a_cache(model, prompts):
         held = images[: int((ids[:cut] == model.cfg.vlm_image_token_id).sum()) // 4]
         list(steps(model, ids[None, :cut], held, None, Sampling(3), cache))
         rest = steps(model, ids[None], images[len(held) :], None, Sampling(9), cache, cut)
-        assert [int(s.tokens) for s in rest] == whole, "what came after the cut is overwritten"
+        assert [int(s.tokens) for s in rest] == whole, "slots after the cut are overwritten"
 
 
 @torch.no_grad()
-def test_likelihoods_are_those_of_forward(model, prompts):
+def test_likelihoods_equal_forward(model, prompts):
     continuations = [[5, 9, 11, 3 + 4], [8], [5, 9, 2]]
     for ids, images in prompts:
         got = score_continuations(model, Prompt(ids, images), continuations)
         for row, tokens in zip(got, continuations, strict=True):
             logits, _ = model(torch.cat((ids, torch.tensor(tokens)))[None], images)
-            wanted = logits[0, len(ids) - 1 : -1].log_softmax(-1)[range(len(tokens)), tokens]
-            torch.testing.assert_close(row, wanted, atol=1e-5, rtol=1e-5)
+            expected = logits[0, len(ids) - 1 : -1].log_softmax(-1)[range(len(tokens)), tokens]
+            torch.testing.assert_close(row, expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
-def test_no_picture_costs_no_encoder(model, prompts):
+def test_prompts_without_images_skip_the_encoder(model, prompts):
     calls = []
     model.vision_encoder.register_forward_hook(lambda *_: calls.append(1))
     patches = model.vision_encoder.patches
@@ -369,4 +371,4 @@ def test_no_picture_costs_no_encoder(model, prompts):
     assert calls == []
     with torch.enable_grad():
         model(ids[None])
-    assert calls == [1], "with a graph to build the blank tile runs"
+    assert calls == [1], "with gradients a blank tile is encoded"

@@ -1,4 +1,4 @@
-"""Slots are positions, rows stay apart, and a lone query sees every slot."""
+"""A token's slot is its position, rows are independent, and a single query sees every slot."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_cache_slots_are_positions_for_unequal_rows():
     assert cache.mask is None
     k, v = cache.write(1, k0, v0)
     assert torch.equal(k, k0) and torch.equal(v, v0)
-    assert not cache.k[0].any(), "another block's slots"
+    assert not cache.k[0].any(), "other blocks are unchanged"
 
     positions = torch.tensor([[4], [2]])
     cache.begin_step(positions)
@@ -33,15 +33,15 @@ def test_cache_slots_are_positions_for_unequal_rows():
 
     cache.keep_rows(torch.tensor([1]))
     cache.begin_step(torch.tensor([[3]]))
-    assert cache.mask is None and cache.n_used == 4, "the longer row left"
+    assert cache.mask is None and cache.n_used == 4, "only the shorter row remains"
     k2 = torch.randn(1, 1, 1, 8, generator=g)
     k, _ = cache.write(1, k2, k2)
     assert torch.equal(k[0], torch.cat((k0[1, :, :2], k1[1], k2[0]), dim=1))
 
 
 @pytest.mark.parametrize("n_kv", [4, 2, 1])
-def test_a_lone_query_sees_every_slot(n_kv):
-    """Two rows of one length and a token more need no mask; causal would hide all but slot 0."""
+def test_single_query_sees_every_slot(n_kv):
+    """Rows of equal length need no mask for one more token; `causal` would hide all but slot 0."""
     cfg = LMConfig(lm_hidden_dim=32, lm_n_heads=4, lm_n_kv_heads=n_kv, lm_n_blocks=1)
     cache = KVCache(cfg, 2, 8, torch.device("cpu"), torch.float32)
     q, k, v = (torch.randn(2, heads, 5, 8) for heads in (4, n_kv, n_kv))
@@ -54,16 +54,16 @@ def test_a_lone_query_sees_every_slot(n_kv):
     slots = cache.write(0, k[:, :, 4:], v[:, :, 4:])
     whole = attention(q, k, v, causal=True)
     torch.testing.assert_close(attention(q[:, :, 4:], *slots, causal=True), whole[:, :, 4:])
-    hides = torch.tensor([True, False, True, True, True])  # as where rows are of unequal length
-    seen = attention(q[:, :, 4:], *slots, mask=hides.expand(2, 1, 1, 5))
-    few = (x[:, :, hides] for x in (k, v))
-    torch.testing.assert_close(seen, attention(q[:, :, 4:], *few, causal=True))
-    two = torch.tensor([[3, 4], [3, 4]])  # two tokens more need one, each row at the same place
+    visible = torch.tensor([True, False, True, True, True])  # as with rows of unequal length
+    masked = attention(q[:, :, 4:], *slots, mask=visible.expand(2, 1, 1, 5))
+    kept = (x[:, :, visible] for x in (k, v))
+    torch.testing.assert_close(masked, attention(q[:, :, 4:], *kept, causal=True))
+    two = torch.tensor([[3, 4], [3, 4]])  # two more tokens need a mask
     cache.begin_step(two)
     assert cache.mask.tolist() == [[[[True] * 4 + [False], [True] * 5]]] * 2
     slots = cache.write(0, k[:, :, 3:], v[:, :, 3:])
-    seen = attention(q[:, :, 3:], *slots, mask=cache.mask)
-    torch.testing.assert_close(seen, whole[:, :, 3:])
+    masked = attention(q[:, :, 3:], *slots, mask=cache.mask)
+    torch.testing.assert_close(masked, whole[:, :, 3:])
 
 
 def test_rows_of_a_cache_are_copied_and_replaced():
@@ -73,21 +73,21 @@ def test_rows_of_a_cache_are_copied_and_replaced():
     for cache in (big, small):
         for x in (*cache.k, *cache.v):
             x.normal_()
-    before = [x.clone() for x in (*big.k, *big.v)]
+    old = [x.clone() for x in (*big.k, *big.v)]
     big.put(torch.tensor([2, 0]), small)
-    others = *small.k, *small.v
-    for now, then, other in zip((*big.k, *big.v), before, others, strict=True):
-        assert torch.equal(now[[2, 0], :, :5], other)
-        assert torch.equal(now[1], then[1])
-        assert torch.equal(now[..., 5:, :], then[..., 5:, :])
+    sources = *small.k, *small.v
+    for x, before, source in zip((*big.k, *big.v), old, sources, strict=True):
+        assert torch.equal(x[[2, 0], :, :5], source)
+        assert torch.equal(x[1], before[1])
+        assert torch.equal(x[..., 5:, :], before[..., 5:, :])
     big.keep_rows(torch.tensor([1, 1, 0]))
     assert big.rows.tolist() == [[0], [1], [2]]
-    for now, then, other in zip((*big.k, *big.v), before, others, strict=True):
-        assert torch.equal(now[0], then[1]) and torch.equal(now[1], then[1])
-        assert torch.equal(now[2, :, :5], other[1])
+    for x, before, source in zip((*big.k, *big.v), old, sources, strict=True):
+        assert torch.equal(x[0], before[1]) and torch.equal(x[1], before[1])
+        assert torch.equal(x[2, :, :5], source[1])
 
 
-def test_getters_change_nothing_and_a_full_cache_refuses():
+def test_getters_have_no_side_effects_and_overflow_raises():
     cache = KVCache(LMConfig(), 1, 4, torch.device("cpu"), torch.float32)
     cache.begin_step(torch.arange(3)[None])
     before = {name: value for name, value in vars(cache).items()}

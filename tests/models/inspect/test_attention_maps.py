@@ -1,4 +1,4 @@
-"""Maps are the weights the model attended with: they give its outputs, and transformers' maps."""
+"""Attention maps reproduce the model's outputs and equal transformers' maps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def sample(make_sample):
 
 @pytest.mark.parametrize("changes", [{}, {"lm_qk_norm": True}, {"lm_nope_every": 2}], ids=str)
 @torch.no_grad()
-def test_weights_times_values_are_the_attention(changes, small_model, sample):
+def test_weights_times_values_give_the_attention_output(changes, small_model, sample):
     model = small_model(**changes)
     ids, images = sample(model)
     blocks = model.decoder.blocks
@@ -31,24 +31,26 @@ def test_weights_times_values_are_the_attention(changes, small_model, sample):
         v = v[0].unflatten(-1, (2, -1)).repeat_interleave(2, dim=1).transpose(0, 1)  # [H, T, C]
         mixed = (w @ v).transpose(0, 1).flatten(1)  # [R, H * C]
         torch.testing.assert_close(block.attn.o_proj(mixed), out[0, 4:], atol=1e-5, rtol=1e-4)
-    assert not weights[..., 0, 6:].any() and weights[..., 0, :5].all(), "the first looks back only"
+    assert not weights[..., 0, 6:].any() and weights[..., 0, :5].all(), "attention is causal"
 
 
 @torch.no_grad()
-def test_they_are_those_of_transformers(small_model, sample, tmp_path):
+def test_maps_equal_transformers(small_model, sample, tmp_path):
     from transformers import Idefics3ForConditionalGeneration
 
     model = small_model()
     model.save_pretrained(tmp_path)
-    theirs = Idefics3ForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="eager")
+    reference = Idefics3ForConditionalGeneration.from_pretrained(
+        tmp_path, attn_implementation="eager"
+    )
     ids, images = sample(model)
-    out = theirs.eval()(input_ids=ids[None], pixel_values=images[None], output_attentions=True)
-    wanted = torch.stack(out.attentions)[:, 0]  # [L, H, T, T]
+    out = reference.eval()(input_ids=ids[None], pixel_values=images[None], output_attentions=True)
+    expected = torch.stack(out.attentions)[:, 0]  # [L, H, T, T]
     found = attention_weights(model, ids, images, 0)
-    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_nothing_stays_hooked(small_model, sample):
+def test_hooks_are_removed(small_model, sample):
     model = small_model()
     ids, images = sample(model)
     first = attention_weights(model, ids, images, 3)
@@ -66,5 +68,7 @@ def test_tiles_are_in_reading_order(small_model, sample):
     maps = tile_maps(weights, ids, model.cfg)
     side = int(model.cfg.tokens_per_tile**0.5)
     assert maps.shape == (2, 3, side, side)
-    places = (ids == model.cfg.vlm_image_token_id).nonzero()[:, 0].float()
-    assert torch.equal(maps[0].flatten(), places) and maps[0, 0, 0, 1] == maps[0, 0, 0, 0] + 1
+    image_positions = (ids == model.cfg.vlm_image_token_id).nonzero()[:, 0].float()
+    assert (
+        torch.equal(maps[0].flatten(), image_positions) and maps[0, 0, 0, 1] == maps[0, 0, 0, 0] + 1
+    )

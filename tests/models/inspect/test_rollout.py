@@ -1,4 +1,4 @@
-"""Rollout is the product written out, on the attention the model really has."""
+"""Rollout equals the explicit product of the attention that the model computes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def images(n: int = 2) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_attention_is_what_the_block_computes(lively):
-    """With its own attention put into values and the output, a block gives what it gives."""
+def test_attention_reproduces_the_block_output(lively):
+    """The returned attention, recomputed here, reproduces the output of every block."""
     vit = vit_of(lively, vit_cls_flag=True)
     x = vit.patch_embedding(images())
     for block, attention in zip(vit.blocks, attention_of(vit, images())):
@@ -46,24 +46,24 @@ def test_attention_is_what_the_block_computes(lively):
     ids=str,
 )  # fmt: skip
 @torch.no_grad()
-def test_rollout_is_the_product_written_out(fields, lively):
+def test_rollout_equals_the_explicit_product(fields, lively):
     vit = vit_of(lively, **fields)
     found = rollout(vit, images())
     assert found.shape == (2, 4, 4) and (found >= 0).all()
-    front = vit.cfg.vit_n_prefix
+    n_prefix = vit.cfg.vit_n_prefix
     for n in range(2):
-        flow = torch.eye(front + 16)
+        flow = torch.eye(n_prefix + 16)
         maps = [attention[n] for attention in attention_of(vit, images())]
         for attention in maps[:3]:
-            flow = (0.5 * attention + 0.5 * torch.eye(front + 16)) @ flow
+            flow = (0.5 * attention + 0.5 * torch.eye(n_prefix + 16)) @ flow
         row = {"cls": flow[0], "map": maps[-1][0] @ flow if len(maps) > 3 else None}.get(
-            vit.cfg.vit_pooling, flow[front:].mean(0)
+            vit.cfg.vit_pooling, flow[n_prefix:].mean(0)
         )
-        torch.testing.assert_close(found[n].flatten(), row[front:], rtol=0, atol=1e-5)
+        torch.testing.assert_close(found[n].flatten(), row[n_prefix:], rtol=0, atol=1e-5)
     assert found.sum((1, 2)).max() <= 1 + 1e-5
 
 
-def test_the_model_is_left_as_it_was(lively):
+def test_rollout_restores_the_model(lively):
     vit = vit_of(lively, vit_dropout=0.5).train()
     first = rollout(vit, images())
     assert vit.training and torch.equal(first, rollout(vit, images()))  # without dropout

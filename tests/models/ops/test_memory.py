@@ -1,4 +1,4 @@
-"""Activation checkpointing keeps less and learns the same."""
+"""Activation checkpointing stores less and does not change the gradients."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from models.vision_language_model import VisionLanguageModel
 
 
 @pytest.mark.parametrize("fields", [{}, dict(vit_cls_flag=True, vit_layer_scale=True)], ids=str)
-def test_recomputed_blocks_give_the_same_gradients(fields, small_model, make_sample):
-    """Bit for bit; and they are recomputed: every block runs twice."""
+def test_checkpointing_gives_the_same_gradients(fields, small_model, make_sample):
+    """Bit-identical, although every block runs twice."""
     model = small_model(**fields).train()
     ids, images = make_sample(model.cfg, 3, 20, seed=0)
     runs, found = [], []
@@ -32,7 +32,7 @@ def test_recomputed_blocks_give_the_same_gradients(fields, small_model, make_sam
     assert all(torch.equal(a, b) for a, b in zip(kept, again))
     runs.clear()
     model.eval()(ids[None], images)
-    assert len(runs) == 5, "nothing is recomputed in evaluation"
+    assert len(runs) == 5, "evaluation recomputes nothing"
 
 
 PARTS = ("vision", "language")
@@ -40,13 +40,13 @@ PARTS = ("vision", "language")
 
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
 @pytest.mark.parametrize("parts", [("vision",), ("language",), PARTS], ids=str)
-def test_a_part_that_is_asked_to_keeps_less_and_learns_the_same(small_config, parts, lora):
-    """Packed, with every kind of dropout: losses and gradients bit for bit."""
+def test_checkpointed_parts_store_less_and_train_the_same(small_config, parts, lora):
+    """Packed rows with every kind of dropout: losses and gradients are bit-identical."""
     rates = dict(vit_dropout=0.1, vit_drop_path=0.2, lm_dropout=0.1)
     torch.manual_seed(0)
     model = VisionLanguageModel(small_config(vit_n_blocks=4, **rates)).train()
     if lora:
-        pytest.importorskip("peft", reason="peft is not installed: adapters are not tested")
+        pytest.importorskip("peft", reason="peft is not installed")
         adapters.attach_adapters(model, TrainConfig(lora=PARTS, freeze=("projector",)))
         build_optimizer(model.parts, TrainConfig(lora=PARTS, freeze=("projector",)))
     tile = model.cfg.tokens_per_tile
@@ -73,6 +73,6 @@ def test_a_part_that_is_asked_to_keeps_less_and_learns_the_same(small_config, pa
         loss.backward()
         grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         found.append((kept, loss.detach(), torch.get_rng_state(), *grads))
-    (whole, *first), (less, *second) = found
+    (whole, *first), (checkpointed, *second) = found
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)) and len(first) > 20
-    assert less < {("vision",): 0.85, ("language",): 0.75, PARTS: 0.4}[parts] * whole
+    assert checkpointed < {("vision",): 0.85, ("language",): 0.75, PARTS: 0.4}[parts] * whole

@@ -1,4 +1,4 @@
-"""Every fast operation is its plain reference: value, gradients, under autocast and compiled."""
+"""Every fast operation equals its plain reference: value and gradients, in bf16 and compiled."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def qkv(n_tokens: int = 9) -> list[torch.Tensor]:
 
 
 def linear_head(weight: torch.Tensor) -> nn.Linear:
-    """A plain head around a weight, which may be no leaf."""
+    """A linear head with this weight, which may be a non-leaf tensor."""
     head = nn.Linear(*weight.shape[::-1], bias=False)
     del head.weight
     head.weight = weight
@@ -55,7 +55,7 @@ OPS = {
         qkv,
     ),
     "masked": (lambda *x: attention(*x, MASK), lambda *x: attention_reference(*x, MASK), qkv),
-    "lone query": (
+    "single query": (
         lambda *x: attention(*x, causal=True),
         lambda *x: attention_reference(*x, causal=True),
         lambda: qkv(1),
@@ -85,8 +85,8 @@ def value_and_gradients(operation, inputs: list[torch.Tensor]) -> list[torch.Ten
 def test_value_and_gradients(name):
     operation, reference, inputs = OPS[name]
     found, expected = (value_and_gradients(f, inputs()) for f in (operation, reference))
-    for mine, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+    for actual, value in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, value, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
         x = inputs()
         torch.testing.assert_close(operation(*x), reference(*x), rtol=1e-5, atol=1e-5)
@@ -94,37 +94,37 @@ def test_value_and_gradients(name):
 
 @pytest.mark.parametrize("name", OPS)
 def test_under_autocast_and_in_bf16(name):
-    """As near to the fp32 reference as rounding to 8 bits allows."""
+    """Close to the fp32 reference, within the rounding of bf16."""
     operation, reference, inputs = OPS[name]
     expected = value_and_gradients(reference, inputs())
     with torch.autocast("cpu", torch.bfloat16):
         found = [value_and_gradients(operation, inputs())]
-    if name != "token_loss":  # its weights stay in fp32 in training
+    if name != "token_loss":  # training keeps its weights in fp32
         x = [t.detach().bfloat16().requires_grad_() for t in inputs()]
         found.append(value_and_gradients(operation, x))
     for values in found:
-        for mine, other in zip(values, expected, strict=True):
-            assert (mine - other).norm() <= 0.02 * other.norm() + 1e-6
+        for actual, value in zip(values, expected, strict=True):
+            assert (actual - value).norm() <= 0.02 * value.norm() + 1e-6
 
 
 @pytest.mark.parametrize("name", OPS)
 def test_compiled(name):
     torch._dynamo.reset()
     operation, _, inputs = OPS[name]
-    if name == "token_loss":  # a module made inside cannot be traced; the head of a model is not
-        pytest.skip("the loss runs outside of compiled blocks")
-    plain, made = (
+    if name == "token_loss":
+        pytest.skip("training compiles blocks only, not the loss")
+    eager, compiled = (
         value_and_gradients(f, inputs())
         for f in (operation, torch.compile(operation, backend="aot_eager"))
     )
-    for mine, other in zip(made, plain, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+    for actual, value in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(actual, value, rtol=1e-5, atol=1e-5)
     torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("name", ["rms_norm", "swiglu", "token_loss"])
-def test_a_second_derivative_is_refused(name):
-    """Hand-written gradients would silently be constants in it."""
+def test_second_derivatives_raise(name):
+    """Otherwise autograd would silently treat hand-written gradients as constants."""
     operation, _, inputs = OPS[name]
     x = inputs()
     (grad, *_) = torch.autograd.grad(operation(*x).sum(), x, create_graph=True)
@@ -132,8 +132,8 @@ def test_a_second_derivative_is_refused(name):
         torch.autograd.grad(grad.sum(), x)
 
 
-def test_a_head_with_a_hook_or_another_class_is_called():
-    """LoRA on the head and forward hooks act in training, too; the loss and gradient are right."""
+def test_heads_with_hooks_and_subclasses_are_called():
+    """Forward hooks and LoRA on the head then also apply in training."""
     x, w = tensors((7, 6), (11, 6))
     calls = []
     hooked = linear_head(w)
@@ -154,8 +154,8 @@ def test_a_head_with_a_hook_or_another_class_is_called():
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_a_copy_cast_once_gives_the_bits_of_three(autocast):
-    """Value and gradients of three layers, and fewer copies kept for backward."""
+def test_cast_once_is_bit_identical(autocast):
+    """Value and gradients of three layers are equal, with fewer copies stored for backward."""
     layers = nn.ModuleList(nn.Linear(16, 8, bias=False) for _ in range(3))
     g = torch.Generator().manual_seed(3)
     found = []
@@ -169,11 +169,11 @@ def test_a_copy_cast_once_gives_the_bits_of_three(autocast):
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                y = x * 1  # autocast shares the copies of a leaf, not of an activation
+                y = x * 1  # an activation: autocast caches casts of leaves only
                 out = sum(layer(z).square() for layer, z in zip(layers, cast(y, 3)))
         grads = torch.autograd.grad(out.float().sum(), (x, *layers.parameters()))
         n_copies = sum(t.shape == (5, 16) for t in kept.values())
         found.append((n_copies, out, *grads))
-    (few, *ours), (many, *plain) = found
-    assert (few, many) == ((1, 3) if autocast else (1, 1))
-    assert all(map(torch.equal, ours, plain))
+    (n_once, *once), (n_plain, *plain) = found
+    assert (n_once, n_plain) == ((1, 3) if autocast else (1, 1))
+    assert all(map(torch.equal, once, plain))

@@ -1,4 +1,4 @@
-"""RoPE is transformers', for every rope type."""
+"""RoPE equals transformers' for every rope type."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from models.ops.rope import apply_rope, rope_frequencies, rope_tables
 ROPES = {
     "default": (dict(rope_type="default"), {}),
     "linear": (dict(rope_type="linear", factor=4.0), dict(lm_rope_factor=4.0)),
-    "llama3": (  # of the 8 wavelengths some are kept, some blended, some stretched
+    "llama3": (  # of 8 frequencies some are kept, some blended, some divided
         dict(
             rope_type="llama3",
             factor=8.0,
@@ -32,7 +32,7 @@ ROPES = {
 
 
 @pytest.mark.parametrize("kind", ROPES)
-def test_rope_is_transformers(kind):
+def test_rope_equals_transformers(kind):
     parameters, fields = ROPES[kind]
     cfg = LMConfig(lm_hidden_dim=64, lm_n_heads=4, lm_re_base=5000.0, lm_rope_type=kind, **fields)
     reference = LlamaRotaryEmbedding(
@@ -50,11 +50,11 @@ def test_rope_is_transformers(kind):
     g = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 4, 5, 16, generator=g), torch.randn(2, 2, 5, 16, generator=g)
     cos, sin = rope_tables(freq, positions, torch.float32)
-    wanted = apply_rotary_pos_emb(q, k, *reference(q, positions))
+    expected = apply_rotary_pos_emb(q, k, *reference(q, positions))
     found = (apply_rope(x.transpose(1, 2), cos, sin).transpose(1, 2) for x in (q, k))
-    for mine, others in zip(found, wanted, strict=True):
-        # Positions to 100 amplify the last bit of a frequency to 100 * 6e-8.
-        torch.testing.assert_close(mine, others, rtol=0, atol=2e-5)
+    for actual, value in zip(found, expected, strict=True):
+        # Positions up to 100 amplify the rounding of a frequency to 100 * 6e-8.
+        torch.testing.assert_close(actual, value, rtol=0, atol=2e-5)
     if kind == "llama3":
         plain = rope_frequencies(LMConfig(lm_hidden_dim=64, lm_n_heads=4, lm_re_base=5000.0))
         ratio = plain / freq
@@ -69,7 +69,7 @@ def test_rope_tables_are_computed_in_fp32_then_cast():
 
 
 def test_rotation_and_its_gradient_keep_the_layout():
-    """A projection's output is token-major; a copy of it would cost as much as the rotation."""
+    """Projections return token-major tensors; copying one would cost as much as the rotation."""
     x = torch.randn(2, 5, 3, 8).requires_grad_()  # [B, T, H, C]
     cos, sin = rope_tables(torch.rand(4), torch.arange(5).expand(2, 5), torch.float32)
     out = apply_rope(x, cos, sin)
@@ -78,6 +78,6 @@ def test_rotation_and_its_gradient_keep_the_layout():
     plain = x * cos + torch.cat((-second, first), dim=-1) * sin[..., 4:].repeat(1, 1, 1, 2)
     torch.testing.assert_close(out, plain)
     cotangent = torch.randn(out.shape)
-    (mine,) = torch.autograd.grad(out, x, cotangent)
-    (wanted,) = torch.autograd.grad(plain, x, cotangent)
-    torch.testing.assert_close(mine, wanted)
+    (actual,) = torch.autograd.grad(out, x, cotangent)
+    (expected,) = torch.autograd.grad(plain, x, cotangent)
+    torch.testing.assert_close(actual, expected)

@@ -1,7 +1,7 @@
-"""The Hub round trip over HTTP, against a small hub on loopback that the tests start.
+"""Push to and pull from the Hub over HTTP, with a small Hub server on 127.0.0.1.
 
-It holds repositories in memory and answers the calls that pushing and pulling make. Repositories of
-user `broken` answer with the status that their name says, or drop the connection.
+The server stores repositories in memory. Repositories of user `broken` answer with the HTTP status
+in their name, or drop the connection.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from pathlib import Path
 import pytest
 
 from config_tools import InputError
-from models.pretrained import hub as our_hub
+from models.pretrained import hub as hub_module
 
 ROOT = Path(__file__).parents[3]
 
 
 class Hub:
-    """`with Hub() as hub:` serves at `hub.url`; `hub.repos[id]` is what it holds."""
+    """`with Hub() as hub:` serves at `hub.url`; `hub.repos[id]` is a stored repository."""
 
     def __init__(self):
         self.repos: dict[str, dict] = {}  # id -> {"private", "commits": [(sha, {path: bytes})]}
@@ -45,7 +45,7 @@ class Hub:
         self.server.server_close()
 
     def files(self, repo: str, revision: str = "main") -> tuple[str, dict] | None:
-        """(sha, files) of a revision; None if there is none of that name."""
+        """(sha, files) of a revision; None if it does not exist."""
         commits = self.repos[repo]["commits"]
         if revision == "main":
             return commits[-1]
@@ -93,7 +93,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.hang_up()
         status = int(name.removeprefix("status"))
         code = {401: "RepoNotFound", 404: "RepoNotFound"}.get(status, "")
-        return self.reply(status, {"error": "as asked"}, code)
+        return self.reply(status, {"error": "requested"}, code)
 
     def may_see(self, repo: str) -> bool:
         known = self.hub.repos.get(repo)
@@ -103,11 +103,11 @@ class Handler(BaseHTTPRequestHandler):
         return not hidden
 
     def create(self, body: bytes) -> None:
-        asked = json.loads(body)
-        if asked.get("organization") == "broken":
-            return self.fail(asked["name"])
-        repo = f"{asked.get('organization') or 'user'}/{asked['name']}"
-        private = asked.get("private") or asked.get("visibility") == "private"
+        request = json.loads(body)
+        if request.get("organization") == "broken":
+            return self.fail(request["name"])
+        repo = f"{request.get('organization') or 'user'}/{request['name']}"
+        private = request.get("private") or request.get("visibility") == "private"
         if repo in self.hub.repos:
             return self.reply(409, {"url": f"{self.hub.url}/{repo}"})
         self.hub.repos[repo] = {"private": bool(private), "commits": [("0" * 40, {})]}
@@ -212,7 +212,7 @@ def hub():
 
 @pytest.fixture
 def run(hub, tmp_path, python):
-    """Run Python with `hub` as the Hub -> the finished process; waits between retries are cut."""
+    """Run Python with `hub` as the Hub and without waits between retries; returns the process."""
     (tmp_path / "sitecustomize.py").write_text("import time\ntime.sleep = lambda s: None\n")
 
     def run(*argv: str, **env: str) -> subprocess.CompletedProcess:
@@ -234,18 +234,18 @@ PULL = """
 import sys, torch
 from models.vision_language_model import VisionLanguageModel
 revision = sys.argv[3] if len(sys.argv) > 3 else None
-there = VisionLanguageModel.from_pretrained(sys.argv[1], revision=revision)
-here = VisionLanguageModel.from_pretrained(sys.argv[2])
-assert there.cfg == here.cfg
-print(sum(torch.equal(p, q) for p, q in zip(there.parameters(), here.parameters())))
+pulled = VisionLanguageModel.from_pretrained(sys.argv[1], revision=revision)
+local = VisionLanguageModel.from_pretrained(sys.argv[2])
+assert pulled.cfg == local.cfg
+print(sum(torch.equal(p, q) for p, q in zip(pulled.parameters(), local.parameters())))
 """
 
 
-def test_there_and_back(hub, run, small_checkpoint, tmp_path):
-    """Create, push, list, pull by id and by revision, then once more without a network."""
+def test_push_and_pull(hub, run, small_checkpoint, tmp_path):
+    """Create, push, list, pull by id and by revision, then pull from the cache when offline."""
     done = run(str(ROOT / "export.py"), str(small_checkpoint), "--push", "user/name")
     assert done.returncode == 0 and done.stdout == f"{hub.url}/user/name\n", done.stderr
-    assert hub.repos["user/name"]["private"], "private unless asked otherwise"
+    assert hub.repos["user/name"]["private"], "private by default"
     assert all(auth == "Bearer hf_token" for _, path, auth in hub.calls if "/models/" in path)
     first, files = hub.files("user/name")
     assert set(files) == {path.name for path in small_checkpoint.iterdir()} | {"README.md"}
@@ -261,9 +261,9 @@ def test_there_and_back(hub, run, small_checkpoint, tmp_path):
     n_calls = len(hub.calls)
     pulled = run("-c", PULL, "user/name", str(small_checkpoint), first, HF_HUB_OFFLINE="1")
     assert pulled.returncode == 0 and len(hub.calls) == n_calls, pulled.stderr
-    said = run(str(ROOT / "generate.py"), "user/other", HF_HUB_OFFLINE="1")
-    assert said.returncode == 2 and len(hub.calls) == n_calls
-    assert "user/other: no such" in said.stderr and "HF_HUB_OFFLINE is set" in said.stderr
+    done = run(str(ROOT / "generate.py"), "user/other", HF_HUB_OFFLINE="1")
+    assert done.returncode == 2 and len(hub.calls) == n_calls
+    assert "user/other: no such" in done.stderr and "HF_HUB_OFFLINE is set" in done.stderr
 
 
 PARTS = """
@@ -279,8 +279,8 @@ print(sorted(n for n, x in model.state_dict().items() if not torch.equal(x, agai
 """
 
 
-def test_an_encoder_and_a_decoder_alone(hub, run, small_checkpoint):
-    """Only the projector, which neither holds, is new."""
+def test_push_encoder_and_decoder(hub, run, small_checkpoint):
+    """Only the projector, which is in neither repository, differs."""
     done = run("-c", PARTS, str(small_checkpoint))
     vision, language, different = done.stdout.splitlines()
     assert vision == f"{hub.url}/user/vision", done.stderr
@@ -290,21 +290,23 @@ def test_an_encoder_and_a_decoder_alone(hub, run, small_checkpoint):
     assert not hub.repos["user/language"]["private"]
 
 
-def test_a_public_one_is_asked_for(hub, run, small_checkpoint):
+def test_public_repositories(hub, run, small_checkpoint):
     done = run(str(ROOT / "export.py"), str(small_checkpoint), "--push", "user/p", "--public")
     assert done.returncode == 0 and not hub.repos["user/p"]["private"], done.stderr
-    asked = run(str(ROOT / "generate.py"), "user/p", "--prompt", "Hi", HF_TOKEN="")
-    assert asked.returncode == 0 and asked.stdout.strip(), asked.stderr
+    done = run(str(ROOT / "generate.py"), "user/p", "--prompt", "Hi", HF_TOKEN="")
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
 
 
 def test_an_interrupted_push_resumes(hub, run, small_checkpoint):
-    """Two large files; the connection drops after the first. The second try sends one only."""
+    """The connection drops after the first of two large files; the second push sends the other."""
     hub.drop_after = 1
     argv = str(ROOT / "export.py"), str(small_checkpoint), "--push", "user/name"
     done = run(*argv)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert "user/name: not pushed" in done.stderr and "no connection" in done.stderr
-    assert len(hub.blobs) == 1 and hub.files("user/name")[1] == {}, "no half commit"
+    assert len(hub.blobs) == 1 and hub.files("user/name")[1] == {}, (
+        "an interrupted push commits nothing"
+    )
     hub.drop_after, sent = None, list(hub.blobs)
     hub.calls.clear()
     done = run(*argv)
@@ -321,26 +323,26 @@ from models.pretrained import hub
 for name in sys.argv[2:]:
     for what in (lambda: hub.push(sys.argv[1], name), lambda: hub.find(name)):
         try:
-            print("went through:", what())
+            print("no error:", what())
         except InputError as error:
             print(str(error).replace(chr(10), "NEWLINE"))
 """
-SAYS = {
+MESSAGES = {
     "status401": "the login is missing or not valid; run `hf auth login`",
-    "status403": "the login has no access to it",
+    "status403": "the login has no access to the repository",
     "status404": "no such repository is visible to this login",
     "status500": "the Hub answered 500; try again later",
     "dropped": "no connection to http://127.0.0.1",
 }
 
 
-def test_every_refusal_is_one_sentence(run, tmp_path):
+def test_every_failure_is_one_sentence(run, tmp_path):
     (tmp_path / "up").mkdir()
     (tmp_path / "up" / "config.json").write_text("{}")
-    done = run("-c", REFUSALS, str(tmp_path / "up"), *[f"broken/{name}" for name in SAYS])
+    done = run("-c", REFUSALS, str(tmp_path / "up"), *[f"broken/{name}" for name in MESSAGES])
     lines = done.stdout.splitlines()
-    assert done.returncode == 0 and len(lines) == 2 * len(SAYS), done.stderr
-    for i, (name, words) in enumerate(SAYS.items()):
+    assert done.returncode == 0 and len(lines) == 2 * len(MESSAGES), done.stderr
+    for i, (name, words) in enumerate(MESSAGES.items()):
         pushed, pulled = lines[2 * i : 2 * i + 2]
         assert pushed.startswith(f"broken/{name}: not pushed: {words}"), pushed
         assert pulled.startswith(f"broken/{name}: no such checkpoint directory, "), pulled
@@ -348,12 +350,12 @@ def test_every_refusal_is_one_sentence(run, tmp_path):
         assert "NEWLINE" not in pushed + pulled and pulled.endswith(".") and pushed.endswith(".")
 
 
-def test_a_private_repository_and_a_revision_that_is_not_there(hub, run, small_checkpoint):
+def test_private_repository_and_missing_revision(hub, run, small_checkpoint):
     hub.repos["user/secret"] = {"private": True, "commits": [("a" * 40, {})]}
     done = run("-c", PULL, "user/secret", str(small_checkpoint), HF_TOKEN="")
     assert "the login is missing or not valid" in done.stderr.splitlines()[-1]
     done = run("-c", PULL, "user/secret", str(small_checkpoint), "v9")
-    assert "from the Hub at revision v9 failed: it has no such revision" in done.stderr
+    assert "from the Hub at revision v9 failed: the repository has no such revision" in done.stderr
 
 
 def test_no_login_and_no_network(run, small_checkpoint):
@@ -364,19 +366,19 @@ def test_no_login_and_no_network(run, small_checkpoint):
     assert done.returncode == 2 and "no connection to http://127.0.0.1:9" in done.stderr
 
 
-def test_names_that_are_none(tmp_path, monkeypatch):
+def test_invalid_repository_names(tmp_path, monkeypatch):
     (tmp_path / "inside").mkdir()
     monkeypatch.chdir(tmp_path / "inside")
     for name in ("name", "a/b/c", "user/na me", "/user", "../up/x"):
-        with pytest.raises(InputError, match="is not the name of a repository"):
-            our_hub.push(tmp_path, name)
+        with pytest.raises(InputError, match="is not a repository name"):
+            hub_module.push(tmp_path, name)
     for name in ("a/b/c", "/nowhere/x", "../x", "~/x", "user/na me"):
         with pytest.raises(InputError, match=r": no such checkpoint directory\.$"):
-            our_hub.find(name)
+            hub_module.find(name)
 
 
-def test_training_pushes_at_its_end(hub, run, run_file, tmp_path, minute_config, monkeypatch):
-    """With the run's record on the card; name and login are checked before the first step."""
+def test_training_pushes_at_the_end(hub, run, run_file, tmp_path, minute_config, monkeypatch):
+    """The model card describes the run; name and login are checked before the first step."""
     argv = [str(ROOT / "train.py"), str(run_file()), "--train.steps", "2"]
     assert "must be user/name" in run(*argv, "--train.push", "name").stderr
     done = run(*argv, "--train.push", "user/run", HF_TOKEN="")

@@ -1,4 +1,4 @@
-"""Saving and loading whole models: bit for bit, with transformers, and damaged directories."""
+"""Saving and loading whole models: bit-identical, in transformers, and from damaged files."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_save_and_load_is_bit_identical(name, small_model, samples, pad_rows, tm
 
 
 def test_loaded_tensors_are_aligned(saved):
-    """MKL rounds differently unless tensors are aligned, and resuming is then not bit for bit."""
+    """MKL rounds products of unaligned tensors differently; resuming would not be bit-identical."""
     _, directory = saved
     with safe_open(directory / "model.safetensors", "pt") as file:
         names = list(file.keys())
@@ -87,7 +87,7 @@ def test_loaded_tensors_are_aligned(saved):
     assert {p.data_ptr() % 64 for p in model.parameters()} == {0}
 
 
-def test_a_loaded_tied_model_stays_tied_in_training(saved):
+def test_tied_weights_stay_tied_in_training(saved):
     _, directory = saved
     model = VisionLanguageModel.from_pretrained(directory)
     ids = torch.full((1, 4), 9)
@@ -96,7 +96,7 @@ def test_a_loaded_tied_model_stays_tied_in_training(saved):
     assert torch.equal(model.decoder.head.weight, model.decoder.token_embedding.weight)
 
 
-def test_bf16_survives(small_model, tmp_path):
+def test_bf16_is_kept(small_model, tmp_path):
     model = small_model().bfloat16()
     model.save_pretrained(tmp_path)
     assert read_config(tmp_path)["torch_dtype"] == "bfloat16"
@@ -107,7 +107,7 @@ def test_bf16_survives(small_model, tmp_path):
 
 @pytest.mark.parametrize("name", IDEFICS3)
 @torch.no_grad()
-def test_transformers_opens_it(name, small_model, samples, pad_rows, tmp_path):
+def test_transformers_loads_it(name, small_model, samples, pad_rows, tmp_path):
     """Alone and as a batch of unequal tile counts, which transformers pads with all-zero images."""
     model = small_model(**IDEFICS3[name])
     model.save_pretrained(tmp_path)
@@ -121,18 +121,18 @@ def test_transformers_opens_it(name, small_model, samples, pad_rows, tmp_path):
     ids, images, mask = pad_rows(model.cfg, samples, "left")
     padded = torch.zeros(2, 2, 3, 16, 16)
     padded[0], padded[1, 0] = images[:2], images[2]
-    wanted = reference(input_ids=ids, attention_mask=mask, pixel_values=padded).logits
-    assert wanted.std() > 0.3, "logits large enough for the tolerance to mean something"
+    expected = reference(input_ids=ids, attention_mask=mask, pixel_values=padded).logits
+    assert expected.std() > 0.3, "logits must be large compared with the tolerance"
     real = mask.bool()
-    torch.testing.assert_close(model(ids, images, mask)[0][real], wanted[real], rtol=0, atol=1e-5)
+    torch.testing.assert_close(model(ids, images, mask)[0][real], expected[real], rtol=0, atol=1e-5)
     one, tiles = samples[0]
-    wanted = reference(input_ids=one[None], pixel_values=tiles[None]).logits
-    torch.testing.assert_close(model(one[None], tiles)[0], wanted, rtol=0, atol=1e-5)
+    expected = reference(input_ids=one[None], pixel_values=tiles[None]).logits
+    torch.testing.assert_close(model(one[None], tiles)[0], expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("fields", [{}, dict(lm_tie_weights=False), LLAMA3], ids=str)
-def test_config_json_has_every_key_somebody_needs(fields, small_model, tmp_path):
-    """Without any of these keys some engine silently uses its default."""
+def test_config_json_has_every_key_that_engines_need(fields, small_model, tmp_path):
+    """Without one of these keys, some inference engine silently uses its default."""
     model = small_model(**fields)
     model.save_pretrained(tmp_path)
     config = read_config(tmp_path)
@@ -142,7 +142,7 @@ def test_config_json_has_every_key_somebody_needs(fields, small_model, tmp_path)
     assert (config["image_token_id"], config["scale_factor"], config["vocab_size"]) == (3, 2, 101)
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     assert config.items() >= ids.items() and text.items() >= ids.items()
-    # transformers 5 obeys the top flag, 4 and vLLM the text flag; MLX-VLM knows no tied head.
+    # transformers 5 reads the top flag, 4 and vLLM the text flag; MLX-VLM has no tied head.
     assert config["tie_word_embeddings"] is text["tie_word_embeddings"] is False
     assert text["model_type"] == "llama"
     assert text["architectures"] == ["LlamaForCausalLM"]  # llama.cpp
@@ -163,7 +163,7 @@ def test_config_json_has_every_key_somebody_needs(fields, small_model, tmp_path)
     sizes = dict(hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_channels=3)
     sizes |= dict(num_attention_heads=2, image_size=16, patch_size=4, layer_norm_eps=1e-6)
     sizes |= dict(model_type="idefics3_vision", hidden_act="gelu_pytorch_tanh")
-    assert vision.items() >= sizes.items()  # the class defaults are SigLIP so400m's
+    assert vision.items() >= sizes.items()  # the defaults of the class are those of SigLIP so400m
 
     assert json.loads((tmp_path / "generation_config.json").read_text()) == ids | {
         "eos_token_id": [2]
@@ -179,7 +179,7 @@ def test_config_json_has_every_key_somebody_needs(fields, small_model, tmp_path)
 
 
 def refused(directory, *words: str) -> None:
-    """One sentence that names the thing."""
+    """The error is one sentence and contains the directory and `words`."""
     with pytest.raises(InputError) as error:
         VisionLanguageModel.from_pretrained(directory)
     message = str(error.value)
@@ -193,7 +193,7 @@ NORM = "model.text_model.layers.1.input_layernorm.weight"
 
 
 def test_a_leftover_a_missing_and_a_misshapen_tensor(saved, edit_weights):
-    """All three at once: the error lists both sides."""
+    """One error lists all of them."""
     _, directory = saved
 
     def edit(tensors):
@@ -213,22 +213,22 @@ def test_a_leftover_a_missing_and_a_misshapen_tensor(saved, edit_weights):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_of_a_run_that_had_diverged(saved, edit_weights, value):
-    """One number among all; it would answer every question with the same token."""
+def test_nan_and_infinite_weights_raise(saved, edit_weights, value):
+    """One such number makes the model answer every question with the same token."""
     _, directory = saved
     edit_weights(directory, lambda tensors: tensors[NORM][3:4].fill_(value))
-    refused(directory, f"NaN or infinite weights in {NORM}; take another copy")
+    refused(directory, f"NaN or infinite weights in {NORM}; use another checkpoint")
 
 
 @pytest.mark.parametrize("names", [[EMBED], ["lm_head.weight"]])
-def test_half_of_a_tied_pair_is_refused(names, saved, edit_weights):
-    """Our own files carry both, so that no reader has to guess."""
+def test_one_missing_tied_weight_raises(names, saved, edit_weights):
+    """picoVLM's own files hold both."""
     _, directory = saved
     edit_weights(directory, lambda tensors: [tensors.pop(name) for name in names])
     refused(directory, "missing", *names)
 
 
-def test_a_tied_config_with_another_head_is_refused(saved, edit_weights):
+def test_tied_config_with_different_head_raises(saved, edit_weights):
     _, directory = saved
     edit_weights(directory, lambda tensors: tensors["lm_head.weight"].add_(0.01))
     refused(directory, "lm_tie_weights", "differ")
@@ -279,7 +279,9 @@ def test_broken_configs(saved):
     write([1])
     refused(directory, "config.json", "JSON object")
     write({k: v for k, v in config.items() if k != "picovlm"})
-    refused(directory, "preprocessor_config.json: no such file")  # read as a published one, then
+    refused(
+        directory, "preprocessor_config.json: no such file"
+    )  # it is then read as a published checkpoint
     write({"model_type": "llava"})
     refused(directory, "config.json", "'llava'", "picovlm")
     write(config | {"picovlm": config["picovlm"] | {"vit_hiden_dim": 4}})
@@ -297,7 +299,7 @@ def test_broken_configs(saved):
 
 @pytest.fixture
 def sharded(saved):
-    """The same checkpoint in two shards, as transformers writes a large one."""
+    """The same checkpoint in two shards, as transformers writes large ones."""
     model, directory = saved
     tensors = load_file(directory / "model.safetensors")
     names = sorted(tensors)
@@ -320,15 +322,15 @@ def test_shards_load(sharded, samples, pad_rows):
     assert torch.equal(again(*batch)[0], model(*batch)[0])
 
 
-def test_what_is_saved_over_shards_is_what_loads(sharded, small_model, samples, pad_rows):
-    """In transformers too, which takes the single file where there are both."""
+def test_saving_over_shards_replaces_them(sharded, small_model, samples, pad_rows):
+    """Also in transformers, which prefers the single file if there are both."""
     _, directory, _ = sharded
     new = small_model(lm_n_blocks=2)
     batch = pad_rows(new.cfg, samples, "right")
     index = (directory / "model.safetensors.index.json").read_bytes()
     for both in (False, True):
         new.save_pretrained(directory)
-        if both:  # as of a Hub repository that had shards
+        if both:  # as in a Hub repository that had shards
             (directory / "model.safetensors.index.json").write_bytes(index)
         again = VisionLanguageModel.from_pretrained(directory).eval()
         assert torch.equal(again(*batch)[0], new(*batch)[0])
@@ -344,8 +346,8 @@ def test_a_missing_shard(sharded):
     "name",
     ["../x.safetensors", "/etc/x.safetensors", "sub/x.safetensors", "x.bin", "..", "", 7, None],
 )
-def test_an_index_reaches_no_other_file(name, sharded):
-    """Even when that file exists and is whole: a checkpoint is one directory."""
+def test_an_index_cannot_name_files_elsewhere(name, sharded):
+    """Even if that file exists and is valid: a checkpoint is one directory."""
     _, directory, weight_map = sharded
     outside = directory.parent / "x.safetensors"
     save_file({"lm_head.weight": torch.zeros(101, 48)}, outside)

@@ -17,7 +17,7 @@ from models.vision_language_model import VisionLanguageModel
 
 
 class Bomb:
-    """Unpickling it makes a file."""
+    """Unpickling it creates a directory."""
 
     def __init__(self, mark):
         self.mark = mark
@@ -43,7 +43,7 @@ def refused(directory, *words: str) -> None:
 
 
 def write_header(target, header: dict | bytes, size: int | None = None) -> None:
-    """A safetensors file with any header."""
+    """Write a safetensors file with any header."""
     data = header if isinstance(header, bytes) else json.dumps(header).encode()
     length = struct.pack("<Q", len(data) if size is None else size)
     (target / "model.safetensors").write_bytes(length + data + bytes(64))
@@ -54,11 +54,13 @@ def test_a_pickle_instead_of_weights(name, target):
     (target / name).write_bytes(pickle.dumps(Bomb(target.parent / "harm")))
     (target / "model.safetensors").unlink()
     refused(target, "no such file", f"{name} is a pickle, which can run code and is never opened")
-    shutil.copy(target / name, target / "model.safetensors")  # under the right name, too
+    shutil.copy(
+        target / name, target / "model.safetensors"
+    )  # the same file under the expected name
     refused(target, "not a whole safetensors file")
 
 
-def test_a_pickle_beside_the_weights_is_not_looked_at(target):
+def test_a_pickle_next_to_the_weights_is_ignored(target):
     (target / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(target.parent / "harm")))
     VisionLanguageModel.from_pretrained(target)
     assert not (target.parent / "harm").exists()
@@ -69,25 +71,23 @@ def test_a_pickle_in_the_index(target):
     index = {"weight_map": {"lm_head.weight": "evil.bin"}}
     (target / "model.safetensors.index.json").write_text(json.dumps(index))
     (target / "model.safetensors").unlink()
-    refused(target, "'evil.bin' is not the name of a safetensors file beside it")
+    refused(target, "'evil.bin' is not a safetensors file in the same directory")
 
 
-def test_a_pickle_as_the_state_of_a_run(target):
-    """Resuming reads tensors and plain values alone."""
+def test_a_pickle_as_training_state(target):
+    """Resuming reads tensors and plain values only."""
     (target / "state.pt").write_bytes(pickle.dumps(Bomb(target.parent / "harm")))
     with pytest.raises(InputError, match=r"state\.pt: damaged"):
         load_state(target, None)
     assert not (target.parent / "harm").exists()
 
 
-@pytest.mark.parametrize(
-    "where", ["top", "text_config of a published one"], ids=["own", "published"]
-)
-def test_code_of_its_own(where, target, edit_config):
+@pytest.mark.parametrize("is_published", [False, True], ids=["own", "published"])
+def test_code_in_a_checkpoint(is_published, target, edit_config):
     harm = str(target.parent / "harm")
     (target / "modeling_evil.py").write_text(f"import os; os.mkdir({harm!r})")
     edit_config(target, auto_map={"AutoModel": "modeling_evil.Evil"})
-    if where != "top":
+    if is_published:
         config = json.loads((target / "config.json").read_text())
         del config["picovlm"]
         (target / "config.json").write_text(json.dumps(config))
@@ -100,7 +100,7 @@ def test_code_of_its_own(where, target, edit_config):
      {"lm_vocab_size": 10**40}, {"vit_img_size": 8 * 10**12, "max_img_size": 8 * 10**12}],
     ids=str,
 )  # fmt: skip
-def test_absurd_sizes_in_the_config(own, target, edit_config):
+def test_huge_sizes_in_the_config(own, target, edit_config):
     config = json.loads((target / "config.json").read_text())
     edit_config(target, picovlm=config["picovlm"] | own)
     refused(target, "config.json")
@@ -120,17 +120,17 @@ def test_absurd_sizes_in_the_config(own, target, edit_config):
     ],
     ids=lambda h: str(h)[:60],
 )
-def test_absurd_shapes_in_the_weights(header, target):
+def test_invalid_headers_of_the_weights(header, target):
     write_header(target, header)
     refused(target, "not a whole safetensors file")
 
 
-def test_a_header_that_claims_the_memory(target):
+def test_a_header_of_huge_size(target):
     write_header(target, {}, size=2**63)
     refused(target, "not a whole safetensors file")
 
 
-def test_a_tensor_of_another_size_is_named(target):
+def test_a_tensor_of_another_shape_is_named(target):
     tensors = load_file(target / "model.safetensors")
     tensors["lm_head.weight"] = tensors["lm_head.weight"][:3].clone()
     save_file(tensors, target / "model.safetensors")

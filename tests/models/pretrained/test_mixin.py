@@ -1,4 +1,4 @@
-"""`from_pretrained`, `save_pretrained` and `push_to_hub` of every class are those of the mixin."""
+"""Every model class has `from_pretrained`, `save_pretrained` and `push_to_hub` of the mixin."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VISION = dict(vit_cls_flag=True, vit_n_classes=3)
 
 @pytest.fixture(params=[ViT, Classifier, LanguageModel, VisionLanguageModel])
 def saved(request, small_model, randomise, tmp_path):
-    """(model, what its class's from_pretrained takes to load it again from `tmp_path`)."""
+    """(model, argument of from_pretrained that loads it again from `tmp_path`)."""
     cls = request.param
     if cls is VisionLanguageModel:
         return small_model(), tmp_path
@@ -41,7 +41,7 @@ def test_every_class_saves_and_loads(saved, tmp_path):
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
-def test_a_push_uploads_what_is_saved(saved, monkeypatch):
+def test_push_uploads_the_saved_files(saved, monkeypatch):
     model, _ = saved
     pushed = {}
 
@@ -57,14 +57,14 @@ def test_a_push_uploads_what_is_saved(saved, monkeypatch):
 
 
 @pytest.mark.parametrize("cls", [ViT, Classifier, LanguageModel, VisionLanguageModel])
-def test_the_methods_are_written_once(cls):
+def test_methods_are_defined_in_the_mixin_only(cls):
     assert cls in LOADERS and cls in SAVERS
     for name in ("from_pretrained", "save_pretrained", "push_to_hub"):
         owner = next(base for base in cls.__mro__ if name in vars(base))
         assert owner is PretrainedMixin, f"{cls.__name__}.{name}"
 
 
-def test_a_processor_writes_its_files(small_model, tmp_path):
+def test_processor_files_are_saved(small_model, tmp_path):
     class Processor:
         def save(self, directory) -> None:
             (Path(directory) / "tokenizer.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""Vision encoders: loaded from transformers' classes and saved for them, tensor by tensor."""
+"""Vision encoders: loaded from checkpoints of transformers' classes and saved for these classes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from configs import ViTConfig
 from models.pretrained.load import LAYOUTS
 from models.vision_transformer import ViT
 
-# Large epsilons make a wrong one visible; sizes differ wherever they may.
+# A large epsilon makes a wrong one visible; different sizes reveal swapped dimensions.
 SIZES = dict(
     hidden_size=32, num_attention_heads=2, num_hidden_layers=2, image_size=16, patch_size=4,
     layer_norm_eps=1e-3,
@@ -52,7 +52,7 @@ def load_vit(folder, **fields) -> ViT:
 
 
 def features(reference, x: torch.Tensor) -> torch.Tensor:
-    """All tokens after the last norm, which CLIP applies to one token only."""
+    """All tokens after the last norm, which transformers' CLIP applies to the CLS token only."""
     hidden = reference(x).last_hidden_state
     norm = getattr(reference, "post_layernorm", None) or getattr(
         getattr(reference, "vision_model", None), "post_layernorm", None
@@ -61,11 +61,11 @@ def features(reference, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.fixture(params=VISION)
-def encoder(request, tmp_path, shake):
+def encoder(request, tmp_path, randomise_all):
     """(transformers' model, the directory it saved)."""
     torch.manual_seed(0)
     cls, config = VISION[request.param]
-    reference = shake(cls(config))
+    reference = randomise_all(cls(config))
     reference.save_pretrained(tmp_path / "reference")
     return reference, tmp_path / "reference"
 
@@ -77,9 +77,9 @@ def encoder(request, tmp_path, shake):
 def test_encoders_equal_transformers_both_ways(encoder, tmp_path):
     reference, folder = encoder
     model = load_vit(folder, vit_dropout=0.1)
-    wanted = features(reference, images())
-    assert wanted.std() > 0.3, "features large enough for the tolerance to mean something"
-    close(model.forward_features(images()), wanted)
+    expected = features(reference, images())
+    assert expected.std() > 0.3, "features must be large compared with the tolerance"
+    close(model.forward_features(images()), expected)
     assert not model.training and all(p.requires_grad for p in model.parameters())
     assert model.cfg.vit_dropout == 0.1 and model.cfg.vit_model_type == str(folder)
 
@@ -88,7 +88,7 @@ def test_encoders_equal_transformers_both_ways(encoder, tmp_path):
     left = {n for n in info["missing_keys"] if not n.startswith(("head.", "pooler."))}
     assert left <= {"embeddings.mask_token"} and not info["unexpected_keys"]
     assert again.config.model_type == reference.config.model_type
-    close(features(again.eval(), images()), wanted)
+    close(features(again.eval(), images()), expected)
     twice = load_vit(tmp_path / "model")
     for (name, p), q in zip(model.named_parameters(), twice.parameters(), strict=True):
         assert torch.equal(p, q), name
@@ -98,29 +98,29 @@ def test_encoders_equal_transformers_both_ways(encoder, tmp_path):
 
 
 @torch.no_grad()
-def test_pooled_outputs_equal_transformers(tmp_path, shake):
+def test_pooled_outputs_equal_transformers(tmp_path, randomise_all):
     for name, pool in (("siglip", "map"), ("clip", "auto"), ("dinov2", "auto")):
-        reference = shake(VISION[name][0](VISION[name][1]))
+        reference = randomise_all(VISION[name][0](VISION[name][1]))
         reference.save_pretrained(tmp_path / name)
         model = load_vit(tmp_path / name, vit_pool=pool)
-        wanted = reference(images()).pooler_output
-        close(model(images()), wanted)
+        expected = reference(images()).pooler_output
+        close(model(images()), expected)
         model.save_pretrained(tmp_path / "again")
         again = type(reference).from_pretrained(tmp_path / "again").eval()
-        close(again(images()).pooler_output, wanted)
+        close(again(images()).pooler_output, expected)
 
 
 @torch.no_grad()
-def test_a_classifier_comes_along(tmp_path, shake):
+def test_classifiers_are_loaded_with_the_encoder(tmp_path, randomise_all):
     config = hf.ViTConfig(**WIDE, num_labels=5)
-    reference = shake(hf.ViTForImageClassification(config))
+    reference = randomise_all(hf.ViTForImageClassification(config))
     reference.save_pretrained(tmp_path / "reference")
     model = load_vit(tmp_path / "reference")
-    wanted = reference(images()).logits
-    close(model(images()), wanted)
+    expected = reference(images()).logits
+    close(model(images()), expected)
     model.save_pretrained(tmp_path / "model")
     again = hf.ViTForImageClassification.from_pretrained(tmp_path / "model").eval()
-    close(again(images()).logits, wanted)
+    close(again(images()).logits, expected)
     other = load_vit(tmp_path / "reference", vit_n_classes=7, vit_cls_flag=True)
     assert other(images()).shape == (3, 7)
     hidden = other.forward_features(images())
@@ -131,29 +131,29 @@ def test_a_classifier_comes_along(tmp_path, shake):
 
 
 @torch.no_grad()
-def test_the_vision_encoder_of_two_tower_models(tmp_path, shake):
-    """As on the Hub: both towers, nested configs with few keys, names with vision_model."""
+def test_vision_encoders_of_two_tower_models(tmp_path, randomise_all):
+    """As on the Hub: both towers, nested configs with few keys, names with a prefix."""
     text = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
     vision = dict(WIDE, layer_norm_eps=1e-6)
     for name, cls, config_cls in (
         ("siglip", hf.SiglipModel, hf.SiglipConfig),
         ("clip", hf.CLIPModel, hf.CLIPConfig),
     ):
-        reference = shake(cls(config_cls(text_config=text, vision_config=vision)))
+        reference = randomise_all(cls(config_cls(text_config=text, vision_config=vision)))
         reference.save_pretrained(tmp_path / name)
         model = load_vit(tmp_path / name)
-        wanted = reference.vision_model(images()).last_hidden_state
+        expected = reference.vision_model(images()).last_hidden_state
         if name == "clip":
-            wanted = reference.vision_model.post_layernorm(wanted)
-        close(model.forward_features(images()), wanted)
+            expected = reference.vision_model.post_layernorm(expected)
+        close(model.forward_features(images()), expected)
 
 
 @pytest.mark.parametrize("name", ["siglip", "clip", "vit", "dinov2"])
 @torch.no_grad()
-def test_either_prefix(name, tmp_path, edit_weights, shake):
+def test_every_prefix(name, tmp_path, edit_weights, randomise_all):
     cls, config = VISION[name]
-    shake(cls(config)).save_pretrained(tmp_path)
-    wanted = load_vit(tmp_path).forward_features(images())
+    randomise_all(cls(config)).save_pretrained(tmp_path)
+    expected = load_vit(tmp_path).forward_features(images())
     layout = next(each for each in LAYOUTS[ViT] if name in each.model_types[0])
     for prefix in layout.prefixes:
 
@@ -164,7 +164,7 @@ def test_either_prefix(name, tmp_path, edit_weights, shake):
             tensors |= {prefix + k: t for k, t in bare.items()}
 
         edit_weights(tmp_path, rename)
-        assert torch.equal(load_vit(tmp_path).forward_features(images()), wanted), prefix
+        assert torch.equal(load_vit(tmp_path).forward_features(images()), expected), prefix
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_either_prefix(name, tmp_path, edit_weights, shake):
      hf.Dinov2WithRegistersConfig()],
     ids=lambda c: c.model_type,
 )  # fmt: skip
-def test_absent_keys_mean_the_defaults_of_transformers(config):
+def test_absent_keys_get_the_defaults_of_transformers(config):
     layout = next(each for each in LAYOUTS[ViT] if config.model_type in each.model_types)
     absent = layout.read({"model_type": config.model_type}, "config.json")
     assert absent == layout.read(config.to_dict(), "config.json")
@@ -185,20 +185,20 @@ def test_absent_keys_mean_the_defaults_of_transformers(config):
 @pytest.mark.parametrize("name", ["siglip", "clip", "vit", "dinov2", "dinov2 with registers"])
 @pytest.mark.parametrize("size", [8, 24, 40])
 @torch.no_grad()
-def test_positions_are_resampled_as_in_transformers(name, size, tmp_path, capsys, shake):
+def test_positions_are_resampled_as_in_transformers(name, size, tmp_path, capsys, randomise_all):
     cls, config = VISION[name]
-    reference = shake(cls(config))
+    reference = randomise_all(cls(config))
     reference.save_pretrained(tmp_path)
     model = load_vit(tmp_path, vit_img_size=size)
     grid = size // 4
     assert f"4 x 4 patches resampled (bicubic) to {grid} x {grid}" in capsys.readouterr().err
     x = images(2, size)
-    # DINOv2 always interpolates, the others on request.
-    asked = {} if name.startswith("dinov2") else {"interpolate_pos_encoding": True}
-    wanted = reference(x, **asked).last_hidden_state
+    # DINOv2 always interpolates, the other encoders only on request.
+    options = {} if name.startswith("dinov2") else {"interpolate_pos_encoding": True}
+    expected = reference(x, **options).last_hidden_state
     if name == "clip":
-        wanted = reference.post_layernorm(wanted)
-    close(model.forward_features(x), wanted)
+        expected = reference.post_layernorm(expected)
+    close(model.forward_features(x), expected)
     load_vit(tmp_path)
     assert capsys.readouterr().err == ""
     with pytest.raises(InputError, match=r"vit_img_size = 18: must be a multiple .* = 4"):
@@ -219,40 +219,43 @@ def test_tensors_that_do_not_match(encoder, damage):
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"model_type": "siglip2"}, "model_type = 'siglip2': must be one of siglip"),
         ({"model_type": None}, "model_type = None"),
         ({"hidden_act": "mish"}, "hidden_act = 'mish': must be one of gelu_pytorch_tanh"),
         ({"hidden_size": "wide"}, "vit_hidden_dim = 'wide': must be int"),
         ({"hidden_size": -5}, "vit_hidden_dim = -5: must be greater than 0"),
-        ({"hidden_size": 10**30, "num_attention_heads": 1}, "no model has such sizes"),
-        ({"num_hidden_layers": 10**9}, "blocks = 1000000000: the file has 37 tensors"),
+        (
+            {"hidden_size": 10**30, "num_attention_heads": 1},
+            "a model of these sizes cannot be built",
+        ),
+        ({"num_hidden_layers": 10**9}, "blocks = 1000000000: exceed the file's 37 tensors"),
         ({"attention_dropout": 0.1}, "attention_dropout = 0.1: is not supported"),
         ({"auto_map": {"AutoModel": "x.py--Y"}}, "auto_map asks for custom code"),
-        ({"vision_config": 7}, "not the config of such a model"),
+        ({"vision_config": 7}, "not a valid config of this model type"),
     ],
 )
-def test_errors_of_an_encoder_config(changes, says, tmp_path, edit_weights, edit_config):
+def test_errors_of_an_encoder_config(changes, message, tmp_path, edit_weights, edit_config):
     cls, config = VISION["siglip"]
     cls(config).save_pretrained(tmp_path)
     edit_weights(tmp_path, lambda t: [t.pop(n) for n in list(t) if "head." in n])
     edit_config(tmp_path, **changes)
     with pytest.raises(InputError) as error:
         load_vit(tmp_path)
-    assert says in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_map_pool_that_the_source_lacks(tmp_path):
+def test_map_pool_without_weights(tmp_path):
     VISION["vit"][0](VISION["vit"][1]).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="model_type = 'vit': does not support vit_pool = 'map'"):
         load_vit(tmp_path, vit_pool="map")
 
 
-def test_a_source_that_is_nowhere(tmp_path):
+def test_missing_source(tmp_path):
     with pytest.raises(InputError, match=r"nowhere: no such checkpoint directory\."):
         load_vit(tmp_path / "nowhere")
-    with pytest.raises(InputError, match=r"some/encoder: no such .* HF_HUB_OFFLINE is set and it"):
+    with pytest.raises(InputError, match=r"some/encoder: no such .* HF_HUB_OFFLINE is set and"):
         load_vit("some/encoder")
 
 
@@ -266,8 +269,8 @@ def test_a_source_that_is_nowhere(tmp_path):
     ids=str,
 )  # fmt: skip
 @torch.no_grad()
-def test_an_encoder_that_transformers_does_not_have(fields, tmp_path, shake):
-    model = shake(ViT(ViTConfig(**fields)))
+def test_encoders_that_transformers_does_not_support(fields, tmp_path, randomise_all):
+    model = randomise_all(ViT(ViTConfig(**fields)))
     model.save_pretrained(tmp_path)
     again = load_vit(tmp_path, vit_img_size=48, vit_pool=fields.get("vit_pool", "auto"))
     x = images(2, 48)

@@ -47,7 +47,7 @@ def write_json(path, content) -> None:
 
 @pytest.fixture(params=[(kind, tied) for kind in MODELS for tied in (False, True)], ids=str)
 def published(request, lively, tiny_processor, tmp_path):
-    """(transformers' model, a directory with the files of one on the Hub)."""
+    """(transformers' model, a directory with the files of a published checkpoint)."""
     kind, tied = request.param
     cls, config_cls = MODELS[kind]
     config = config_cls(
@@ -71,22 +71,22 @@ def test_logits_equal_transformers(published, make_sample):
     assert (cfg.vlm_pad_token_id, cfg.vlm_bos_token_id, cfg.vlm_eos_token_id) == (0, 1, 2)
     assert cfg.lm_tie_weights == reference.config.tie_word_embeddings
     ids, tiles = make_sample(cfg, 3, 30, seed=1)
-    wanted = reference(input_ids=ids[None], pixel_values=tiles[None]).logits
-    assert wanted.std() > 0.3
+    expected = reference(input_ids=ids[None], pixel_values=tiles[None]).logits
+    assert expected.std() > 0.3
     # These weights make logits of up to 50, so the tolerance is relative.
-    torch.testing.assert_close(model(ids[None], tiles)[0], wanted, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(model(ids[None], tiles)[0], expected, rtol=1e-5, atol=1e-4)
 
 
-def test_a_checkpoint_resaved_by_transformers_answers_alike(
+def test_a_checkpoint_resaved_by_transformers_gives_the_same_answers(
     small_checkpoint, tmp_path, tiny_processor, minute_config, lively
 ):
-    """transformers 5 writes processor_config.json alone and rope_parameters alone."""
+    """transformers 5 writes only processor_config.json and only rope_parameters."""
     cfg = minute_config(lm_tie_weights=False, vit_img_size=16, max_img_size=64)
     lively(VisionLanguageModel(cfg)).save_pretrained(
         tmp_path / "saved", replace(tiny_processor, cfg=cfg)
     )
     model = hf.AutoModelForImageTextToText.from_pretrained(tmp_path / "saved")
-    del model.config.picovlm  # which it would carry along
+    del model.config.picovlm  # which transformers would save again
     model.save_pretrained(tmp_path / "again")
     hf.AutoProcessor.from_pretrained(tmp_path / "saved").save_pretrained(tmp_path / "again")
     assert not (tmp_path / "again" / "preprocessor_config.json").exists()
@@ -106,7 +106,7 @@ def edit(path, change) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "says"),
+    ("name", "change", "message"),
     [
         ("config.json", lambda c: c["text_config"].update(model_type="gemma2"), "'gemma2': must"),
         ("config.json", lambda c: c.pop("text_config"), "text_config = None: must be an object"),
@@ -114,22 +114,22 @@ def edit(path, change) -> None:
         ("config.json", lambda c: c["vision_config"].update(hidden_size=[3]), "vit_hidden_dim"),
         ("config.json", lambda c: c.update(scale_factor=3), "must divide the 4 patches per side"),
         ("preprocessor_config.json", lambda c: c.update(do_image_splitting=False), "splitting"),
-        ("preprocessor_config.json", lambda c: c.update(size=9), "not the config of such a model"),
+        ("preprocessor_config.json", lambda c: c.update(size=9), "not a valid config of this"),
         ("preprocessor_config.json", lambda c: c["size"].update(longest_edge=120), "max_img_size"),
         (
             "tokenizer.json",
             lambda c: [t.update(content="x") for t in c["added_tokens"] if t["id"] == 1],
-            "its tokenizer has no <|im_start|>, which our prompts need",
+            "the tokenizer has no <|im_start|>, which picoVLM's prompts need",
         ),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
-def test_errors_of_the_configs(name, change, says, published):
+def test_errors_of_the_configs(name, change, message, published):
     _, folder = published
     edit(folder / name, change)
     with pytest.raises(InputError) as error:
         VisionLanguageModel.from_pretrained(folder)
-    assert says in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_leftover_a_missing_and_a_misshapen_tensor(published):

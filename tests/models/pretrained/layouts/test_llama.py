@@ -1,4 +1,4 @@
-"""Decoders: loaded from transformers' classes and saved for them, tensor by tensor."""
+"""Decoders: loaded from checkpoints of transformers' classes and saved for these classes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from configs import LMConfig
 from models.language_model import LanguageModel
 from models.pretrained.layouts import llama
 
-# Large epsilons make a wrong one visible; sizes differ wherever they may.
+# A large epsilon makes a wrong one visible; different sizes reveal swapped dimensions.
 DECODER = dict(
     vocab_size=101, hidden_size=48, intermediate_size=72, num_hidden_layers=5,
     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, rms_norm_eps=1e-3,
@@ -63,9 +63,9 @@ def lm_logits(lm: LanguageModel, ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.fixture(params=LANGUAGE)
-def decoder(request, tmp_path, shake):
+def decoder(request, tmp_path, randomise_all):
     torch.manual_seed(0)
-    reference = shake(hf.AutoModelForCausalLM.from_config(LANGUAGE[request.param]))
+    reference = randomise_all(hf.AutoModelForCausalLM.from_config(LANGUAGE[request.param]))
     reference.save_pretrained(tmp_path / "reference")
     return reference, tmp_path / "reference"
 
@@ -77,9 +77,9 @@ def decoder(request, tmp_path, shake):
 def test_decoders_equal_transformers_both_ways(decoder, tmp_path):
     reference, folder = decoder
     model = load_lm(folder, lm_dropout=0.1)
-    wanted = reference(IDS).logits
-    assert wanted.std() > 0.3
-    close(lm_logits(model, IDS), wanted)
+    expected = reference(IDS).logits
+    assert expected.std() > 0.3
+    close(lm_logits(model, IDS), expected)
     tied = model.head.weight is model.token_embedding.weight
     assert tied == reference.config.tie_word_embeddings == model.cfg.lm_tie_weights
 
@@ -89,7 +89,7 @@ def test_decoders_equal_transformers_both_ways(decoder, tmp_path):
     )
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert type(again) is type(reference)
-    close(again.eval()(IDS).logits, wanted)
+    close(again.eval()(IDS).logits, expected)
     twice = load_lm(tmp_path / "model")
     assert replace(twice.cfg, lm_model_type="") == replace(
         model.cfg, lm_model_type="", lm_dropout=0.0
@@ -97,12 +97,12 @@ def test_decoders_equal_transformers_both_ways(decoder, tmp_path):
 
 
 @torch.no_grad()
-def test_generation_with_blocks_without_positions(tmp_path, shake):
+def test_cached_decoding_with_nope_blocks(tmp_path, randomise_all):
     """With NoPE blocks, decoding token by token equals one forward pass."""
     from models.inference.kv_cache import KVCache
 
     hf.SmolLM3ForCausalLM(LANGUAGE["smollm3"]).save_pretrained(tmp_path)
-    model = shake(load_lm(tmp_path)).double()
+    model = randomise_all(load_lm(tmp_path)).double()
     cache = KVCache(model.cfg, 2, 70, torch.device("cpu"), torch.float64)
     steps = [
         model.logits(model(x, torch.full((2, 1), t), cache=cache))
@@ -115,26 +115,26 @@ def test_generation_with_blocks_without_positions(tmp_path, shake):
 
 
 @torch.no_grad()
-def test_shards_and_a_decoder_without_its_head(tmp_path, shake, edit_weights):
-    reference = shake(hf.Qwen3ForCausalLM(LANGUAGE["qwen3"]))
+def test_shards_and_a_decoder_without_a_head(tmp_path, randomise_all, edit_weights):
+    reference = randomise_all(hf.Qwen3ForCausalLM(LANGUAGE["qwen3"]))
     reference.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
-    wanted = reference(IDS).logits
-    close(lm_logits(load_lm(tmp_path / "shards"), IDS), wanted)
+    expected = reference(IDS).logits
+    close(lm_logits(load_lm(tmp_path / "shards"), IDS), expected)
     bare = tmp_path / "bare"
     reference.model.save_pretrained(bare)  # names without `model.`
-    close(lm_logits(load_lm(bare), IDS), wanted)
+    close(lm_logits(load_lm(bare), IDS), expected)
     edit_weights(bare, lambda t: t.update({"lm_head.weight": t["embed_tokens.weight"].clone()}))
-    close(lm_logits(load_lm(bare), IDS), wanted)
+    close(lm_logits(load_lm(bare), IDS), expected)
     edit_weights(bare, lambda t: t["lm_head.weight"].add_(1))
     with pytest.raises(InputError, match="embedding and head differ"):
         load_lm(bare)
 
 
 @torch.no_grad()
-def test_config_json_of_transformers_4(tmp_path, shake):
-    """rope_theta and rope_scaling instead of rope_parameters; SmolLM3 is tied by default."""
-    reference = shake(hf.LlamaForCausalLM(LANGUAGE["llama3 rope"]))
+def test_config_json_of_transformers_4(tmp_path, randomise_all):
+    """rope_theta and rope_scaling replace rope_parameters; SmolLM3 is tied by default."""
+    reference = randomise_all(hf.LlamaForCausalLM(LANGUAGE["llama3 rope"]))
     reference.save_pretrained(tmp_path / "llama")
     config = json.loads((tmp_path / "llama" / "config.json").read_text())
     rope = config.pop("rope_parameters")
@@ -142,7 +142,7 @@ def test_config_json_of_transformers_4(tmp_path, shake):
     (tmp_path / "llama" / "config.json").write_text(json.dumps(config))
     model = load_lm(tmp_path / "llama")
     close(lm_logits(model, IDS), reference(IDS).logits)
-    reference = shake(hf.SmolLM3ForCausalLM(LANGUAGE["smollm3"]))
+    reference = randomise_all(hf.SmolLM3ForCausalLM(LANGUAGE["smollm3"]))
     reference.save_pretrained(tmp_path / "smollm3")
     config = json.loads((tmp_path / "smollm3" / "config.json").read_text())
     for key in ("tie_word_embeddings", "no_rope_layers", "rope_parameters"):
@@ -153,7 +153,7 @@ def test_config_json_of_transformers_4(tmp_path, shake):
 
 
 @pytest.mark.parametrize("kind", llama.DEFAULTS)
-def test_absent_keys_mean_the_defaults_of_transformers(kind):
+def test_absent_keys_get_the_defaults_of_transformers(kind):
     reference = hf.AutoConfig.for_model(kind)
     model = llama.read({"model_type": kind}, "config.json")
     assert model == llama.read(reference.to_dict(), "config.json")
@@ -164,9 +164,9 @@ def test_absent_keys_mean_the_defaults_of_transformers(kind):
 
 @pytest.mark.parametrize("tied", [True, False])
 @torch.no_grad()
-def test_new_rows_are_the_mean(tied, tmp_path, shake):
+def test_new_rows_are_the_mean(tied, tmp_path, randomise_all):
     config = hf.LlamaConfig(**DECODER, tie_word_embeddings=tied)
-    reference = shake(hf.LlamaForCausalLM(config))
+    reference = randomise_all(hf.LlamaForCausalLM(config))
     reference.save_pretrained(tmp_path)
     model = LanguageModel.from_pretrained(LMConfig(lm_vocab_size=120, lm_model_type=str(tmp_path)))
     assert model.cfg.lm_vocab_size == 120
@@ -192,9 +192,9 @@ def test_tensors_that_do_not_match(decoder, damage):
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
-        ({"attention_bias": True}, "attention_bias = True: is not supported, only False is"),
+        ({"attention_bias": True}, "attention_bias = True: is not supported; expected False"),
         ({"mlp_bias": True}, "mlp_bias = True"),
         ({"use_sliding_window": True}, "use_sliding_window = True"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
@@ -202,19 +202,19 @@ def test_tensors_that_do_not_match(decoder, damage):
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
         ({"model_type": "gemma2"}, "model_type = 'gemma2': must be one of llama, smollm3"),
         ({"num_key_value_heads": 3}, "lm_n_kv_heads = 3: must divide"),
-        ({"num_hidden_layers": 10**12}, "blocks = 1000000000000: the file has"),
-        ({"vocab_size": 10**40}, "no model has such sizes"),
+        ({"num_hidden_layers": 10**12}, "blocks = 1000000000000: exceed the file's"),
+        ({"vocab_size": 10**40}, "a model of these sizes cannot be built"),
     ],
 )
-def test_errors_of_a_decoder_config(changes, says, tmp_path, edit_config):
+def test_errors_of_a_decoder_config(changes, message, tmp_path, edit_config):
     hf.LlamaForCausalLM(LANGUAGE["llama"]).save_pretrained(tmp_path)
     edit_config(tmp_path, **changes)
     with pytest.raises(InputError) as error:
         load_lm(tmp_path)
-    assert says in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_irregular_blocks_without_positions_are_refused(tmp_path, edit_config):
+def test_irregular_nope_blocks_raise(tmp_path, edit_config):
     hf.SmolLM3ForCausalLM(LANGUAGE["smollm3"]).save_pretrained(tmp_path)
     edit_config(tmp_path, no_rope_layers=[1, 0, 0, 1, 1])
     with pytest.raises(InputError, match=r"no_rope_layers = .*at a fixed interval"):
@@ -224,8 +224,10 @@ def test_irregular_blocks_without_positions_are_refused(tmp_path, edit_config):
 # --- Our own layout -------------------------------------------------------------------------------
 
 
-def test_a_decoder_that_transformers_does_not_have(tmp_path, shake):
-    model = shake(LanguageModel(LMConfig(lm_qkv_bias=True, lm_qk_norm=True, lm_nope_every=2)))
+def test_decoders_that_transformers_does_not_support(tmp_path, randomise_all):
+    model = randomise_all(
+        LanguageModel(LMConfig(lm_qkv_bias=True, lm_qk_norm=True, lm_nope_every=2))
+    )
     model.save_pretrained(tmp_path)
     assert torch.equal(lm_logits(load_lm(tmp_path), IDS), lm_logits(model, IDS))
 
@@ -234,16 +236,16 @@ def test_a_decoder_that_transformers_does_not_have(tmp_path, shake):
 
 
 @torch.no_grad()
-def test_stories260k_tells_the_same_story(shared):
+def test_stories260k_generates_the_same_text(shared):
     folder = shared / "weights" / "stories260k_llama" / "hf"
     tokenizer = hf.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
     reference = hf.AutoModelForCausalLM.from_pretrained(folder).eval()
     model = load_lm(folder)
     ids = torch.tensor([[1] + tokenizer("Once upon a time", add_special_tokens=False).input_ids])
     start = ids.shape[1]
-    wanted = reference.generate(ids, do_sample=False, max_new_tokens=200, eos_token_id=None)
+    expected = reference.generate(ids, do_sample=False, max_new_tokens=200, eos_token_id=None)
     for _ in range(200):
         ids = torch.cat((ids, lm_logits(model, ids)[:, -1:].argmax(-1)), 1)
     text = tokenizer.decode(ids[0, start:])
-    assert torch.equal(ids, wanted), text
+    assert torch.equal(ids, expected), text
     assert "there was a little girl named Lily" in text

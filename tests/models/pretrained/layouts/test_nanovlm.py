@@ -1,7 +1,7 @@
-"""nanoVLM's checkpoints, loaded and saved: its names and its un-normalised pixels.
+"""Loading and saving nanoVLM's checkpoints: its parameter names and its unnormalised pixels.
 
-nanoVLM is not installed, so the files are made from our tensors independently of the table: names
-are replaced one by one, q, k and v are stacked in a loop.
+nanoVLM is not a dependency. The files are made from our tensors without the table under test:
+names are replaced one by one, and q, k and v are stacked in a loop.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from models.vision_language_model import VisionLanguageModel
 
 BASE = 101
 TILES = {f"r{r}c{c}": f"<row_{r}_col_{c}>" for r in range(1, 9) for c in range(1, 9)}
-TODAY = {
+CURRENT = {
     "lm_base_vocab_size": BASE,
     "extra_token_amount": 66,
     "mp_image_token_length": 4,
@@ -35,7 +35,7 @@ COMMON = (
 
 
 def nano_tensors(model: VisionLanguageModel, vocab: int) -> dict[str, torch.Tensor]:
-    """Its names, with a vocabulary of its own; a tied pair is stored once, as the head."""
+    """nanoVLM's names and vocabulary size; tied weights are stored once, as the head."""
     state = {k: v.clone() for k, v in model.state_dict().items()}
     for i in range(model.cfg.vit_n_blocks):
         for kind in ("weight", "bias"):
@@ -72,27 +72,27 @@ def write(small_model, tmp_path):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize(("kind", "vocab"), [(TODAY, BASE + 66), (FIRST_RELEASE, BASE)])
+@pytest.mark.parametrize(("kind", "vocab"), [(CURRENT, BASE + 66), (FIRST_RELEASE, BASE)])
 @torch.no_grad()
-def test_normalised_pixels_give_the_logits_of_raw_ones(kind, vocab, tied, write, make_sample):
+def test_normalised_pixels_give_the_logits_of_raw_pixels(kind, vocab, tied, write, make_sample):
     reference, folder = write(kind, vocab, lm_tie_weights=tied)
     model = VisionLanguageModel.from_pretrained(folder)
     ids, _ = make_sample(reference.cfg, 2, 20, seed=0)
     ids = ids.clamp(max=BASE - 1)
     raw = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    wanted, _ = reference(ids[None], raw)
+    expected, _ = reference(ids[None], raw)
     is_image = ids == reference.cfg.vlm_image_token_id
-    own_ids = ids.masked_fill(is_image, model.cfg.vlm_image_token_id)
-    logits, _ = model(own_ids[None], (raw - 0.5) / 0.5)
-    torch.testing.assert_close(logits[..., :BASE], wanted[..., :BASE], rtol=0, atol=1e-5)
-    assert (model(own_ids[None], raw)[0][..., :BASE] - wanted[..., :BASE]).abs().max() > 0.1
+    model_ids = ids.masked_fill(is_image, model.cfg.vlm_image_token_id)
+    logits, _ = model(model_ids[None], (raw - 0.5) / 0.5)
+    torch.testing.assert_close(logits[..., :BASE], expected[..., :BASE], rtol=0, atol=1e-5)
+    assert (model(model_ids[None], raw)[0][..., :BASE] - expected[..., :BASE]).abs().max() > 0.1
     assert model.cfg.lm_vocab_size == BASE + 128 and model.cfg.lm_tie_weights == tied
-    assert model.cfg.max_img_size == (64 if kind is TODAY else 16)
+    assert model.cfg.max_img_size == (64 if kind is CURRENT else 16)
 
 
 @torch.no_grad()
-def test_tokens_that_mean_the_same_keep_their_row(write):
-    reference, folder = write(TODAY, BASE + 66, lm_tie_weights=False)
+def test_tokens_with_the_same_meaning_keep_their_row(write):
+    reference, folder = write(CURRENT, BASE + 66, lm_tie_weights=False)
     model = VisionLanguageModel.from_pretrained(folder)
     for before, after in (
         (reference.decoder.token_embedding.weight, model.decoder.token_embedding.weight),
@@ -111,16 +111,16 @@ def test_tokens_that_mean_the_same_keep_their_row(write):
 def test_save_nanovlm(tied, small_model, tmp_path):
     model = small_model(lm_tie_weights=tied)
     save.save_nanovlm(model, tmp_path)
-    wanted = nano_tensors(model, BASE)
+    expected = nano_tensors(model, BASE)
     conv = "vision_encoder.patch_embedding.conv."
     found = load_file(tmp_path / "model.safetensors")
-    assert found.keys() == wanted.keys()
+    assert found.keys() == expected.keys()
     same = found.keys() - {conv + "weight", conv + "bias", "decoder.rotary_embd.inv_freq"}
-    assert all(torch.equal(found[name], wanted[name]) for name in same)
+    assert all(torch.equal(found[name], expected[name]) for name in same)
     raw = torch.rand(2, 3, 16, 16)
-    wanted = model.vision_encoder.patch_embedding.conv((raw - 0.5) / 0.5)
+    patches = model.vision_encoder.patch_embedding.conv((raw - 0.5) / 0.5)
     found_patches = torch.conv2d(raw, found[conv + "weight"], found[conv + "bias"], stride=4)
-    torch.testing.assert_close(found_patches, wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found_patches, patches, rtol=0, atol=1e-5)
     freq = found["decoder.rotary_embd.inv_freq"]
     torch.testing.assert_close(freq, 10000.0 ** (-torch.arange(0, 12, 2) / 12))
     config = json.loads((tmp_path / "config.json").read_text())
@@ -128,7 +128,7 @@ def test_save_nanovlm(tied, small_model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fields", "says"),
+    ("fields", "message"),
     [
         (dict(vit_cls_flag=True), "vit_cls_flag = True"),
         (dict(lm_qk_norm=True), "lm_qk_norm = True"),
@@ -137,14 +137,14 @@ def test_save_nanovlm(tied, small_model, tmp_path):
         (dict(vit_image_mean=(0.5, 0.4, 0.5)), r"vit_image_mean = \(0\.5, 0\.4, 0\.5\)"),
     ],
 )
-def test_fields_that_nanovlm_does_not_support(fields, says, small_model, tmp_path):
-    with pytest.raises(InputError, match=says):
+def test_fields_that_nanovlm_does_not_support(fields, message, small_model, tmp_path):
+    with pytest.raises(InputError, match=message):
         save.save_nanovlm(small_model(**fields), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_tensors_and_fields_that_do_not_match(write):
-    _, folder = write(TODAY, BASE + 66)
+    _, folder = write(CURRENT, BASE + 66)
     tensors = load_file(folder / "model.safetensors")
     tensors["decoder.extra"] = torch.zeros(2)
     del tensors["decoder.blocks.1.norm2.weight"]
@@ -154,10 +154,10 @@ def test_tensors_and_fields_that_do_not_match(write):
     with pytest.raises(InputError) as error:
         VisionLanguageModel.from_pretrained(folder)
     for words in ("left over: decoder.extra", "missing: decoder.blocks.1.norm2.weight",
-                  f"misshapen: {qkv} is [95, 32], the config says [96, 32]"):  # fmt: skip
+                  f"misshapen: {qkv} is [95, 32], expected [96, 32]"):  # fmt: skip
         assert words in str(error.value)
     config = json.loads((folder / "config.json").read_text())
     del config["lm_hidden_dim"], config["vit_n_heads"]
     (folder / "config.json").write_text(json.dumps(config | {"lm_hidden_dim": 48}))
-    with pytest.raises(InputError, match=r"\['vit_n_heads'\]: are missing"):
+    with pytest.raises(InputError, match=r"missing fields = \['vit_n_heads'\]"):
         VisionLanguageModel.from_pretrained(folder)
