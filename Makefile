@@ -1,14 +1,19 @@
-# Two commands do everything: `make demo` and `make test`. Each installs what it needs into .venv.
+# Two commands do everything: `make demo` and `make test`. Each installs what it needs into .venv:
+# the demo what training needs, the tests also what only tests use (gradio, selenium, torchao, ...).
 PYTHON ?= python3
 PY = .venv/bin/python
 RUN = runs/demo
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint reference clean
 .DEFAULT_GOAL := demo
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("picoVLM needs Python 3.11 or newer")'
 	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -q -c constraints.txt -e '.[plot]'
+	@touch $@
+
+.venv/installed-dev: .venv/installed
 	$(PY) -m pip install -q -c constraints.txt -e '.[plot,dev]'
 	@touch $@
 
@@ -22,16 +27,20 @@ demo: .venv/installed
 	@echo "  $(PY) generate.py $(RUN) --image $(RUN)/question.png --prompt 'Describe the picture.'"
 	@$(PY) generate.py $(RUN) --image $(RUN)/question.png --prompt 'Describe the picture.'
 
-test: .venv/installed
+test: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n 2 --dist loadfile
 
-test-all: .venv/installed
+test-all: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
-lint: .venv/installed
+lint: .venv/installed-dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyrefly check
+
+# Write docs/reference.md again after a change of configs.py or configs_classify.py.
+reference: .venv/installed
+	$(PY) -m docs.make_reference
 
 clean:
 	rm -rf .venv runs *.egg-info .pytest_cache .ruff_cache .hypothesis
