@@ -1,4 +1,4 @@
-"""What the prefix cache, continuous batching, given choices and int8 weights gain.
+"""Gains of the prefix cache, continuous batching, given choices and int8 weights.
 
 python -m benchmarks.quality.answering conversation runs/demo    or batch, choices, int8
 python -m benchmarks.quality.answering int8 222m
@@ -61,7 +61,7 @@ def conversation(chat: Chat, n: int = 20) -> None:
         same &= alone == "".join(p.text for p in conv.ask(question, shown, sampling))
     print(f"5 turns: {sum(n_tiles)} tiles encoded; the same answers as without a cache: {same}")
     print("milliseconds to the first token")
-    print(f"{'images':>8} {'first turn':>11} {'later turn':>11} {'without':>9}")
+    print(f"{'images':>8} {'first turn':>11} {'later turn':>11} {'no cache':>9}")
     found = {n_images: ([], [], []) for n_images in (1, 2, 4, 8)}
     for _ in range(n):
         for n_images, (first, later, without) in found.items():

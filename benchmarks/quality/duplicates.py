@@ -66,7 +66,7 @@ def plant(files: list[Path], folder: Path, every: int = 4) -> dict[str, str]:
         images |= {f"{name}-{kind}": c for kind, c in PLANTS.items() if number % every == 0}
         for stem, change in images.items():
             path = folder / f"{stem}.png"
-            if not path.is_file():  # keep: an index of an earlier run holds its time stamp
+            if not path.is_file():  # an earlier run's index stores its time stamp
                 change(image).save(path)
             shows[str(path)] = same
     return shows

@@ -1,6 +1,6 @@
 """Muon against AdamW on the built-in world: same model, data, seed and steps.
 
-python -m benchmarks.quality.optimizers [STEPS]     writes docs/images/optimizers.png and prints a table
+python -m benchmarks.quality.optimizers [STEPS]    prints a table, draws docs/images/optimizers.png
 
 AdamW runs with several learning rates, Muon with the preset's.
 """
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
     draw(curves, ROOT / "docs" / "images" / "optimizers.png")
     rows = [(name, f"{x['val_loss']:.3f}", f"{x['val_accuracy']:.1%}", f"{x['seconds']:.0f}")
             for name, (*_, x) in curves.items()]  # fmt: skip
-    print(markdown(("optimizer", "loss", "accuracy", "seconds"), rows))
+    print(markdown(("optimizer", "val_loss", "val_accuracy", "seconds"), rows))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Accuracy over training time: picoVLM `tiny` and transformers' SmolVLM of the same size.
 
-python -m benchmarks.quality.race                      writes docs/images/race.png and a table into docs/
+python -m benchmarks.quality.race           writes a table and a chart into docs/
 
 Both start from the same weights, see the same conversations and answer the same questions greedily.
 picoVLM trains as `python train.py` does, with AdamW rates for a run of minutes. SmolVLM trains as
@@ -125,16 +125,16 @@ def measure(race: Race, seconds: dict[str, float], every: float) -> dict[str, li
     data = replace(race.run.data, world_captions_first=0)
     trial, n, found = replace(race, n_questions=1, run=replace(race.run, data=data)), 20, {}
     auto = choose_dtype(CPU, "auto")
-    for side, side_of in SIDES.items():
-        one = {}  # seconds of a step
+    for side, train_side in SIDES.items():
+        per_step = {}  # seconds
         for dtype in {auto} if side == "picoVLM" else {auto, torch.float32}:
-            first, later = side_of(trial, 2 * n, n, dtype)[-2:]  # leaves the slow first steps out
-            one[dtype] = (later.seconds - first.seconds) / n
-        dtype = min(one, key=one.get)
-        steps = max(1, round(seconds[side] / one[dtype]))
-        step = f"{timing.format_seconds(one[dtype])} a step in {dtype}"
+            first, later = train_side(trial, 2 * n, n, dtype)[-2:]  # without slow first steps
+            per_step[dtype] = (later.seconds - first.seconds) / n
+        dtype = min(per_step, key=per_step.get)
+        steps = max(1, round(seconds[side] / per_step[dtype]))
+        step = f"{timing.format_seconds(per_step[dtype])} a step in {dtype}"
         print(f"{side}: {step}, so {steps:,} of them", flush=True)
-        found[side] = side_of(race, steps, max(1, round(every / one[dtype])), dtype)
+        found[side] = train_side(race, steps, max(1, round(every / per_step[dtype])), dtype)
     return found
 
 

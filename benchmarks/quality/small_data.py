@@ -1,6 +1,6 @@
 """Little data: a ViT and a CNN of the same size on 100, 500 and all digits.
 
-python -m benchmarks.quality.small_data --plot docs/images/small_data.png --json docs/small_data.json
+python -m benchmarks.quality.small_data --json runs/digits.json --plot docs/images/small_data.png
 The CNN is transformers' ResNet with random weights. Each trains with and without mixup, CutMix and
 weight decay, on three splits. Needs scikit-learn, and matplotlib for the plot.
 """

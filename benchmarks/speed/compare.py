@@ -70,7 +70,7 @@ def training_call(case: Case, model: nn.Module, loss: Callable[[], Tensor]) -> C
 
 
 def train_row(case: Case, name: str, inputs: dict, hf_inputs: dict) -> Row:
-    fresh = peers.open_case(case.run, case.folder, torch.float32)  # the last row changed weights
+    fresh = peers.open_case(case.run, case.folder, torch.float32)  # training changed the weights
     model, hf_model = fresh.model.train(), fresh.hf_model.train()
     n = int((inputs["targets"] != IGNORE_INDEX).sum())
     loss = lambda: model(**inputs, reduction="sum")[1] / n  # noqa: E731
@@ -84,7 +84,7 @@ def train_row(case: Case, name: str, inputs: dict, hf_inputs: dict) -> Row:
 
 
 def train_rows(case: Case) -> list[Row]:
-    """Both padded; then each as users run it: picoVLM packed, transformers padded."""
+    """Both padded, then each as its users run it: picoVLM packed, transformers padded."""
     cfg, kind = case.cfg, case.kind
     if cfg.lm_tokenizer == "world":
         processor = processors.build(cfg)
@@ -194,14 +194,14 @@ def quantized(case: Case) -> Case:
 
 
 def int8_row(case: Case, name: str) -> Row:
-    """Beside transformers in `case.dtype`, which reads more bytes: its share is left out."""
+    """transformers runs in `case.dtype` and reads more bytes, so its share of peak is omitted."""
     times = time_decoding(case, generation_calls(case, 1, N_NEW_TOKENS))
     row = decoding_row(case, name, times)
     return replace(row, share=row.share.split(",")[0])
 
 
 def int8_rows(case: Case) -> list[Row]:
-    return [int8_row(quantized(case), f"decode, 1 row, int8 beside {case.kind}")]
+    return [int8_row(quantized(case), f"decode, 1 row, picoVLM int8, transformers {case.kind}")]
 
 
 def compiled_rows(case: Case) -> list[Row]:
@@ -223,7 +223,7 @@ def compiled_rows(case: Case) -> list[Row]:
         decoding_row(case, name, times),
         Row("compiling that step", f"{format_seconds(warm_up)} wall time; {after}"),
         decode_row(compiled, f"decode, 8 rows, {case.kind}, picoVLM compiled", 8),
-        int8_row(small, f"decode, 1 row, int8 compiled, beside {case.kind}"),
+        int8_row(small, f"decode, 1 row, picoVLM int8 compiled, transformers {case.kind}"),
     ]
 
 

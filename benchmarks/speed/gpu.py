@@ -7,8 +7,8 @@ python -m benchmarks.speed.gpu 222m --kernels 20    lists the kernels a training
 Per preset: the best batch (doubled until memory runs out or speed stops growing), its share of the
 measured matrix FLOP/s, speed, memory, and the time for 1.7 million samples of an image and 128
 tokens; decoding of 1 and 64 rows against memory bandwidth. picoVLM trains as train.py does, with
-compiled blocks where possible. transformers runs beside it after their losses were found equal.
-Without a GPU the CPU is used, for the tests.
+compiled blocks where possible. transformers is measured too, once both losses are equal.
+Without a GPU it runs on the CPU, for tests.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def check_equal_loss(case: Case) -> None:
 
 
 def training_tables(case: Case, peak: float) -> list[str]:
-    """Each side at its best batch, one after the other, so that each has the device for itself.
+    """Each side at its best batch, one after the other, so that they do not share the device.
 
     If asked, a second table lists the kernels of picoVLM.
     """

@@ -1,4 +1,4 @@
-"""Speed of the data loader alone and against the model: packing, images/s, share of a step.
+"""Speed of the data loader, alone and compared with the model: packing, images/s, share of a step.
 
 python -m benchmarks.speed.loader tiny
 python -m benchmarks.speed.loader 222m --model.lm-tokenizer DIR --data.source my.jsonl
@@ -35,9 +35,9 @@ SIDES = (256, 512, 1024, 2048)
 
 
 def packing(cfg: RunConfig, processor: Processor) -> tuple[str, float, float]:
-    """A table of how full rows and how even their tiles are, seconds per batch and of packing it.
+    """A table of fill and tiles of rows, seconds per batch, and seconds of packing per batch.
 
-    Both times are of packed rows.
+    Both times are those of packed rows.
     """
     source, rows = open_dataset(cfg.data, "train"), []
     original, spent = loaders.fill_rows, 0.0
@@ -62,10 +62,10 @@ def packing(cfg: RunConfig, processor: Processor) -> tuple[str, float, float]:
         )
         is_image = [b.input_ids == processor.cfg.vlm_image_token_id for b in found]
         tiles = torch.cat([x.sum(1) // processor.cfg.tokens_per_tile for x in is_image])
-        rows.append([name, f"{full:.1%}", f"{int(tiles.min())} to {int(tiles.max())}",
+        rows.append([name, f"{full:.1%}", f"{int(tiles.min())} - {int(tiles.max())}",
                      f"{seconds:.4f}", f"{packing_seconds * 1000:.2f} ms"])  # fmt: skip
     loaders.fill_rows = original
-    head = ["packing", "rows full", "tiles per row, from, to", "s per batch", "packing itself"]
+    head = ["packing", "rows full", "tiles per row", "s per batch", "packing alone"]
     return markdown(head, rows), seconds, packing_seconds
 
 
@@ -92,7 +92,7 @@ def image_rates(processor: Processor) -> str:
 def compare_with_model(
     cfg: RunConfig, processor: Processor, seconds: float, packing_seconds: float
 ) -> str:
-    """Seconds of forward and backward for a batch, beside the loader's."""
+    """One line: seconds of the model (forward and backward) and of the loader for a batch."""
     device = setup().device
     model = VisionLanguageModel(cfg.model).to(device)
     region = autocast(device, choose_dtype(device, cfg.train.precision))

@@ -29,11 +29,11 @@ from torch.nn.utils.rnn import pad_sequence
 LENGTHS = (128, 160, 96, 128)  # tokens of the conversations, repeated
 IGNORE_INDEX = -100
 PROJECT = ("configs", "config_tools", "models", "data", "engine")
-SAMPLING = ("models.inference.sampling", "models.generation")  # today's module, the old one
+SAMPLING = ("models.inference.sampling", "models.generation")  # current name, former name
 
 
 def clock() -> float:
-    """Seconds of CPU time with one thread, which other processes lengthen less; else wall time."""
+    """Seconds of CPU time with one thread, which is steadier under load; else of wall time."""
     is_single = torch.get_num_threads() == 1 and not torch.cuda.is_available()
     return time.thread_time() if is_single else time.perf_counter()
 
@@ -100,7 +100,7 @@ def training_inputs(cfg, n_samples: int, packed: bool) -> dict[str, Tensor | Non
             "positions": rows([torch.arange(len(ids)) for ids in samples])}  # fmt: skip
 
 
-# --- Measurements: each returns a function of (seconds, values to compare between trees) ---------
+# --- Measurements: each returns a call that gives (seconds, values to compare between trees) -----
 
 Repetition = Callable[[], tuple[float, list[float]]]
 
@@ -127,7 +127,7 @@ def training(request: dict, packed: bool) -> Repetition:
 
 
 def answering(request: dict, n_rows: int, n_words: int, n_steps: int) -> Repetition:
-    """Seconds of a decoding step after a prompt, and the tokens; 0 steps: of the first token."""
+    """Seconds of a decoding step after a prompt, or of the first token if n_steps is 0; tokens."""
     dtype = torch.bfloat16 if request["precision"] == "bf16" else torch.float32
     model = build_for_inference(request["preset"], request["changes"], dtype).eval()
     rows, images = conversations(model.cfg, [1 + model.cfg.tokens_per_tile + n_words] * n_rows)
@@ -175,7 +175,7 @@ def sampling_class() -> type:
 
 
 def import_from(tree: Path) -> None:
-    """Import the model of this tree alone; raises ImportError if a module is another tree's."""
+    """Import the model from this tree; raises ImportError if a module comes from another tree."""
     sys.path[0] = str(tree)
     sys.path[1:] = [p for p in sys.path[1:] if not Path(p, "configs.py").is_file()]
     importlib.import_module("models.vision_language_model")
@@ -189,7 +189,7 @@ def import_from(tree: Path) -> None:
 
 def main() -> None:
     replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print is no reply
+    os.dup2(2, 1)  # stdout carries replies only; other output goes to stderr
     import_from(Path(sys.argv[1]).resolve())
     at_start, repetition = memory("VmRSS"), None
     for request in map(json.loads, sys.stdin):

@@ -49,7 +49,7 @@ SLOWER = 1.03  # ratios above are named below the table
 
 
 def checkout(source: str, folder: Path) -> Path:
-    """The tree of a folder as it is, or of a git revision, unpacked into `folder`."""
+    """`source` if it is a folder with a tree, else a git revision unpacked into `folder`."""
     if Path(source, "configs.py").is_file():
         return Path(source).resolve()
     archive = ["git", "-C", str(ROOT), "archive", "--format=tar", source]
@@ -78,7 +78,7 @@ def start(tree: Path, n_threads: int) -> Iterator[Ask]:
                                stdout=subprocess.PIPE, text=True)  # fmt: skip
 
     def ask(**request) -> dict:
-        """One repetition: of a new row with a request, of the same row without."""
+        """One repetition: with a request of that row, without one of the same row again."""
         with suppress(BrokenPipeError):
             process.stdin.write(json.dumps(request) + "\n")
             process.stdin.flush()
@@ -195,7 +195,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def slower(results: Sequence[Result]) -> str:
-    """Names every row that takes 3 % more time or memory."""
+    """A sentence that names every row with 3 % more time or memory."""
     found = [r for r in results if r.ratio > SLOWER]
     if not found:
         return f"No row is more than {SLOWER - 1:.0%} slower."
@@ -205,16 +205,16 @@ def slower(results: Sequence[Result]) -> str:
 
 
 def difference(results: Sequence[Result]) -> str:
-    """How far losses are apart, and whether greedy tokens are the same."""
+    """Sentences on the largest difference of losses and on whether greedy tokens are equal."""
     first, later, differ = [0.0], [0.0], []
     for r in results:
         before, after = r.values
         if r.row.startswith(("decode", "first")):
             differ += [r.name] if before != after else []
             continue
-        apart = np.abs(np.subtract(before, after))[:, 0]  # [turns]
-        first += apart[:1].tolist() if r.row != "memory" else []
-        later += apart.tolist()
+        distance = np.abs(np.subtract(before, after))[:, 0]  # [turns]
+        first += distance[:1].tolist() if r.row != "memory" else []
+        later += distance.tolist()
     tokens = f"differ in {'; '.join(differ)}" if differ else "are equal"
     return (
         f"Largest difference of the loss: {max(first):.1e} in first steps, {max(later):.1e} in all "

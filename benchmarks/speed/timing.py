@@ -277,5 +277,5 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     axis.barh([row.name for row in shown], middle, xerr=(middle - low, high - middle),
               color="tab:green", ecolor="gray")  # fmt: skip
     axis.axvline(1, color="black", lw=0.8)
-    axis.set_xlabel("speed-up (or memory saving) over transformers' SmolVLM")
+    figure.supxlabel("speed-up (or memory saving) over transformers' SmolVLM", fontsize=10)
     figure.savefig(path, dpi=110)

@@ -21,7 +21,9 @@ def folder(tmp_path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_turn_is_an_epoch_with_and_without(run_file, folder, rows_file, monkeypatch, capsys):
+def test_a_turn_trains_with_and_without_corrupt_images(
+    run_file, folder, rows_file, monkeypatch, capsys
+):
     monkeypatch.setattr(corrupt, "EVERY", 12)
     monkeypatch.setattr(corrupt, "TURNS", 1)
     (folder / "good.png").write_bytes((rows_file.parent / "0.png").read_bytes())
@@ -33,7 +35,7 @@ def test_a_turn_is_an_epoch_with_and_without(run_file, folder, rows_file, monkey
                      out, re.M)  # fmt: skip
 
 
-def test_a_run_that_does_not_list_them_is_an_error(folder, rows_file, tmp_path, run_file):
+def test_a_run_that_does_not_list_corrupt_images_is_an_error(folder, rows_file, tmp_path, run_file):
     rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
     rows = [row | {"image": str(rows_file.parent / row["image"])} for row in rows]
     files = corrupt.find_corrupt(folder)

@@ -26,11 +26,11 @@ def a_race(minute_config, tiny_processor, tmp_path, monkeypatch) -> race.Race:
     return race.Race(run, tmp_path / "first", replace(tiny_processor, cfg=cfg), 9)
 
 
-def test_both_sides_train_and_are_evaluated_alike(a_race, monkeypatch):
+def test_both_sides_train_and_use_the_same_evaluation(a_race, monkeypatch):
     evaluated = []
     evaluate = race.evaluate
     monkeypatch.setattr(race, "evaluate", lambda m, *a: evaluated.append(m) or evaluate(m, *a))
-    curves = {side: side_of(a_race, 2, 1, torch.float32) for side, side_of in race.SIDES.items()}
+    curves = {side: train(a_race, 2, 1, torch.float32) for side, train in race.SIDES.items()}
     for points in curves.values():
         assert [p.step for p in points] == [1, 2]
         assert 0 < points[0].seconds < points[1].seconds
@@ -75,13 +75,13 @@ def test_steps_fill_the_time(a_race, monkeypatch, capsys):
     """picoVLM uses the dtype train.py would choose, transformers the faster one."""
     calls = {"picoVLM": [], "transformers": []}
 
-    def side_of(side, race_, steps, every, dtype):
+    def train(side, race_, steps, every, dtype):
         calls[side].append((steps, every, race_.n_questions, dtype))
         steps_at = range(every, steps + 1, every)
-        one = {torch.float32: 0.5, torch.bfloat16: 1}[dtype]
-        return [race.Point(5 + one * n, n, 1, 0.5) for n in steps_at]  # 5 seconds to warm up
+        per_step = {torch.float32: 0.5, torch.bfloat16: 1}[dtype]
+        return [race.Point(5 + per_step * n, n, 1, 0.5) for n in steps_at]  # 5 s warm-up
 
-    monkeypatch.setattr(race, "SIDES", {side: partial(side_of, side) for side in calls})
+    monkeypatch.setattr(race, "SIDES", {side: partial(train, side) for side in calls})
     monkeypatch.setattr(race, "choose_dtype", lambda *_: torch.bfloat16)
     race.measure(a_race, {"picoVLM": 60, "transformers": 200}, 10)
     slow, fast = torch.bfloat16, torch.float32

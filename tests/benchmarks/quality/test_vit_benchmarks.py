@@ -18,7 +18,7 @@ RGB = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "black": (
        "yellow": (255, 255, 0)}  # fmt: skip
 
 
-def test_both_vits_train_alike_from_the_same_weights():
+def test_both_vits_have_equal_logits_after_training_from_the_same_weights():
     """After three steps with the same data, optimizer and rates both give the same logits."""
     pixels, target = digits.digits()
     source = digits.source_of(pixels[:200], target[:200], digits.DATA)
@@ -77,7 +77,7 @@ def test_colours_of_the_questions_match_the_pixels(shared, tmp_path):
         assert near == row["colour"] and row["label"] == f"{near} {row['shape']}"
 
 
-def test_near_duplicates_show_their_image_and_equal_images_are_one(tmp_path):
+def test_near_duplicates_belong_to_their_original_and_equal_images_are_one(tmp_path):
     rng = np.random.default_rng(0)
     folder = tmp_path / "set" / "images"
     folder.mkdir(parents=True)
@@ -117,7 +117,7 @@ def test_learning_rates_are_not_chosen_on_test_images(tmp_path, monkeypatch):
     assert all(val == "choose" for _, _, seed, val in calls if seed == transfer.TRIAL)
 
 
-def test_thumbnails_of_equal_names_stay_apart(tmp_path):
+def test_thumbnails_of_equal_names_get_different_files(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name / "images").mkdir(parents=True)
         Image.new("RGB", (200, 100), "red").save(tmp_path / name / "images" / "a.png")

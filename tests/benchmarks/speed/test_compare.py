@@ -46,7 +46,7 @@ def test_every_row_beside_transformers(run):
     assert len(lines) == 2 + len(rows) and len({line.count(" | ") for line in lines}) == 1
 
 
-def test_models_of_other_weights_are_not_timed(run, tmp_path, monkeypatch):
+def test_models_with_different_weights_are_not_timed(run, tmp_path, monkeypatch):
     VisionLanguageModel(run.model).save_pretrained(tmp_path)
     hf_model = peers.load_hf_model(tmp_path, torch.float32)
     monkeypatch.setattr(peers, "load_hf_model", lambda *_: hf_model)
@@ -54,12 +54,12 @@ def test_models_of_other_weights_are_not_timed(run, tmp_path, monkeypatch):
     with torch.no_grad():
         hf_model.lm_head.weight.neg_()
         hf_model.model.connector.modality_projection.proj.weight.mul_(1.01)
-    for rows, says in (
+    for rows, message in (
         (compare.encode_rows, "image tokens: differs"),
         (compare.train_rows, "loss, .* nothing was timed"),
         (compare.first_rows, "greedy tokens differ"),
     ):
-        with pytest.raises(InputError, match=says):
+        with pytest.raises(InputError, match=message):
             rows(case)
 
 
@@ -70,7 +70,7 @@ def case(run, tmp_path) -> peers.Case:
     return peers.open_case(run, tmp_path, torch.float32)
 
 
-def test_a_missing_compiler_is_named(case, monkeypatch):
+def test_a_missing_compiler_is_reported(case, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     (row,) = compare.compiled_rows(case)
     assert row.ratio is None and row.picovlm == "not measured: torch.compile needs no-such-compiler"
@@ -87,10 +87,10 @@ def test_a_static_cache_gives_the_same_tokens(case, monkeypatch):
     made = []
     monkeypatch.setattr(torch, "compile", lambda step, **_: made.append(step) or step)
     monkeypatch.setattr(distributed, "missing_compiler", lambda _: "")
-    row, paid, eight, small = compare.compiled_rows(case)
-    assert row.ratio[0] > 0 and eight.ratio[0] > 0 and " wall time; " in paid.picovlm
+    row, compiling, eight, small = compare.compiled_rows(case)
+    assert row.ratio[0] > 0 and eight.ratio[0] > 0 and " wall time; " in compiling.picovlm
     assert small.ratio[0] > 0 and "," in row.share and "," not in small.share
-    models = {id(step.__self__) for step in made}  # one as it is, one in 8 bits
+    models = {id(step.__self__) for step in made}  # one in fp32, one in int8
     assert len(models) == 2 and id(case.model) not in models
 
 
@@ -121,7 +121,7 @@ def test_the_first_step():
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_says_why():
+def test_a_failed_run_reports_its_error():
     with pytest.raises(InputError, match=r"train\.py: .*batch_size = 0"):
         timing.run_training(["--data.batch-size=0"])
 

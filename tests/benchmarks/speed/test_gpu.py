@@ -49,7 +49,7 @@ def test_both_sides_of_a_preset(small, capsys, monkeypatch, tmp_path):
     )
 
 
-def test_models_of_different_loss_are_not_timed(small, monkeypatch, tmp_path):
+def test_models_with_different_losses_are_not_timed(small, monkeypatch, tmp_path):
     load_hf_model = peers.load_hf_model
 
     def other(folder, dtype):

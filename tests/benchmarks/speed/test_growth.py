@@ -20,10 +20,10 @@ def attention(minute_config):
 
     def of(rows: list[list[int]]) -> int:
         samples = [[make_conversation(cfg, n) for n in row] for row in rows]
-        everything = count_flops(growth.step_of(model, collate(samples, cfg)))[1]
+        total = count_flops(growth.step_of(model, collate(samples, cfg)))[1]
         images = collate(samples, cfg).images
         vision = count_flops(lambda: model.embed_images(images).sum().backward())[1]
-        return everything - vision
+        return total - vision
 
     return of
 
@@ -40,7 +40,7 @@ def test_packed_attention_costs_the_sum_of_squares(attention):
     assert attention([[16] * 4, [16] * 4]) == attention([[16] * 8])
 
 
-def test_slopes(monkeypatch, minute_config):
+def test_exponents(monkeypatch, minute_config):
     squares = [Point(x, 3.0 * x * x, x, 7) for x in (1, 2, 4, 8)]
     assert exponent(squares, "seconds") == pytest.approx(2)
     assert exponent(squares, "saved") == pytest.approx(1)

@@ -10,7 +10,7 @@ from configs import DataConfig, RunConfig
 from data.batches import loader as loaders
 
 
-def test_rows_are_fuller_when_packed_and_times_are_of_this_loader(
+def test_packed_rows_are_fuller_and_times_match_the_loader(
     tiny_processor, minute_config, rows_file, monkeypatch
 ):
     monkeypatch.setattr(loader, "BATCHES", 3)

@@ -22,7 +22,7 @@ def test_the_first_step_and_evaluations_are_left_out(monkeypatch):
     assert calls == [(["tiny"], 3)]
 
 
-def test_the_transformers_loop_trains_while_it_is_timed(tmp_path, monkeypatch):
+def test_the_timed_transformers_loop_trains(tmp_path, monkeypatch):
     run = parse_run(["tiny", "--data.workers=0"])
     torch.manual_seed(0)
     VisionLanguageModel(run.model).save_pretrained(tmp_path)
@@ -40,6 +40,6 @@ def test_the_transformers_loop_trains_while_it_is_timed(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_both_sides_beside_each_other():
+def test_both_sides_are_measured():
     row = out_of_the_box.measure("tiny", turns=1)
     assert 0 < row.ratio[0] < 100 and row.picovlm.endswith("ms")

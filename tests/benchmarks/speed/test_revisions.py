@@ -1,4 +1,4 @@
-"""Two trees are measured in turns; what differs between them is found, and failures are named."""
+"""Two trees are measured in turns; differences are found and failures reported."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ VisionLanguageModel.forward = forward
 
 @pytest.fixture
 def other_tree(tmp_path) -> Path:
-    """A copy of this tree whose `forward`, which training alone calls, is slow and wrong."""
+    """A copy of this tree with a slow and wrong `forward`, which only training calls."""
     tree = tmp_path / "other"
     shutil.copytree(ROOT / "models", tree / "models", ignore=shutil.ignore_patterns("__pycache__"))
     for path in ROOT.glob("*.py"):
@@ -112,7 +112,7 @@ def test_a_revision_is_unpacked(tmp_path):
         revisions.checkout("no-such-revision", tmp_path / "none")
 
 
-def test_a_tree_that_fails_is_named(tmp_path):
+def test_a_failed_worker_is_reported(tmp_path):
     (tmp_path / "configs.py").write_text("raise RuntimeError('broken tree')\n")
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "vision_language_model.py").write_text("import configs\n")
@@ -120,6 +120,6 @@ def test_a_tree_that_fails_is_named(tmp_path):
         revisions.measure([ROOT, tmp_path], ["tiny"], ["fp32"], ["first"], 1, turns=1)
 
 
-def test_numbers_below_one_are_refused():
+def test_numbers_below_one_are_rejected():
     with pytest.raises(InputError, match="--turns 0: must be at least 1"):
         revisions.main([str(ROOT), "--turns", "0"])
