@@ -1,4 +1,4 @@
-"""The command line: flags from dataclasses by tyro, presets, and errors in one line."""
+"""Command line: flags from dataclasses (by tyro), presets, and errors as one line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import configs_classify
 from config_tools import RENAMED, InputError, from_dict, read_json
 from configs import PRESETS, RunConfig
 
-# Old flag or subcommand -> its names today; a script knows at most one of them.
+# Old flag or subcommand -> current names; each script has at most one of them.
 RENAMED_FLAGS: dict[str, tuple[str, ...]] = {
     "--sheet": ("--answer-sheet", "--contact-sheet"),
     "look": ("rollout",),
@@ -29,7 +29,7 @@ RENAMED_FLAGS: dict[str, tuple[str, ...]] = {
 
 
 def current_name(word: str, known: Container[str]) -> str:
-    """The name today of a renamed flag or subcommand, if `known` has it; else empty."""
+    """The current name of a renamed flag or subcommand if it is in `known`, else empty."""
     return next((new for new in RENAMED_FLAGS.get(word, ()) if new in known), "")
 
 
@@ -46,7 +46,7 @@ def parse_known(cls: type, argv: list[str], **options) -> tuple:
         if flag not in known and (new := current_name(flag, known)):
             raise InputError(f"{flag} is now {new}; use the new name.")
         if n > 1 and get_origin(known.get(flag)) is tuple:  # tyro would keep only the last
-            raise InputError(f"{flag}: given {n} times; put all its values behind one.")
+            raise InputError(f"{flag}: given {n} times; give it once with all its values.")
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
@@ -58,7 +58,7 @@ def parse_known(cls: type, argv: list[str], **options) -> tuple:
 
 
 def parse(cls: type, argv: list[str], **options):
-    """Parse flags into a dataclass; raises `InputError`, for an unknown flag with the nearest."""
+    """Parse flags into a dataclass; raises `InputError`, which names the nearest known flag."""
     value, unknown = parse_known(cls, argv, **options)
     if unknown:
         near = difflib.get_close_matches(unknown[0].replace("_", "-"), flags(cls), n=1)
@@ -67,7 +67,7 @@ def parse(cls: type, argv: list[str], **options):
     return value
 
 
-def parse_preset(cls: type, presets: dict, argv: list[str]):
+def parse_preset(cls: type, presets: dict, argv: list[str], script: str):
     """Parse `[preset | run.json] [--field value ...]`; the first preset is the default."""
     base = next(iter(presets))
     if argv and not argv[0].startswith("-"):
@@ -80,22 +80,43 @@ def parse_preset(cls: type, presets: dict, argv: list[str]):
         near = difflib.get_close_matches(base, presets, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"presets are {', '.join(presets)}."
         raise InputError(f"{base!r} is neither a preset nor a .json file; {hint}")
-    description = f"Presets: {', '.join(presets)}. Shown here: {base}."
+    description = f"Presets: {', '.join(presets)}. Defaults below are those of {base}."
+    for flag in ("-h", "--help"):
+        if flag in argv:
+            prog = f"{script} [PRESET | RUN.json]"
+            print_help(default, "".join(argv[argv.index(flag) + 1 :][:1]), prog, description)
     return parse(cls, argv, default=default, description=description)
+
+
+def print_help(default: Any, part: str, prog: str, description: str) -> None:
+    """Print the flags of one part of a run config, or of all but the model, and exit.
+
+    A model has more fields than data and training together, and presets set them.
+    """
+    parts = {field.name: getattr(default, field.name) for field in dataclasses.fields(default)}
+    if part and part not in parts:
+        raise InputError(f"--help {part}: must be one of {', '.join(parts)}, or --help alone.")
+    names = [part] if part else [name for name in parts if name != "model"]
+    fields = [(n, type(parts[n]), dataclasses.field(default=parts[n])) for n in names]
+    shown = dataclasses.make_dataclass("Options", fields, frozen=True)
+    if not part:
+        description += " The model's options: --help model."
+    parse_known(shown, ["--help"], prog=prog, description=description)
 
 
 def parse_run(argv: list[str]) -> RunConfig:
     """Parse the arguments of train.py; raises `InputError`."""
-    return parse_preset(RunConfig, PRESETS, join_values(argv, "--data.source"))
+    return parse_preset(RunConfig, PRESETS, join_values(argv, "--data.source"), "train.py")
 
 
 def parse_classify(argv: list[str]) -> configs_classify.ClassifyConfig:
     """Parse the arguments of classify.py train; raises `InputError`."""
-    return parse_preset(configs_classify.ClassifyConfig, configs_classify.PRESETS, argv)
+    cls, presets = configs_classify.ClassifyConfig, configs_classify.PRESETS
+    return parse_preset(cls, presets, argv, "classify.py train")
 
 
 def join_values(argv: list[str], flag: str) -> list[str]:
-    """Join all words behind a flag into one value: `--data.source a=0.7 b=0.3`."""
+    """Join all words after a flag into one value: `--data.source a=0.7 b=0.3`."""
     if flag not in argv:
         return argv
     first = argv.index(flag) + 1
@@ -104,13 +125,13 @@ def join_values(argv: list[str], flag: str) -> list[str]:
 
 
 def message_of(box: str) -> str:
-    """The text inside the frame that tyro draws around an error, as a sentence."""
+    """The text inside tyro's error box, as one sentence."""
     _title, text, *_ = *re.split("^.*[─-]{3}.*$", box, flags=re.M), ""
     return f"{' '.join(re.sub('[│|]', ' ', text).split()).rstrip('.')}; --help lists all flags."
 
 
 def flags(cls: type, prefix: str = "--") -> dict[str, object]:
-    """All flags of a dataclass and their types; those of nested dataclasses follow a dot."""
+    """Flag -> type for every field of a dataclass; nested ones look like `--data.seed`."""
     found = {}
     for name, hint in get_type_hints(cls).items():
         flag = prefix + name.replace("_", "-")
@@ -119,7 +140,7 @@ def flags(cls: type, prefix: str = "--") -> dict[str, object]:
 
 
 def run_command(usage: str, commands: dict[str, Callable], argv: list[str]) -> None:
-    """Call the subcommand that `argv[0]` names with the other arguments; without one, print usage.
+    """Call the subcommand `argv[0]` with the other arguments; print usage if there is none.
 
     Raises `InputError` for an unknown or renamed subcommand.
     """
@@ -129,7 +150,7 @@ def run_command(usage: str, commands: dict[str, Callable], argv: list[str]) -> N
     if new := current_name(argv[0], commands):
         raise InputError(f"{argv[0]} is now {new}; use the new name.")
     if argv[0] not in commands:
-        raise InputError(f"{argv[0]!r}: must be one of {', '.join(commands)}.")
+        raise InputError(f"unknown subcommand {argv[0]!r}; must be one of {', '.join(commands)}.")
     commands[argv[0]](argv[1:])
 
 
@@ -140,7 +161,7 @@ def command(main, argv: list[str] | None = None) -> None:
     """
     streams: tuple[Any, Any] = sys.stdin, sys.stdout
     for stream in streams:
-        # It may be replaced, or already read.
+        # A replaced stream may lack `reconfigure`; one already read refuses it.
         with contextlib.suppress(AttributeError, io.UnsupportedOperation):
             stream.reconfigure(errors="surrogateescape")
     try:
@@ -151,7 +172,7 @@ def command(main, argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of stdout has closed it, like `| head`
+    except BrokenPipeError:  # the reader closed the pipe, for example `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:  # full disk, missing permission

@@ -302,8 +302,8 @@ sys.addaudithook(hook)
 for name in sys.argv[1:]:
     __import__(name)
 assert threading.active_count() == threads, threading.enumerate()
-ours = [x for x in opened if not str(x).endswith(".pyc")]
-assert not ours, ours
+written = [x for x in opened if not str(x).endswith(".pyc")]
+assert not written, written
 assert dict(os.environ) == before[0], set(os.environ.items()) ^ set(before[0].items())
 assert random.getstate() == before[1], "random"
 assert torch.equal(torch.get_rng_state(), before[2]), "torch"

@@ -1,4 +1,4 @@
-"""Flags and presets become configs; what is wrong is said in one sentence."""
+"""Flags and presets become configs; errors are one sentence."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_mistyped_preset_names_the_nearest():
 
 
 @pytest.mark.parametrize(
-    "flags, said",
+    "flags, message",
     [
         ("--train.stepz 3", "--train.steps"),
         ("--train.steps many", "--train.steps"),
@@ -81,12 +81,12 @@ def test_a_mistyped_preset_names_the_nearest():
         ("again", "again"),
     ],
 )
-def test_a_bad_flag_exits_with_2_and_says_which(flags, said, capsys):
+def test_a_bad_flag_exits_with_2_and_is_named(flags, message, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.command(parse_run, ["tiny", *flags.split()])
     assert caught.value.code == 2
     output = capsys.readouterr()
-    assert said in " ".join((output.out + output.err).replace("│", " ").split())
+    assert message in " ".join((output.out + output.err).replace("│", " ").split())
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_renamed_flag_names_the_new_one(old, new):
         parse_run(["tiny", old, "1"])
 
 
-def test_renamed_flags_and_subcommands_exist_by_their_new_names():
+def test_new_names_of_renamed_flags_and_subcommands_exist():
     known = {*flags(RunConfig), *flags(ClassifyConfig), *classify.COMMANDS}
     known |= {*flags(score.Arguments), *flags(embed.Search)}
     assert not known & set(cli.RENAMED_FLAGS)
@@ -125,6 +125,14 @@ def test_renamed_flags_and_subcommands_exist_by_their_new_names():
             script(argv)
 
 
+@pytest.mark.parametrize("script, parts", [
+    (cli.parse_run, "model, data, train"), (cli.parse_classify, "model, data, train"),
+])  # fmt: skip
+def test_help_for_an_unknown_part_names_the_parts(script, parts):
+    with pytest.raises(InputError, match=f"--help modle: must be one of {parts}"):
+        script(["--help", "modle"])
+
+
 def docstrings(cls: type) -> dict[str, str]:
     """Field -> the string under it, read from the source."""
     body = ast.parse(inspect.getsource(cls)).body[0].body
@@ -136,13 +144,19 @@ def docstrings(cls: type) -> dict[str, str]:
 
 
 def test_help_shows_every_field_with_its_docstring():
-    command = [sys.executable, "train.py", "tiny", "--help"]
+    """`--help` has data and training, `--help model` the model."""
     environment = os.environ | {"COLUMNS": "400", "NO_COLOR": "1"}
-    out = subprocess.run(
-        command, capture_output=True, text=True, env=environment, cwd=configs.__file__[:-10]
-    )
-    assert out.returncode == 0, out.stderr
-    shown = " ".join(re.sub("[│─╭╮╰╯]", " ", out.stdout).split())
+    pages = []
+    for words in (["--help"], ["--help", "model"]):
+        out = subprocess.run(
+            [sys.executable, "train.py", "tiny", *words],
+            capture_output=True, text=True, env=environment, cwd=configs.__file__[:-10],
+        )  # fmt: skip
+        assert out.returncode == 0, out.stderr
+        pages.append(" ".join(re.sub("[│─╭╮╰╯]", " ", out.stdout).split()))
+    assert "--model." not in pages[0] and "--help model" in pages[0]
+    assert "--data." not in pages[1] and "--train." not in pages[1]
+    shown = " ".join(pages)
     fields = set()
     parts = {
         "model": (configs.ViTConfig, configs.LMConfig, configs.ProjectorConfig, VLMConfig),
@@ -172,5 +186,5 @@ def test_a_wrong_input_is_one_line_and_exit_code_2(capsys):
         cli.command(main, ["thing"])
     assert caught.value.code == 2
     assert capsys.readouterr().err == "error: bad thing.\n"
-    with pytest.raises(ZeroDivisionError):  # our own mistakes keep their traceback
+    with pytest.raises(ZeroDivisionError):  # unexpected exceptions keep their traceback
         cli.command(lambda argv: 1 / 0, [])

@@ -86,8 +86,8 @@ def test_commands_run_in_order(place, run):
     for line in lines:
         done = run(as_run(line), place)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
-    for written in ("runs/short/log.jsonl", "runs/mine/config.json", "runs/demo/score.json",
-                    "runs/demo/report.html"):  # fmt: skip
+    for written in ("runs/mine/config.json", "runs/demo/score.json", "runs/demo/report.html",
+                    "runs/demo-bf16/model.safetensors", "runs/demo-upload/README.md"):  # fmt: skip
         assert (place / written).is_file(), written
     assert len((place / "answers.jsonl").read_text().splitlines()) == 2
 
