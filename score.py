@@ -45,7 +45,7 @@ class Arguments:
     data: DataConfig = field(default_factory=DataConfig)
     """Data to score on. data.source: world, your own rows, or a local copy of a benchmark."""
     split: Literal["train", "val", "test"] = "test"
-    """Split of the world or of your own rows; test: all of your rows."""
+    """Own rows: val are those held out from training, test all, with training rows."""
     n: int = 3000
     """Maximum number of questions; world: evenly over its skills."""
     by: Literal["generation", "likelihood"] = "generation"

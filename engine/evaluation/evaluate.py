@@ -307,6 +307,7 @@ def evaluate(
     if on_answers is not None and answered:
         on_answers(answered)
     groups = by_skill(answered)
+    groups = groups if len(groups) > 1 else {}  # a single one is val_accuracy
     scores = {skill: mean_score(group) or 0.0 for skill, group in groups.items()}
     return {
         "val_loss": round(loss, 4),

@@ -18,7 +18,8 @@ from engine.inference.chat import Chat
 from engine.training.distributed import Dist
 
 YES_NO_FIGURES = ("precision", "recall", "f1", "yes_ratio")
-LEGEND = "unseen: held-out combinations; blind: blank image; shuffled: another question's image"
+LEGEND = "blind: blank image; shuffled: another question's image"
+LEGEND_WORLD = "unseen: combinations that training never contains; "
 
 
 def answer_all(
@@ -56,7 +57,8 @@ def score_views(
 
 def format_result(result: dict) -> str:
     """The result of score.py as a table."""
-    columns = ("seen", "unseen", *VIEWS[1:])
+    has_unseen = result["unseen"] is not None  # only the built-in data has held-out combinations
+    columns = (*(("seen", "unseen") if has_unseen else ()), *VIEWS[1:])
     lines = [f"{'skill':10} {'accuracy':>8}  {'95 % interval':>15} "
              + " ".join(f"{c:>8}" for c in (*columns, "n"))]  # fmt: skip
     for skill, s in (result["skills"] | {"all": result}).items():
@@ -66,7 +68,7 @@ def format_result(result: dict) -> str:
         lines.append(line + " ".join(f"{cell:>8}" for cell in (*cells, s["n"])))
     figures = [f"{k} {result[k]:.1%}" for k in YES_NO_FIGURES if k in result]
     lines += [", ".join(figures)] if figures else []
-    lines.append(LEGEND)
+    lines.append((LEGEND_WORLD if has_unseen else "") + LEGEND)
     if "against" in result:
         a = result["against"]
         low, high = a["interval"]

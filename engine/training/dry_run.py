@@ -99,15 +99,17 @@ def dry_run(
         n_trained = sum(p.numel() for p in part.parameters() if p.requires_grad)
         lines.append(f"{name:10} {n:11,}  {n_trained:11,}")
     batches = t.accumulate * dist.world_size
+    n_samples = first.n_samples * batches * t.steps
+    n_rows = 0 if cfg.data.stream else len(loader.dataset)
+    epochs = f"samples, {n_samples / n_rows:.1f} epochs" if n_rows else "samples"
     lines += [
         f"largest batch: {worst.input_ids.shape[0]} rows of {worst.input_ids.shape[1]} tokens, "
         f"{len(worst.images)} tiles: {slowest:.2f} s/step, peak memory {memory}",
         f"first batch: {first.n_samples} samples, {first.n_tokens:,} tokens, {len(first.images)} "
         f"tiles, {first.n_tokens / first.input_ids.numel():.1%} full: {usual:.2f} s/step, "
         f"{first.n_tokens * batches / usual:,.0f} tokens/s",
-        f"{t.steps:,} steps of {batches} batches, about {first.n_samples * batches * t.steps:,} "
-        f"samples; estimated time {format_time(usual * t.steps)}, at most "
-        f"{format_time(slowest * t.steps)}",
+        f"{t.steps:,} steps of {batches} batches, about {n_samples:,} {epochs}; estimated time "
+        f"{format_time(usual * t.steps)}, at most {format_time(slowest * t.steps)}",
         "first sample, with supervised tokens marked:",
         mark_supervised(first_sample(first), processor, use_color()),
     ]

@@ -1,4 +1,4 @@
-"""docs/own_data.md is true: its commands run on fifty real pictures, its rows are read."""
+"""The commands of docs/own_data.md run on fifty real images, and its example rows are valid."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture
 def run(python):
-    """`run(line, place)` -> standard output of a documented command, run somewhere else."""
+    """`run(line, place)` -> standard output of a documented command, run in folder `place`."""
 
     def run(line: str, place: Path) -> str:
         name, *words = shlex.split(re.sub(r"^python (?=\w+\.py)", f"python {ROOT}/", line))
@@ -38,7 +38,7 @@ def run(python):
 
 
 def make_place(run, place: Path, shared: Path, demo_steps: int) -> Path:
-    """Fifty flags named for their countries, and a demo so far trained."""
+    """A folder with fifty flags named by country, and a demo trained for `demo_steps` steps."""
     folder, names = shared / "datasets" / "flags", []
     for line in (folder / "names.tsv").read_text(encoding="utf-8").splitlines()[1:]:
         file, country = line.split("\t")
@@ -57,13 +57,13 @@ def commands() -> list[str]:
     return block.splitlines()
 
 
-def test_the_commands_run_on_fifty_pictures(run, shared, tmp_path):
-    """With two steps instead of all."""
+def test_the_commands_run_on_fifty_images(run, shared, tmp_path):
+    """With two training steps instead of 120."""
     place = make_place(run, tmp_path, shared, 2)
     preview, train, score, ask = commands()
-    said = run(preview, place)
+    output = run(preview, place)
     for block in blocks("text")[0].split("...\n"):
-        assert block.strip() in said, block
+        assert block.strip() in output, block
     assert (place / "preview.png").is_file()
     run(f"{train} --train.steps 2", place)
     run(score, place)
@@ -71,7 +71,7 @@ def test_the_commands_run_on_fifty_pictures(run, shared, tmp_path):
     assert run(ask, place).endswith("\n")
 
 
-def test_a_source_is_read_once_and_kept(run, tmp_path):
+def test_prepare_keeps_the_rows(run, tmp_path):
     (tmp_path / "my.jsonl").write_text(blocks("json")[0].splitlines()[-1] + "\n")
     run(blocks("bash")[1].strip(), tmp_path)
     source = open_dataset(DataConfig(source=str(tmp_path / "runs/data/mine")), "test")
@@ -79,15 +79,15 @@ def test_a_source_is_read_once_and_kept(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_fifty_pictures_are_learned(run, shared, tmp_path):
-    """As written, on a demo of 20 steps: what is learned is learned here."""
+def test_fifty_images_are_memorized(run, shared, tmp_path):
+    """With all 120 steps, from a demo of only 20 steps."""
     place = make_place(run, tmp_path, shared, 20)
     outputs = [run(line, place) for line in commands()]
     assert read_json(place / "runs/flags/score.json")["accuracy"] >= 0.9
     assert outputs[-1] == "Andorra\n"
 
 
-def test_the_rows_are_read_as_the_page_says(tmp_path):
+def test_example_rows_are_valid(tmp_path):
     for name in ("cat", "dog"):
         Image.new("RGB", (9, 9)).save(tmp_path / f"{name}.png")
     seen = []

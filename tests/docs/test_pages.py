@@ -33,7 +33,7 @@ SHORT = {
     "-m benchmarks.quality.answering": "20",
     "train.py": "--train.steps 2 --train.eval-samples 10 --data.max-length 256 --data.batch-size 1 "
     "--data.workers 0",
-    "classify.py": "--train.steps 2 --train.eval-every 0 --data.batch-size 4",
+    "classify.py train": "--train.steps 2 --train.eval-every 0 --data.batch-size 4",
     "-m benchmarks.quality.digits": "--steps 2 --folds 1",
 }
 TOO_LARGE = ("python -m benchmarks.quality.answering int8 222m",)  # minutes, two gigabytes
@@ -131,8 +131,8 @@ def test_trainings_run_in_order(name, trainings, python):
     """Each in a process of its own, with two steps instead of all."""
 
     def run(line: str) -> None:
-        what = re.match(r"python (-m \S+|\S+\.py)", line)[1]
-        if what == "classify.py":  # alternatives, all into the same folder
+        what = re.match(r"python (-m \S+|classify\.py \w+|\S+\.py)", line)[1]
+        if what == "classify.py train":  # alternatives, all into the same folder
             shutil.rmtree(trainings / "runs/classifier", ignore_errors=True)
         line = line.replace(f"python {what}", what if what[0] == "-" else f"{ROOT}/{what}")
         done = python(shlex.split(line, comments=True) + SHORT.get(what, "").split(), trainings)

@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom, offline, and says what it promises."""
+"""The notebook runs from top to bottom, offline, and prints what it promises."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def test_the_notebook_runs(python):
-    """Its cells as one script, which needs no kernel; pictures at a cell's end are not seen."""
+    """Run its cells as one script, without a kernel; values at the end of a cell are not shown."""
     notebook = json.loads((ROOT / "docs" / "quickstart.ipynb").read_text(encoding="utf-8"))
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert len(cells) > 5 and not any(cell["outputs"] for cell in cells), "outputs are committed"

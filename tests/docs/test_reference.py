@@ -25,9 +25,8 @@ def test_every_field_has_a_meaning_and_a_row():
             docs = reference.field_docs(cls)
             for field in dataclasses.fields(cls):
                 assert docs[field.name], f"{cls.__name__}.{field.name} has no docstring"
-                assert f"| `{part.name}.{field.name}` | {docs[field.name]} |".replace("\\|", "|") in (
-                    page.replace("\\|", "|")
-                )
+                row = f"| `{part.name}.{field.name}` | {docs[field.name]} |"
+                assert row in page.replace("\\|", "|")
 
 
 def test_ranges_are_those_of_the_validation():

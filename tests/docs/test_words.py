@@ -34,9 +34,9 @@ TEXTS = (".py", ".md", ".ipynb", ".jinja", ".toml", ".yml", ".yaml", ".cff")
 
 def files() -> list[str]:
     """All texts of the project, as git lists them; this file holds the words."""
-    listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-                            cwd=ROOT, capture_output=True, text=True, check=True).stdout  # fmt: skip
-    names = [name for name in listed.splitlines() if name.endswith((*TEXTS, "Makefile"))]
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    names = [name for name in listed.stdout.splitlines() if name.endswith((*TEXTS, "Makefile"))]
     return sorted(name for name in names if (ROOT / name).is_file() and "test_words" not in name)
 
 

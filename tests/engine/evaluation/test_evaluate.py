@@ -180,7 +180,7 @@ def test_evaluate_restores_mode_and_generators(chat, cfg):
     chat.model.eval()
     assert values == evaluate(chat.model, chat.processor, cfg, 3, OFF)
     assert not chat.model.training
-    assert set(values) == {"val_loss", "val_accuracy", "val_all", "val_answers"}
+    assert set(values) == {"val_loss", "val_accuracy", "val_answers"}
     assert len(values["val_answers"]) == 3 and all(map(str, values["val_answers"]))
 
 
