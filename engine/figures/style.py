@@ -62,6 +62,14 @@ def font_bytes() -> bytes:
 
 
 @cache
+def font_folder() -> tempfile.TemporaryDirectory:
+    """A folder with the font as a file, which matplotlib needs; deleted when Python exits."""
+    folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    Path(folder.name, f"{FONT}.ttf").write_bytes(font_bytes())
+    return folder
+
+
+@cache
 def _font(size: int, has_other_letters: bool) -> ImageFont.FreeTypeFont:
     if has_other_letters:
         with contextlib.suppress(ImportError, OSError):
@@ -135,12 +143,8 @@ def plotting(user: str) -> Generator[Any]:
     matplotlib = import_optional("matplotlib", user)
     cycler = import_optional("cycler", user).cycler
     fonts = import_optional("matplotlib.font_manager", user).fontManager
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        file = Path(folder, f"{FONT}.ttf")  # matplotlib opens fonts by path only
-        file.write_bytes(font_bytes())
+    file = str(Path(font_folder().name, f"{FONT}.ttf"))
+    if all(font.fname != file for font in fonts.ttflist):
         fonts.addfont(file)
-        try:
-            with matplotlib.rc_context(MATPLOTLIB | {"axes.prop_cycle": cycler(color=PALETTE)}):
-                yield import_optional("matplotlib.figure", user).Figure
-        finally:
-            fonts.ttflist[:] = [font for font in fonts.ttflist if font.fname != str(file)]
+    with matplotlib.rc_context(MATPLOTLIB | {"axes.prop_cycle": cycler(color=PALETTE)}):
+        yield import_optional("matplotlib.figure", user).Figure

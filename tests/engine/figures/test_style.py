@@ -63,6 +63,8 @@ def test_matplotlib_has_the_font_within_the_block_only(tmp_path):
     matplotlib = pytest.importorskip("matplotlib")
     from matplotlib.font_manager import fontManager
 
+    with style.plotting("a test"):
+        pass  # adds the font, once per process
     before, n_fonts = dict(matplotlib.rcParams), len(fontManager.ttflist)
     for _ in range(2):
         with plotting("a plot") as figure_class:
