@@ -157,7 +157,7 @@ def run_command(usage: str, commands: dict[str, Callable], argv: list[str]) -> N
 def command(main, argv: list[str] | None = None) -> None:
     """Run a script's `main(argv)`; an `InputError` is printed on stderr, with exit code 2.
 
-    File names may hold any bytes: stdin and stdout pass them on unchanged (surrogateescape).
+    File names may contain any bytes: stdin and stdout pass them unchanged (surrogateescape).
     """
     streams: tuple[Any, Any] = sys.stdin, sys.stdout
     for stream in streams:

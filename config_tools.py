@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 FORMAT_VERSION = 1
 HUB_NAME = r"\w[\w.-]*"  # name of a user or repository on the Hub
-# Old field name -> today's, so that configs written before a rename still load.
+# Old field name -> current name: configs written before a rename still load.
 RENAMED: dict[str, str] = {
     "world_first": "world_captions_first",
     "world_described": "world_caption_fraction",
@@ -27,18 +27,18 @@ RENAMED: dict[str, str] = {
     "magnitude": "randaugment_magnitude",
     "erase": "random_erasing",
 }
-# Deleted field -> the only value that still loads: what the code does now.
+# Deleted field -> the value that the code now always uses. Other values are refused.
 REMOVED: dict[str, object] = {"muon_momentum": 0.95}
 
 
 class InputError(Exception):
-    """A wrong input. The message says what is wrong and how to fix it."""
+    """An invalid input. The message says what is wrong and how to fix it."""
 
 
 class Validated:
     """Checks choices and finite numbers, then runs the `validate()` of the class and its bases.
 
-    Inheritance alone would run only the `validate()` of the first base.
+    Plain inheritance would run only the `validate()` of the first base.
     """
 
     def __post_init__(self) -> None:
@@ -85,7 +85,7 @@ def require_seed(config: Any) -> None:
 
 
 def import_optional(module: str, user: str, package: str = "") -> Any:
-    """Import a module that may be missing; the `InputError` names what uses it and its package."""
+    """Import an optional module; the `InputError` names the feature (`user`) and the package."""
     top = module.partition(".")[0]
     package = package or top
     try:
@@ -102,7 +102,7 @@ def to_dict(config: Any) -> dict:
 
 
 def from_dict(cls: type, values: dict, where: str = "config"):
-    """Build a config from what `to_dict` returned; renamed fields are migrated.
+    """Build a config from the result of `to_dict`; renamed fields are migrated.
 
     Raises `InputError` for an unknown field (naming the nearest) or a wrong type.
     """
@@ -114,7 +114,7 @@ def from_dict(cls: type, values: dict, where: str = "config"):
         version <= FORMAT_VERSION,
         f"{where}: format_version",
         version,
-        f"is newer than this code reads ({FORMAT_VERSION}), so update picoVLM",
+        f"must be at most {FORMAT_VERSION}; update picoVLM to read this file",
     )
     hints = get_type_hints(cls)
     known = {f.name: hints[f.name] for f in dataclasses.fields(cls)}
@@ -175,7 +175,7 @@ def read_json(path: str | Path) -> dict:
 
 
 def checkpoint_order(checkpoint: Path) -> tuple[int, str]:
-    """Sort key of a run's `step-...` folders, whose numbers may differ in length."""
+    """Sort key of a run's `step-...` folders; a longer number is a later step."""
     return len(checkpoint.name), checkpoint.name
 
 
@@ -190,6 +190,6 @@ def write_atomic(path: str | Path, text: str) -> None:
 
 
 def json_line(row: dict) -> str:
-    """A row as a line of JSON in UTF-8; lone surrogates, which UTF-8 cannot hold, stay escaped."""
+    """A row as a line of JSON; lone surrogates, which UTF-8 cannot encode, stay escaped."""
     text = json.dumps(row, ensure_ascii=False) + "\n"
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

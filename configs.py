@@ -1,4 +1,4 @@
-"""Configs of vision-language models, their data and training; and the presets.
+"""Configs of vision-language models, their data and training, and the presets.
 
 The defaults are the preset `tiny`, which trains on two CPU cores in minutes. A field's docstring is
 its `--help` text. Not here: classifiers (configs_classify.py), flags (cli.py), JSON and validation
@@ -27,11 +27,11 @@ class ViTConfig(Validated):
     """The vision encoder."""
 
     vit_img_size: int = 48
-    """Height and width of a tile, in pixels."""
+    """Height and width of an input image (in a VLM: of a tile), in pixels."""
     vit_patch_size: int = 8
     """Height and width of a patch, in pixels."""
     vit_n_channels: int = 3
-    """Colour channels of the input."""
+    """Number of colour channels of the input."""
     vit_hidden_dim: int = 128
     """Embedding dimension."""
     vit_inter_dim: int = 256
@@ -41,7 +41,7 @@ class ViTConfig(Validated):
     vit_n_blocks: int = 3
     """Number of transformer blocks."""
     vit_hidden_act: Literal["gelu_tanh", "gelu", "quick_gelu", "relu", "swiglu"] = "gelu_tanh"
-    """MLP activation: SigLIP gelu_tanh, ViT gelu, DINOv2 gelu or swiglu, CLIP quick_gelu."""
+    """MLP activation; SigLIP uses gelu_tanh, ViT gelu, DINOv2 gelu or swiglu, CLIP quick_gelu."""
     vit_ln_eps: float = 1e-6
     """Epsilon of LayerNorm."""
     vit_qkv_bias: bool = True
@@ -49,13 +49,13 @@ class ViTConfig(Validated):
     vit_dropout: float = 0.0
     """Dropout probability in attention and on both residual branches."""
     vit_drop_path: float = 0.0
-    """Stochastic depth: drop probability of the last block; grows linearly from 0 in the first."""
+    """Stochastic depth: drop probability in the last block; it grows linearly from 0."""
     vit_cls_flag: bool = False
     """Prepend a learned CLS token."""
     vit_n_registers: int = 0
     """Number of register tokens after CLS (Darcet et al. 2023), without position embeddings."""
     vit_pre_norm: bool = False
-    """LayerNorm before the first block, and no bias in the patch convolution (CLIP)."""
+    """Apply LayerNorm before the first block and omit the bias of the patch convolution (CLIP)."""
     vit_layer_scale: bool = False
     """Learned scale per channel on both residual branches (DINOv2)."""
     vit_n_classes: int = 0
@@ -63,13 +63,13 @@ class ViTConfig(Validated):
     vit_labels: tuple[str, ...] = ()
     """Class names."""
     vit_head: Literal["linear", "mlp"] = "linear"
-    """Classifier head; mlp: with a hidden tanh layer, as in the ViT paper's pretraining."""
+    """Classifier head: one linear layer, or mlp with a hidden tanh layer (ViT pretraining)."""
     vit_pool: Literal["auto", "none", "cls", "mean", "map"] = "auto"
-    """Pooling of ViT(images). auto: cls with a CLS token, else mean with a head, else none."""
+    """Pooling of the output tokens; auto: cls if there is a CLS token, mean for a head, or none."""
     vit_image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Mean per channel, subtracted from pixels in [0, 1]."""
     vit_image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    """Standard deviation per channel, by which pixels are divided."""
+    """Standard deviation per channel; pixels are divided by it after the mean is subtracted."""
     vit_model_type: str = ""
     """Hub id or directory of pretrained weights; empty: random initialization."""
 
@@ -86,12 +86,12 @@ class ViTConfig(Validated):
 
     @property
     def vit_n_patches(self) -> int:
-        """Patches of a tile."""
+        """Number of patches per tile."""
         return self.vit_grid**2
 
     @property
     def vit_n_prefix(self) -> int:
-        """Tokens in front of the patches: CLS and registers."""
+        """Number of tokens before the patches: CLS and registers."""
         return int(self.vit_cls_flag) + self.vit_n_registers
 
     def validate(self):
@@ -107,12 +107,12 @@ class ViTConfig(Validated):
         check(self.vit_hidden_dim % self.vit_n_heads == 0, self, "vit_hidden_dim", fix)
         check(self.vit_n_registers >= 0, self, "vit_n_registers", "must not be negative")
         check(self.vit_n_classes >= 0, self, "vit_n_classes", "must not be negative")
-        fix = "needs a CLS token, so set vit_cls_flag = True or pool by mean or map"
+        fix = "cls needs a CLS token; set vit_cls_flag = True, or use mean or map"
         check(self.vit_pool != "cls" or self.vit_cls_flag, self, "vit_pool", fix)
-        fix = "a classifier needs mean, cls or map"
+        fix = "must be mean, cls or map in a classifier"
         check(self.vit_pool != "none" or not self.vit_n_classes, self, "vit_pool", fix)
         n, labels = self.vit_n_classes, self.vit_labels
-        fix = f"must be {n} different names, as vit_n_classes says, or none; set both"
+        fix = f"must be {n} different names (vit_n_classes), or empty; set both fields together"
         require(not labels or len(set(labels)) == len(labels) == n, "vit_labels", labels, fix)
         check(min(self.vit_image_std) > 0, self, "vit_image_std", "must be positive")
 
@@ -128,13 +128,13 @@ class LMConfig(Validated):
     lm_n_heads: int = 4
     """Number of query heads."""
     lm_n_kv_heads: int = 4
-    """Number of key and value heads; fewer than lm_n_heads: grouped-query attention."""
+    """Number of key and value heads; if fewer than lm_n_heads, attention is grouped-query."""
     lm_head_dim: int | None = None
     """Dimension of a head; none: lm_hidden_dim / lm_n_heads."""
     lm_n_blocks: int = 4
     """Number of transformer blocks."""
     lm_vocab_size: int = 640
-    """Rows of the token embedding; at least the size of the tokenizer."""
+    """Vocabulary size: rows of the token embedding, at least the size of the tokenizer."""
     lm_max_position_embeddings: int = 2048
     """Maximum sequence length in tokens."""
     lm_rms_eps: float = 1e-5
@@ -146,13 +146,13 @@ class LMConfig(Validated):
     lm_rope_factor: float = 1.0
     """Scaling factor of linear and llama3 RoPE."""
     lm_rope_low_freq_factor: float = 1.0
-    """llama3 RoPE: wavelengths above original length / this are scaled fully."""
+    """llama3 RoPE: wavelengths above original context length / this value are scaled fully."""
     lm_rope_high_freq_factor: float = 4.0
-    """llama3 RoPE: wavelengths below original length / this are not scaled."""
+    """llama3 RoPE: wavelengths below original context length / this value are not scaled."""
     lm_rope_original_max_positions: int = 8192
-    """llama3 RoPE: context length before scaling, in tokens."""
+    """llama3 RoPE: original context length, before scaling, in tokens."""
     lm_nope_every: int = 0
-    """Every n-th block has no rotary embedding (NoPE; SmolLM3: 4); 0: all blocks have it."""
+    """Omit the rotary embedding in every n-th block (NoPE; SmolLM3: 4); 0: never."""
     lm_qkv_bias: bool = False
     """Bias on the query, key and value projections (Qwen2)."""
     lm_qk_norm: bool = False
@@ -164,7 +164,7 @@ class LMConfig(Validated):
     lm_model_type: str = ""
     """Hub id or directory of pretrained weights; empty: random initialization."""
     lm_tokenizer: str = "world"
-    """Hub id or directory; world: a built-in byte-level BPE for the synthetic data."""
+    """Hub id or directory of the tokenizer; world: built-in byte-level BPE for synthetic data."""
 
     @property
     def lm_head_width(self) -> int:
@@ -195,7 +195,7 @@ class ProjectorConfig(Validated):
     """The projector from patches to image tokens."""
 
     mp_pixel_shuffle_factor: int = 2
-    """Patches per side merged into one image token."""
+    """Pixel shuffle factor n: n x n neighbouring patches become one image token."""
 
     def validate(self):
         require_positive(self, "mp_pixel_shuffle_factor")
@@ -206,15 +206,15 @@ class VLMConfig(ViTConfig, LMConfig, ProjectorConfig):
     """A vision-language model; the field names are those of nanoVLM."""
 
     max_img_size: int = 48
-    """Longest image side after resizing, in pixels; above vit_img_size, images become tiles."""
+    """Longest image side after resizing, in pixels; above vit_img_size, images are tiled."""
     vlm_pad_token_id: int = 0
-    """Padding token; never supervised."""
+    """Id of the padding token, which is never supervised."""
     vlm_bos_token_id: int = 1
-    """First token of every conversation."""
+    """Id of the first token of every conversation."""
     vlm_eos_token_id: int = 2
-    """End-of-turn token: supervised, and the only one that stops generation."""
+    """Id of the end-of-turn token: supervised, and the only token that stops generation."""
     vlm_image_token_id: int = 3
-    """Placeholder token, replaced by projected image tokens."""
+    """Id of the placeholder token, whose embeddings are replaced by projected image tokens."""
 
     @property
     def tokens_per_tile(self) -> int:
@@ -228,16 +228,18 @@ class VLMConfig(ViTConfig, LMConfig, ProjectorConfig):
         fix = f"must be a multiple of vit_img_size = {self.vit_img_size}"
         check(self.max_img_size % self.vit_img_size == 0, self, "max_img_size", fix)
         limit = 6 * self.vit_img_size
-        fix = f"must be at most 6 x vit_img_size = {limit}: Idefics3 has names for 6 x 6 tiles"
+        fix = f"must be at most 6 x vit_img_size = {limit}; Idefics3 supports 6 x 6 tiles"
         check(self.max_img_size <= limit, self, "max_img_size", fix)
         names = [f"vlm_{kind}_token_id" for kind in ("pad", "bos", "eos", "image")]
         ids = [getattr(self, name) for name in names]
+        for name in names:
+            check(getattr(self, name) >= 0, self, name, "must not be negative")
         require(len(set(ids)) == 4, ", ".join(names), ids, "must be four different tokens")
         fix = f"must exceed every special token id; the largest is {max(ids)}"
-        check(min(ids) >= 0 and max(ids) < self.lm_vocab_size, self, "lm_vocab_size", fix)
+        check(max(ids) < self.lm_vocab_size, self, "lm_vocab_size", fix)
         check(self.vit_n_channels == 3, self, "vit_n_channels", "must be 3 in a VLM")
         check(self.vit_n_classes == 0, self, "vit_n_classes", "must be 0 in a VLM")
-        fix = "must be another in a VLM: it uses all patches, so map pooling would never train"
+        fix = "must not be map in a VLM, which uses all patches and would never train the pooling"
         check(self.vit_pool != "map", self, "vit_pool", fix)
 
 
@@ -249,33 +251,34 @@ class DataConfig(Validated):
     """Training data of a vision-language model."""
 
     source: str = "world"
-    """world, a .jsonl .json .csv .parquet file, a folder, hf:owner/name[:set][@split]; a=1 b=2."""
+    """world, a file (.jsonl .json .csv .tsv .parquet), a folder, or hf:owner/name[:config][@split].
+    A mixture lists several with their shares: a.jsonl=0.7 b.jsonl=0.3."""
     stream: bool = False
     """Stream rows: no indexing pass, unknown length, nothing cached."""
     stream_block: int = 1000
     """Size of a stream's shuffle buffer, in rows."""
     min_relevance: int = 1
-    """Minimum `relevance_ratings` (1 to 5) of a turn, in datasets rated like FineVision."""
+    """Minimum `relevance_ratings` (1 to 5) of a question and answer, in FineVision's columns."""
     min_image_correspondence: int = 1
-    """Minimum `image_correspondence_ratings` (1 to 5)."""
+    """Minimum `image_correspondence_ratings` (1 to 5) of a question and answer."""
     min_visual_dependency: int = 1
-    """Minimum `visual_dependency_ratings` (1 to 5)."""
+    """Minimum `visual_dependency_ratings` (1 to 5) of a question and answer."""
     min_formatting: int = 1
-    """Minimum `formatting_ratings` (1 to 5)."""
+    """Minimum `formatting_ratings` (1 to 5) of a question and answer."""
     fetch_images: bool = False
-    """Download images given as URLs; otherwise such rows are errors."""
+    """Download images given as URLs; without it, rows with URLs are unusable."""
     seed: int = 0
-    """Seed of the built-in scenes and of the row order."""
+    """Seed of the built-in scenes and of the order of rows."""
     batch_size: int = 2
     """Rows per batch and process."""
     max_length: int = 1024
-    """Maximum row length in tokens; with packing, the length that several conversations share."""
+    """Maximum length of a row, in tokens; with packing, several conversations share a row."""
     packing: bool = True
     """Pack several conversations into a row; attention never crosses between them."""
     max_tiles: int = 64
-    """Maximum tiles of a conversation; more is an error, nothing is truncated."""
+    """Maximum tiles per conversation; conversations with more are unusable, never truncated."""
     tiles_per_batch: int = 0
-    """Maximum tiles of a packed batch; 0: as many as fit its tokens."""
+    """Maximum tiles per packed batch; 0: no limit besides max_length."""
     val_fraction: float = 0.02
     """Fraction of rows held out for validation, chosen by a hash of the row."""
     world_questions: int = 4
@@ -283,9 +286,9 @@ class DataConfig(Validated):
     world_caption_fraction: float = 0.2
     """Built-in data: fraction of scenes with a caption instead of questions."""
     world_captions_first: int = 14000
-    """Built-in data: the first n training scenes all have captions instead of questions."""
+    """Built-in data: the first n training scenes have captions only (a curriculum)."""
     world_min_shapes: int = 2
-    """Built-in data: minimum number of kinds of shape (of 4) that a training scene draws from."""
+    """Built-in data: minimum size (1 to 4) of the set of shapes that a training scene uses."""
     workers: int = 0
     """Worker processes that prepare samples; 0: the training process prepares them."""
 
@@ -321,7 +324,7 @@ class LoopConfig(Validated):
     accumulate: int = 1
     """Gradient accumulation: batches per optimizer step and process."""
     optimizer: Literal["adamw", "muon", "adamw8bit"] = "muon"
-    """muon: Muon for matrices of the blocks, AdamW for the rest. adamw8bit needs torchao."""
+    """Optimizer; muon: Muon for block matrices, AdamW for the rest; adamw8bit needs torchao."""
     lr_muon: float = 0.012
     """Peak learning rate of Muon."""
     weight_decay: float = 0.05
@@ -331,19 +334,19 @@ class LoopConfig(Validated):
     beta2: float = 0.98
     """AdamW: decay of the second moment."""
     warmup: int = 50
-    """Linear warmup, in steps."""
+    """Length of the linear learning rate warmup, in steps."""
     schedule: Literal["cosine", "linear", "constant"] = "linear"
-    """Learning rate decay to zero after warmup."""
+    """Learning rate after warmup; cosine and linear decay to zero."""
     layer_decay: float = 1.0
-    """Layer-wise learning rate decay: factor from each block to the one below it."""
+    """Layer-wise learning rate decay: factor per block, from the last to the first; 1: none."""
     ema: float = 0.0
-    """Decay of the moving average of weights that is evaluated and saved; 0: no averaging."""
+    """Decay of the weights' moving average, which is then evaluated and saved; 0: no average."""
     grad_clip: float = 1.0
     """Maximum gradient norm; 0: no clipping."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 autocast if it is faster on this hardware, else fp32."""
+    """Compute precision; auto: bf16 autocast if it is faster on this hardware, else fp32."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile each transformer block. auto: only on a GPU."""
+    """torch.compile for each transformer block; auto: only on a GPU."""
     seed: int = 0
     """Seed of weight initialization and dropout."""
     log_every: int = 10
@@ -351,7 +354,7 @@ class LoopConfig(Validated):
     eval_every: int = 300
     """Evaluate every n steps; 0: only at the end."""
     eval_samples: int = 200
-    """Validation questions per evaluation."""
+    """Validation questions per evaluation of a VLM; classifiers use all validation images."""
     save_every: int = 500
     """Save a checkpoint every n steps; 0: only at the end."""
     keep: int = 2
@@ -359,11 +362,11 @@ class LoopConfig(Validated):
     resume: Literal["no", "auto"] = "no"
     """auto: resume from the newest checkpoint in the run folder, if there is one."""
     max_bad_steps: int = 3
-    """Stop after n consecutive steps whose loss or gradient is NaN or Inf; fewer are skipped."""
+    """Stop after n consecutive steps with a NaN or Inf loss or gradient; fewer are skipped."""
     push: str = ""
     """Hub repository (user/name) to push the result to; created private."""
     wandb: bool = False
-    """Log to Weights & Biases too; offline unless WANDB_MODE is set."""
+    """Also log to Weights & Biases, offline unless WANDB_MODE is set."""
 
     def validate(self):
         require_positive(self, "steps accumulate log_every eval_samples keep max_bad_steps")
@@ -405,7 +408,7 @@ class TrainConfig(LoopConfig):
     freeze: tuple[Literal["vision", "projector", "language"], ...] = ()
     """Parts that are not trained."""
     init_from: str = ""
-    """Checkpoint to start from: its weights, tokenizer and model config."""
+    """Checkpoint whose weights, tokenizer and model config training starts from."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With several processes: replicate the model (ddp) or shard every block (fsdp)."""
     lora: tuple[Literal["vision", "projector", "language"], ...] = ()
@@ -415,11 +418,11 @@ class TrainConfig(LoopConfig):
     lora_alpha: float = 16.0
     """Adapter outputs are scaled by lora_alpha / lora_r."""
     lora_targets: tuple[str, ...] = ()
-    """Suffixes of the linear layers that get adapters, for example q_proj v_proj; empty: all."""
+    """Name suffixes of linear layers that get adapters, for example q_proj v_proj; empty: all."""
     activation_checkpointing: tuple[Literal["vision", "language"], ...] = ()
-    """Parts whose blocks are recomputed in backward; others are if the largest batch needs it."""
+    """Parts whose blocks are recomputed in backward; others only if the largest batch needs it."""
     answer_sheet_every: int = 1
-    """Draw an answer sheet, answers-STEP.png, at every n-th evaluation; 0: never."""
+    """Draw an answer sheet (answers-STEP.png) at every n-th evaluation; 0: never."""
     dry_run: bool = False
     """Measure time and memory of the largest batch, print them and stop; writes nothing."""
 
@@ -433,7 +436,7 @@ class TrainConfig(LoopConfig):
         plain = self.optimizer == "adamw" and not self.ema and not self.lora
         fix = "fsdp supports optimizer = adamw only, without ema and lora"
         check(self.parallel == "ddp" or plain, self, "parallel", fix)
-        fix = "names a part that is also in freeze; a frozen part trains no adapters"
+        fix = "must not name a part in freeze; a frozen part trains no adapters"
         check(not set(self.lora) & set(self.freeze), self, "lora", fix)
         for name in ("lr_vision", "lr_projector", "lr_language"):
             check(getattr(self, name) >= 0, self, name, "must not be negative")
@@ -477,15 +480,15 @@ def two_stages(name: str, run: RunConfig) -> dict[str, RunConfig]:
 
 
 PRESETS: dict[str, RunConfig] = {
-    # 1.2 M parameters; the class defaults.
+    # The class defaults: 1.2 M parameters.
     "tiny": RunConfig(),
-    # The same model, trained longer (docs/recipes.md). Without dropout, longer training made
-    # the model answer held-out combinations less often.
+    # `tiny` trained longer. Without dropout, longer training lowered the accuracy on held-out
+    # combinations (docs/recipes.md).
     "tiny-long": RunConfig(model=VLMConfig(lm_dropout=0.1),
                            data=DataConfig(world_min_shapes=1),
                            train=TrainConfig(out="runs/tiny-long", steps=6000, weight_decay=0.3,
                                              eval_every=1000, save_every=1000)),
-    # As small, with SmolLM2's tokenizer and with tiles, as llama.cpp requires (docs/deploy.md).
+    # `tiny` with SmolLM2's tokenizer and tiles, which llama.cpp requires (docs/deploy.md).
     "portable": RunConfig(
         model=VLMConfig(**SMOLVLM_TOKENS, max_img_size=96,
                         lm_tokenizer="HuggingFaceTB/SmolLM2-135M"),

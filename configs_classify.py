@@ -1,4 +1,4 @@
-"""Configs of image classifiers, their data and training; and the presets.
+"""Configs of image classifiers, their data and training, and the presets.
 
 Not here: ViTConfig and shared training settings (configs.py), the augmentation itself
 (data/classification/transforms.py).
@@ -18,19 +18,19 @@ class ClassifyDataConfig(Validated):
     """Labelled images and their augmentation."""
 
     source: str = "world"
-    """world, a folder with one folder per class, .jsonl .csv .parquet, hf:owner/name, IDX files."""
+    """world, a folder of class folders, a .jsonl .csv .parquet file, hf:owner/name or IDX files."""
     val: str = ""
-    """Source of validation images; empty: val_fraction of the training source."""
+    """Source of the validation images; empty: val_fraction of the training source."""
     val_fraction: float = 0.1
     """Fraction of rows held out for validation, chosen by a hash of image and class."""
     label: str = "label"
-    """Column with the class name."""
+    """Name of the column with the class."""
     fetch_images: bool = False
-    """Download images given as URLs; otherwise such rows are errors."""
+    """Download images given as URLs; without it, rows with URLs are unusable."""
     limit: int = 0
     """Maximum number of training rows, balanced over classes; 0: all."""
     seed: int = 0
-    """Seed of row order, augmentation and built-in scenes."""
+    """Seed of the order of rows, of augmentation and of the built-in scenes."""
     batch_size: int = 64
     """Images per batch and process."""
     workers: int = 0
@@ -38,7 +38,7 @@ class ClassifyDataConfig(Validated):
     crop_min_scale: float = 1.0
     """Random resized crop: minimum fraction of the area; 1: no cropping."""
     crop_max_ratio: float = 1.333
-    """Random resized crop: maximum aspect ratio, either way."""
+    """Random resized crop: maximum ratio of the longer to the shorter side."""
     horizontal_flip: float = 0.0
     """Probability of a horizontal flip."""
     randaugment: int = 0
@@ -46,13 +46,13 @@ class ClassifyDataConfig(Validated):
     randaugment_magnitude: float = 9.0
     """RandAugment: strength of the operations, from 0 to 10."""
     random_erasing: float = 0.0
-    """Random erasing: probability that a rectangle of an image becomes noise."""
+    """Random erasing: probability of replacing a rectangle of the image with noise."""
     mixup: float = 0.0
     """Mixup: alpha of the beta distribution; 0: none."""
     cutmix: float = 0.0
-    """CutMix: alpha of the beta distribution; 0: none. With mixup, a batch gets one of both."""
+    """CutMix: alpha of the beta distribution; 0: none. With mixup, each batch uses one of both."""
     label_smoothing: float = 0.0
-    """Label smoothing: fraction of the target spread over all classes."""
+    """Label smoothing: fraction of the target that is spread over all classes."""
 
     def validate(self):
         require_positive(self, "batch_size")
@@ -75,7 +75,7 @@ class ClassifyTrainConfig(LoopConfig):
     out: str = "runs/classifier"
     """Run folder: config, log, curves, confusion matrix, checkpoints."""
     lr_trunk: float = 0.002
-    """Peak learning rate of the trunk, which is everything but the head (AdamW)."""
+    """Peak learning rate of the trunk, which is the model without its head (AdamW)."""
     lr_head: float = 0.002
     """Peak learning rate of the head (AdamW)."""
     freeze: tuple[Literal["trunk", "head"], ...] = ()
@@ -111,7 +111,7 @@ FROM_SCRATCH = ClassifyDataConfig(
 
 
 def paper_vit(width: int, n_heads: int, n_blocks: int, patch: int) -> ViTConfig:
-    """A ViT of the sizes in the paper, at 224 pixels."""
+    """A ViT in one of the paper's sizes, for images of 224 pixels."""
     return ViTConfig(
         vit_img_size=224, vit_patch_size=patch, vit_hidden_dim=width, vit_inter_dim=4 * width,
         vit_n_heads=n_heads, vit_n_blocks=n_blocks, vit_hidden_act="gelu", vit_cls_flag=True,

@@ -1,4 +1,4 @@
-"""Open images as upright RGB, and split them into tiles exactly as Idefics3's PIL processor.
+"""Open images as upright RGB, and split them into the same tiles as Idefics3's PIL processor.
 
 Not here: where an image comes from (sources/), augmentation (classification/transforms.py).
 """
@@ -19,27 +19,27 @@ from config_tools import InputError
 from configs import VLMConfig
 
 MAX_PIXELS = 89_478_485  # Pillow's own warning threshold: a quarter GiB of RGB
-# Formats of datasets. Pillow opens more, some with external programs, some very slowly if broken.
+# Pillow supports more formats; some start external programs or are very slow on broken files.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")
-MAX_EDGE = 4096  # Idefics3 never resizes to more
+MAX_EDGE = 4096  # maximum edge after resizing in Idefics3
 
 
 def open_image(source: str | Path | bytes | Image.Image, name: str = "image") -> Image.Image:
-    """A path, a file's bytes or a PIL image of any mode -> upright RGB.
+    """A path, the bytes of a file or a PIL image of any mode -> upright RGB.
 
-    Transparency is blended with white; an animation is its first frame.
-    Raises `InputError` naming the file, or `name` if there is none, and the problem.
+    Transparency is blended with white; only the first frame of an animation is used.
+    Raises `InputError` naming the file (or `name` if there is none) and the problem.
     """
     name = str(source) if isinstance(source, (str, Path)) else name
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # serious problems raise
+            warnings.simplefilter("ignore")  # serious problems raise an exception
             image: Any = io.BytesIO(source) if isinstance(source, bytes) else source
             if not isinstance(image, Image.Image):
                 image = Image.open(image, "r", FORMATS)
             width, height = image.size
             if width * height > MAX_PIXELS:
-                size = f"{width} x {height} pixels are more than {MAX_PIXELS:,}"
+                size = f"{width} x {height} pixels exceed the limit of {MAX_PIXELS:,}"
                 raise InputError(f"{name}: {size}; resize the image first.")
             return _to_rgb(ImageOps.exif_transpose(image))
     except InputError:
@@ -47,10 +47,12 @@ def open_image(source: str | Path | bytes | Image.Image, name: str = "image") ->
     except FileNotFoundError:
         raise InputError(f"{name}: no such file.") from None
     except Image.DecompressionBombError:
-        raise InputError(f"{name}: more than {MAX_PIXELS:,} pixels; resize it first.") from None
-    except Exception as error:  # Pillow's plug-ins raise nearly every type on broken files
+        size = f"more than {MAX_PIXELS:,} pixels"
+        raise InputError(f"{name}: {size}; resize the image first.") from None
+    except Exception as error:  # Pillow's plug-ins raise many types on broken files
         reason = (str(error) or type(error).__name__).split("\n")[0][:120]
-        reason = ", ".join(FORMATS) if isinstance(error, UnidentifiedImageError) else reason
+        if isinstance(error, UnidentifiedImageError):
+            reason = f"supported formats: {', '.join(FORMATS)}"
         raise InputError(f"{name}: not a readable image ({reason}).") from None
 
 
@@ -67,10 +69,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_8bit(image: Image.Image) -> Image.Image:
-    """Greyscale of more bits -> 8 bits; `convert` would clip at 255.
+    """Greyscale with more than 8 bits -> 8 bits; `convert` would clip at 255.
 
-    16-bit values are divided by 257. Float and 32-bit values have no fixed scale: unless they lie
-    in 0..255, their own range is mapped to it.
+    16-bit values are divided by 257. Float and 32-bit values have no fixed scale: their range is
+    mapped to 0..255 unless it already lies within.
     """
     values = np.asarray(image).astype(np.float64)
     values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
@@ -87,7 +89,7 @@ def _to_8bit(image: Image.Image) -> Image.Image:
 
 
 def fit_longest(width: int, height: int, longest: int) -> tuple[int, int]:
-    """The size with longer edge `longest`; the shorter is rounded down, then up to even."""
+    """The size whose longer edge is `longest`; the shorter is rounded down, then up to even."""
     aspect = width / height
     other = int(longest / aspect) if width >= height else int(longest * aspect)
     other = max(1, other + other % 2)
@@ -101,7 +103,7 @@ def fit_longest(width: int, height: int, longest: int) -> tuple[int, int]:
 
 
 def fit_tiles(width: int, height: int, tile: int) -> tuple[int, int]:
-    """Both edges rounded up to multiples of `tile`, the longer one first, the shorter to scale."""
+    """Both edges rounded up to multiples of `tile`: first the longer, then the scaled shorter."""
     aspect = width / height
     if width >= height:
         width = math.ceil(width / tile) * tile
@@ -122,7 +124,7 @@ def tile_grid(width: int, height: int, cfg: VLMConfig) -> tuple[int, int]:
 def tile(image: Image.Image, cfg: VLMConfig) -> tuple[np.ndarray, tuple[int, int]]:
     """RGB image -> tiles [N, size, size, 3] uint8 and their grid (rows, cols).
 
-    Tiles run row by row, the global view last.
+    Tiles are in row-major order; the global view is last.
     Mirrors transformers' Idefics3ImageProcessorPil with image splitting on.
     """
     size = cfg.vit_img_size
@@ -145,4 +147,4 @@ def normalise(tiles: np.ndarray, cfg: VLMConfig) -> torch.Tensor:
     """[N, H, W, 3] uint8 -> [N, 3, H, W] float32, scaled to [0, 1], minus mean, over std."""
     mean, std = (torch.tensor(v)[:, None, None] for v in (cfg.vit_image_mean, cfg.vit_image_std))
     x = torch.from_numpy(tiles).permute(0, 3, 1, 2).contiguous().float()  # [N, 3, H, W]
-    return x.div_(255).sub_(mean).div_(std)  # in place: most of the time of a batch goes here
+    return x.div_(255).sub_(mean).div_(std)  # in place: this takes most of the time of a batch

@@ -1,9 +1,9 @@
-"""Copy a source into Parquet files that hold their images, for runs without network.
+"""Copy a source into Parquet files that contain the images, to train without network.
 
 python -m data.prepare hf:owner/name runs/data/name
 python -m data.prepare my.jsonl runs/data/mine --fetch-images
-Rows that training would skip are left out. If interrupted, the same command continues after the
-last complete file. Not here: the schemas of rows (sources/schemas.py).
+Unusable rows are left out. If interrupted, the same command continues after the last complete file.
+Not here: the schemas of rows (sources/schemas.py).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from data.sources.open import open_rows, stream_reader
 from data.sources.split import max_bad_rows, parse_row
 from data.sources.streaming import StreamPart, require_row
 
-MANIFEST = "prepared.json"  # progress, beside the files
+MANIFEST = "prepared.json"  # progress; in the folder of the files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,25 +35,25 @@ class Arguments:
     source: Annotated[str, tyro.conf.Positional]
     """A file, a folder or a dataset of the Hub, as for --data.source."""
     out: Annotated[Path, tyro.conf.Positional]
-    """Folder for the files; train on it with --data.source."""
+    """Output folder; train on it with --data.source."""
     rows: int = 1000
     """Rows per file."""
     limit: int = 0
-    """Read at most so many rows of the source; 0: all."""
+    """Maximum number of source rows to read; 0: all."""
     fetch_images: bool = False
-    """Download images that rows give as web addresses."""
+    """Download images given as URLs."""
     min_relevance: int = DataConfig.min_relevance
-    """Minimum of this FineVision rating, as for training."""
+    """Minimum `relevance_ratings` (1 to 5), as in training."""
     min_image_correspondence: int = DataConfig.min_image_correspondence
-    """Minimum of this FineVision rating, as for training."""
+    """Minimum `image_correspondence_ratings` (1 to 5), as in training."""
     min_visual_dependency: int = DataConfig.min_visual_dependency
-    """Minimum of this FineVision rating, as for training."""
+    """Minimum `visual_dependency_ratings` (1 to 5), as in training."""
     min_formatting: int = DataConfig.min_formatting
-    """Minimum of this FineVision rating, as for training."""
+    """Minimum `formatting_ratings` (1 to 5), as in training."""
 
 
 def read_rows(cfg: DataConfig, start: int) -> Iterator[tuple[int, str, dict | InputError, Path]]:
-    """(number, name in messages, row or its error, its folder), from row `start` on."""
+    """(number, name for messages, row or its error, its folder), from row `start` on."""
     if cfg.source.startswith("hf:"):
         part = StreamPart(cfg, stream_reader(cfg.source), 0, 1)
         for number, row in islice(enumerate(chain.from_iterable(part.blocks())), start, None):
@@ -86,16 +86,16 @@ def prepare_row(row: dict, cfg: DataConfig, folder: Path) -> dict | None:
 
 
 def write(rows: list[dict], path: Path) -> None:
-    """Write a Parquet file beside `path` and rename it, so that it is complete or missing."""
+    """Write a temporary Parquet file and rename it to `path`: it is complete or missing."""
     from datasets import Dataset, Features, Image, List, Value
 
     features = Features({"images": List(Image(decode=False)), "messages": Value("string")})
-    beside = path.with_name(f".{path.name}")
+    temporary = path.with_name(f".{path.name}")
     try:
-        Dataset.from_list(rows, features=features).to_parquet(str(beside))
-        beside.rename(path)
+        Dataset.from_list(rows, features=features).to_parquet(str(temporary))
+        temporary.rename(path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise InputError(f"{path}: cannot be written ({error.strerror}).") from None
 
 
@@ -111,9 +111,10 @@ def main(argv: list[str]) -> None:
     if note.is_file():
         done = json.loads(note.read_text(encoding="utf-8"))
         if done["source"] != args.source:
-            raise InputError(f"{args.out}: holds {done['source']}; name another folder.")
+            other = f"contains rows of {done['source']}"
+            raise InputError(f"{args.out}: {other}; choose another folder.")
     elif args.out.exists() and any(args.out.iterdir()):
-        raise InputError(f"{args.out}: holds something else; name a new folder.")
+        raise InputError(f"{args.out}: holds something else; choose a new folder.")
     args.out.mkdir(parents=True, exist_ok=True)
     rows = read_rows(cfg, done["read"])
     rows = islice(rows, max(0, args.limit - done["read"])) if args.limit else rows
@@ -127,7 +128,7 @@ def main(argv: list[str]) -> None:
         done["read"] = found[-1][0] + 1
         if len(done["bad"]) > max_bad_rows(done["read"], is_stream=True):
             n_bad, first = len(done["bad"]), done["bad"][0]
-            raise InputError(f"{n_bad} of {done['read']} rows are bad, the first: {first}")
+            raise InputError(f"{n_bad} of {done['read']} rows are unusable; the first: {first}")
         if content:
             write(content, args.out / f"rows-{done['files']:05d}.parquet")
             done["files"] += 1
@@ -137,8 +138,8 @@ def main(argv: list[str]) -> None:
     for reason in done["bad"]:
         print(f"skipped: {reason}")
     if not done["kept"]:
-        raise InputError(f"{args.source}: no rows to keep.")
-    print(f"train on it: --data.source {args.out}")
+        raise InputError(f"{args.source}: no usable rows.")
+    print(f"to train on it: python train.py --data.source {args.out}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 python -m data.preview my.jsonl                    as the preset tiny sees it
 python -m data.preview my.jsonl 460m --data.max-length 2048
 Arguments after the source are those of train.py. Training itself calls `check_before_training`,
-which checks fewer rows and refuses to start if none of them has supervised tokens.
+which checks fewer rows and raises an error if none of them has supervised tokens.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ SIDE, GAP = 144, 12  # contact sheet: side of a tile and gap between two, in pix
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Show what a model will see of a source. Other arguments and flags: those of train.py."""
+    """Show what the model will see of a source. All arguments and flags of train.py work, too."""
 
     source: Annotated[str, tyro.conf.Positional]
     """A file, a folder or a dataset of the Hub, as for --data.source."""
     n: int = 3
-    """Samples shown."""
+    """Number of samples to print."""
     rows: int = 200
-    """Rows checked with their images, evenly spaced; the fields of every row are checked."""
+    """Number of evenly spaced rows to check with their images; fields are checked in all rows."""
     contact_sheet: Path = Path("preview.png")
-    """Image file for the tiles of the shown samples."""
+    """Image file to write: the image tiles of the printed samples."""
 
 
 class InspectedRow(NamedTuple):
-    """A row before and after truncation; None where that failed for a reason."""
+    """A row before and after truncation; None, with the reason, if a step failed."""
 
     encoded: Tokens | None
     truncated: Tokens | None
@@ -59,16 +59,18 @@ class InspectedRow(NamedTuple):
 
 def inspect_row(dataset: Dataset, processor: Processor, cfg: DataConfig, i: int) -> InspectedRow:
     """Sample `i` as training encodes it."""
-    encoded = None
+    sample = encoded = None
     try:
-        encoded = processor.encode_whole(dataset[i], cfg.max_tiles)
+        sample = dataset[i]
+        encoded = processor.encode_whole(sample, cfg.max_tiles)
         return InspectedRow(encoded, processor.truncate(encoded, cfg.max_length))
     except InputError as error:
-        return InspectedRow(encoded, None, str(error))
+        row = sample.row if sample else ""  # the message may name an image file only
+        return InspectedRow(encoded, None, str(error) if row in str(error) else f"{row}: {error}")
 
 
 def kept_rows(seen: Sequence[InspectedRow]) -> list[tuple[Tokens, Tokens]]:
-    """(before, after truncation) of the rows that can be trained on."""
+    """(before, after truncation) of the usable rows."""
     return [(s.encoded, s.truncated) for s in seen if s.encoded and s.truncated]
 
 
@@ -80,24 +82,24 @@ def evenly_spaced(n_rows: int, n: int) -> list[int]:
 def check_before_training(
     dataset: Dataset, processor: Processor, cfg: DataConfig, n: int = 16
 ) -> str:
-    """One line about `n` rows of the dataset.
+    """Check `n` rows of the dataset; return one line about them.
 
-    Raises `InputError` if none of them has supervised tokens, after printing one with its mask.
+    If none has supervised tokens, print one with its mask and raise `InputError`.
     """
     seen = [inspect_row(dataset, processor, cfg, i) for i in evenly_spaced(len(dataset), n)]
     pairs = kept_rows(seen)
     if not pairs:
         if encoded := next((s.encoded for s in seen if s.encoded), None):
             print(f"{encoded.row}: {mark_supervised(encoded, processor, use_color())}")
-        none = f"none of the {len(seen)} checked rows can be trained on"
-        raise InputError(f"{cfg.source}: {none}, the first: {seen[0].reason}")
+        none = f"none of the {len(seen)} checked rows is usable"
+        raise InputError(f"{cfg.source}: {none}; the first: {seen[0].reason}")
     n, kept = len(pairs), [truncated for _, truncated in pairs]
     n_tokens, n_tiles = sum(map(len, kept)), sum(len(t.tiles) for t in kept)
     n_cut = sum(len(encoded) > len(truncated) for encoded, truncated in pairs)
     share = sum(int(t.supervised.sum()) for t in kept) / n_tokens
     return (
-        f"checked {len(seen)} rows: {n_tokens / n:.0f} tokens and {n_tiles / n:.1f} tiles each, "
-        f"{share:.1%} of tokens supervised, {n_cut} cut, {len(seen) - n} skipped"
+        f"checked {len(seen)} rows: mean {n_tokens / n:.0f} tokens and {n_tiles / n:.1f} tiles, "
+        f"{share:.1%} of tokens supervised, {n_cut} rows truncated, {len(seen) - n} unusable"
     )
 
 
@@ -109,18 +111,18 @@ def use_color() -> bool:
 
 
 def mark_supervised(tokens: Tokens, processor: Processor, color: bool) -> str:
-    """The decoded row, supervised text in green or [[ ]], runs of `<image>` counted."""
+    """The decoded row; supervised text is green or in [[ ]], repeated `<image>` is counted."""
     start, end = (GREEN, PLAIN) if color else ("[[", "]]")
     edges = np.flatnonzero(np.diff(tokens.supervised)) + 1
-    said = ""
+    text = ""
     for at in np.split(np.arange(len(tokens)), edges):
         run = processor.tokenizer.decode(tokens.ids[at].tolist(), skip_special_tokens=False)
-        said += f"{start}{run}{end}" if len(at) and tokens.supervised[at[0]] else run
-    return re.sub("(<image>){2,}", lambda m: f"<image> x {len(m[0]) // 7}", said)
+        text += f"{start}{run}{end}" if len(at) and tokens.supervised[at[0]] else run
+    return re.sub("(<image>){2,}", lambda m: f"<image> x {len(m[0]) // 7}", text)
 
 
 def histogram(title: str, values: Sequence[int], n_bins: int = 8) -> str:
-    """A text histogram of at most `n_bins` lines; one line a value if they fit."""
+    """A text histogram of at most `n_bins` bins, one per value if they fit."""
     if not values:
         return f"{title}: none"
     low, high = min(values), max(values)
@@ -136,7 +138,7 @@ def histogram(title: str, values: Sequence[int], n_bins: int = 8) -> str:
 
 
 def describe_rows(dataset: Dataset, seen: Sequence[InspectedRow], cfg: DataConfig) -> str:
-    """The figures: rows found and skipped, tokens and tiles a row, tokens cut and supervised."""
+    """Counts of usable rows, tokens and tiles per row, truncated and supervised tokens."""
     kept, skipped = kept_rows(seen), [s.reason for s in seen if s.truncated is None]
     n_cut = sum(len(truncated) < len(encoded) for encoded, truncated in kept)
     n_all = sum(int(encoded.supervised.sum()) for encoded, _ in kept)
@@ -146,12 +148,12 @@ def describe_rows(dataset: Dataset, seen: Sequence[InspectedRow], cfg: DataConfi
     return "\n".join([
         *dataset.notes,
         f"checked {len(seen):,} of {len(dataset):,} training rows",
-        f"skipped: {len(skipped)} of them, {n_opened} more when the source was opened",
+        f"unusable rows: {len(skipped)} of the checked ones; {n_opened} more on opening the source",
         *[f"  {reason}" for reason in skipped[:10]] + ["  ..."] * (len(skipped) > 10),
-        histogram("tokens a row", [len(encoded) for encoded, _ in kept]),
-        histogram("tiles a row", [len(encoded.tiles) for encoded, _ in kept]),
-        f"cut at data.max_length = {cfg.max_length}: {n_cut} rows lose {lost}",
-        f"supervised: {n_left / max(1, n_tokens):.1%} of {n_tokens:,} tokens",
+        histogram("tokens per row", [len(encoded) for encoded, _ in kept]),
+        histogram("tiles per row", [len(encoded.tiles) for encoded, _ in kept]),
+        f"truncated at data.max_length = {cfg.max_length}: {n_cut} rows, which lose {lost}",
+        f"supervised: {n_left:,} of {n_tokens:,} tokens ({n_left / max(1, n_tokens):.1%})",
     ])  # fmt: skip
 
 
@@ -159,7 +161,7 @@ def describe_rows(dataset: Dataset, seen: Sequence[InspectedRow], cfg: DataConfi
 
 
 def tile_spans(tokens: Tokens, processor: Processor) -> list[tuple[str, int, int]]:
-    """For each tile: the special token before it, the positions of its first and last token."""
+    """For each tile: the special token before it, and the positions of its first and last token."""
     size = processor.cfg.tokens_per_tile
     starts = np.flatnonzero(tokens.ids == processor.cfg.vlm_image_token_id)[::size].tolist()
     names = [str(processor.tokenizer.id_to_token(int(tokens.ids[at - 1]))) for at in starts]
@@ -167,7 +169,7 @@ def tile_spans(tokens: Tokens, processor: Processor) -> list[tuple[str, int, int
 
 
 def arrange_tiles(names: Sequence[str]) -> list[tuple[int, int]]:
-    """(line, column) of every tile on the sheet: as in its image, the global view to the right."""
+    """(line, column) of every tile on the sheet: as in its image, global view on the right."""
     at, top, n_lines, n_columns = [], 0, 1, 0
     for name in names:
         if found := re.fullmatch(r"row_(\d+)_col_(\d+)", name):
@@ -181,7 +183,7 @@ def arrange_tiles(names: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def draw_contact_sheet(shown: Sequence[Tokens], processor: Processor, path: Path) -> None:
-    """Write an image of the tiles of some samples with the positions of their tokens."""
+    """Draw the tiles of the samples with the positions of their tokens, and save the image."""
     font, label, step = ImageFont.load_default(15), ImageFont.load_default(12), SIDE + 46
     spans = [tile_spans(tokens, processor) for tokens in shown]
     positions = [arrange_tiles([name for name, _, _ in of_sample]) for of_sample in spans]
@@ -213,10 +215,10 @@ def main(argv: list[str]) -> None:
             raise InputError(f"{name} = {value}: must be at least 1.")
     sheet = args.contact_sheet
     if sheet.is_dir() or not sheet.parent.is_dir():
-        raise InputError(f"contact_sheet = {sheet}: must be a file in a folder that exists.")
+        raise InputError(f"contact_sheet = {sheet}: must be a file in an existing folder.")
     if unknown := [word for word in rest if word.startswith("--") and "." not in word]:
         known = ", ".join([*flags(Arguments)][1:])
-        raise InputError(f"unknown argument {unknown[0]!r}; known are {known}, and train.py's.")
+        raise InputError(f"unknown argument {unknown[0]!r}; use {known} or flags of train.py.")
     cfg = parse_run(rest)
     data = replace(cfg.data, source=args.source)
     dataset = open_dataset(data, "train")
@@ -233,10 +235,10 @@ def main(argv: list[str]) -> None:
     for tokens in shown:
         print(f"\n{tokens.row}\n{mark_supervised(tokens, processor, use_color())}")
     if not shown:
-        raise InputError(f"{args.source}: no row to train on; {seen[0].reason}")
+        raise InputError(f"{args.source}: no usable row; the first: {seen[0].reason}")
     draw_contact_sheet(shown, processor, sheet)
     marked = "green" if use_color() else "in [[ ]]"
-    print(f"\nsupervised text is {marked}; its tiles are in {sheet}")
+    print(f"\nsupervised text is {marked}; image tiles of these samples: {sheet}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Sample -> Tokens and prompt -> Tokens: tiles of the images and token ids of the text.
+"""Sample -> Tokens and prompt -> Tokens: token ids of the text and tiles of the images.
 
 A processor is saved with the weights, in the format of transformers' Idefics3Processor.
 Not here: how images are tiled (images.py), how text is formatted (text.py).
@@ -32,28 +32,27 @@ class Processor:
         return self.truncate(self.encode_whole(sample, max_tiles), max_length)
 
     def encode_whole(self, sample: Sample, max_tiles: int) -> Tokens:
-        """A sample of any length; raises `InputError` on too many tiles or missing images."""
+        """An untruncated training sample; raises `InputError` for a bad image or too many tiles."""
         tiles, strings = self._encode_images(sample, max_tiles)
         spans = text.format_turns(sample.turns, strings)
         return Tokens(*text.encode_spans(self.tokenizer, spans), tiles, sample.row)
 
     def truncate(self, tokens: Tokens, max_length: int) -> Tokens:
-        """At most `max_length` tokens: text after the last image is cut off, an image never.
+        """Keep at most `max_length` tokens. Only text after the last image is cut, never an image.
 
-        Raises `InputError` naming the row if its images alone are longer, or no supervised token is
+        Raises `InputError` naming the row if its images do not fit, or if no supervised token is
         left.
         """
         ids, supervised = tokens.ids[:max_length], tokens.supervised[:max_length]
         placeholders = np.flatnonzero(tokens.ids == self.cfg.vlm_image_token_id)
         end = placeholders[-1] + 1 if len(placeholders) else 0
-        if len(tokens) > max_length and end >= max_length:  # the closing marker must fit, too
+        if len(tokens) > max_length and end >= max_length:  # the marker after the image must fit
+            problem = f"its images take {end} tokens and do not fit into {max_length}"
             fix = "raise data.max_length or lower model.max_img_size."
-            raise InputError(
-                f"{tokens.row}: its images take {end} tokens of a row of {max_length}; {fix}"
-            )
+            raise InputError(f"{tokens.row}: {problem}; {fix}")
         if not supervised.any():
-            nothing = f"nothing to learn from within {max_length} tokens"
-            fix = "it needs an answer, or a larger data.max_length."
+            nothing = f"no supervised token in the first {max_length} tokens"
+            fix = "add an answer or raise data.max_length."
             raise InputError(f"{tokens.row}: {nothing}; {fix}")
         return replace(tokens, ids=ids, supervised=supervised)
 
@@ -61,10 +60,10 @@ class Processor:
         self, turns: Sequence[Turn], images: Sequence = (), max_tiles: int = 1 << 30,
         opening: str = text.START,
     ) -> Tokens:  # fmt: skip
-        """A conversation up to "Assistant:", nothing supervised.
+        """A conversation that ends with "Assistant:"; no token is supervised.
 
-        `opening` is `text.TURN_SEPARATOR` for turns that follow an answer; encoding turn by turn
-        gives the ids of the whole conversation. Raises `InputError` past the model's context.
+        `opening` is `text.TURN_SEPARATOR` for turns that follow an answer; turns encoded one by one
+        have the ids of the whole conversation. Raises `InputError` if the model's context is full.
         """
         sample = Sample((*turns, Turn("assistant", "")), tuple(images), row="prompt")
         tiles, strings = self._encode_images(sample, max_tiles)
@@ -75,23 +74,23 @@ class Processor:
         if (n := len(ids)) >= limit:
             n_image = (ids == self.cfg.vlm_image_token_id).sum()
             has = f"the prompt has {n} tokens, {n_image} of them for images"
-            raise InputError(f"{has}, and the model's context ends at {limit}; shorten it.")
+            raise InputError(f"{has}; the model's context ends at {limit}. Shorten the prompt.")
         return Tokens(ids, np.zeros_like(supervised), tiles, "prompt")
 
     def encode_answer(self, answer: str) -> np.ndarray:
-        """The ids [T] int32 of `answer` and the end of the turn; raises `InputError`."""
+        """The ids [T] int32 of `answer` and its end of turn; raises `InputError`."""
         text.check_turns([Turn("assistant", answer)], 0, self.tokenizer, f"answer {answer[:40]!r}")
         _prompt, span, _newline = text.format_turns([Turn("assistant", answer)], ())
         return text.encode_spans(self.tokenizer, [span])[0]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of an answer, without special tokens and outer spaces."""
+        """The text of an answer, without special tokens and surrounding spaces."""
         return self.tokenizer.decode(list(map(int, ids)), skip_special_tokens=True).strip()
 
     def _encode_images(self, sample: Sample, max_tiles: int) -> tuple[np.ndarray, list[str]]:
         """Tiles [N, size, size, 3] uint8 of all images, and the text that replaces each `<image>`.
 
-        `collate` (data/batches/packing.py) makes them [N, 3, size, size], normalised.
+        `collate` (data/batches/packing.py) converts them to [N, 3, size, size] and normalises.
         """
         cfg = self.cfg
         text.check_turns(sample.turns, len(sample.images), self.tokenizer, sample.row)
@@ -160,7 +159,7 @@ class Processor:
 
 
 def build(cfg: VLMConfig) -> Processor:
-    """The processor of a new model: `lm_tokenizer` with Idefics3's special tokens."""
+    """The processor of a new model: `lm_tokenizer` plus Idefics3's special tokens."""
     if cfg.lm_tokenizer == "world":
         tokenizer = text.world_tokenizer(cfg.lm_vocab_size)
     else:
@@ -173,5 +172,5 @@ def load(directory: str | Path) -> Processor:
     file = f"{directory}/config.json"
     settings = read_json(Path(file)).get("picovlm")
     if settings is None:
-        raise InputError(f"{file}: no `picovlm` key, so its image settings are unknown.")
+        raise InputError(f"{file}: no `picovlm` key; expected a checkpoint saved by picoVLM.")
     return Processor(from_dict(VLMConfig, settings, file), text.load_tokenizer(directory))

@@ -1,6 +1,6 @@
 """Text -> token ids: tokenizer, SmolVLM's chat template, image strings, loss mask.
 
-Ids and mask are made in one pass, turn by turn, so they cannot disagree. For example
+Ids and mask come from the same pass over the turns, so they always agree. For example,
 `<|im_start|>User:<image>What is this?<end_of_utterance>\nAssistant:` is not supervised,
 ` a cat<end_of_utterance>` is.
 Not here: pixels (images.py), samples from files (sources/).
@@ -22,19 +22,19 @@ from configs import VLMConfig
 from data.types import Turn
 
 START, END_OF_TURN = "<|im_start|>", "<end_of_utterance>"
-PAD = "<|im_end|>"  # as SmolVLM, whose turns end with END_OF_TURN
+PAD = "<|im_end|>"  # as in SmolVLM; its turns end with END_OF_TURN instead
 TURN_SEPARATOR = "\n"  # between an answer and the next turn
 IMAGE, FAKE, GLOBAL = "<image>", "<fake_token_around_image>", "<global-img>"
-ROWS_COLS = [f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7)]  # Idefics3 has 6 x 6
+ROWS_COLS = [f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7)]  # as in Idefics3
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
-MERGES = Path(__file__).with_name("world") / "merges.txt"  # a test retrains and compares them
+MERGES = Path(__file__).with_name("world") / "merges.txt"  # a test retrains and compares
 WORLD_SPECIAL = [PAD, START, END_OF_TURN, IMAGE, FAKE, GLOBAL, *ROWS_COLS]
-# GPT-2's regex with single digits. Role names come first, so that each can be one token.
+# GPT-2's regex, but with single digits, and with role names first so that each can be one token.
 PRETOKENIZER_REGEX = (
     r"\n?(?:User|Assistant):|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+"
     r"|\s+(?!\S)|\s+"
 )
-# Common words of questions about images; the text of the built-in data set lacks them.
+# Common words in questions about images that the built-in dataset does not contain.
 EXTRA_CORPUS = """what is the image what color is it
 does the image contain a black dog or a gray cat
 is there not a brown car in the photo
@@ -62,13 +62,13 @@ def train_tokenizer(corpus: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=WORLD_SPECIAL,
                                   show_progress=False, initial_alphabet=ALPHABET)  # fmt: skip
-    # Eight times each, so that the words are frequent enough to be merged.
+    # Repeated eight times, so that the words are frequent enough to be merged.
     tokenizer.train_from_iterator(chain(corpus, EXTRA_CORPUS.splitlines() * 8), trainer)
     return tokenizer
 
 
 def world_tokenizer(vocab_size: int) -> Tokenizer:
-    """The tokenizer of the built-in data set, from stored merges, as training it takes seconds."""
+    """The tokenizer of the built-in dataset, from stored merges; training it would take seconds."""
     n_merges = max(0, vocab_size - len(WORLD_SPECIAL) - len(ALPHABET))
     lines = MERGES.read_text(encoding="utf-8").splitlines()[:n_merges]
     merges = [(a, b) for a, b in map(str.split, lines)]
@@ -88,9 +88,10 @@ def _byte_level(model: models.BPE) -> Tokenizer:
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """tokenizer.json of a directory or Hub id, unchanged; raises `InputError`.
+    """Load the tokenizer.json of a directory or Hub id unchanged; raises `InputError`.
 
-    Not AutoTokenizer: transformers 5 rebuilds GPT2Tokenizer's pre-tokenizer without its digits.
+    AutoTokenizer of transformers 5 would rebuild GPT2Tokenizer's pre-tokenizer without the
+    splitting of digits.
     """
     path = Path(source) / "tokenizer.json"
     if not Path(source).is_dir():
@@ -99,21 +100,21 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
         try:
             path = Path(hf_hub_download(str(source), "tokenizer.json"))
         except (OSError, ValueError) as error:
-            neither = "neither a directory nor a tokenizer on the Hub that can be reached"
+            neither = "neither a directory nor a tokenizer that can be downloaded from the Hub"
             raise InputError(f"{source}: {neither} ({type(error).__name__}).") from None
     if not path.is_file():
         raise InputError(f"{path}: no such file.")
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
-        raise InputError(f"{path}: not a tokenizer ({error}).") from None
+        raise InputError(f"{path}: not a tokenizers file ({error}).") from None
 
 
 def add_special_tokens(tokenizer: Tokenizer, cfg: VLMConfig) -> Tokenizer:
     """Add Idefics3's special tokens; raises `InputError` if an id differs from the config's.
 
-    Reserved tokens fill the vocabulary so that END_OF_TURN gets the id `vlm_eos_token_id`. With
-    SmolLM2's tokenizer the ids are SmolVLM's.
+    Reserved tokens fill the vocabulary up to END_OF_TURN, so that its id is `vlm_eos_token_id`.
+    SmolLM2's tokenizer then has the same ids as SmolVLM's.
     """
     names = START, PAD, GLOBAL, *ROWS_COLS, FAKE, IMAGE
     missing = [token for token in names if tokenizer.token_to_id(token) is None]
@@ -124,9 +125,9 @@ def add_special_tokens(tokenizer: Tokenizer, cfg: VLMConfig) -> Tokenizer:
     for kind, token in (("image", IMAGE), ("eos", END_OF_TURN), ("bos", START)):
         name, i = f"vlm_{kind}_token_id", tokenizer.token_to_id(token)
         if i != (given := getattr(cfg, name)):
-            raise InputError(f"{name} = {given}: the tokenizer calls {token} {i}; set {i}.")
+            raise InputError(f"{name} = {given}: the tokenizer's id of {token} is {i}; use {i}.")
     if (size := tokenizer.get_vocab_size()) > (given := cfg.lm_vocab_size):
-        has = f"the tokenizer has {size} tokens; set at least that."
+        has = f"the tokenizer has {size} tokens; set lm_vocab_size to at least {size}."
         raise InputError(f"lm_vocab_size = {given}: {has}")
     return tokenizer
 
@@ -134,7 +135,7 @@ def add_special_tokens(tokenizer: Tokenizer, cfg: VLMConfig) -> Tokenizer:
 def image_string(rows: int, cols: int, tokens_per_tile: int) -> str:
     """The text that replaces `<image>`: a grid of tiles, then the whole image as one tile.
 
-    With rows = cols = 0 the image is that one tile only.
+    rows = cols = 0: only the whole image.
     """
     tokens = IMAGE * tokens_per_tile
     grid = ""
@@ -148,11 +149,11 @@ def format_turns(
 ) -> Iterator[tuple[str, bool]]:
     """Format a conversation as (text, supervised) spans; an answer includes its end of turn.
 
-    `opening` comes first; it is TURN_SEPARATOR if the turns continue after an answer.
+    The text starts with `opening`: TURN_SEPARATOR if the turns continue after an answer.
 
-    Each span is tokenised alone, for example "<|im_start|>User: Hi<end_of_utterance>\nAssistant:",
-    " Hello<end_of_utterance>", "\n". The ids are those of the whole text (tested): spans meet at
-    special tokens, or between ":" and " ", where the pre-tokenizer splits.
+    Spans are tokenised separately: "<|im_start|>User: Hi<end_of_utterance>\nAssistant:",
+    " Hello<end_of_utterance>" and "\n", for example. The ids equal those of the whole text
+    (tested): spans end at special tokens, or between ":" and " ", where the pre-tokenizer splits.
     """
     replacements = iter(image_strings)
     prompt = opening
@@ -185,20 +186,20 @@ def _ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
 
 
 def check_turns(turns: Iterable[Turn], n_images: int, tokenizer: Tokenizer, where: str) -> None:
-    """Raise `InputError` for an unknown role, a special token in a text or a wrong image count."""
+    """Raise `InputError` for an unknown role, a special token in text or a wrong image count."""
     n_placeholders = 0
     for turn in turns:
         if turn.role not in ("system", "user", "assistant"):
-            raise InputError(f"{where}: role {turn.role!r} must be system, user or assistant.")
+            raise InputError(f"{where}: role is {turn.role!r}; expected system, user or assistant.")
         if turn.role == "assistant" and IMAGE in turn.text:
-            raise InputError(f"{where}: an answer holds {IMAGE}; images belong in user turns.")
-        if re.search("[\ud800-\udfff]", turn.text):  # valid in JSON, but not for a tokenizer
-            raise InputError(f"{where}: the text is not UTF-8, or has half a surrogate pair.")
+            raise InputError(f"{where}: an answer contains {IMAGE}; move images to user turns.")
+        if re.search("[\ud800-\udfff]", turn.text):  # valid in JSON, not in UTF-8
+            raise InputError(f"{where}: the text contains a lone surrogate; expected UTF-8.")
         n_placeholders += turn.text.count(IMAGE)
         if "<" in turn.text.replace(IMAGE, ""):
             for t in tokenizer.get_added_tokens_decoder().values():
                 if t.content in turn.text and t.content != IMAGE:
-                    says = f"the text holds the special token {t.content}; remove it."
-                    raise InputError(f"{where}: {says}")
+                    problem = f"the text contains the special token {t.content}; remove it."
+                    raise InputError(f"{where}: {problem}")
     if n_placeholders != n_images:
         raise InputError(f"{where}: {n_placeholders} {IMAGE} placeholders for {n_images} images.")

@@ -1,7 +1,7 @@
-"""The types that data passes on: Sample -> Tokens -> Batch, and the protocols Rows and Dataset.
+"""Types of the data pipeline: Sample -> Tokens -> Batch, and the protocols Rows and Dataset.
 
-Rows are dictionaries as a file holds them; a Dataset holds one Sample per usable row.
-Not here: how one becomes the next (sources/, processor.py, batches/packing.py).
+Rows are dictionaries, as in a file; a Dataset has one Sample per usable row.
+Not here: the conversions (sources/, processor.py, batches/packing.py).
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 
 from config_tools import InputError
 
-IGNORE_INDEX = -100  # a target without loss, the default of F.cross_entropy
+IGNORE_INDEX = -100  # target without loss; the default of F.cross_entropy
 
 
 class Turn(NamedTuple):
-    """One message. `text` holds a literal `<image>` where an image is inserted."""
+    """One message. A literal `<image>` in `text` marks where an image is inserted."""
 
     role: str  # user | assistant | system
     text: str
@@ -28,22 +28,22 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """A conversation about images; the turns hold one `<image>` per image, in the same order."""
+    """A conversation about images; its turns contain one `<image>` per image, in the same order."""
 
     turns: tuple[Turn, ...]
     images: tuple[Any, ...] = ()  # paths, bytes of files, or PIL images; opened when encoded
-    row: str = ""  # where it came from, for messages: "train.jsonl row 17"
+    row: str = ""  # its row, for messages: "train.jsonl row 17"
 
 
 class Rows(Protocol):
-    """The rows of a file, a folder or a table as they stand, read when asked for.
+    """The unparsed rows of a file, a folder or a table, read on access.
 
     `rows[k]` raises `InputError` if row k cannot be read; `scan` yields that error in its place.
     """
 
     @property
     def folder(self) -> Path:
-        """The folder that relative image paths start from."""
+        """The folder that image paths are relative to."""
 
     def __len__(self) -> int: ...
 
@@ -53,19 +53,19 @@ class Rows(Protocol):
         """The name of row k in messages, such as "train.jsonl row 17"."""
 
     def scan(self) -> Iterator[dict | InputError]:
-        """All rows in order, possibly with a short hash in place of the bytes of an image."""
+        """All rows in order; the bytes of images may be replaced by a short hash."""
 
 
 class Dataset(Protocol):
-    """Samples by index. Training reads all of them once an epoch, in shuffled order."""
+    """Samples by index. Training reads each once per epoch, in shuffled order."""
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the samples and their order, so that a run resumes on the same data."""
+        """Identifies the samples and their order; a resumed run must find the same one."""
 
     @property
     def skipped(self) -> tuple[str, ...]:
-        """Why rows were left out when the dataset was opened; each reason names its row."""
+        """Why rows were skipped when the dataset was opened; each reason names its row."""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -73,23 +73,23 @@ class Dataset(Protocol):
 
     @property
     def n_rows(self) -> int:
-        """Rows read, with the skipped ones and those of other splits."""
+        """Number of rows read, including skipped ones and those of other splits."""
 
     @property
     def n_first(self) -> int:
-        """The first so many samples come before all others in the first epoch (a curriculum)."""
+        """Number of leading samples that come first in the first epoch (a curriculum)."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, i: int) -> Sample: ...
 
     def row_number(self, i: int) -> int:
-        """The number of sample i's row in its source, counted from 1 over all splits."""
+        """The row number of sample i in its source, counted from 1 over all splits."""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """An encoded sample. `supervised[t]` says whether `ids[t]` is a target of the loss."""
+    """An encoded sample. `supervised[t]`: whether `ids[t]` is a target of the loss."""
 
     ids: np.ndarray  # [T] int32
     supervised: np.ndarray  # [T] bool
@@ -111,12 +111,12 @@ class Batch:
     input_ids: torch.Tensor  # [R, T] int64
     targets: torch.Tensor  # [R, T] int64
     positions: torch.Tensor  # [R, T] int64
-    segments: torch.Tensor | None  # [R, T] int64; None: one sample a row, a causal mask is enough
+    segments: torch.Tensor | None  # [R, T] int64; None: one sample per row, a causal mask suffices
     images: torch.Tensor  # [N, 3, H, W] float32, normalised
     n_targets: int = 0
     n_samples: int = 0
     n_tokens: int = 0  # without padding
-    state: dict = field(default_factory=dict)  # the loader's, after this batch
+    state: dict = field(default_factory=dict)  # state of the loader after this batch
 
     def tensors(self) -> dict[str, torch.Tensor | None]:
         """The arguments of `VisionLanguageModel.forward`."""
@@ -124,9 +124,9 @@ class Batch:
         return {name: getattr(self, name) for name in names}
 
     def to(self, device: torch.device | str) -> Batch:
-        """A copy with positions and images on `device`; the host does not wait for it.
+        """A copy with positions and images on `device`, transferred asynchronously.
 
-        Ids, targets and segments stay on the host: the model plans indices from them there and
+        Ids, targets and segments stay on the host: the model computes indices from them there and
         copies what its kernels need, so the host never waits for the device.
         """
         positions, images = (copy_to(x, device) for x in (self.positions, self.images))

@@ -1,4 +1,4 @@
-"""Every number of a run is checked, named when wrong, and survives JSON and the command line."""
+"""Config fields are validated with clear errors and survive JSON and the command line."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ VIT, LM, MP, VLM, DATA, TRAIN = (
     TrainConfig,
 )
 
-# (parts that own the field, broken values, the field named, its value as shown, the fix)
+# (classes with the field, wrong values, field and value in the message, part of the fix)
 BROKEN = [
     ((VIT, VLM), dict(vit_n_blocks=0), "vit_n_blocks", "0", "greater than 0"),
     ((VIT,), dict(vit_img_size=50), "vit_img_size", "50", "multiple of vit_patch_size = 8"),
@@ -42,6 +42,7 @@ BROKEN = [
     ((VIT, VLM), dict(vit_dropout=1.0), "vit_dropout", "1.0", "below 1"),
     ((VIT, VLM), dict(vit_n_registers=-1), "vit_n_registers", "-1", "not be negative"),
     ((VIT,), dict(vit_n_classes=-1), "vit_n_classes", "-1", "not be negative"),
+    ((VLM,), dict(vlm_pad_token_id=-1), "vlm_pad_token_id", "-1", "not be negative"),
     ((VIT,), dict(vit_n_classes=3, vit_pool="none"), "vit_pool", "'none'", "mean, cls or map"),
     ((VIT, VLM), dict(vit_pool="cls"), "vit_pool", "'cls'", "set vit_cls_flag = True"),
     ((VIT, VLM), dict(vit_pool="max"), "vit_pool", "'max'", "auto, none, cls, mean, map"),
@@ -116,7 +117,7 @@ BROKEN = [
     [(cls, *rest) for parts, *rest in BROKEN for cls in parts],
     ids=lambda x: x.__name__ if isinstance(x, type) else "",
 )
-def test_a_broken_field_is_named_with_value_and_fix(cls, values, name, value, fix):
+def test_errors_name_field_value_and_fix(cls, values, name, value, fix):
     """Also when the field belongs to the second or third base of VLMConfig."""
     with pytest.raises(InputError) as caught:
         cls(**values)
@@ -127,7 +128,7 @@ def test_a_broken_field_is_named_with_value_and_fix(cls, values, name, value, fi
         replace(cls(), **values)
 
 
-def test_each_part_has_a_broken_field_above():
+def test_each_class_has_a_wrong_field_above():
     assert {cls for parts, *_ in BROKEN for cls in parts} == {
         VIT, LM, MP, VLM, DATA, TRAIN, RunConfig
     }  # fmt: skip
@@ -163,7 +164,7 @@ def test_presets(preset, tokens, tile, longest, vocab):
     assert cfg.tokens_per_tile == tokens
     assert (cfg.vit_img_size, cfg.max_img_size, cfg.lm_vocab_size) == (tile, longest, vocab)
     assert cfg.vit_n_patches == tokens * cfg.mp_pixel_shuffle_factor**2
-    # A row holds the largest picture: all tiles and the global view, with space for an answer.
+    # The largest image (all tiles and the global view) and an answer fit into a row.
     tiles = 1 if tile == longest else (longest // tile) ** 2 + 1
     assert tiles * (tokens + 3) + 100 < PRESETS[preset].data.max_length
 
@@ -177,7 +178,7 @@ def test_every_preset_is_listed_above():
     assert len(set(outs)) == len(outs)
 
 
-def test_derived_numbers_follow_the_fields():
+def test_derived_properties():
     cfg = VLMConfig(vit_cls_flag=True, vit_n_registers=4, vit_patch_size=12, lm_n_heads=8)
     assert (cfg.vit_grid, cfg.vit_n_patches, cfg.vit_n_prefix) == (4, 16, 5)
     assert (cfg.tokens_per_tile, LMConfig(lm_n_heads=2, lm_n_kv_heads=1).lm_head_width) == (4, 64)
@@ -208,7 +209,7 @@ def test_round_trip_through_json(preset):
     assert model == run.model and isinstance(model.vit_image_mean, tuple)
 
 
-def test_values_other_than_the_defaults_survive_too():
+def test_values_other_than_the_defaults_round_trip():
     run = RunConfig(
         model=VLMConfig(lm_head_dim=48, vit_image_mean=(0.1, 0.2, 0.3), vit_pool="mean"),
         data=DataConfig(packing=False, val_fraction=0.0),
@@ -217,7 +218,7 @@ def test_values_other_than_the_defaults_survive_too():
     assert from_dict(RunConfig, json.loads(json.dumps(to_dict(run)))) == run
 
 
-def test_missing_keys_take_their_defaults_and_input_is_not_changed():
+def test_missing_keys_have_defaults_and_input_is_not_changed():
     values = {"train": {"steps": 3}, "format_version": 1}
     kept = json.dumps(values)
     assert from_dict(RunConfig, values) == RunConfig(train=TrainConfig(steps=3))
@@ -327,7 +328,7 @@ def test_every_float_must_be_finite(cls):
 
 
 @pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe{}", b"", b'{"a": ' + b"[" * 100_000])
-def test_files_that_hold_no_object(tmp_path, content):
+def test_files_without_a_json_object(tmp_path, content):
     (tmp_path / "c.json").write_bytes(content)
     with pytest.raises(InputError, match=r"c\.json: (not JSON|must hold a JSON object)"):
         read_json(tmp_path / "c.json")

@@ -1,4 +1,4 @@
-"""Every field of a classifier's run is a flag with its words, and nonsense gets one sentence."""
+"""Every field of a classifier's run is a flag with its docstring; errors are one sentence."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
-    ("cls", "fields", "says"),
+    ("cls", "fields", "message"),
     [
         (ClassifyDataConfig, dict(batch_size=0), "batch_size = 0: must be greater than 0"),
         (ClassifyDataConfig, dict(val_fraction=1.0), "val_fraction"),
@@ -45,10 +45,10 @@ ROOT = Path(__file__).parent.parent
         (ClassifyConfig, dict(model=ViTConfig(vit_n_channels=4)), "vit_n_channels = 4"),
     ],
 )
-def test_nonsense_names_field_value_and_fix(cls, fields, says):
+def test_errors_name_field_value_and_fix(cls, fields, message):
     with pytest.raises(InputError) as caught:
         cls(**fields)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -1,7 +1,7 @@
-"""Dataset -> processor -> packing -> Batch, in an order that is the same for any number of workers.
+"""Dataset -> processor -> packing -> Batch, in the same order for any number of workers.
 
-The order depends on (seed, epoch) alone, and each Batch carries the loader's state after itself, so
-a resumed run continues with the very next batch. Not here: which samples share a row (packing.py).
+The order depends only on (seed, epoch). Each Batch carries the state of the loader after it, so a
+resumed run continues with the next batch. Not here: which samples share a row (packing.py).
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from data.processor import Processor
 from data.sources.split import max_bad_rows
 from data.types import Batch, Dataset, Tokens
 
-CHUNK = 8  # samples a worker encodes at a time, so that passing them on costs little
+CHUNK = 8  # samples that a worker encodes at a time; reduces the cost of passing them on
 
 
 class Skipped(str):
-    """Why a row could not be encoded, in its place."""
+    """Stands in for a row that could not be encoded: the reason."""
 
 
 @dataclass
 class EncodedDataset(torch.utils.data.Dataset):
-    """Indices -> Tokens or Skipped; runs in the workers."""
+    """Indices -> Tokens or Skipped, in the worker processes."""
 
-    dataset: Any  # Dataset, or what yields the samples of `processor`
+    dataset: Any  # Dataset, or another source of samples for `processor`
     processor: Any
     cfg: DataConfig
 
@@ -57,28 +57,28 @@ class EncodedDataset(torch.utils.data.Dataset):
 
 
 def error_at(where: str, error: Exception) -> RuntimeError:
-    """A bug of this code, with the row it occurred on."""
+    """Wrap an unexpected exception (a bug) with the name of the row."""
     return RuntimeError(f"{where}: {type(error).__name__}: {error}")
 
 
 def start_worker(_worker: int) -> None:
-    """Prepare a worker process: one thread, and no reaction to Ctrl-C.
+    """Initialise a worker process: one thread, Ctrl-C ignored.
 
-    More threads would spin and starve the training process. A signal to the process group is meant
-    for the training process: it needs its workers to finish the step, then saves and ends them. A
-    worker left over five minutes after SIGTERM ends itself. If the training process was killed, a
-    worker exits without flushing its queue: workers hold each other's pipes open, so it would block
-    forever.
+    More threads would compete with the training process for cores. Ctrl-C and SIGTERM also reach
+    workers, but the training process needs them to finish its step; it then saves and ends them. A
+    worker that still runs five minutes after SIGTERM exits. If the training process is killed, a
+    worker exits without flushing its queue: workers keep each other's pipes open, so a flush would
+    block forever.
     """
     torch.set_num_threads(1)
-    Finalize(None, os._exit, (0,), exitpriority=0)  # before the queues' own, which wait
+    Finalize(None, os._exit, (0,), exitpriority=0)  # before the queues' finalizers, which wait
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(300))
 
 
 @dataclass
 class Loader:
-    """Endless batches; `epoch` and `position` say which sample of the shuffle is read next."""
+    """Infinite batches; `epoch` and `position` give the next sample in the shuffled order."""
 
     dataset: Dataset
     processor: Processor
@@ -98,14 +98,14 @@ class Loader:
         self.waiting = self.encode_again(state["waiting"])
 
     def position_dict(self) -> dict:
-        """Which sample is read next."""
+        """The position of the next sample."""
         return {"epoch": self.epoch, "position": self.position}
 
     def load_position(self, state: dict) -> None:
         self.epoch, self.position = state["epoch"], state["position"]
 
     def encode_again(self, indices: list) -> list[tuple[Any, Tokens]]:
-        """The samples that waited for a batch when the state was saved."""
+        """Encode the samples again that waited for a batch when the state was saved."""
         encoded = self._encoded()[indices]
         return [(i, tokens) for i, tokens in encoded if isinstance(tokens, Tokens)]
 
@@ -115,7 +115,7 @@ class Loader:
 
     @property
     def batch_shard(self) -> tuple[int, int]:
-        """(index, n): all ranks form the same batches, and this one yields every n-th."""
+        """(index, n): all ranks form the same batches; this rank yields every n-th."""
         return self.rank, self.world_size
 
     def __iter__(self) -> Iterator[Batch]:
@@ -131,19 +131,19 @@ class Loader:
             self.waiting = [sample for i, sample in enumerate(self.waiting) if i not in taken]
             if turn % world_size == rank:
                 batch = self._collate(groups)
-            if turn % world_size == world_size - 1:  # each rank has the state after all ranks
+            if turn % world_size == world_size - 1:  # the state after the batches of all ranks
                 batch.state = self.state_dict()
                 yield batch
 
     def _next_rows(self, samples: Iterator[tuple[int, Tokens]]) -> list[list[int]]:
-        """Read until a batch can be formed; its rows, as indices into `waiting`."""
+        """Read until a batch can be formed; return its rows as indices into `waiting`."""
         n_rows, capacity = self.cfg.batch_size, self.cfg.max_length
         if not self.cfg.packing:
             while len(self.waiting) < n_rows:
                 self.waiting.append(next(samples))
             return [[i] for i in range(n_rows)]
         n_waiting = sum(len(t) for _, t in self.waiting)
-        while n_waiting < 2 * n_rows * capacity:  # twice a batch's tokens, so that rows fill well
+        while n_waiting < 2 * n_rows * capacity:  # twice the tokens of a batch, to fill rows well
             self.waiting.append(next(samples))
             n_waiting += len(self.waiting[-1][1])
         lengths = [len(t) for _, t in self.waiting]
@@ -152,13 +152,13 @@ class Loader:
         return fill_rows(lengths, n_rows, capacity, tiles, max_tiles)
 
     def _chunks(self) -> Iterator[list[int]]:
-        """Indices in training order from (epoch, position) on, without end."""
+        """Endless indices in training order, from (epoch, position) on."""
         epoch, position = self.epoch, self.position
         while True:
             generator = torch.Generator()
             generator.manual_seed((self.cfg.seed * 1_000_003 + epoch) % 2**64)
             order = torch.randperm(len(self.dataset), generator=generator)
-            if epoch == 0:  # the first `n_first`, then the rest, each shuffled
+            if epoch == 0:  # first `n_first` samples, then the rest, both shuffled
                 n_first = self.dataset.n_first
                 order = torch.cat((order[order < n_first], order[order >= n_first]))
             for start in range(position, len(order), CHUNK):
@@ -177,9 +177,9 @@ class Loader:
                 yield i, tokens
 
     def _read(self, encoded: torch.utils.data.Dataset, sampler: Any = None) -> DataLoader:
-        """Chunks of encoded samples, made by the workers."""
+        """Chunks of samples, encoded in the workers."""
         workers = self.cfg.workers
-        generator = torch.Generator()  # the global one would differ after a resume
+        generator = torch.Generator()  # the global generator differs after a resume
         return DataLoader(
             encoded, sampler=sampler, batch_size=None, num_workers=workers, generator=generator,
             worker_init_fn=start_worker, prefetch_factor=4 if workers else None,
@@ -194,15 +194,15 @@ class Loader:
     def _skip(self, i: int, reason: str) -> None:
         if i not in self.skipped:
             self.skipped.append(i)
-            if self.batch_shard[0] == 0:  # once: either all ranks read all rows, or each its own
+            if self.batch_shard[0] == 0:  # list it once; stream ranks read different rows
                 self._list_skipped({"row": self.dataset.row_number(i), "reason": reason})
         n_bad = len(self.dataset.skipped) + len(self.skipped)
         is_empty = len(self.skipped) == len(self.dataset)
         if n_bad > max_bad_rows(self.dataset.n_rows) or is_empty:
-            raise InputError(f"{n_bad} rows could not be used, the last: {reason}")
+            raise InputError(f"{n_bad} rows are unusable; the last: {reason}")
 
     def _list_skipped(self, *rows: dict) -> None:
-        """Append what is new to skipped.jsonl; a failed write does not stop training."""
+        """Append new rows to skipped.jsonl; a failed write does not stop training."""
         if self.skipped_file is None or not rows:
             return
         lines = [json.dumps(row) + "\n" for row in rows]

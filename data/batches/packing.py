@@ -1,6 +1,6 @@
 """Pack samples into rows, and collate rows into a Batch.
 
-Pure functions: lengths and arrays in, groups and tensors out.
+Pure functions of lengths and arrays.
 Not here: where samples come from (loader.py).
 """
 
@@ -23,11 +23,11 @@ def fill_rows(
     tiles: Sequence[int] = (),
     max_tiles: int = 0,
 ) -> list[list[int]]:
-    """Choose from waiting samples those that fill `n_rows` rows of `capacity` tokens best.
+    """Choose the waiting samples that best fill `n_rows` rows of `capacity` tokens.
 
-    Each row starts with the oldest sample left, so none waits forever, and is filled with the best
-    subset of the others. With `max_tiles`, no row of several samples has more tiles: as long as it
-    has, its sample with most tiles is left out and the row is filled again.
+    Each row starts with the oldest remaining sample, so that none waits forever, and is filled with
+    the best subset of the others. While a row of several samples exceeds `max_tiles`, the added
+    sample with the most tiles is removed and the row is filled again.
     Returns indices into `lengths`, one list per row.
     """
     left, rows = list(range(len(lengths))), []
@@ -43,8 +43,8 @@ def fill_rows(
 
 
 def best_subset(lengths: Sequence[int], candidates: Sequence[int], capacity: int) -> list[int]:
-    """The subset of `candidates` whose lengths add up to most, at most `capacity` (subset sum)."""
-    reach = [1]  # bit t of reach[k]: some of the first k candidates have the total t
+    """The subset of `candidates` with the maximum total length up to `capacity` (subset sum)."""
+    reach = [1]  # bit t of reach[k]: a subset of the first k candidates has total length t
     for i in candidates:
         reach.append((reach[-1] | reach[-1] << lengths[i]) & ((1 << capacity + 1) - 1))
     total, row = reach[-1].bit_length() - 1, []
@@ -58,7 +58,7 @@ def best_subset(lengths: Sequence[int], candidates: Sequence[int], capacity: int
 def collate(rows: Sequence[Sequence[Tokens]], cfg: VLMConfig) -> Batch:
     """Rows of samples -> a Batch, padded at the end to the longest row.
 
-    Raises ValueError naming a sample whose placeholders are not its tiles x tokens_per_tile.
+    Raises ValueError naming a sample if its placeholders do not match its tiles.
     """
     width = max(sum(map(len, row)) for row in rows)
     shape = (len(rows), width)

@@ -1,6 +1,6 @@
-"""Loaders of datasets without row numbers: streams read in parts, and mixtures of datasets.
+"""Loaders of streams, which are read in parts, and of mixtures of datasets.
 
-Both are a `Loader` that gets its samples elsewhere; packing, skipping and resuming are the same.
+Both are `Loader`s with another source of samples; packing, skipping and resuming are inherited.
 Not here: how a part is read (sources/streaming.py).
 """
 
@@ -25,11 +25,11 @@ from data.types import Dataset, Tokens
 
 @dataclass
 class Cursor:
-    """Where reading a part of a stream continues."""
+    """The position in a part of a stream."""
 
     epoch: int = 0
     block: int = 0
-    offset: int = 0  # samples of the block, in its shuffled order, that are done
+    offset: int = 0  # samples of the block, in shuffled order, already read
     start: dict | None = None  # state of the `datasets` library at the start of the block
 
 
@@ -43,7 +43,7 @@ class EncodedStream(IterableDataset):
     parts: list[int]
     of: int
     cursors: list[Cursor]
-    turn: int  # index of the part that comes next; the first worker takes it
+    turn: int  # index of the part that is read next, by the first worker
 
     def __iter__(self) -> Iterator[tuple[int, Cursor, list]]:
         info = get_worker_info()
@@ -65,11 +65,11 @@ class EncodedStream(IterableDataset):
                 continue
             has_no_rows = cursor.block + len(rows) + cursor.offset == 0
             if n_used == 0 and (has_no_rows or cursor.epoch > self.cursors[own].epoch):
-                return  # no row to train on in the part, or in a whole epoch
+                return  # no training rows in the part or in a whole epoch
             cursor = Cursor(cursor.epoch + 1)
 
     def encode(self, part: StreamPart, number: int, row: Any) -> Tokens | Skipped | None:
-        """A row as Tokens; Skipped if it cannot be used, None if it is not for training."""
+        """A row as Tokens; Skipped if it is unusable, None if it is not for training."""
         where = part.where(number)
         try:
             if (sample := self.dataset.make_sample(row, where)) is None:
@@ -83,10 +83,10 @@ class EncodedStream(IterableDataset):
 
 @dataclass
 class StreamLoader(Loader):
-    """Endless batches of a stream. Each rank reads and packs its own parts.
+    """Infinite batches of a stream. Each rank reads and packs its own parts.
 
-    The index of a sample is [part, epoch, block, offset]. Samples that wait for a batch are read
-    again on resume, from the start of their blocks.
+    The index of a sample is [part, epoch, block, offset]. On resume, samples that waited for a
+    batch are read again from the start of their blocks.
     """
 
     dataset: StreamDataset
@@ -111,7 +111,7 @@ class StreamLoader(Loader):
             "epoch": min(cursor.epoch for cursor in self.cursors),
             "position": self.position,
             "turn": self.turn,
-            # "places" is the key of the cursors in existing checkpoints
+            # existing checkpoints call the cursors "places"
             "places": [[c.epoch, c.block, c.offset] for c in self.cursors],
             "starts": [[*key, start] for key, start in sorted(self.starts.items())],
         }
@@ -131,7 +131,8 @@ class StreamLoader(Loader):
             for offset in sorted(i[3] for i in indices if tuple(i[:3]) == (p, e, b)):
                 found[p, e, b, offset] = stream.encode(part, *order[offset])
         if not all(isinstance(found[tuple(i)], Tokens) for i in indices):
-            raise InputError(f"{self.cfg.source}: rows have changed since the checkpoint.")
+            fix = "restore them or start a new run"
+            raise InputError(f"{self.cfg.source}: rows have changed since the checkpoint; {fix}.")
         return [(list(i), found[tuple(i)]) for i in indices]
 
     def _encoded(self) -> EncodedStream:
@@ -151,23 +152,24 @@ class StreamLoader(Loader):
                     self._skip(i, str(tokens))
                 elif tokens is not None:
                     yield i, tokens
-        raise InputError(f"{self.cfg.source}: no rows to train on for process {self.rank}.")
+        problem = f"no training rows for process {self.rank}; use fewer processes or workers"
+        raise InputError(f"{self.cfg.source}: {problem}.")
 
     def _skip(self, i: list[int], reason: str) -> None:
-        if reason not in self.skipped:  # it names the row, whatever its index in this epoch
+        if reason not in self.skipped:  # the reason names the row; indices differ per epoch
             self.skipped.append(reason)
             self._list_skipped({"row": i, "reason": reason})
         n_read = max(self.position, len(self.dataset))
         if len(self.skipped) > max_bad_rows(n_read, is_stream=True):
-            raise InputError(f"{len(self.skipped)} rows could not be used, the last: {reason}")
+            raise InputError(f"{len(self.skipped)} rows are unusable; the last: {reason}")
 
 
 @dataclass
 class MixtureLoader(Loader):
-    """Samples of several loaders in the ratio of their shares.
+    """Samples of several loaders, in proportion to their shares.
 
-    The next sample comes from the loader furthest behind its share, so any stretch of samples has
-    the shares to within one, and the numbers of samples taken are the whole position.
+    The next sample always comes from the loader furthest behind its share. The number of samples
+    taken from each loader is therefore within one of its share, and is the whole position.
     """
 
     dataset: MixtureDataset
@@ -193,7 +195,7 @@ class MixtureLoader(Loader):
             member.load_position(position)
 
     def state_dict(self) -> dict:
-        for m, member in enumerate(self.members):  # a stream keeps the blocks of waiting samples
+        for m, member in enumerate(self.members):  # streams keep the blocks of waiting samples
             member.waiting = [(i, tokens) for (k, i), tokens in self.waiting if k == m]
         skipped = [[m, i] for m, member in enumerate(self.members) for i in member.skipped]
         waiting = [i for i, _ in self.waiting]
@@ -211,7 +213,7 @@ class MixtureLoader(Loader):
 
     def _samples(self) -> Iterator[tuple[Any, Tokens]]:
         streams, shares = [member._samples() for member in self.members], self.dataset.shares
-        while True:  # of ties, the first
+        while True:  # in a tie, the first loader
             m = min(range(len(shares)), key=lambda m: (self.counts[m] + 1) / shares[m])
             i, tokens = next(streams[m])
             self.counts[m] += 1
@@ -223,7 +225,7 @@ def open_loader(
     dataset: Dataset, processor: Processor, cfg: DataConfig, rank: int = 0, world_size: int = 1,
     skipped_file: Path | None = None,
 ) -> Loader:  # fmt: skip
-    """The loader for a kind of dataset."""
+    """Create the loader for the type of `dataset`."""
     options = dict(rank=rank, world_size=world_size, skipped_file=skipped_file)
     if isinstance(dataset, MixtureDataset):
         members = [

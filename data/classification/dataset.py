@@ -1,4 +1,4 @@
-"""A source's name or path -> images with one class each, as Samples whose answer is the class."""
+"""The name or path of a source -> images with one class each: Samples whose answer is the class."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ClassificationDataset:
     """One split of images with one class each. A `Dataset`."""
 
     samples: RowDataset | WorldShapes
-    labels: Sequence[str] | range  # of each sample; a range: known only when its scene is drawn
+    labels: Sequence[str] | range  # per sample; a range if unknown until the scene is drawn
     names: tuple[str, ...]  # the classes, in order
     notes: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
@@ -57,7 +57,7 @@ def label_of(sample: Sample) -> str:
 
 @dataclass(frozen=True)
 class LabelRows:
-    """Rows of which the column `label` names the class."""
+    """Rows whose column `label` contains the class."""
 
     rows: Rows
     label: str
@@ -75,10 +75,11 @@ class LabelRows:
     def _plain(self, row: dict) -> dict:
         value = row.get(self.label)
         if isinstance(value, bool) or not isinstance(value, (str, int)) or str(value).strip() == "":
-            raise InputError(f"no class in {self.label!r}; its columns are {', '.join(row)}.")
+            fix = f"set data.label to one of {', '.join(row)}"
+            raise InputError(f"no class in column {self.label!r}; {fix}.")
         images = {c: row[c] for c in IMAGE_COLUMNS if row.get(c) is not None}
         if not images:
-            raise InputError(f"no image in any of the columns {', '.join(IMAGE_COLUMNS)}.")
+            raise InputError(f"no image; expected it in column {', '.join(IMAGE_COLUMNS)}.")
         return images | {"label": str(value).strip()}
 
     def scan(self) -> Iterator[dict | InputError]:
@@ -120,9 +121,9 @@ def _open_rows(source: str, label: str) -> Rows:
 def open_classification(
     cfg: ClassifyDataConfig, split: str, names: Sequence[str] = ()
 ) -> ClassificationDataset:
-    """`cfg.source` for split train or val; `test` is every row.
+    """Open `cfg.source` for split train or val; `test` means all rows.
 
-    `names`: the allowed classes in order; by default those found. Raises `InputError`.
+    `names`: the allowed classes in order; default: the classes in the data. Raises `InputError`.
     """
     if split == "val" and cfg.val:
         cfg, split = replace(cfg, source=cfg.val, val="", limit=0), "test"
@@ -134,17 +135,17 @@ def open_classification(
 def from_rows(
     rows: Rows, cfg: ClassifyDataConfig, split: str, names: Sequence[str] = ()
 ) -> ClassificationDataset:
-    """`open_classification` of opened rows with a `label`."""
+    """`open_classification` for rows that are already open and have a `label`."""
     index = index_rows(rows, cfg.source, DataConfig(fetch_images=cfg.fetch_images))
     labels = {k: row["label"] for k, row in enumerate(rows.scan()) if isinstance(row, dict)}
     good = index.good.tolist()
     found = sort_classes({labels[k] for k in good})
     if names and (others := [k for k in good if labels[k] not in names]):
         where, other = rows.where(others[0]), labels[others[0]]
-        known = f"none of the model's {len(names)} ({list_names(names)})"
+        known = f"none of the model's {len(names)} classes ({list_names(names)})"
         raise InputError(f"{where}: class {other!r} is {known}.")
     if split == "train" and len(found) < 2:
-        raise InputError(f"{cfg.source}: only one class ({found[0]!r}); a classifier needs two.")
+        raise InputError(f"{cfg.source}: only one class ({found[0]!r}); expected at least two.")
     fraction = 0.0 if cfg.val and split == "train" else cfg.val_fraction
     chosen = select_split(index, cfg.source, split, DataConfig(val_fraction=fraction))
     if split == "train" and cfg.limit:
@@ -158,11 +159,11 @@ def from_rows(
 def _world(cfg: ClassifyDataConfig, split: str, names: Sequence[str]) -> ClassificationDataset:
     found = tuple(scenes.SHAPES)
     if names and (missing := set(found) - set(names)):
-        known = f"none of the model's ({list_names(names)})"
+        known = f"none of the model's classes ({list_names(names)})"
         raise InputError(f"world: class {min(missing)!r} is {known}.")
     n = min(cfg.limit or N_SCENES["train"], N_SCENES["train"]) if split == "train" else 1000
     drawn = (scenes.make_scene(cfg.seed, split, i) for i in range(n))
-    labels = tuple(map(scenes.label, drawn)) if n <= 1000 else range(n)  # all would take long
+    labels = tuple(map(scenes.label, drawn)) if n <= 1000 else range(n)  # more would be slow
     return ClassificationDataset(WorldShapes(cfg.seed, split), labels, tuple(names) or found)
 
 
@@ -181,7 +182,7 @@ def balanced_subset(labels: Sequence[str], n: int, seed: int) -> np.ndarray:
     """`n` random indices in order, spread over the classes as evenly as possible."""
     of_class = defaultdict(count)
     order = np.random.default_rng(seed).permutation(len(labels)).tolist()
-    turns = sorted(order, key=lambda i: next(of_class[labels[i]]))  # the number within its class
+    turns = sorted(order, key=lambda i: next(of_class[labels[i]]))  # by number within the class
     return np.array(sorted(turns[:n]), dtype=int)
 
 
@@ -193,10 +194,10 @@ def describe_balance(source: ClassificationDataset) -> str:
     ordered = sorted(source.names, key=lambda name: (-times[name], name))
     largest, smallest = ordered[0], ordered[-1]
     line = (
-        f"{len(source):,} images, {len(source.names)} classes; most of {largest!r} "
-        f"({times[largest]:,}), fewest of {smallest!r} ({times[smallest]:,})"
+        f"{len(source):,} images, {len(source.names)} classes; largest {largest!r} "
+        f"({times[largest]:,}), smallest {smallest!r} ({times[smallest]:,})"
     )
     if times[smallest] == 0:
-        return f"{line}; no image of {list_names([n for n in ordered if not times[n]])}"
+        return f"{line}; no images of {list_names([n for n in ordered if not times[n]])}"
     ratio = times[largest] / times[smallest]
     return f"{line}; imbalance {ratio:.1f}" + (": accuracy hides rare classes" * (ratio > 3))

@@ -1,6 +1,6 @@
-"""Images with classes -> batches for a classifier, augmented anew in every epoch.
+"""Images with classes -> batches for a classifier, augmented differently in every epoch.
 
-The loader is that of batches/loader.py: same order, same resume, same skipping of unusable rows.
+Order, resume and skipping of unusable rows are inherited from batches/loader.py.
 Not here: the augmentations (transforms.py), which image has which class (dataset.py).
 
 Letters: N images, C channels, K classes.
@@ -34,8 +34,8 @@ class ClassificationBatch:
 
     images: Tensor  # [N, C, H, W] float32, normalised
     targets: Tensor  # [N] int64 or [N, K] float32
-    n_tokens: int = 0  # of the encoder
-    state: dict = field(default_factory=dict)  # the loader's, after this batch
+    n_tokens: int = 0  # tokens in the encoder
+    state: dict = field(default_factory=dict)  # state of the loader after this batch
 
     @property
     def n_targets(self) -> int:
@@ -46,7 +46,7 @@ class ClassificationBatch:
         return {"images": self.images, "targets": self.targets}
 
     def to(self, device: torch.device | str) -> ClassificationBatch:
-        """A copy on `device`; the host does not wait for it."""
+        """A copy on `device`, transferred asynchronously."""
         images, targets = (copy_to(x, device) for x in (self.images, self.targets))
         return ClassificationBatch(images, targets, self.n_tokens, self.state)
 
@@ -57,19 +57,19 @@ class LabeledImage(NamedTuple):
 
 
 def open_for_vit(source: Any, cfg: ViTConfig, name: str = "image") -> Image.Image:
-    """Like `open_image`, in grey if the model has one channel."""
+    """Like `open_image`, but greyscale if the model has one channel."""
     image = open_image(source, name)
     return image.convert("L") if cfg.vit_n_channels == 1 else image
 
 
 def resize_square(image: Image.Image, cfg: ViTConfig) -> np.ndarray:
-    """The whole image at the model's size, as transformers' ViTImageProcessor; no augmentation."""
+    """Resize the whole image, like transformers' ViTImageProcessor; no augmentation."""
     size = (cfg.vit_img_size, cfg.vit_img_size)
     return np.array(image if image.size == size else image.resize(size, RESAMPLE))
 
 
 def open_and_resize(images: Iterable, cfg: ViTConfig) -> tuple[list[np.ndarray], list[str]]:
-    """(pixels of the images that can be opened, an error for each image; "" if there is none)."""
+    """(pixels of the readable images, an error message or "" for every image)."""
     pixels, errors = [], []
     for image in images:
         try:
@@ -91,7 +91,7 @@ def normalise(pixels: Sequence[np.ndarray], cfg: ViTConfig) -> Tensor:
 
 @dataclass(frozen=True)
 class EpochDataset:
-    """Index epoch * len + i -> (sample i, the index), which seeds the augmentation."""
+    """Index epoch * len + i -> (sample i, index); the index seeds the augmentation."""
 
     dataset: ClassificationDataset
 
@@ -104,14 +104,14 @@ class EpochDataset:
 
 @dataclass(frozen=True)
 class ClassificationProcessor:
-    """Samples -> augmented images -> batches, in the place of a VLM's Processor."""
+    """Samples -> augmented images -> batches; replaces a VLM's Processor in the loader."""
 
     model: ViTConfig
     data: ClassifyDataConfig
     numbers: dict[str, int]  # index of each class
 
     def encode(self, item: tuple[Sample, int], *_budget: int) -> LabeledImage:
-        """An augmented item of `EpochDataset`; raises `InputError` naming the row."""
+        """Augment an item of `EpochDataset`; raises `InputError` naming the row."""
         sample, index = item
         image = open_for_vit(sample.images[0], self.model, sample.row)
         rng = random.Random(f"{self.data.seed}/view/{index}")
@@ -131,7 +131,7 @@ class ClassificationProcessor:
 
 @dataclass
 class ClassificationLoader(Loader):
-    """Endless batches: `ClassificationLoader(dataset, processor, loader_config(...))`."""
+    """Infinite batches: `ClassificationLoader(dataset, processor, loader_config(...))`."""
 
     dataset: ClassificationDataset
     processor: ClassificationProcessor
@@ -155,7 +155,7 @@ class ClassificationLoader(Loader):
 
 
 def loader_config(cfg: ClassifyDataConfig) -> DataConfig:
-    """The fields that the loader needs: one image per row, no packing."""
+    """The settings of the loader: one image per row, no packing."""
     return DataConfig(
         source=cfg.source, seed=cfg.seed, batch_size=cfg.batch_size, packing=False,
         workers=cfg.workers,
@@ -165,7 +165,7 @@ def loader_config(cfg: ClassifyDataConfig) -> DataConfig:
 def evaluation_batches(
     dataset: ClassificationDataset, cfg: ViTConfig, names: Sequence[str], batch_size: int = 128
 ) -> Iterator[tuple[ClassificationBatch, list[str]]]:
-    """(batch without augmentation, maybe empty; errors of images left out), over the dataset."""
+    """Batches over the dataset: (images without augmentation, maybe none; errors of the others)."""
     numbers = {name: i for i, name in enumerate(names)}
     for start in range(0, len(dataset), batch_size):
         pixels, labels, errors = [], [], []

@@ -1,6 +1,6 @@
 """Data augmentation: random resized crop, flip, RandAugment, random erasing, mixup, CutMix.
 
-Pure functions: the same generator state gives the same image. Not here: the seeds (loader.py).
+Pure functions: equal generator states give equal images. Not here: seeds (loader.py).
 
 Letters: N images, C channels, K classes.
 """
@@ -24,7 +24,7 @@ RESAMPLE = Image.Resampling.BILINEAR
 def augment(
     image: Image.Image, size: int, cfg: ClassifyDataConfig, rng: random.Random
 ) -> np.ndarray:
-    """An image of any size -> [size, size] or [size, size, 3] uint8, augmented as `cfg` says."""
+    """An image of any size -> [size, size] or [size, size, 3] uint8, augmented by `cfg`."""
     image = random_resized_crop(image, size, cfg.crop_min_scale, cfg.crop_max_ratio, rng)
     if rng.random() < cfg.horizontal_flip:
         image = ImageOps.mirror(image)
@@ -39,8 +39,8 @@ def random_resized_crop(
 ) -> Image.Image:
     """A random part of the image, resized to a square (Szegedy et al. 2015).
 
-    Its share of the area is uniform in `min_scale`..1, the logarithm of its aspect ratio uniform
-    within that of `max_ratio`. `min_scale` = 1 keeps the whole image.
+    Its fraction of the area is uniform in `min_scale`..1; its aspect ratio is log-uniform in
+    1/`max_ratio`..`max_ratio`. `min_scale` = 1 keeps the whole image.
     """
     width, height = image.size
     box = (0.0, 0.0, float(width), float(height))
@@ -67,7 +67,7 @@ def random_erasing(pixels: np.ndarray, rng: random.Random) -> np.ndarray:
     return pixels
 
 
-# --- RandAugment (Cubuk et al. 2019): strength 0..1, with a random sign where it has one --------
+# --- RandAugment (Cubuk et al. 2019): strength 0..1, with a random sign if it has a sign --------
 
 Operation = Callable[[Image.Image, float, random.Random], Image.Image]
 
@@ -117,8 +117,8 @@ def mixup_or_cutmix(
 ) -> tuple[Tensor, Tensor]:
     """Mix images [N, C, H, W] with the reversed batch, and targets [N, K] in proportion.
 
-    Mixup (Zhang et al. 2017) blends two images, CutMix (Yun et al. 2019) pastes a rectangle of one
-    into the other. If `cfg` has both, one of them is drawn per batch.
+    Mixup (Zhang et al. 2017) blends two images; CutMix (Yun et al. 2019) pastes a rectangle of one
+    into the other. If `cfg` enables both, each batch uses one at random.
     """
     methods = [(f, alpha) for f, alpha in ((mixup, cfg.mixup), (cutmix, cfg.cutmix)) if alpha]
     if not methods:
@@ -134,7 +134,7 @@ def mixup(images: Tensor, share: float, rng: random.Random) -> tuple[Tensor, flo
 
 
 def cutmix(images: Tensor, share: float, rng: random.Random) -> tuple[Tensor, float]:
-    """(images with a rectangle of the reversed batch, the share of the area that is unchanged)."""
+    """(images with a rectangle of the reversed batch, the unchanged fraction of the area)."""
     height, width = images.shape[-2:]
     h, w = round(height * math.sqrt(1 - share)), round(width * math.sqrt(1 - share))
     top, left = rng.randint(0, height - h), rng.randint(0, width - w)

@@ -1,4 +1,4 @@
-"""Parquet files, saved datasets and datasets of the Hub -> rows, by the `datasets` library.
+"""Parquet files, saved datasets and Hub datasets -> rows, read by the `datasets` library.
 
 Tables are memory-mapped; images stay encoded bytes.
 """
@@ -41,15 +41,15 @@ class ArrowRows:
 
 
 def decode_row(row: dict, encoded: dict[str, Any]) -> dict:
-    """A row with class names for class numbers and values for JSON text.
+    """Replace class numbers by class names, and JSON text by its value.
 
-    `datasets` keeps a column of several types as JSON. `encoded`: see `encoded_columns`.
+    `datasets` stores columns of mixed types as JSON text. `encoded`: see `encoded_columns`.
     """
     return row | {column: _decode(row[column], f) for column, f in encoded.items()}
 
 
 def encoded_columns(features: dict[str, Any] | None) -> dict[str, Any]:
-    """The features of columns that hold a ClassLabel or Json, at any depth."""
+    """The features of columns that contain a ClassLabel or Json at any depth."""
     return {column: f for column, f in (features or {}).items() if _is_encoded(f)}
 
 
@@ -74,7 +74,7 @@ def _decode(value: Any, feature: Any) -> Any:
 
 
 def _column_values(column: Any) -> list:
-    """Python values of an Arrow column; a hash for the bytes of each image."""
+    """Python values of an Arrow column; image bytes are replaced by a hash."""
     return [_value(v) for v in column] if "binary" in str(column.type) else column.to_pylist()
 
 
@@ -98,9 +98,9 @@ def _arrow_rows(opened: Any, name: str, split: str, folder: Path) -> ArrowRows:
     if isinstance(opened, DatasetDict):
         chosen = split or ("train" if len(opened) != 1 else next(iter(opened)))
         if chosen not in opened:
-            says = f"no split {split!r}" if split else "no split named train"
+            problem = f"no split {split!r}" if split else "no split named train"
             known = ", ".join(map(str, opened))
-            raise InputError(f"{name}: {says}; add @ and one of {known} to the name.")
+            raise InputError(f"{name}: {problem}; add @ and one of {known} to the name.")
         opened, name = opened[chosen], f"{name}@{chosen}"
     elif split:
         raise InputError(f"{name}: has no splits; leave out @{split}.")
@@ -112,13 +112,14 @@ def call_datasets(name: str, opens: Callable) -> Any:
     try:
         import datasets.exceptions
     except ImportError:
-        raise InputError(f"{name}: needs the package `datasets`: pip install datasets.") from None
+        fix = "run `pip install datasets`"
+        raise InputError(f"{name}: needs the package datasets; {fix}.") from None
     try:
         return opens(datasets)
-    # ArrowInvalid is a ValueError; a DatasetsError is neither, a missing or offline one an OSError.
+    # ArrowInvalid is a ValueError. Missing or offline datasets raise OSError, others DatasetsError.
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error
-        # All lines: if a configuration is missing, they list the existing ones.
+        # Keep all lines: for a missing configuration they list the existing ones.
         reason = " ".join((str(cause) or type(cause).__name__).split())[:400]
         raise InputError(f"{name}: cannot be opened as a dataset ({reason}).") from error
 
@@ -134,13 +135,13 @@ def open_parquet(files: list[Path]) -> ArrowRows:
 
 
 def open_saved(folder: Path, split: str) -> ArrowRows:
-    """A folder written by `save_to_disk`."""
+    """A folder written by `datasets.Dataset.save_to_disk`."""
     opened = call_datasets(str(folder), lambda datasets: datasets.load_from_disk(str(folder)))
     return _arrow_rows(opened, str(folder), split, folder)
 
 
 def open_hub(name: str, split: str) -> ArrowRows:
-    """`owner/name` or `owner/name:configuration` of the Hub; downloaded once, then cached."""
+    """A Hub dataset `owner/name` or `owner/name:configuration`; downloaded once, then cached."""
     repository, _, configuration = name.partition(":")
     args = repository, configuration or None
     opened = call_datasets(name, lambda datasets: datasets.load_dataset(*args))

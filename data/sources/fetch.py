@@ -1,4 +1,4 @@
-"""Images that rows refer to: a path, bytes, base64 or a web address; and what identifies them."""
+"""Resolve the images of rows (path, bytes, base64 or URL), and hash them to compare rows."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from config_tools import InputError
 
 BASE64_STARTS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "SUkq", "TU0A", "Qk")  # PNG, JPEG, ...
 MAX_DOWNLOAD = 64 * 2**20  # bytes
-RETRY_STATUS = (429, 500, 502, 503, 504)  # HTTP status of servers that may answer later
+RETRY_STATUS = (429, 500, 502, 503, 504)  # HTTP status after which a retry may help
 
 
 def resolve_image(image: Any, folder: Path) -> str | bytes | Image.Image:
-    """The image of a row as `open_image` takes it, downloaded if need be; raises `InputError`."""
+    """The image of a row as `open_image` accepts it; downloads URLs; raises `InputError`."""
     if isinstance(image, dict):
         image = image.get("bytes") or image["path"]
     if not isinstance(image, str):
         return image
     if image.startswith(("http://", "https://")):
         return download(image)
-    # Paths are short, or hold a dot.
+    # Unlike base64, paths are short or contain a dot.
     is_base64 = len(image) >= 64 and image.startswith(BASE64_STARTS) and "." not in image
     if image.startswith("data:") or is_base64:
         try:
@@ -37,7 +37,7 @@ def resolve_image(image: Any, folder: Path) -> str | bytes | Image.Image:
 
 
 def download(address: str) -> bytes:
-    """The bytes of a web address, after up to two retries; raises `InputError`."""
+    """Download a URL, with up to two retries; raises `InputError`."""
     from urllib.request import urlopen
 
     content, waits = None, [1, 4]  # seconds before the next try
@@ -51,7 +51,8 @@ def download(address: str) -> bytes:
                 raise InputError(f"{address}: cannot be fetched ({error}).") from None
             time.sleep(waits.pop(0))
     if len(content) > MAX_DOWNLOAD:
-        raise InputError(f"{address}: more than {MAX_DOWNLOAD // 2**20} MiB.")
+        limit = f"more than {MAX_DOWNLOAD // 2**20} MiB"
+        raise InputError(f"{address}: {limit}; use a smaller image.")
     return content
 
 
@@ -59,12 +60,12 @@ def refuse_web_address(image: Any) -> None:
     """Raise `InputError` if the image would have to be downloaded."""
     path = image.get("path") if isinstance(image, dict) else image
     if isinstance(path, str) and path.startswith(("http://", "https://")):
-        says = "is a web address; download it, or allow that with --data.fetch-images."
-        raise InputError(f"{path} {says}")
+        fix = "download the image, or pass --data.fetch-images."
+        raise InputError(f"{path}: is a URL; {fix}")
 
 
 def image_identity(image: Any) -> str:
-    """A text that is equal for the same path or the same content."""
+    """A string that is equal for equal paths or equal content."""
     if isinstance(image, dict):
         image = image.get("bytes") or image["path"]
     if isinstance(image, Image.Image):
@@ -73,19 +74,19 @@ def image_identity(image: Any) -> str:
     return hash_image(image).hex() if isinstance(image, bytes) else image
 
 
-TAIL = 64  # bytes hashed at the end of a compressed image: its data and checksums differ there
-MAX_HASHED = 1 << 12  # images of up to so many bytes are hashed whole
-UNCOMPRESSED = (b"BM", b"P5", b"P6", b"II", b"MM")  # first bytes; may end in equal pixels
+TAIL = 64  # hashed bytes at the end of a compressed image, where data and checksums differ
+MAX_HASHED = 1 << 12  # images up to this size in bytes are hashed whole
+UNCOMPRESSED = (b"BM", b"P5", b"P6", b"II", b"MM")  # first bytes; the last pixels may be equal
 
 
 class ImageHash(bytes):
-    """A hash that stands for the bytes of an image."""
+    """A hash in place of the bytes of an image."""
 
 
 def hash_image(content: bytes | memoryview) -> ImageHash:
-    """A hash of length and last bytes, so that scanning rows need not read whole images.
+    """A hash of length and last bytes, so that scanning rows does not read whole images.
 
-    Short and uncompressed files are hashed whole. A hash is returned as it is.
+    Short and uncompressed files are hashed whole. An ImageHash is returned unchanged.
     """
     if isinstance(content, ImageHash):
         return content

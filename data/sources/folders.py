@@ -1,9 +1,8 @@
-"""Folders of images -> rows: a caption beside each image, a class folder, or the file's name.
+"""Folders of images -> rows; the text is a caption file, the class folder or the file name.
 
 Labels follow torchvision's ImageFolder: the class of an image is the name of the first folder
-below the root, however deep the image lies. A classifier uses that name as it is; a VLM learns to
-say it with separators as spaces ("red_panda" -> "red panda"). Files and folders whose name starts
-with a dot are skipped.
+below the root, at any depth. Classifiers use that name unchanged. For a VLM, separators become
+spaces ("red_panda" -> "red panda"). Files and folders whose name starts with a dot are skipped.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".ti
 
 
 def find_files(folder: Path) -> list[Path]:
-    """All files at any depth, in order, relative to `folder`; hidden files and folders left out."""
+    """All files at any depth, sorted, relative to `folder`, without hidden files and folders."""
     files = (f.relative_to(folder) for f in sorted(folder.rglob("*")) if f.is_file())
     return [f for f in files if not any(part[0] == "." for part in f.parts)]
 
 
 def find_images(folder: Path) -> list[Path]:
-    """The image files among `find_files`; raises `InputError` if there is none."""
+    """The images among `find_files`; raises `InputError` if there is none."""
     found = [f for f in find_files(folder) if is_image(f)]
     if not found:
         raise InputError(f"{folder}: no images ({' '.join(IMAGE_SUFFIXES)}) in this folder.")
@@ -42,10 +41,10 @@ def is_image(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class FolderRows:
-    """One row per image of a folder; `read(folder, name)` makes it."""
+    """One row per image of a folder, made by `read(folder, name)`."""
 
     folder: Path
-    names: np.ndarray  # [n] relative paths as bytes: no Python object each
+    names: np.ndarray  # [n] relative paths as bytes, which take less memory than Path objects
     read: Callable[[Path, Path], dict]
 
     def __len__(self) -> int:
@@ -70,9 +69,9 @@ def _folder_rows(folder: Path, names: Iterable[Path], read: Callable) -> FolderR
 
 
 def image_rows(folder: Path, names: list[Path]) -> FolderRows:
-    """Images to train a VLM on, with captions if any .txt file lies beside an image.
+    """Images to train a VLM on: with captions, if any image has a .txt file of the same name.
 
-    Otherwise labels: the class folder if the images lie in several folders, else the file's name.
+    Otherwise with labels: the class folder if there are several folders, else the file name.
     """
     if any((folder / name).with_suffix(".txt").is_file() for name in names):
         return _folder_rows(folder, names, read_caption)
@@ -105,17 +104,17 @@ def read_class_text(folder: Path, name: Path) -> dict:
 
 
 def read_file_name(folder: Path, name: Path) -> dict:
-    """The label is the file's name without the number at its end."""
+    """The label is the file name without the number at its end."""
     without_number = re.sub(r"[\W\d_]+$", "", name.stem)
     return {"image": str(name), "label": _label_text(without_number, folder / name)}
 
 
 def _label_text(name: str, path: Path) -> str:
-    """`name` with separators as spaces; raises `InputError` if no letter or digit is left."""
+    """`name` with separators replaced by spaces; raises `InputError` if nothing is left."""
     text = re.sub(r"[\W_]+", " ", name).strip()
     if not text:
-        fix = f"put a caption beside it in {path.stem}.txt, or all captions into metadata.jsonl."
-        raise InputError(f"{path}: its name holds no label; {fix}")
+        fix = f"add a caption file {path.stem}.txt, or list all captions in metadata.jsonl."
+        raise InputError(f"{path}: the file name contains no label; {fix}")
     return text
 
 
@@ -124,6 +123,6 @@ def read_caption(folder: Path, name: Path) -> dict:
     try:
         return {"image": str(name), "caption": path.read_text(encoding="utf-8-sig")}
     except FileNotFoundError:
-        raise InputError(f"{folder / name}: no {path.name} beside it.") from None
+        raise InputError(f"{folder / name}: no caption file {path.name}.") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a UTF-8 text ({error}).") from None
+        raise InputError(f"{path}: not UTF-8 text ({error}).") from None

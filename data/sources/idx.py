@@ -1,4 +1,4 @@
-"""IDX files, the format of MNIST -> rows in memory."""
+"""IDX files (the format of MNIST) -> rows in memory."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ArrayRows:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """The array of bytes in an IDX file, plain or gzip; raises `InputError`."""
+    """Read the uint8 array of an IDX file, plain or gzip; raises `InputError`."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             content = file.read()
@@ -48,26 +48,26 @@ def read_idx(path: Path) -> np.ndarray:
         raise InputError(f"{path}: not an IDX file ({error}).") from None
     values = np.frombuffer(content, np.uint8, offset=4 + 4 * n_axes)
     if zeros != 0 or kind != 8 or values.size != np.prod(shape):
-        holds = f"type {kind}, {values.size:,} values for {' x '.join(map(str, shape))}"
-        raise InputError(f"{path}: not a complete IDX file of bytes ({holds}).")
+        found = f"type {kind}, {values.size:,} values for {' x '.join(map(str, shape))}"
+        raise InputError(f"{path}: not a complete IDX file of bytes ({found}).")
     return values.reshape(shape)
 
 
 def open_idx(images: Path) -> ArrayRows:
-    """A file of images with the file of their labels beside it; raises `InputError`."""
-    beside = images.name.replace("images", "labels").replace("idx3", "idx1")
-    labels = images.with_name(beside)
+    """A file of images and the file of their labels in the same folder; raises `InputError`."""
+    labels_name = images.name.replace("images", "labels").replace("idx3", "idx1")
+    labels = images.with_name(labels_name)
     if not labels.is_file() or labels == images:
-        raise InputError(f"{images}: no {beside} beside it, which holds the classes.")
+        raise InputError(f"{images}: expected the labels in {labels_name} in the same folder.")
     pixels, numbers = read_idx(images), read_idx(labels)
     if pixels.ndim != 3 or numbers.ndim != 1 or len(pixels) != len(numbers):
-        expected = f"expected [n, H, W] and n labels, not {numbers.shape}."
-        raise InputError(f"{images}: shape {pixels.shape}; {expected}")
+        shapes = f"image shape {pixels.shape}, label shape {numbers.shape}"
+        raise InputError(f"{images}: {shapes}; expected [n, H, W] and [n].")
     return ArrayRows(pixels, [str(n) for n in numbers], str(images))
 
 
 def find_idx(source: str) -> Path | None:
-    """The file of images of `folder`, `folder@t10k` or a file; None if it is not IDX data."""
+    """The file of images for `folder`, `folder@t10k` or a file; None if it is not IDX data."""
     path, part = Path(source), "train"
     if "@" in source and not path.exists():
         before, _, part = source.rpartition("@")

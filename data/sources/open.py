@@ -1,7 +1,7 @@
-"""A source's name or path -> its Rows or a Dataset. FORMATS lists every supported kind of source.
+"""The name or path of a source -> Rows or a Dataset. FORMATS lists all supported formats.
 
-To add a format, write a function that returns Rows, one that returns a RowStream or the reason
-there is none, and a line in FORMATS.
+To add a format, write a function that returns Rows and one that returns a RowStream, and add a line
+to FORMATS.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from data.world.dataset import WorldDataset
 
 
 class Format(NamedTuple):
-    """How a kind of source is read. Both take (path or name, split); a text says why there is none.
+    """How a format is read: functions of (path or name, split), or a text why it is not supported.
 
-    `stream` is called again in every worker and epoch, so it must be a module-level function.
+    `stream` is called in every worker and epoch and must be picklable: a module-level function.
     """
 
     rows: Callable[[str, str], Rows] | str
@@ -39,12 +39,12 @@ class Format(NamedTuple):
 
 
 def _open_folder(path: str, split: str) -> Rows:
-    """A saved dataset, a metadata file, images or Parquet files, in this order."""
+    """Open the first of: a saved dataset, a metadata file, images, Parquet files."""
     folder = Path(path)
     if any((folder / f).is_file() for f in ("dataset_dict.json", "state.json")):
         return open_saved(folder, split)
     if split:
-        raise InputError(f"{folder}: has no splits, so leave out @{split}.")
+        raise InputError(f"{folder}: has no splits; leave out @{split}.")
     for name in ("metadata.jsonl", "metadata.csv", "metadata.parquet"):
         if (folder / name).is_file():
             return open_rows(str(folder / name))
@@ -53,7 +53,7 @@ def _open_folder(path: str, split: str) -> Rows:
     tables = [f for f in files if f.suffix == ".parquet"]
     if images and tables:
         both = f"both images ({images[0]}) and Parquet files ({tables[0]})"
-        raise InputError(f"{folder}: holds {both}; name the file or the folder that you mean.")
+        raise InputError(f"{folder}: contains {both}; give the path of the one to use.")
     if images:
         return image_rows(folder, images)
     if tables:
@@ -64,15 +64,15 @@ def _open_folder(path: str, split: str) -> Rows:
 
 FORMATS: dict[str, Format] = {
     "world": Format(
-        "world has no rows: its scenes are drawn on access",
-        "world is drawn on access, so leave the flag out",
+        "world has no rows; its scenes are generated on access",
+        "world is generated on access; leave out --data.stream",
     ),
     "hf:": Format(open_hub, streaming.stream_hub),
     "folder": Format(_open_folder, streaming.stream_parquet),
     ".jsonl": Format(lambda path, _: open_jsonl(Path(path)), streaming.stream_jsonl),
     ".json": Format(
         lambda path, _: open_json(Path(path)),
-        "a .json file is one list, not a row a line; save it as .jsonl, or leave out --data.stream",
+        "a .json file cannot be streamed; save it as .jsonl, or leave out --data.stream",
     ),
     ".csv": Format(lambda path, _: open_csv(Path(path)), streaming.stream_csv),
     ".tsv": Format(lambda path, _: open_csv(Path(path)), streaming.stream_csv),
@@ -99,19 +99,19 @@ def find_format(source: str) -> tuple[Format, str, str]:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise InputError(
-            f"data.source = {name!r}: must be `world`, a folder that exists, a file "
-            f"({' '.join(SUFFIXES)}), or hf:owner/name for a dataset of the Hub."
+            f"data.source = {name!r}: must be `world`, an existing folder, a file "
+            f"({' '.join(SUFFIXES)}), or hf:owner/name for a Hub dataset."
         )
     if not path.is_file():
         raise InputError(f"{path}: no such file.")
     if path.stat().st_size == 0:
         raise InputError(f"{path}: no rows.")
     if split:
-        raise InputError(f"{path}: a file has no splits, so leave out @{split}.")
+        raise InputError(f"{path}: a file has no splits; leave out @{split}.")
     if suffix != ".parquet":
         with open(path, "rb") as file:
             if b"\0" in file.read(4096):
-                raise InputError(f"{path}: not UTF-8 (UTF-16, or no text); save it as UTF-8.")
+                raise InputError(f"{path}: not UTF-8 (perhaps UTF-16 or binary); save it as UTF-8.")
     return FORMATS[suffix], name, ""
 
 
@@ -124,7 +124,7 @@ def open_rows(source: str) -> Rows:
 
 
 def stream_reader(source: str) -> StreamReader:
-    """The reader of a source that can be streamed. Raises `InputError` saying why others cannot."""
+    """The reader of a stream. Raises `InputError` if the source cannot be streamed."""
     found, name, split = find_format(source)
     if isinstance(found.stream, str):
         raise InputError(f"data.source = {source!r}, data.stream = True: {found.stream}.")
@@ -136,7 +136,7 @@ def stream_reader(source: str) -> StreamReader:
 
 @dataclass(frozen=True)
 class MixtureDataset:
-    """Several datasets with their shares of the samples; their samples one after another."""
+    """Several datasets, concatenated, and the share of samples that training takes from each."""
 
     members: tuple[Dataset, ...]
     names: tuple[str, ...]
@@ -155,7 +155,7 @@ class MixtureDataset:
         return member[i]
 
     def row_number(self, i: int) -> int:
-        """The number of the row in the source of its member."""
+        """The row number in the source of the member dataset."""
         member, i = self._locate(i)
         return member.row_number(i)
 
@@ -168,14 +168,14 @@ class MixtureDataset:
 
 
 def parse_mixture(source: str) -> list[tuple[str, Fraction]]:
-    """[(name, share)] of `a=0.7 b=0.3`; empty for a single source. Raises `InputError`."""
+    """Parse `a=0.7 b=0.3` into [(name, share)]; empty for a single source. Raises `InputError`."""
     words = [word.rpartition("=") for word in source.split()]
     if not words or not all(re.fullmatch(r"[0-9.]+", share) and name for name, _, share in words):
         return []
     try:
         found = [(name, Fraction(share)) for name, _, share in words]
     except ValueError:
-        raise InputError(f"data.source = {source!r}: shares must be numbers, as 0.7.") from None
+        raise InputError(f"data.source = {source!r}: expected shares such as 0.7.") from None
     names = [name for name, _ in found]
     if min(share for _, share in found) <= 0 or len(set(names)) < len(names):
         raise InputError(f"data.source = {source!r}: give each source once, with a share above 0.")
@@ -188,7 +188,7 @@ def _open_mixture(mixture: list, cfg: DataConfig, split: str) -> MixtureDataset:
     skipped = tuple(chain.from_iterable(m.skipped for m in members))
     percent = ", ".join(f"{name} {float(s / sum(shares)):.0%}" for name, s in mixture)
     notes = chain.from_iterable(m.notes for m in members)
-    notes = (f"a mixture: {percent} of the samples", *notes)
+    notes = (f"mixture: {percent} of the samples", *notes)
     fingerprint, n_rows = " ".join(m.fingerprint for m in members), sum(m.n_rows for m in members)
     return MixtureDataset(members, names, shares, skipped, notes, fingerprint, n_rows)
 
@@ -198,12 +198,12 @@ def _open_mixture(mixture: list, cfg: DataConfig, split: str) -> MixtureDataset:
 
 @lru_cache(maxsize=8)
 def _index(name: str, cfg: DataConfig, _changed: tuple) -> RowIndex:
-    """Cached, as every evaluation opens its split again."""
+    """Cached, because every evaluation opens its split again."""
     return index_rows(open_rows(name), name, cfg)
 
 
 def open_dataset(cfg: DataConfig, split: str) -> Dataset:
-    """`cfg.source` for split train, val or test. Raises `InputError` if it cannot be used."""
+    """Open `cfg.source` for split train, val or test. Raises `InputError` if it is unusable."""
     if mixture := parse_mixture(cfg.source):
         return _open_mixture(mixture, cfg, split)
     if cfg.source == "world" and not cfg.stream:
@@ -212,6 +212,6 @@ def open_dataset(cfg: DataConfig, split: str) -> Dataset:
         return open_stream(cfg, stream_reader(cfg.source), split)
     found = os.stat(cfg.source) if Path(cfg.source).exists() else None
     changed = (found.st_mtime_ns, found.st_size) if found else ()
-    # Only fields the index depends on, so that changing others does not read all rows again.
+    # Only fields that the index depends on, so that other changes do not read all rows again.
     key = DataConfig(**{name: getattr(cfg, name) for name in ("fetch_images", *RATINGS)})
     return select_split(_index(cfg.source, key, changed), cfg.source, split, cfg)

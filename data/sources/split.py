@@ -1,4 +1,4 @@
-"""One pass over all rows: which are usable, and which are for validation."""
+"""One pass over all rows selects the usable ones and those for validation."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ class ParsedRow(NamedTuple):
 
 
 def minimum_ratings(cfg: DataConfig) -> dict[str, int]:
-    """The minimum by FineVision's column name; a minimum of 1 filters nothing and is left out."""
+    """Minimum rating by FineVision column, without minimums of 1, which filter nothing."""
     minimum = {f"{name.removeprefix('min_')}_ratings": getattr(cfg, name) for name in RATINGS}
     return {column: value for column, value in minimum.items() if value > 1}
 
 
 def parse_row(row: dict, cfg: DataConfig) -> ParsedRow | None:
-    """A row with its split, which follows from a hash of its content; None if it is rated too low.
+    """Parse a row; a hash of its content decides its split. None if it is rated too low.
 
-    Raises `InputError`, which does not name the row.
+    Raises `InputError` without the name of the row.
     """
     rated = drop_low_rated(row, minimum_ratings(cfg))
     if rated is None:
@@ -50,15 +50,15 @@ def parse_row(row: dict, cfg: DataConfig) -> ParsedRow | None:
 
 
 def val_threshold(val_fraction: float) -> int:
-    """Rows whose digest is below it are for validation."""
+    """Rows with a digest below this are for validation."""
     return int(min(val_fraction * 2**64, 2**64 - 1))
 
 
 def max_bad_rows(n_rows: int, is_stream: bool = False) -> int:
-    """How many unusable rows are skipped and listed before training stops: 1 %, at least five.
+    """Maximum number of unusable rows before training stops: 1 % of the rows, but at least five.
 
-    Of the first `n_rows` of a stream, three standard deviations more: of 1,000 streams with 1 % bad
-    rows about one is then stopped by chance.
+    The first `n_rows` of a stream may have three standard deviations more: about one in 1,000
+    streams with 1 % unusable rows is then stopped by chance.
     """
     return max(5, math.ceil(n_rows / 100 + 3 * math.sqrt(n_rows / 100) * is_stream))
 
@@ -71,8 +71,8 @@ class RowIndex:
     schemas: dict[str, int]  # number of rows by schema
     good: np.ndarray  # [n] int64, usable rows
     digests: np.ndarray  # [n] uint64, of texts and images
-    images: np.ndarray  # [m] uint64, digests of images alone
-    owners: np.ndarray  # [m] int64, which of `good` holds the image
+    images: np.ndarray  # [m] uint64, digests of single images
+    owners: np.ndarray  # [m] int64, index into `good` of the row with the image
     skipped: tuple[str, ...]
     n_low: int = 0  # rows rated too low
 
@@ -85,7 +85,7 @@ def _digest(parts: Iterable[str]) -> int:
 def index_rows(rows: Rows, name: str, cfg: DataConfig) -> RowIndex:
     """Check the fields of every row; images are not opened.
 
-    Raises `InputError` on mixed schemas, no rows, or more bad rows than `max_bad_rows`.
+    Raises `InputError` for mixed schemas, no usable rows, or more than `max_bad_rows` bad ones.
     """
     good, digests, images, owners, skipped = [], [], [], [], []
     schemas, families, n_low = Counter(), {}, 0
@@ -105,7 +105,7 @@ def index_rows(rows: Rows, name: str, cfg: DataConfig) -> RowIndex:
             families[found.family] = f"{rows.where(k)} has {found.schema}"
             if len(families) > 1:
                 mixed = " and ".join(families.values())
-                raise InputError(f"{name}: mixed schemas, {mixed}; put each into its own source.")
+                raise InputError(f"{name}: mixed schemas: {mixed}; use one source per schema.")
         schemas[found.schema] += 1
         identities = [image_identity(image) for image in found.images]
         owners += [len(good)] * len(identities)
@@ -113,43 +113,47 @@ def index_rows(rows: Rows, name: str, cfg: DataConfig) -> RowIndex:
         good.append(k)
         digests.append(parsed.digest)
     if len(skipped) > max_bad_rows(len(rows)):
-        raise InputError(f"{len(skipped)} of {len(rows)} rows are bad, the first: {skipped[0]}")
+        n_bad = f"{len(skipped)} of {len(rows)}"
+        raise InputError(f"{n_bad} rows are unusable; the first: {skipped[0]}")
     if not good:
-        low = f"; all {n_low} are rated too low" if n_low else "."
-        raise InputError(f"{name}: no rows" + (f"; {skipped[0]}" if skipped else low))
+        if skipped:
+            raise InputError(f"{name}: no usable rows; the first: {skipped[0]}")
+        low = f"; all {n_low} are rated below the minimum" if n_low else ""
+        raise InputError(f"{name}: no rows{low}.")
     digests, images = np.array(digests, dtype=np.uint64), np.array(images, dtype=np.uint64)
     owners = np.array(owners, dtype=int)
     return RowIndex(rows, schemas, np.array(good), digests, images, owners, tuple(skipped), n_low)
 
 
 def select_split(index: RowIndex, name: str, split: str, cfg: DataConfig) -> RowDataset:
-    """The rows of a split: train, val, or test for all rows.
+    """The rows of split train or val; test means all rows.
 
-    A hash of the row's content decides between train and val, so editing other rows moves none
-    from one to the other, and equal rows are always in the same split.
+    A hash of the row's content decides between train and val. Equal rows are therefore in the same
+    split, and a row stays in its split when other rows change.
     """
     is_val = index.digests < np.uint64(val_threshold(cfg.val_fraction))
     selected = {"train": ~is_val, "val": is_val, "test": np.ones_like(is_val)}[split]
     if split == "train" and not selected.any():
-        raise InputError(f"{name}: all {len(is_val)} rows are for validation; lower val_fraction.")
+        problem = f"all {len(is_val)} rows are for validation"
+        raise InputError(f"{name}: {problem}; lower data.val_fraction.")
     n_val, n = int(is_val.sum()), len(is_val)
     found = "; ".join(f"{times:,} rows of {schema}" for schema, times in index.schemas.items())
     notes = [f"{name}: {found}; {n_val:,} of them for validation"]
     notes += [f"skipped: {reason}" for reason in index.skipped]
     if index.n_low:
-        notes.append(f"{index.n_low:,} rows are rated too low and left out")
+        notes.append(f"rows left out because they are rated below the minimum: {index.n_low:,}")
     if n_repeated := n - len(np.unique(index.digests)):
-        notes.append(f"{n_repeated:,} rows are copies of others; copies stay in one split")
+        notes.append(f"duplicate rows: {n_repeated:,}; duplicates are in the same split")
     of_val = is_val[index.owners]
     leaked = of_val & np.isin(index.images, index.images[~of_val])
     if n_leaked := len(np.unique(index.owners[leaked])):
-        notes.append(f"{n_leaked:,} validation rows have an image that training rows have too")
+        notes.append(f"validation rows whose image is also in training rows: {n_leaked:,}")
     fingerprint, indices = hash_digests(index.digests[selected]), index.good[selected]
     return RowDataset(index.rows, indices, index.skipped, tuple(notes), cfg, fingerprint)
 
 
 def hash_digests(digests: Sequence[int] | np.ndarray) -> str:
-    """A fingerprint of rows in their order, with their number."""
+    """A fingerprint of the rows, their order and their number."""
     content = np.array(digests, dtype=np.uint64).tobytes()
     return f"{len(digests):,} rows ({hashlib.blake2b(content, digest_size=8).hexdigest()})"
 

@@ -1,6 +1,6 @@
-"""Streams of rows: read once an epoch in parts, shuffled in blocks, resumable at any row.
+"""Streams of rows: read in parts, shuffled in blocks, resumable at any row.
 
-Every stream is an `IterableDataset` of the `datasets` library, so nothing is indexed or cached.
+A stream is an `IterableDataset` of the `datasets` library; nothing is indexed or cached.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from data.sources.split import RowDataset, hash_digests, make_sample, max_bad_ro
 from data.sources.text_files import find_delimiter, parse_json
 from data.types import Sample
 
-# --- One function a format ----------------------------------------------------------------------
+# --- One function per format --------------------------------------------------------------------
 
 
 class RowStream(NamedTuple):
-    """An opened stream: `read` turns an item of `data` into a row, its error, or None (no row)."""
+    """An open stream; `read` converts an item of `data` to a row, its error, or None (no row)."""
 
     data: Any  # datasets.IterableDataset; images are bytes, not decoded
     read: Callable[[dict], dict | InputError | None]
@@ -41,7 +41,7 @@ def load_stream(name: str, *args: str | None, **options: Any) -> Any:
 
 
 def stream_jsonl(path: str, _split: str) -> RowStream:
-    # Lines as bytes for our own parser: that of `datasets` changes values of several types.
+    # Read lines as bytes and parse them here: `datasets` converts values of mixed types.
     return RowStream(load_stream(path, "text", data_files=[path], encoding="latin-1"), _read_line)
 
 
@@ -53,7 +53,7 @@ def _read_line(item: dict) -> dict | InputError | None:
 
 
 def stream_csv(path: str, _split: str) -> RowStream:
-    """Every column is text: `datasets` would guess its type from the first rows."""
+    """Read all columns as text; `datasets` would guess types from the first rows."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             delimiter = find_delimiter(file.readline().encode())
@@ -70,17 +70,17 @@ def stream_csv(path: str, _split: str) -> RowStream:
 
 
 def stream_parquet(path: str, _split: str) -> RowStream:
-    """A Parquet file, or those directly in a folder; nothing else in a folder is a stream."""
+    """A Parquet file, or the Parquet files directly in a folder."""
     is_folder = Path(path).is_dir()
     files = [str(file) for file in sorted(Path(path).glob("*.parquet"))] if is_folder else [path]
     if not files:
-        says = "only a folder of Parquet files is a stream; leave out --data.stream."
-        raise InputError(f"data.source = {path!r}: {says}")
+        fix = "leave out --data.stream"
+        raise InputError(f"data.source = {path!r}: no Parquet files to stream; {fix}.")
     return _stream_arrow(load_stream(path, "parquet", data_files=files))
 
 
 def stream_hub(name: str, split: str) -> RowStream:
-    """`owner/name` or `owner/name:configuration` of the Hub, downloaded while it is read."""
+    """A Hub dataset `owner/name` or `owner/name:configuration`, downloaded while it is read."""
     repository, _, configuration = name.partition(":")
     args = repository, configuration or None
     return _stream_arrow(load_stream(f"hf:{name}", *args, split=split or "train"))
@@ -92,15 +92,15 @@ def _stream_arrow(data: Any) -> RowStream:
 
 # --- Reading ------------------------------------------------------------------------------------
 
-MAX_ATTEMPTS = 6  # to read a block; waits between them double from one second
-READ_ERRORS = (OSError, ValueError, RuntimeError, InputError)  # of a source; Arrow's are among them
+MAX_ATTEMPTS = 6  # per block; the wait doubles each time, from one second
+READ_ERRORS = (OSError, ValueError, RuntimeError, InputError)  # include Arrow's errors
 N_HEAD = 64  # rows checked before training
 MAX_SCANNED = 20_000  # rows read to find validation rows
 MAX_VAL_ROWS = 256
 
 
 class StreamReader(NamedTuple):
-    """How a stream is opened, again in every worker and epoch."""
+    """How to open a stream; called in every worker and epoch."""
 
     source: str  # data.source, for messages
     open: Callable[[str, str], RowStream]
@@ -109,25 +109,25 @@ class StreamReader(NamedTuple):
 
     @property
     def folder(self) -> Path:
-        """The folder that relative image paths start from: the source, or the file's folder."""
+        """The folder that image paths are relative to: the source, or the folder of the file."""
         path = Path(self.source)
         return path if path.is_dir() else path.parent if path.is_file() else Path()
 
 
 class StreamPart:
-    """One of `of` parts of a stream; every row is in exactly one."""
+    """Part `number` of `of` parts of a stream; every row is in exactly one part."""
 
     def __init__(self, cfg: DataConfig, reader: StreamReader, number: int, of: int):
         self.cfg, self.reader, self.number, self.of = cfg, reader, number, of
         self.rows: Iterator[dict | InputError] | None = None
         self.data: Any = None  # datasets.IterableDataset
-        self.after: dict | None = None  # the state after the last block
+        self.after: dict | None = None  # state after the last block
 
     def read_block(self, state: dict | None) -> tuple[list[dict | InputError], dict]:
         """(up to `stream_block` rows from `state` on, the state after them).
 
-        `state` is that of the `datasets` library; None is the start. An unreadable row is its
-        `InputError`. Raises one if the source cannot be read after `MAX_ATTEMPTS`.
+        `state` comes from the `datasets` library; None is the start. An unreadable row is returned
+        as its `InputError`. Raises `InputError` if the source cannot be read.
         """
         attempt = 0
         while True:
@@ -139,7 +139,7 @@ class StreamPart:
                 return found, self.after
             except Exception as error:
                 if not (is_connection_error(error) or isinstance(error, READ_ERRORS)):
-                    raise  # a bug of this code
+                    raise  # a bug in picoVLM
                 self.rows = None
                 if is_transient(error) and attempt < MAX_ATTEMPTS:
                     time.sleep(2 ** (attempt - 1))
@@ -147,9 +147,9 @@ class StreamPart:
                 if isinstance(error, InputError):
                     raise
                 words = (str(error) or type(error).__name__).splitlines()[0][:200]
-                later = "; continue later with --train.resume auto" * is_transient(error)
-                says = f"cannot be read ({words}), tried {attempt} times{later}."
-                raise InputError(f"{self.reader.source}: {says}") from None
+                fix = "; resume later with --train.resume auto" * is_transient(error)
+                problem = f"cannot be read ({words}), attempts: {attempt}"
+                raise InputError(f"{self.reader.source}: {problem}{fix}.") from None
 
     def blocks(self) -> Iterator[list[dict | InputError]]:
         """All blocks from the start."""
@@ -165,7 +165,7 @@ class StreamPart:
         data = self.data = split_dataset_by_node(stream.data, self.number, self.of)
         if state is not None:
             data.load_state_dict(state)
-        # `iter(1)`, as a plain loop would divide the rows among DataLoader workers once more.
+        # `iter(1)`: a plain loop would split the rows among DataLoader workers again.
         items = ({name: v[0] for name, v in one.items()} for one in data.iter(1))
         self.rows = (row for row in map(stream.read, items) if row is not None)
         return self.rows
@@ -183,7 +183,7 @@ class StreamPart:
 
 @dataclass(frozen=True)
 class ListRows:
-    """Rows in memory. Images may be PIL images."""
+    """Rows in memory; images may be PIL images."""
 
     rows: list[dict]
     folder: Path = Path()
@@ -203,7 +203,7 @@ class ListRows:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamDataset(RowDataset):
-    """A stream to train on. Its `rows` are the first training rows only, to check them."""
+    """A stream to train on. `rows` are only the first training rows, for checks."""
 
     reader: StreamReader
 
@@ -211,7 +211,7 @@ class StreamDataset(RowDataset):
         return StreamPart(self.cfg, self.reader, number, of)
 
     def make_sample(self, row: dict | InputError, where: str) -> Sample | None:
-        """A training sample, or None; raises `InputError` naming the row."""
+        """The row as a training sample; None if not for training. `InputError`s name the row."""
         try:
             parsed = parse_row(require_row(row), self.cfg)
             if parsed is None or parsed.is_val:
@@ -222,23 +222,23 @@ class StreamDataset(RowDataset):
 
 
 def require_row(row: dict | InputError) -> dict:
-    """The row, or raise the error that stands for it."""
+    """Return the row, or raise the error in its place."""
     if isinstance(row, InputError):
         raise row
     return row
 
 
 def is_connection_error(error: BaseException) -> bool:
-    """Whether it is httpx's TransportError (timeout, lost connection), which is no OSError.
+    """Whether it is httpx's TransportError (timeout, lost connection), which is not an OSError.
 
-    Compared by name: the Hub's client may bring its own version of httpx.
+    Compared by name, because huggingface_hub may use another version of httpx.
     """
     kinds = type(error).__mro__
     return any(k.__name__ == "TransportError" and k.__module__.startswith("httpx") for k in kinds)
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether a retry may help, as after a timeout or a lost connection."""
+    """Whether a retry may help, for example after a timeout or a lost connection."""
     if isinstance(error, InputError):
         return error.__cause__ is not None and is_transient(error.__cause__)
     is_offline = type(error).__name__ == "OfflineModeIsEnabled"
@@ -266,19 +266,19 @@ def _read_head(cfg: DataConfig, reader: StreamReader, is_val: bool) -> tuple[Row
         if len(kept) == n_wanted or n_read >= MAX_SCANNED:
             break
     if n_bad > max_bad_rows(n_read, is_stream=True):
-        raise InputError(f"{n_bad} of the first {n_read} rows are bad, the first: {reason}")
+        raise InputError(f"{n_bad} of the first {n_read} rows are unusable; the first: {reason}")
     if not kept and not is_val:
         why = f"; {reason}" if reason else "."
-        raise InputError(f"{reader.source}: no rows to train on{why}")
+        raise InputError(f"{reader.source}: no training rows{why}")
     fingerprint = f"{reader.source}, the beginning {hash_digests(digests)}"
     rows = ListRows(kept, reader.folder)
     return RowDataset(rows, np.arange(len(kept)), (), (), cfg, fingerprint), schema
 
 
 def open_stream(cfg: DataConfig, reader: StreamReader, split: str) -> RowDataset:
-    """A stream to train on; for validation, those of its first rows that the hash selects."""
+    """A stream to train on; for `val`, the validation rows among its first rows."""
     head, schema = _read_head(cfg, reader, split == "val")
     if split == "val":
         return head
-    note = f"{reader.source}: a stream of {schema}; {cfg.val_fraction:.1%} of it for validation"
+    note = f"{reader.source}: stream of {schema}; {cfg.val_fraction:.1%} of rows for validation"
     return StreamDataset(**vars(head) | {"notes": (note,)}, reader=reader)

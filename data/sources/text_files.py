@@ -1,4 +1,4 @@
-"""JSONL, JSON and CSV files -> rows, parsed on access: only byte offsets are kept in memory."""
+"""JSONL, JSON and CSV files -> rows, parsed on access; only byte offsets stay in memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ import numpy as np
 
 from config_tools import InputError
 
-JSON_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},]', re.S)  # strings whole, or a bracket
+# A whole string, a bracket or a comma.
+JSON_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},]', re.S)
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class TextRows:
     """Rows of a JSONL, JSON or CSV file, parsed on access."""
 
     path: Path
-    spans: np.ndarray  # [n, 3] int64: first byte, byte after the last, line or row number
+    spans: np.ndarray  # [n, 3] int64: first byte, end (exclusive), line or row number
     parse: Callable[[bytes], dict]
 
     @property
@@ -70,12 +71,12 @@ def parse_json(content: bytes) -> dict:
     except (ValueError, RecursionError) as error:  # ValueError: also bad UTF-8, numbers too long
         raise InputError(f"not JSON ({error}).") from None
     if not isinstance(row, dict):
-        raise InputError('must be an object like {"image": ..., "question": ..., "answer": ...}.')
+        raise InputError('expected an object like {"image": ..., "question": ..., "answer": ...}.')
     return row
 
 
 def open_jsonl(path: Path) -> TextRows:
-    """One object a line; blank lines are skipped."""
+    """One object per line; blank lines are skipped."""
     spans, start = [], 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -86,13 +87,13 @@ def open_jsonl(path: Path) -> TextRows:
 
 
 def open_json(path: Path) -> TextRows:
-    """A list of rows, split at its commas without parsing. Also accepts JSON Lines in .json."""
+    """A list of rows, split at its commas without parsing it. JSON Lines in .json works, too."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         first = re.search(rb"[^\s\xef\xbb\xbf]", content)
         if first and first[0] == b"{" and content.readline().rstrip().endswith(b"}"):
             return open_jsonl(path)
         if not first or first[0] != b"[":
-            raise InputError(f"{path}: must hold a list of rows, [{{...}}, {{...}}].")
+            raise InputError(f"{path}: expected a list of rows, [{{...}}, {{...}}].")
         spans, depth, start = [], 1, first.end()
         for found in JSON_TOKEN.finditer(content, start):
             mark = content[found.start()]
@@ -103,19 +104,19 @@ def open_json(path: Path) -> TextRows:
                 start = found.end()
             if depth == 0:
                 return _text_rows(path, spans, parse_json)
-    raise InputError(f"{path}: not JSON (its list is never closed); the file may be truncated.")
+    raise InputError(f"{path}: not JSON (the list is not closed); the file may be truncated.")
 
 
 def open_csv(path: Path) -> TextRows:
-    """CSV with the delimiter `find_delimiter` finds; quoted cells may hold newlines."""
-    csv.field_size_limit(2**31 - 1)  # an image in base64 is one cell
+    """CSV with the delimiter of `find_delimiter`; quoted cells may contain newlines."""
+    csv.field_size_limit(2**31 - 1)  # a cell may contain a base64 image
     end = number = 0
 
     def lines() -> Iterator[str]:
         nonlocal end, number
         for line in file:
             end, number = end + len(line), number + 1
-            yield line.decode("latin-1")  # never fails, and splits at the same commas
+            yield line.decode("latin-1")  # never fails, and keeps delimiters and quotes
 
     with open(path, "rb") as file:
         header = file.readline()
@@ -123,7 +124,7 @@ def open_csv(path: Path) -> TextRows:
         file.seek(0)
         spans, start, first = [], 0, 1
         try:
-            # strict: else a quote that is never closed swallows all rows after it
+            # strict: otherwise an unclosed quote swallows all following rows
             for cells in csv.reader(lines(), delimiter=delimiter, strict=True):
                 if cells:
                     spans.append((start, end, first))
@@ -138,7 +139,7 @@ def open_csv(path: Path) -> TextRows:
 
 
 def _cells(content: bytes, delimiter: str) -> list[str]:
-    csv.field_size_limit(2**31 - 1)  # also in workers, which did not open the file
+    csv.field_size_limit(2**31 - 1)  # set again: workers did not call open_csv
     try:
         text = io.StringIO(content.decode("utf-8-sig"), "")
         return next(csv.reader(text, delimiter=delimiter, strict=True), [])
@@ -151,7 +152,7 @@ def _cells(content: bytes, delimiter: str) -> list[str]:
 def _parse_csv(columns: tuple[str, ...], delimiter: str, content: bytes) -> dict:
     cells = _cells(content, delimiter)
     if len(cells) != len(columns):
-        raise InputError(f"{len(cells)} cells for the {len(columns)} columns {', '.join(columns)}.")
+        raise InputError(f"{len(cells)} cells; expected {len(columns)}: {', '.join(columns)}.")
     return {column: cell for column, cell in zip(columns, cells) if cell}
 
 

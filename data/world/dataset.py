@@ -1,4 +1,4 @@
-"""The built-in dataset: training samples of scenes, drawn on access."""
+"""The built-in dataset: samples about scenes that are drawn on access."""
 
 from __future__ import annotations
 

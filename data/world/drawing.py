@@ -10,9 +10,9 @@ from PIL import Image
 
 from data.world.scenes import BACKGROUNDS, COLORS, SHAPES, SIZES, Scene
 
-CELL, SIDE, SUPERSAMPLE = 16, 48, 4  # pixels of a cell, of an image; samples per pixel and axis
-SLOPE = np.linspace(-1, 1, SIDE, dtype=np.float32)  # across the image
-# A font of 3 x 5 pixels, row by row.
+CELL, SIDE, SUPERSAMPLE = 16, 48, 4  # pixels per cell and image side; samples per pixel and axis
+SLOPE = np.linspace(-1, 1, SIDE, dtype=np.float32)  # from edge to edge of the image
+# A font of 3 x 5 pixels; each digit is listed row by row.
 DIGITS = ("111101101101111", "010110010010111", "111001111100111", "111001111001111",
           "101101111001001", "111100111001111", "111100111101111", "111001001001001",
           "111101111101111", "111101111001111")  # fmt: skip
@@ -38,9 +38,9 @@ def _background(color: tuple[int, int, int], rng: random.Random) -> np.ndarray:
     return np.array(color, np.float32) + (gradient + grain)[..., None]  # [48, 48, 3]
 
 
-@cache  # positions are multiples of a quarter pixel, so there are 1,090 results
+@cache  # at most 1,090 results: positions are multiples of a quarter pixel
 def _coverage(shape: str, size: str, dx: float, dy: float) -> np.ndarray:
-    """How much of each pixel of the cell a thing covers. [16, 16] in 0..1"""
+    """The fraction of each pixel of the cell that a thing covers: [16, 16] in 0..1."""
     radius, _ = SIZES[size]
     at = (np.arange(CELL * SUPERSAMPLE, dtype=np.float32) + 0.5) / SUPERSAMPLE - CELL / 2
     inside = SHAPES[shape]((at - dx) / radius, (at[:, None] - dy) / radius)  # [64, 64]
@@ -49,7 +49,7 @@ def _coverage(shape: str, size: str, dx: float, dy: float) -> np.ndarray:
 
 @cache
 def _digits(number: str, top: int, left: int) -> np.ndarray:
-    """Two digits at twice the font's size. [16, 16], 0 or 1"""
+    """Two digits at twice the font's size: [16, 16], 0 or 1."""
     rows = [np.array(list(DIGITS[int(digit)]), np.float32).reshape(5, 3) for digit in number]
     ink = np.hstack([rows[0], np.zeros((5, 1), np.float32), rows[1]])
     ink = ink.repeat(2, 0).repeat(2, 1)  # [10, 14]

@@ -14,10 +14,10 @@ from data.world import scenes
 from data.world.drawing import draw
 from data.world.scenes import COLORS, PLURAL, POSITIONS, SHAPES, Scene, Thing, held_counts
 
-# Relative frequency of each skill in training; those that take longest to learn come most often.
+# Relative frequency of each skill in training; harder skills are more frequent.
 WEIGHTS = {"color": 2, "shape": 1, "count": 2, "where": 4, "what": 2, "exist": 2, "relation": 4,
            "compare": 3, "read": 2, "sum": 3}  # fmt: skip
-SKILLS = (*(skill for skill in WEIGHTS if skill != "sum"), "caption")  # in the test
+SKILLS = (*(skill for skill in WEIGHTS if skill != "sum"), "caption")  # scored in the test
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Question:
     skill: str
     text: str
     answer: str
-    unseen: bool  # about something held out of training
+    unseen: bool  # about held-out content
 
 
 def _lookup(ways: dict[str, str], answer: str, scene: Scene) -> Iterator[tuple[str, str, bool]]:
@@ -36,7 +36,7 @@ def _lookup(ways: dict[str, str], answer: str, scene: Scene) -> Iterator[tuple[s
 
 
 def _count(scene: Scene) -> Iterator[tuple[str, str, bool]]:
-    """The answer 0 is possible in half of the scenes only: most kinds are absent in any scene."""
+    """Only half of the scenes ask about absent kinds; otherwise most answers would be 0."""
     shapes, colors = (Counter(getattr(t, of) for t in scene.things) for of in ("shape", "color"))
     held = {shape for _, shape in held_counts(scene.things)}
     yield "How many things are there?", str(len(scene.things)), False
@@ -52,7 +52,7 @@ def _count(scene: Scene) -> Iterator[tuple[str, str, bool]]:
 
 
 def _sum(scene: Scene) -> Iterator[tuple[str, str, bool]]:
-    """For training only: sums pair every number with every shape, also held-out counts."""
+    """For training only: sums mention every shape with every number, even with held-out counts."""
     rng = random.Random(scene.noise)
     for of, names in (("shape", PLURAL), ("color", {c: f"{c} things" for c in COLORS})):
         times = Counter(getattr(t, of) for t in scene.things)
@@ -63,7 +63,7 @@ def _sum(scene: Scene) -> Iterator[tuple[str, str, bool]]:
 
 
 def _exist(scene: Scene) -> Iterator[tuple[str, str, bool]]:
-    """Hard negatives: color and shape both occur, but not on one thing; else one of the two."""
+    """Hard negatives: color and shape both occur, but on different things; else only one occurs."""
     here = {(t.color, t.shape) for t in scene.things}
     colors, shapes = ({kind[i] for kind in here} for i in (0, 1))
     for unseen in (False, True):
@@ -77,7 +77,7 @@ def _exist(scene: Scene) -> Iterator[tuple[str, str, bool]]:
 
 
 def _relation(scene: Scene) -> Iterator[tuple[str, str, bool]]:
-    """The direction from one thing to another: eight answers, harder to guess than yes or no."""
+    """The direction from one thing to another. Eight answers are harder to guess than yes or no."""
     for a, b in permutations(_single(scene, "kind"), 2):
         (row_a, column_a), (row_b, column_b) = divmod(a.cell, 3), divmod(b.cell, 3)
         words = [("above", "below")[row_a > row_b]] * (row_a != row_b)
@@ -86,7 +86,7 @@ def _relation(scene: Scene) -> Iterator[tuple[str, str, bool]]:
 
 
 def _compare(scene: Scene) -> Iterator[tuple[str, str, bool]]:
-    """Compare shapes that occur; absent ones only if all counts are equal: yes must be possible."""
+    """Compare shapes in the scene; absent ones only if all counts are equal, so that yes occurs."""
     times = Counter(t.shape for t in scene.things)
     held = {shape for _, shape in held_counts(scene.things)}
     for a, b in permutations(times if len(set(times.values())) > 1 else SHAPES, 2):
@@ -101,7 +101,7 @@ def _read(scene: Scene) -> Iterator[tuple[str, str, bool]]:
 
 
 def _describe(text: str, order: Callable, scene: Scene) -> Iterator[tuple[str, str, bool]]:
-    """All things with their positions, so that one caption teaches what and where."""
+    """All things with their positions: a caption supervises both."""
     parts = [(t.cell, f"a {t.size} {t.kind}") for t in scene.things]
     if scene.number is not None:
         parts.append((scene.number_cell, f"the number {scene.number}"))
@@ -111,7 +111,7 @@ def _describe(text: str, order: Callable, scene: Scene) -> Iterator[tuple[str, s
 
 
 def _shuffled(parts: list) -> list:
-    """For training: in reading order the model would guess the next position."""
+    """Random order, for training: in reading order the next position could be guessed."""
     return random.Random(str(parts)).sample(parts, len(parts))
 
 
@@ -142,10 +142,10 @@ ASK = {
 def ask(
     scene: Scene, skill: str, rng: random.Random, heldout: bool, given: Counter[str] | None = None
 ) -> Question | None:
-    """A question about held-out content if `heldout`, else about none; None if there is none.
+    """A question about held-out content if `heldout`, else about other content; or None.
 
-    The answer is drawn first, from those `given` least often so far, then a question with that
-    answer. Otherwise a model could answer "no" and "0" without the image and be right too often.
+    First choose the answer that was `given` least often so far, then a question with that answer.
+    Without this balance, a model that ignores the image would often be right with "no" or "0".
     """
     given = given or Counter()
     pool = sorted((answer, text) for text, answer, unseen in ASK[skill](scene) if unseen == heldout)
@@ -160,10 +160,10 @@ def train_sample(
     seed: int, split: str, index: int, n_questions: int, caption_fraction: float,
     min_shapes: int = 2,
 ) -> Sample:  # fmt: skip
-    """A scene with its caption (a share `caption_fraction` of them), or up to `n_questions`.
+    """A scene with a caption (with probability `caption_fraction`) or `n_questions` questions.
 
-    Never both: a caption before a question would answer it, and the image would not be needed.
-    Questions are distinct, and nothing held out occurs.
+    Never both: a caption would answer the questions without the image.
+    Questions are distinct and avoid held-out content.
     """
     scene = scenes.make_scene(seed, split, index, min_shapes)
     rng = random.Random(f"{seed}/{split}/{index}/ask")
@@ -181,16 +181,16 @@ def train_sample(
 
 
 def _sample(scene: Scene, asked: Iterable[Question], row: str) -> Sample:
-    """Questions and answers in turn, the image before the first one."""
+    """Alternating questions and answers; the image precedes the first question."""
     turns = [Turn(*turn) for q in asked for turn in (("user", q.text), ("assistant", q.answer))]
     turns[0] = Turn("user", f"<image>{turns[0].text}")
     return Sample(tuple(turns), (draw(scene),), row)
 
 
 def questions(seed: int, split: str, n_per_skill: int) -> Iterator[tuple[Sample, Question]]:
-    """For scoring: `n_per_skill` single questions of each skill, each about its own scene.
+    """For scoring: `n_per_skill` questions per skill, each about a different scene.
 
-    Answers are balanced. Half of `test` is unseen: it asks about held-out content.
+    Answers are balanced. Half of the `test` questions are unseen (about held-out content).
     """
     n_unseen = n_per_skill // 2 if split == "test" else 0
     wanted = {False: n_per_skill - n_unseen, True: n_unseen}
@@ -212,10 +212,10 @@ def questions(seed: int, split: str, n_per_skill: int) -> Iterator[tuple[Sample,
 def corpus(n: int = 2000) -> Iterator[str]:
     """The text of n training conversations with their roles, to train a tokenizer.
 
-    The first question comes once more by itself: after an image no space precedes it.
+    The first question is repeated without its role, as no space precedes it after an image.
     """
     for index in range(n):
         turns = train_sample(0, "train", index, 8, 0.25).turns
         yield turns[0].text.removeprefix("<image>")
-        said = [f"{role.capitalize()}: {text.removeprefix('<image>')}" for role, text in turns]
-        yield "\n".join(said) + "\n\n"
+        lines = [f"{role.capitalize()}: {text.removeprefix('<image>')}" for role, text in turns]
+        yield "\n".join(lines) + "\n\n"

@@ -1,7 +1,7 @@
 """Scenes of the built-in dataset, generated from (seed, split, index).
 
-Some color-shape pairs, counts and numbers are held out of `train` and `val`, so `test` measures
-whether a model composes what it has learned or only memorises it.
+Some color-shape pairs, counts and numbers are held out of `train` and `val`. `test` thus measures
+whether a model generalises to new combinations or only memorises.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 POSITIONS = ("top left", "top", "top right", "left", "center", "right",
              "bottom left", "bottom", "bottom right")  # fmt: skip
-# Whether a point is inside, in units of the radius, y pointing down.
+# Whether the point (x, y) is inside; in units of the radius, y points down.
 SHAPES = {
     "circle": lambda x, y: x * x + y * y <= 1,
     "square": lambda x, y: np.maximum(abs(x), abs(y)) <= 0.88,
@@ -28,14 +28,14 @@ COLORS = {"red": (215, 35, 40), "green": (30, 180, 70), "blue": (35, 80, 225),
 BACKGROUNDS = {"white": (245, 245, 245), "light gray": (200, 200, 200), "dark gray": (70, 70, 70),
                "black": (14, 14, 14), "beige": (235, 222, 195),
                "light blue": (190, 215, 240)}  # fmt: skip
-# Radius and largest offset of the center, in pixels. Their sum is below half a cell (8).
+# Radius and maximum offset of the center, in pixels. Their sum stays below half a cell (8).
 SIZES = {"small": (4.5, 1.5), "large": (6.75, 0.75)}
-# Held out of train and val: never drawn, and in no question, even one answered with no.
+# Held out of train and val: never drawn and never asked about, even with the answer "no".
 HELD_PAIRS = frozenset({("blue", "circle"), ("yellow", "square"), ("green", "triangle"),
                         ("red", "cross"), ("purple", "ring")})  # fmt: skip
-HELD_COUNTS = frozenset({(3, "circle"), (2, "cross")})  # exactly so many in one scene
+HELD_COUNTS = frozenset({(3, "circle"), (2, "cross")})  # exactly this many in a scene
 HELD_NUMBERS = frozenset({"17", "24", "39", "41", "56", "62", "78", "85", "93"})
-# Every other test scene has held-out content of one of these kinds, in the ratio the test needs.
+# Every other test scene has held-out content; its kind cycles through this list.
 TEST_THEMES = ("pair", "count", "pair", "pair", "number", "pair", "pair", "count", "pair", "pair")
 
 
@@ -61,17 +61,17 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """The content of an image. A number is not a thing: it is read, never counted."""
+    """The content of an image. A number is not a thing: questions never count it."""
 
     things: tuple[Thing, ...]  # in reading order
     number: str | None
     number_cell: int  # -1 without a number
     background: str
-    noise: int  # seed of tints, gradient and grain, which no question is about
+    noise: int  # seed of tints, gradient and grain, which are never asked about
 
 
 def theme_of(split: str, index: int) -> str | None:
-    """The kind of held-out content of a scene: pair, count, number or None."""
+    """The kind of held-out content in a scene: pair, count, number or None."""
     return TEST_THEMES[index // 2 % len(TEST_THEMES)] if split == "test" and index % 2 else None
 
 
@@ -116,10 +116,10 @@ def _place_things(rng: random.Random, theme: str | None, min_shapes: int) -> tup
 
 
 def held_counts(things: tuple[Thing, ...]) -> frozenset[tuple[int, str]]:
-    """The (count, shape) of these things that are held out."""
+    """The held-out (count, shape) pairs among these things."""
     return HELD_COUNTS & {(n, shape) for shape, n in Counter(t.shape for t in things).items()}
 
 
 def label(scene: Scene) -> str:
-    """The class of a scene: its most frequent shape; of ties, the first in reading order."""
+    """The class of a scene: its most frequent shape; in a tie, the first in reading order."""
     return Counter(thing.shape for thing in scene.things).most_common(1)[0][0]

@@ -1,4 +1,4 @@
-"""Fixtures for the tests of data: noise images, a processor that tiles them, answers of batches."""
+"""Fixtures: noise images, a processor with tiles, and answers decoded from batches."""
 
 from collections.abc import Callable, Iterable
 
@@ -31,14 +31,14 @@ def tiled() -> processors.Processor:
 
 @pytest.fixture(scope="session")
 def numbers(tiny_processor) -> Callable[[Iterable[Batch]], list[int]]:
-    """`numbers(batches)`: the number that each sample answers, decoded from the targets."""
+    """`numbers(batches)`: the number in the answer of each sample, decoded from the targets."""
 
     def numbers(batches: Iterable[Batch]) -> list[int]:
         found = []
         for row in (row for batch in batches for row in batch.targets.tolist()):
             ids = [token for token in row if token >= 0]
-            said = tiny_processor.tokenizer.decode(ids, skip_special_tokens=False)
-            found += [int(s.split()[-1]) for s in said.split("<end_of_utterance>") if s]
+            text = tiny_processor.tokenizer.decode(ids, skip_special_tokens=False)
+            found += [int(s.split()[-1]) for s in text.split("<end_of_utterance>") if s]
         return found
 
     return numbers

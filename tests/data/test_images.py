@@ -1,4 +1,4 @@
-"""Images: any file opens upright as RGB or is refused in one sentence; tiles are Idefics3's."""
+"""Any file opens as upright RGB or has a one-line error; tiles equal those of Idefics3."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from configs import VLMConfig
 from data.images import fit_longest, normalise, open_image, tile, tile_grid
 
 ROOT = Path(__file__).parent.parent.parent
-NOT_PICTURES = {"", ".txt", ".json", ".md", ".readme"}
+NOT_IMAGES = {"", ".txt", ".json", ".md", ".readme"}
 EXTREME = [(5, 9), (120, 30), (70, 100), (1, 300), (300, 1), (1, 1), (2, 1), (48, 48), (128, 128)]
 
 
@@ -32,9 +32,9 @@ def config(tile_size: int, longest: int) -> VLMConfig:
 
 
 @pytest.mark.parametrize("tile_size, longest", [(32, 128), (48, 48), (16, 96), (40, 80)])
-def test_tiles_and_pixels_are_those_of_transformers(tile_size, longest, noise):
+def test_tiles_and_pixels_match_transformers(tile_size, longest, noise):
     cfg, rng = config(tile_size, longest), random.Random(tile_size)
-    theirs = Idefics3ImageProcessorPil(
+    reference = Idefics3ImageProcessorPil(
         size={"longest_edge": longest},
         max_image_size={"longest_edge": tile_size},
         image_mean=[0.5] * 3,
@@ -42,27 +42,27 @@ def test_tiles_and_pixels_are_those_of_transformers(tile_size, longest, noise):
     )
     sizes = EXTREME + [(rng.randint(1, 300), rng.randint(1, 300)) for _ in range(60)]
     for seed, size in enumerate(sizes):
-        picture = noise(*size, seed)
-        want = theirs([picture], return_tensors="pt", return_row_col_info=True)
-        tiles, (rows, cols) = tile(picture, cfg)
+        image = noise(*size, seed)
+        want = reference([image], return_tensors="pt", return_row_col_info=True)
+        tiles, (rows, cols) = tile(image, cfg)
         assert (rows, cols) == (want["rows"][0][0], want["cols"][0][0]), size
         assert tile_grid(*size, cfg) == (rows, cols), size
         assert tiles.dtype == np.uint8 and tiles.shape[1:] == (tile_size, tile_size, 3)
-        ours = normalise(tiles.copy(), cfg)
-        assert ours.shape == want["pixel_values"][0].shape, size
-        assert (ours - want["pixel_values"][0]).abs().max() <= 1e-6, size
+        normalised = normalise(tiles.copy(), cfg)
+        assert normalised.shape == want["pixel_values"][0].shape, size
+        assert (normalised - want["pixel_values"][0]).abs().max() <= 1e-6, size
 
 
 def test_grid_of_the_460m_preset_without_pixels():
-    """Idefics3's sizes at 512 / 2048, and the 4096 cap that only an edge beyond it meets."""
+    """At 512 / 2048 pixels, including edges beyond the 4096 limit."""
     cfg = VLMConfig(vit_img_size=512, vit_patch_size=16, max_img_size=2048)
-    theirs = Idefics3ImageProcessorPil(
+    reference = Idefics3ImageProcessorPil(
         size={"longest_edge": 2048}, max_image_size={"longest_edge": 512}
     )
     rng = random.Random(0)
     sizes = EXTREME + [(rng.randint(1, 5000), rng.randint(1, 5000)) for _ in range(500)]
     for width, height in sizes:
-        _, rows, cols = theirs.get_number_of_image_patches(height, width, {})
+        _, rows, cols = reference.get_number_of_image_patches(height, width, {})
         assert tile_grid(width, height, cfg) == ((rows, cols) if rows * cols > 1 else (0, 0))
 
 
@@ -73,8 +73,8 @@ def test_no_edge_grows_beyond_4096(size):
     assert abs(width / height - size[0] / size[1]) <= 0.15 * size[0] / size[1]
 
 
-def test_tiles_read_row_by_row_with_the_global_view_last():
-    """Four flat quarters of exactly tile size come back unblended, in reading order."""
+def test_tiles_are_in_row_major_order_with_the_global_view_last():
+    """Four uniform quarters of the tile size are returned unchanged, in reading order."""
     cfg = config(16, 32)
     quarters = np.array([[10, 90], [170, 250]], dtype=np.uint8)
     pixels = quarters.repeat(16, 0).repeat(16, 1)[..., None].repeat(3, 2)
@@ -96,14 +96,14 @@ def test_normalise_maps_black_and_white():
 # --- Opening ------------------------------------------------------------------------------------
 
 
-def pictures(folder):
+def image_files(folder):
     return [
-        f for f in sorted(folder.rglob("*")) if f.is_file() and f.suffix.lower() not in NOT_PICTURES
+        f for f in sorted(folder.rglob("*")) if f.is_file() and f.suffix.lower() not in NOT_IMAGES
     ]
 
 
-def test_every_shared_picture_opens_as_rgb(shared):
-    files = pictures(shared / "images")
+def test_every_shared_image_opens_as_rgb(shared):
+    files = image_files(shared / "images")
     assert len(files) > 250
     for file in files:
         image = open_image(file)
@@ -111,8 +111,8 @@ def test_every_shared_picture_opens_as_rgb(shared):
         assert np.asarray(image).shape == (image.height, image.width, 3), file
 
 
-def test_modes_that_convert_agrees_on(shared):
-    """Where Pillow's own convert is right (no alpha, 8 bit, no rotation) the pixels are its own."""
+def test_simple_modes_match_pillow(shared):
+    """Without alpha, rotation or more than 8 bits, `Image.convert` is correct."""
     names = ["hopper.bmp", "hopper.gif", "hopper.ppm", "hopper_gray.jpg", "hopper_g4.tif"]
     names += ["pil_sample_cmyk.jpg", "hopper_8bit.pgm", "flower.webp", "tiff_strip_cmyk_jpeg.tif"]
     for name in names:
@@ -121,7 +121,7 @@ def test_modes_that_convert_agrees_on(shared):
         assert np.array_equal(np.asarray(open_image(path)), want), name
 
 
-def test_the_same_scene_in_many_formats_looks_the_same(shared):
+def test_the_same_image_in_many_formats(shared):
     folder = shared / "images" / "pillow_modes"
     want = np.asarray(open_image(folder / "hopper.png").resize((16, 16)), dtype=float)
     names = ("hopper.jpg", "hopper.webp", "hopper.avif", "hopper.bmp", "hopper.gif")
@@ -143,15 +143,15 @@ def test_exif_orientations_come_out_upright(shared):
         looks.append(np.asarray(image.resize((30, 20), Image.Resampling.BOX), dtype=float))
     for i, look in enumerate(looks[1:], 1):
         assert np.abs(look - looks[1]).mean() < 6, f"Landscape_{i}"
-        # A wrong flip or turn would be far off: the test can fail.
+        # Control: a flipped image differs a lot.
         assert np.abs(look[:, ::-1] - looks[1]).mean() > 20
         assert np.abs(look[::-1] - looks[1]).mean() > 20
     assert {open_image(folder / f"Portrait_{i}.jpg").size for i in (6, 8)} == {(1200, 1800)}
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_made_here(tmp_path, orientation, noise):
-    """An upright image stored turned the way each EXIF value says opens upright again."""
+def test_each_exif_orientation(tmp_path, orientation, noise):
+    """An image stored in each EXIF orientation opens upright."""
     upright = noise(7, 4, 3)
     stored = {
         1: lambda x: x,
@@ -176,7 +176,7 @@ def test_16_bit_grey_keeps_its_scale(tmp_path, suffix):
     image = np.asarray(open_image(tmp_path / f"a.{suffix}"))
     assert image[..., 0].tolist() == [[0, 64, 128, 255], [1, 2, 255, 0]]
     assert (image == image[..., :1]).all()
-    Image.fromarray(values // 4).save(tmp_path / f"dark.{suffix}")  # not stretched to its range
+    Image.fromarray(values // 4).save(tmp_path / f"dark.{suffix}")  # keeps its scale
     assert open_image(tmp_path / f"dark.{suffix}").getextrema()[0] == (0, 64)
     Image.fromarray(values // 300).save(tmp_path / f"night.{suffix}")  # no value above 255
     assert open_image(tmp_path / f"night.{suffix}").getextrema()[0] == (0, 1)
@@ -189,7 +189,7 @@ def test_float_grey_is_scaled_by_its_own_range():
     assert open_image(Image.fromarray(flat)).size == (2, 2)
 
 
-def test_transparency_is_laid_over_white():
+def test_transparency_is_blended_with_white():
     rgba = np.zeros((1, 3, 4), dtype=np.uint8)
     rgba[0, :, 3] = [0, 128, 255]
     assert np.asarray(open_image(Image.fromarray(rgba)))[0, :, 0].tolist() == [255, 127, 0]
@@ -223,35 +223,35 @@ def test_cmyk_one_bit_and_first_frame(tmp_path):
         assert r > 240 and max(g, b) < 15, suffix
 
 
-def test_bytes_of_a_file_open_as_the_file(tmp_path, shared):
+def test_the_bytes_of_a_file_open_like_the_file(tmp_path, shared):
     folder = shared / "images"
     for name in ("exif_orientation/Portrait_6.jpg", "pillow_modes/hopper.Lab.tif"):
         want = open_image(folder / name)
         assert open_image((folder / name).read_bytes()).tobytes() == want.tobytes()
-    with pytest.raises(InputError, match=r"row 3, picture 2: not a readable image"):
-        open_image(b"no picture", "row 3, picture 2")
+    with pytest.raises(InputError, match=r"row 3, image 2: not a readable image"):
+        open_image(b"not an image", "row 3, image 2")
 
 
-def test_other_programs_are_never_started(tmp_path, monkeypatch):
-    """Pillow gives an EPS file to Ghostscript; nobody trains on those."""
+def test_no_external_program_is_started(tmp_path, monkeypatch):
+    """Pillow would open an EPS file with Ghostscript."""
     monkeypatch.setattr("subprocess.Popen", None)
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n")
-    with pytest.raises(InputError, match=r"a\.png: not a readable image \(JPEG, PNG"):
+    with pytest.raises(InputError, match=r"a\.png: not a readable image \(supported formats: JPEG"):
         open_image(tmp_path / "a.png")
 
 
-def test_a_given_picture_is_not_changed(noise):
-    picture = noise(6, 5)
-    picture.getexif()[0x0112] = 6
-    before = picture.tobytes()
-    assert open_image(picture).size == (5, 6)
-    assert picture.size == (6, 5) and picture.tobytes() == before
+def test_a_pil_image_is_not_modified(noise):
+    image = noise(6, 5)
+    image.getexif()[0x0112] = 6
+    before = image.tobytes()
+    assert open_image(image).size == (5, 6)
+    assert image.size == (6, 5) and image.tobytes() == before
 
 
-# --- Refusing -----------------------------------------------------------------------------------
+# --- Errors -------------------------------------------------------------------------------------
 
 
-def test_each_corrupt_file_opens_or_is_refused_in_one_sentence(shared):
+def test_each_corrupt_file_opens_or_has_a_one_line_error(shared):
     opened = refused = 0
     for file in sorted(f for f in (shared / "corrupt").rglob("*") if f.is_file()):
         try:
@@ -284,7 +284,7 @@ for file in sys.argv[1:]:
 
 
 def test_each_corrupt_file_takes_less_than_two_seconds_and_a_gibibyte(shared):
-    """In a process that may map one GiB more; whoever runs beside does not count."""
+    """Run in a process that may allocate one more GiB; CPU time excludes other processes."""
     files = sorted(str(f) for f in (shared / "corrupt").rglob("*") if f.is_file())
     done = subprocess.run([sys.executable, "-c", GUARDED, *files], capture_output=True, text=True,
                           cwd=ROOT, timeout=300)  # fmt: skip
@@ -295,7 +295,7 @@ def test_each_corrupt_file_takes_less_than_two_seconds_and_a_gibibyte(shared):
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"])
-def test_not_a_picture(tmp_path, content):
+def test_not_an_image(tmp_path, content):
     (tmp_path / "x.png").write_bytes(content)
     with pytest.raises(InputError, match=r"x\.png: not a readable image"):
         open_image(tmp_path / "x.png")
@@ -309,8 +309,8 @@ def test_missing_file_and_directory(tmp_path):
 
 
 @pytest.mark.parametrize("width, height", [(60_000, 60_000), (12_000, 8_000), (2**31 - 1, 1)])
-def test_a_bomb_is_refused_without_allocating(tmp_path, width, height):
-    """A PNG of a few bytes that claims to be huge, on both sides of Pillow's own hard limit."""
+def test_a_decompression_bomb_is_an_error_without_allocation(tmp_path, width, height):
+    """A small PNG with a huge declared size, below and above Pillow's hard limit."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         sum_ = struct.pack(">I", zlib.crc32(kind + content))
@@ -325,5 +325,5 @@ def test_a_bomb_is_refused_without_allocating(tmp_path, width, height):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # KiB
 
 
-def test_a_large_legal_picture_opens():
+def test_an_image_just_below_the_limit_opens():
     assert open_image(Image.new("L", (9000, 9000))).size == (9000, 9000)

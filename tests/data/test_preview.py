@@ -44,11 +44,11 @@ def tiled():
 
 @pytest.fixture
 def file(tmp_path) -> Path:
-    """Ten rows: an image of 64 x 32 with a left and a right half, one that is broken, text."""
+    """Ten rows: an image of 64 x 32 with two halves, a broken image, and text; and a bad line."""
     halves = np.zeros((32, 64, 3), dtype=np.uint8)
     halves[:, 32:] = 255
     Image.fromarray(halves).save(tmp_path / "wide.png")
-    (tmp_path / "broken.png").write_text("no picture")
+    (tmp_path / "broken.png").write_text("not an image")
     rows = [
         {"image": "wide.png", "question": "Which half is dark?", "answer": "left"},
         {"image": "broken.png", "question": "What?", "answer": "nothing"},
@@ -98,7 +98,7 @@ def test_a_histogram_counts_every_value_once():
     assert histogram("tokens", []) == "tokens: none"
 
 
-def test_the_report_adds_up(tiled, file):
+def test_the_counts_of_the_report(tiled, file):
     cfg = config(file, max_length=40)
     source = open_dataset(cfg, "train")
     seen = [inspect_row(source, tiled, cfg, i) for i in range(len(source))]
@@ -111,11 +111,11 @@ def test_the_report_adds_up(tiled, file):
     assert 0 < n_kept < n_all and n_long == 4
     assert f"skipped: {file} row 11: not JSON" in text
     assert "checked 10 of 10 training rows" in text
-    assert "skipped: 2 of them, 1 more when the source was opened" in text
+    assert "unusable rows: 2 of the checked ones; 1 more on opening the source" in text
     assert f"  {file} row 1: its images take" in text and "broken.png: not a readable" in text
-    assert f"max_length = 40: {n_long} rows lose {n_all - n_kept} of {n_all} supervised" in text
-    assert f"supervised: {n_kept / n_tokens:.1%} of {n_tokens:,} tokens" in text
-    assert "tiles a row: 0 to 0, mean 0.0" in text
+    assert f"max_length = 40: {n_long} rows, which lose {n_all - n_kept} of {n_all} sup" in text
+    assert f"supervised: {n_kept:,} of {n_tokens:,} tokens ({n_kept / n_tokens:.1%})" in text
+    assert "tiles per row: 0 to 0, mean 0.0" in text
 
 
 def test_rows_are_spread_over_the_whole_source():
@@ -124,10 +124,10 @@ def test_rows_are_spread_over_the_whole_source():
     assert len(evenly_spaced(200_000, 200)) == 200 and evenly_spaced(200_000, 200)[-1] == 199_999
 
 
-# --- The sheet ----------------------------------------------------------------------------------
+# --- The contact sheet --------------------------------------------------------------------------
 
 
-def test_tiles_lie_on_the_sheet_as_in_the_picture():
+def test_tiles_are_arranged_as_in_the_image():
     names = ["row_1_col_1", "row_1_col_2", "row_2_col_1", "row_2_col_2", "global-img"]
     grid = [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2)]
     assert arrange_tiles(names) == grid
@@ -137,7 +137,7 @@ def test_tiles_lie_on_the_sheet_as_in_the_picture():
     assert arrange_tiles([]) == []
 
 
-def test_places_are_those_of_the_placeholders(tiled, file):
+def test_tile_spans_cover_the_placeholders(tiled, file):
     tokens = tiled.encode(open_dataset(config(file), "train")[0], 500, 20)
     spans = tile_spans(tokens, tiled)
     assert [name for name, _, _ in spans][:5] == [
@@ -148,7 +148,7 @@ def test_places_are_those_of_the_placeholders(tiled, file):
     assert covered == np.flatnonzero(tokens.ids == TILED.vlm_image_token_id).tolist()
 
 
-def test_the_sheet_shows_the_tiles_themselves(tiled, file, tmp_path):
+def test_the_contact_sheet_shows_the_tiles(tiled, file, tmp_path):
     source = open_dataset(config(file), "train")
     shown = [tiled.encode(source[0], 500, 20), tiled.encode(source[2], 500, 20)]
     draw_contact_sheet(shown, tiled, tmp_path / "sheet.png")
@@ -175,78 +175,78 @@ def test_the_command_end_to_end(file, tmp_path):
     done = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert f"{file}: 2 rows of image + question + answer; 8 rows of question" in done.stdout
-    assert "cut at data.max_length = 50: 4 rows lose" in done.stdout
-    assert len(re.findall(r"\[\[.*?\]\]", done.stdout, re.S)) == 3  # two shown, and the legend
+    assert "truncated at data.max_length = 50: 4 rows, which lose" in done.stdout
+    assert len(re.findall(r"\[\[.*?\]\]", done.stdout, re.S)) == 3  # two samples and the legend
     assert Image.open(tmp_path / "s.png").width > 500
 
 
 @pytest.mark.parametrize(
-    "argv, says",
+    "argv, message",
     [
         (["--n", "0"], "n = 0: must be at least 1"),
         (["--rows", "-1"], "rows = -1: must be at least 1"),
         (["--rows", "abc"], "--rows: invalid literal for int() with base 10: 'abc'; --help"),
         (["--sheat", "x"], "unknown argument '--sheat'"),
         (["--data.max-lenght", "3"], "did you mean --data.max-length?"),
-        (["--contact-sheet", "no/such/place.png"], "must be a file in a folder that exists"),
+        (["--contact-sheet", "no/such/place.png"], "must be a file in an existing folder"),
         (["tinny"], "did you mean 'tiny'?"),
     ],
 )
-def test_wrong_flags_get_one_sentence(file, capsys, argv, says):
+def test_wrong_flags_have_one_line_errors(file, capsys, argv, message):
     with pytest.raises(SystemExit) as stop:
         command(preview.main, [str(file), *argv])
     out, err = capsys.readouterr()
-    assert stop.value.code == 2 and out == "" and says in err and err.count("\n") == 1
+    assert stop.value.code == 2 and out == "" and message in err and err.count("\n") == 1
 
 
-def test_a_checkpoint_and_a_run_bring_their_own_eyes(small_checkpoint, file, tmp_path, capsys):
+def test_init_from_selects_the_processor(small_checkpoint, file, tmp_path, capsys):
     run = tmp_path / "run"
     run.mkdir()
     (run / "step-000010").symlink_to(small_checkpoint)
     for folder in (small_checkpoint, run):
         preview.main([str(file), "--train.init-from", str(folder), "--contact-sheet",
                       str(tmp_path / "s.png"), "--n", "1"])  # fmt: skip
-        assert "<image> x 4<fake" in capsys.readouterr().out  # the tiny preset has 9
+        assert "<image> x 4<fake" in capsys.readouterr().out  # 9 with the preset tiny
 
 
 # --- Before training ----------------------------------------------------------------------------
 
 
-def test_the_check_says_what_it_saw(tiled, file):
+def test_the_check_summarises_rows(tiled, file):
     cfg = config(file, max_length=250)
     line = check_before_training(open_dataset(cfg, "train"), tiled, cfg)
-    assert line.startswith("checked 10 rows: ") and line.endswith("0 cut, 1 skipped")
+    assert line.startswith("checked 10 rows: ") and line.endswith("0 rows truncated, 1 unusable")
     assert re.search(r"\d+\.\d% of tokens supervised", line)
 
 
-def test_nothing_supervised_is_refused_and_shown(tiled, tmp_path, capsys):
-    """A question so long that every answer is cut off."""
+def test_rows_without_supervised_tokens_are_printed_and_an_error(tiled, tmp_path, capsys):
+    """The question is so long that every answer is truncated."""
     rows = [json.dumps({"question": "why " * 50, "answer": "so"})] * 30
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     cfg = config(tmp_path / "a.jsonl", max_length=40)
     with pytest.raises(InputError) as caught:
         check_before_training(open_dataset(cfg, "train"), tiled, cfg)
     assert str(caught.value).startswith(
-        f"{tmp_path / 'a.jsonl'}: none of the 16 checked rows can be trained on, the first: "
+        f"{tmp_path / 'a.jsonl'}: none of the 16 checked rows is usable; the first: "
     )
-    assert "row 1: nothing to learn from within 40 tokens" in str(caught.value)
+    assert "row 1: no supervised token in the first 40 tokens" in str(caught.value)
     shown = capsys.readouterr().out
     assert "a.jsonl row 1: <|im_start|>User: why why" in shown and "[[ so<end" in shown
 
 
-def test_train_refuses_before_anything_is_written(run_file, tmp_path, capsys):
+def test_train_stops_before_writing_if_no_row_is_usable(run_file, tmp_path, capsys):
     rows = [json.dumps({"question": "why " * 50, "answer": f"so {i}"}) for i in range(30)]
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     path = run_file(data={"source": str(tmp_path / "a.jsonl"), "max_length": 40})
     with pytest.raises(SystemExit) as stop:
         command(train.main, [str(path)])
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and "none of the 16 checked rows can be trained on" in err
+    assert stop.value.code == 2 and "none of the 16 checked rows is usable" in err
     assert not (tmp_path / "run").exists()
 
 
-def test_train_says_what_it_read(run_file, capsys):
+def test_train_prints_the_rows_and_the_check(run_file, capsys):
     train.main([str(run_file(steps=1))])
     out = capsys.readouterr().out
     assert "24 rows of image + question + answer; 0 of them for validation" in out
-    assert "checked 16 rows: " in out and "0 cut, 0 skipped" in out
+    assert "checked 16 rows: " in out and "0 rows truncated, 0 unusable" in out

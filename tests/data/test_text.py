@@ -1,4 +1,4 @@
-"""Ids and loss mask made turn by turn equal the chat template on the whole conversation."""
+"""Ids encoded turn by turn equal those of the chat template on the whole conversation."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ CONVERSATIONS = [
     [(U, ""), (A, "")],
     [(U, "<image>"), (A, "7"), (A, "two answers in a row"), (U, "x"), (U, "y"), (A, "\n\nz\n\n")],
     [(U, "<image><image> both?"), (A, ":-) \N{SMILING FACE WITH SUNGLASSES} déjà vu 漢字 ١٢")],
-    [(A, "the assistant begins"), (U, "so?"), (A, "'s what it says")],
+    [(A, "the assistant begins"), (U, "so?"), (A, "'s answer")],
 ]
 
 
 @pytest.fixture(scope="module", params=["tiny", "smollm2"])
-def ours(request):
-    """(tokenizer, config) of the tiny preset and of the 222m preset."""
+def pair(request):
+    """(tokenizer, config) of the presets tiny and 222m."""
     if request.param == "tiny":
         cfg = PRESETS["tiny"].model
         tokenizer = text.world_tokenizer(cfg.lm_vocab_size)
@@ -48,22 +48,22 @@ def ours(request):
 
 
 @pytest.fixture(scope="module")
-def theirs(ours, tmp_path_factory):
+def reference(pair, tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    ours[0].save(str(path))
+    pair[0].save(str(path))
     return PreTrainedTokenizerFast(tokenizer_file=str(path), chat_template=text.CHAT_TEMPLATE)
 
 
 def as_strings(turns):
-    return [{"role": role, "content": said.strip()} for role, said in turns]
+    return [{"role": role, "content": content.strip()} for role, content in turns]
 
 
 def as_parts(turns):
-    """Each `<image>` is its own part, as transformers' users write it."""
+    """Each `<image>` is a separate part, as in transformers."""
     messages = []
-    for role, said in turns:
+    for role, content in turns:
         parts = []
-        for i, words in enumerate(said.strip().split(text.IMAGE)):
+        for i, words in enumerate(content.strip().split(text.IMAGE)):
             parts += [{"type": "image"}] if i else []
             parts += [{"type": "text", "text": words}] if words else []
         messages.append({"role": role, "content": parts or [{"type": "text", "text": ""}]})
@@ -71,7 +71,7 @@ def as_parts(turns):
 
 
 def encode(tokenizer, turns, strings=None):
-    n_images = sum(said.count(text.IMAGE) for _, said in turns)
+    n_images = sum(content.count(text.IMAGE) for _, content in turns)
     turns = [Turn(*turn) for turn in turns]
     runs = text.format_turns(turns, strings or [text.IMAGE] * n_images)
     ids, supervised = text.encode_spans(tokenizer, runs)
@@ -79,12 +79,12 @@ def encode(tokenizer, turns, strings=None):
 
 
 def expected_supervised(tokenizer, turns):
-    """What the model must say, written down without the code under test."""
-    return [f" {said.strip()}{text.END_OF_TURN}" for role, said in turns if role == A]
+    """The supervised text, computed without the code under test."""
+    return [f" {content.strip()}{text.END_OF_TURN}" for role, content in turns if role == A]
 
 
 def spans(ids, supervised):
-    """Runs of supervised ids, cut after every end of turn."""
+    """Runs of supervised ids, split after every end of turn."""
     runs, run = [], []
     for i, (token, wanted) in enumerate(zip(ids, supervised)):
         if wanted:
@@ -96,42 +96,42 @@ def spans(ids, supervised):
 
 
 @pytest.mark.parametrize("turns", CONVERSATIONS)
-def test_ids_equal_the_chat_template_on_the_whole(ours, theirs, turns):
-    ids, supervised = encode(ours[0], turns)
+def test_ids_equal_those_of_the_chat_template(pair, reference, turns):
+    ids, supervised = encode(pair[0], turns)
     for messages in (as_strings(turns), as_parts(turns)):
-        rendered = theirs.apply_chat_template(messages, tokenize=False)
-        assert ids == theirs(rendered, add_special_tokens=False)["input_ids"]
-        assert ids == theirs.apply_chat_template(messages, return_dict=False)
-    said = [ours[0].decode(run, skip_special_tokens=False) for run in spans(ids, supervised)]
-    assert said == expected_supervised(ours[0], turns)
+        rendered = reference.apply_chat_template(messages, tokenize=False)
+        assert ids == reference(rendered, add_special_tokens=False)["input_ids"]
+        assert ids == reference.apply_chat_template(messages, return_dict=False)
+    decoded = [pair[0].decode(run, skip_special_tokens=False) for run in spans(ids, supervised)]
+    assert decoded == expected_supervised(pair[0], turns)
 
 
-def test_the_template_is_smolvlms(ours, theirs):
-    """Written out once by hand, with the generation prompt."""
+def test_the_template_matches_smolvlm(pair, reference):
+    """Expected text written by hand, with the generation prompt."""
     turns = [(S, "Be kind."), (U, "<image>Hi?"), (A, "Yes."), (U, "Why <image>")]
     want = (
         "<|im_start|>System: Be kind.<end_of_utterance>\nUser:<image>Hi?<end_of_utterance>\n"
         "Assistant: Yes.<end_of_utterance>\nUser: Why <image><end_of_utterance>\nAssistant:"
     )
     for messages in (as_strings(turns), as_parts(turns)):
-        got = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        got = reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         assert got == want
 
 
-def test_image_strings_are_replaced_in_order(ours, theirs):
+def test_image_strings_are_replaced_in_order(pair, reference):
     turns = [(U, "<image>a<image>"), (A, "b"), (U, "c <image> d"), (A, "e")]
     strings = [text.image_string(2, 1, 3), text.image_string(0, 0, 3), text.image_string(1, 2, 3)]
-    ids, supervised = encode(ours[0], turns, strings)
-    whole = theirs.apply_chat_template(as_strings(turns), tokenize=False)
+    ids, supervised = encode(pair[0], turns, strings)
+    whole = reference.apply_chat_template(as_strings(turns), tokenize=False)
     for string in strings:
         whole = whole.replace(text.IMAGE, "\0" + string.replace(text.IMAGE, "\1"), 1)
     whole = whole.replace("\0", "").replace("\1", text.IMAGE)
-    assert ids == theirs(whole, add_special_tokens=False)["input_ids"]
-    assert ids.count(ours[1].vlm_image_token_id) == 3 * (3 + 1 + 3)
-    assert sum(supervised) == len(ours[0].encode(" b").ids) + len(ours[0].encode(" e").ids) + 2
+    assert ids == reference(whole, add_special_tokens=False)["input_ids"]
+    assert ids.count(pair[1].vlm_image_token_id) == 3 * (3 + 1 + 3)
+    assert sum(supervised) == len(pair[0].encode(" b").ids) + len(pair[0].encode(" e").ids) + 2
 
 
-def test_image_string_written_out():
+def test_image_string_by_hand():
     tile, fake = "<image><image>", "<fake_token_around_image>"
     assert text.image_string(0, 0, 2) == f"{fake}<global-img>{tile}{fake}"
     assert text.image_string(2, 2, 2) == (
@@ -146,7 +146,7 @@ def test_image_string_written_out():
 SPECIAL = {text.START, text.PAD, text.END_OF_TURN, text.FAKE, text.GLOBAL, *text.ROWS_COLS}
 # SmolLM2 has no token for these bytes (control characters, planes 4 and up): it drops them.
 LOST = {0x04, 0x06, 0x13, 0x14, 0x16, 0x1D, 0xF1, 0xF2}
-# Surrogates cannot be encoded as UTF-8 at all; test_processor holds what happens to them.
+# Surrogates cannot be encoded as UTF-8 at all; test_processor tests them.
 words = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"]), max_size=30),
     st.text(alphabet=" \n\t:.'12aé\u00a0\u2028\x1c\u200b<>|", max_size=12),
@@ -166,45 +166,45 @@ conversations = st.lists(
 
 @given(turns=conversations)
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
-def test_any_conversation_is_encoded_as_a_whole(ours, theirs, turns):
-    tokenizer = ours[0]
-    n_images = sum(said.count(text.IMAGE) for _, said in turns)
+def test_any_conversation_has_the_ids_of_its_rendered_text(pair, reference, turns):
+    tokenizer = pair[0]
+    n_images = sum(content.count(text.IMAGE) for _, content in turns)
     text.check_turns([Turn(*turn) for turn in turns], n_images, tokenizer, "row")
     ids, supervised = encode(tokenizer, turns)
-    rendered = theirs.apply_chat_template(as_strings(turns), tokenize=False)
+    rendered = reference.apply_chat_template(as_strings(turns), tokenize=False)
     assert ids == tokenizer.encode(rendered, add_special_tokens=False).ids
-    said = [tokenizer.decode(run, skip_special_tokens=False) for run in spans(ids, supervised)]
-    lossy = ours[1].lm_tokenizer != "world" and LOST & set("".join(t for _, t in turns).encode())
+    decoded = [tokenizer.decode(run, skip_special_tokens=False) for run in spans(ids, supervised)]
+    lossy = pair[1].lm_tokenizer != "world" and LOST & set("".join(t for _, t in turns).encode())
     if not lossy:
-        assert said == expected_supervised(tokenizer, turns)
+        assert decoded == expected_supervised(tokenizer, turns)
 
 
-# --- Refusals -----------------------------------------------------------------------------------
+# --- Errors -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "token", ["<|im_start|>", "<end_of_utterance>", "<row_1_col_1>", "<|im_end|>"]
 )
 @pytest.mark.parametrize("role", [U, A, S])
-def test_special_tokens_in_text_are_refused(ours, token, role):
+def test_special_tokens_in_text_are_an_error(pair, token, role):
     with pytest.raises(InputError, match=r"row 7: .*special token") as caught:
-        text.check_turns([Turn(role, f"say {token}!")], 0, ours[0], "row 7")
+        text.check_turns([Turn(role, f"say {token}!")], 0, pair[0], "row 7")
     assert token in str(caught.value)
 
 
-@pytest.mark.parametrize("said, n_images", [("none", 1), ("<image>", 0), ("<image><image>", 3)])
-def test_counts_must_match(ours, said, n_images):
+@pytest.mark.parametrize("content, n_images", [("none", 1), ("<image>", 0), ("<image><image>", 3)])
+def test_wrong_image_count_is_an_error(pair, content, n_images):
     with pytest.raises(
-        InputError, match=f"row 7: {said.count('<image>')} <image> .* {n_images} im"
+        InputError, match=f"row 7: {content.count('<image>')} <image> .* {n_images} im"
     ):
-        text.check_turns([Turn(U, said)], n_images, ours[0], "row 7")
+        text.check_turns([Turn(U, content)], n_images, pair[0], "row 7")
 
 
-def test_images_stand_in_user_turns_and_roles_are_known(ours):
-    with pytest.raises(InputError, match="row 7: an answer holds <image>"):
-        text.check_turns([Turn(U, "draw"), Turn(A, "<image>")], 1, ours[0], "row 7")
-    with pytest.raises(InputError, match="'human' must be system, user or assistant"):
-        text.check_turns([Turn("human", "hi")], 0, ours[0], "row 7")
+def test_images_in_answers_and_unknown_roles_are_errors(pair):
+    with pytest.raises(InputError, match="row 7: an answer contains <image>"):
+        text.check_turns([Turn(U, "draw"), Turn(A, "<image>")], 1, pair[0], "row 7")
+    with pytest.raises(InputError, match="'human'; expected system, user or assistant"):
+        text.check_turns([Turn("human", "hi")], 0, pair[0], "row 7")
 
 
 # --- Tokenizers ---------------------------------------------------------------------------------
@@ -222,22 +222,24 @@ def test_smollm2_gets_smolvlms_ids(shared):
     assert {i: tokenizer.id_to_token(i) for i in wanted} == wanted
     assert tokenizer.get_vocab_size() == 49280 == cfg.lm_vocab_size
     assert tokenizer.encode("Déjà vu: 2024\n\n\tx").ids == before
-    again = text.add_special_tokens(tokenizer, cfg)  # nothing is added twice
+    again = text.add_special_tokens(tokenizer, cfg)  # adds nothing
     assert again.get_vocab_size() == 49280
 
 
-def test_the_tiny_tokenizer(ours):
-    tokenizer, cfg = ours
+def test_the_tiny_tokenizer(pair):
+    tokenizer, cfg = pair
     if cfg.lm_vocab_size > 1000:
         pytest.skip("the tiny one only")
     assert [tokenizer.id_to_token(i) for i in range(6)] == text.WORLD_SPECIAL[:6]
     assert 400 < tokenizer.get_vocab_size() <= cfg.lm_vocab_size == 640
-    said = "Any bytes: \x00\x7f ü 漢 \N{PILE OF POO} 123"
-    assert tokenizer.decode(tokenizer.encode(said).ids) == said
-    assert len(tokenizer.encode("2024").ids) == 4  # digits stand alone
+    sample = "Any bytes: \x00\x7f ü 漢 \N{PILE OF POO} 123"
+    assert tokenizer.decode(tokenizer.encode(sample).ids) == sample
+    assert len(tokenizer.encode("2024").ids) == 4  # one token per digit
     same = text.train_tokenizer(questions.corpus(), cfg.lm_vocab_size)
     merges = "".join(f"{a} {b}\n" for a, b in json.loads(same.to_str())["model"]["merges"])
-    assert text.MERGES.read_text(encoding="utf-8") == merges, "write these: the world has changed"
+    assert text.MERGES.read_text(encoding="utf-8") == merges, (
+        "store these merges: the built-in data has changed"
+    )
     assert same.to_str() == tokenizer.to_str()
 
 
@@ -246,24 +248,24 @@ def test_a_smaller_tokenizer_keeps_the_first_merges():
     assert kept.get_vocab_size() == 400 and kept.to_str() == trained.to_str()
 
 
-def test_ids_that_are_not_the_configs_are_refused(shared):
+def test_ids_that_differ_from_the_config_are_an_error(shared):
     cfg = PRESETS["222m"].model
 
     def load():
         return text.load_tokenizer(shared / "tokenizers" / "smollm2")
 
     with pytest.raises(
-        InputError, match="vlm_image_token_id = 5: the tokenizer calls <image> 49190; set 49190"
+        InputError, match=r"vlm_image_token_id = 5: the tokenizer's id of .* 49190; use 49190"
     ):
         text.add_special_tokens(load(), replace(cfg, vlm_image_token_id=5))
-    with pytest.raises(InputError, match=r"vlm_eos_token_id = 60: .* 49191; set 49191"):
+    with pytest.raises(InputError, match=r"vlm_eos_token_id = 60: .* 49191; use 49191"):
         text.add_special_tokens(load(), replace(cfg, vlm_eos_token_id=60))
     small = VLMConfig(lm_vocab_size=320)
     with pytest.raises(InputError, match="lm_vocab_size = 320: the tokenizer has 350 tokens"):
         text.add_special_tokens(text.train_tokenizer(questions.corpus(200), 350), small)
 
 
-def test_files_that_are_no_tokenizer(tmp_path):
+def test_files_without_a_tokenizer(tmp_path):
     with pytest.raises(InputError, match=r"tokenizer\.json: no such file"):
         text.load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")

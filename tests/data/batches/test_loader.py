@@ -1,4 +1,4 @@
-"""Batches in one order whatever the workers, resumed anywhere, each row once, bad rows counted."""
+"""The order of batches is the same for any workers and after a resume; bad rows are counted."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from data.types import Batch
 ROOT = Path(__file__).parents[3]
 PACKED = DataConfig(batch_size=2, max_length=256, packing=True, workers=0, world_questions=2)
 PLAIN = replace(PACKED, packing=False)
-N = 37  # rows of the file: no multiple of the chunk, so that chunks straddle the resume points
+N = 37  # rows of the file; not a multiple of the chunk, so that a resume starts inside a chunk
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    """Rows of unequal length, each with an answer of its own; one in three has an image."""
+    """Rows of different lengths and answers; every third has an image."""
     folder, rng = tmp_path_factory.mktemp("rows"), random.Random(0)
     rows = []
     for i in range(N):
@@ -67,7 +67,7 @@ def same(a: Batch, b: Batch, state: bool = True) -> bool:
 
 
 def until_epoch_ends(loader: Loader) -> list[Batch]:
-    """Batches up to the first that holds a row of the second epoch."""
+    """Batches up to the first with a row of the second epoch."""
     batches = []
     for batch in loader:
         batches.append(batch)
@@ -80,20 +80,20 @@ def until_epoch_ends(loader: Loader) -> list[Batch]:
 
 
 @pytest.mark.parametrize("cfg", [PACKED, PLAIN], ids=["packed", "plain"])
-def test_the_number_of_workers_changes_nothing(tiny_processor, cfg):
-    alone = take(loader(cfg, tiny_processor), 6)
-    crowd = take(loader(replace(cfg, workers=2), tiny_processor), 6)
-    assert all(map(same, alone, crowd))
-    assert not torch.equal(alone[0].input_ids, alone[1].input_ids)
+def test_batches_do_not_depend_on_the_number_of_workers(tiny_processor, cfg):
+    single = take(loader(cfg, tiny_processor), 6)
+    parallel = take(loader(replace(cfg, workers=2), tiny_processor), 6)
+    assert all(map(same, single, parallel))
+    assert not torch.equal(single[0].input_ids, single[1].input_ids)
 
 
 @pytest.mark.parametrize("cfg", [PACKED, PLAIN], ids=["packed", "plain"])
 def test_every_row_comes_once_per_epoch(tiny_processor, file, cfg, numbers):
-    """The first N samples are each row once, the next N again, in another order."""
+    """The first N samples are all rows, the next N all rows in another order."""
     batches = take(loader(on(file, cfg), tiny_processor), 60 if cfg.packing else 45)
     seen = numbers(batches)
     waiting = batches[-1].state["waiting"]
-    if cfg.packing:  # the packer holds a few back, so an epoch's end blurs: count instead
+    if cfg.packing:  # packing mixes samples of two epochs: count them
         n_read = batches[-1].state["epoch"] * N + batches[-1].state["position"]
         assert len(seen) + len(waiting) == n_read > 2 * N
         counts = [seen.count(i) + waiting.count(i) for i in range(N)]
@@ -104,16 +104,16 @@ def test_every_row_comes_once_per_epoch(tiny_processor, file, cfg, numbers):
         assert first != second and first != sorted(first)
 
 
-def test_the_order_is_a_function_of_the_seed(tiny_processor, file, numbers):
+def test_the_order_depends_on_the_seed(tiny_processor, file, numbers):
     cfg = on(file, PLAIN)
     orders = [
         numbers(take(loader(replace(cfg, seed=seed), tiny_processor), 9))
-        for seed in (0, 0, 1, 2**63 - 1)  # the last, times what tells epochs apart, is too much
+        for seed in (0, 0, 1, 2**63 - 1)  # the last exceeds 64 bits when combined with the epoch
     ]
     assert orders[0] == orders[1] != orders[2] != orders[3]
 
 
-def test_batches_say_what_they_hold(tiny_processor, file):
+def test_batches_count_targets_samples_and_tokens(tiny_processor, file):
     for cfg in (on(file, PACKED), on(file, PLAIN)):
         for batch in take(loader(cfg, tiny_processor), 12):
             assert batch.input_ids.shape[0] == cfg.batch_size
@@ -127,8 +127,8 @@ def test_batches_say_what_they_hold(tiny_processor, file):
                 assert batch.segments is None and batch.n_samples == cfg.batch_size
 
 
-def test_the_global_random_state_is_left_alone(tiny_processor):
-    """A resumed run makes its loader after restoring the state; dropout must not notice."""
+def test_the_global_random_state_is_unchanged(tiny_processor):
+    """A resumed run creates its loader after restoring the state, which dropout depends on."""
     for workers in (0, 1):
         before = torch.get_rng_state()
         take(loader(replace(PLAIN, workers=workers), tiny_processor), 2)
@@ -139,8 +139,8 @@ def test_the_global_random_state_is_left_alone(tiny_processor):
 
 
 @pytest.mark.parametrize("cfg", [PACKED, PLAIN], ids=["packed", "plain"])
-def test_resume_continues_with_the_very_next_batch(tiny_processor, file, cfg):
-    """From any batch, over the end of an epoch, through JSON, with and without workers."""
+def test_resume_continues_with_the_next_batch(tiny_processor, file, cfg):
+    """After any batch, across epochs, through JSON, with and without workers."""
     cfg = on(file, cfg)
     whole = take(loader(cfg, tiny_processor), 24)
     assert whole[-1].state["epoch"] >= 1
@@ -155,9 +155,9 @@ def test_resume_continues_with_the_very_next_batch(tiny_processor, file, cfg):
     assert all(map(same, take(again, 6), whole[5:11]))
 
 
-def test_a_state_does_not_move_with_the_loader(tiny_processor, file, tmp_path):
-    """It is what a checkpoint keeps while training runs on and meets bad rows."""
-    broken = with_bad_pictures(file, dict.fromkeys((3, 4, 9, 10)), tmp_path)
+def test_a_state_does_not_change_with_the_loader(tiny_processor, file, tmp_path):
+    """A checkpoint keeps it while training continues and skips rows."""
+    broken = with_bad_images(file, dict.fromkeys((3, 4, 9, 10)), tmp_path)
     batches = iter(loader(on(broken, PLAIN), tiny_processor))
     state = next(batches).state
     kept, later = json.dumps(state), [next(batches).state for _ in range(18)]
@@ -165,7 +165,7 @@ def test_a_state_does_not_move_with_the_loader(tiny_processor, file, tmp_path):
     assert json.dumps(state) == kept
 
 
-def test_the_world_resumes_too(tiny_processor):
+def test_the_world_resumes(tiny_processor):
     whole = take(loader(PACKED, tiny_processor), 5)
     again = loader(PACKED, tiny_processor)
     again.load_state_dict(whole[1].state)
@@ -175,8 +175,8 @@ def test_the_world_resumes_too(tiny_processor):
 # --- Ranks --------------------------------------------------------------------------------------
 
 
-def test_the_world_is_described_before_it_is_asked_about(tiny_processor):
-    """Without packing the order is the reading order: 12 descriptions, then questions alone."""
+def test_the_world_starts_with_captions(tiny_processor):
+    """Without packing, batches keep the order: 12 captions, then questions only."""
     cfg = replace(PLAIN, world_captions_first=12, world_caption_fraction=0.0)
     batches = take(loader(cfg, tiny_processor), 12)
     texts = [tiny_processor.decode(ids.tolist()) for b in batches for ids in b.input_ids]
@@ -192,12 +192,12 @@ def test_two_ranks_interleave_to_the_order_of_one(tiny_processor, file, cfg):
     ranks = [take(loader(cfg, tiny_processor, rank=r, world_size=2), 6) for r in (0, 1)]
     for i, batch in enumerate(one):
         assert same(ranks[i % 2][i // 2], batch, state=False), i
-        # Rank 0 alone saves it, so its state has to count the other ranks' batches too.
+        # Only rank 0 saves its state, so it must include the batches of other ranks.
         assert ranks[i % 2][i // 2].state == one[i // 2 * 2 + 1].state, i
 
 
 def test_a_two_rank_run_resumes(tiny_processor, file):
-    """All ranks restore what rank 0 saved; no batch comes twice, none is left out."""
+    """All ranks restore the state of rank 0; no batch is repeated or lost."""
     cfg = on(file, PLAIN)
     one = take(loader(cfg, tiny_processor), 16)
     saved = take(loader(cfg, tiny_processor, rank=0, world_size=2), 4)[-1].state
@@ -211,8 +211,8 @@ def test_a_two_rank_run_resumes(tiny_processor, file):
 # --- Bad rows -----------------------------------------------------------------------------------
 
 
-def with_bad_pictures(file, bad: dict[int, bytes | None], folder):
-    """A copy of the file whose rows in `bad` name a broken image, or none that exists."""
+def with_bad_images(file, bad: dict[int, bytes | None], folder):
+    """A copy of the file; rows in `bad` have a broken image, or a missing one if None."""
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     for i, row in enumerate(rows):
         if "image" in row:
@@ -227,19 +227,19 @@ def with_bad_pictures(file, bad: dict[int, bytes | None], folder):
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("cfg", [PACKED, PLAIN], ids=["packed", "plain"])
-def test_broken_pictures_are_skipped_counted_and_written_down(
+def test_broken_images_are_skipped_counted_and_listed(
     tiny_processor, file, tmp_path, cfg, workers, numbers
 ):
     truncated = (file.parent / "0.png").read_bytes()[:60]
-    broken = with_bad_pictures(file, {3: b"no", 4: None, 9: truncated, 10: b""}, tmp_path)
+    broken = with_bad_images(file, {3: b"no", 4: None, 9: truncated, 10: b""}, tmp_path)
     cfg = replace(on(broken, cfg), workers=workers)
     reading = loader(cfg, tiny_processor, skipped_file=tmp_path / "skipped.jsonl")
     batches = until_epoch_ends(reading)
-    batches += take(reading, 25)  # another epoch meets them again, and lists them once
+    batches += take(reading, 25)  # the next epoch reads them again and does not list them again
     assert batches[-1].state["epoch"] >= 1
     assert sorted(batches[-1].state["skipped"]) == sorted(reading.skipped) == [3, 4, 9, 10]
     lines = [json.loads(s) for s in (tmp_path / "skipped.jsonl").read_text().splitlines()]
-    assert sorted(line["row"] for line in lines) == [4, 5, 10, 11]  # as messages count
+    assert sorted(line["row"] for line in lines) == [4, 5, 10, 11]  # counted from 1, as in messages
     for line in lines:
         assert f"bad-{line['row'] - 1}.png" in line["reason"]
     seen = numbers(batches)
@@ -248,10 +248,8 @@ def test_broken_pictures_are_skipped_counted_and_written_down(
 
 
 @pytest.mark.parametrize("n_broken", [5, 6])
-def test_rows_without_fields_and_rows_without_a_picture_count_together(
-    tiny_processor, file, tmp_path, n_broken
-):
-    """Of 1,000 rows 10 may be bad, of whatever kind; all are in the list."""
+def test_invalid_rows_and_broken_images_count_together(tiny_processor, file, tmp_path, n_broken):
+    """10 of 1,000 rows may be bad, for any reason; all are listed."""
     lines = file.read_text().splitlines()
     lines = (lines * (1000 // len(lines) + 1))[:1000]
     for i in range(5):
@@ -262,7 +260,7 @@ def test_rows_without_fields_and_rows_without_a_picture_count_together(
     cfg, listed = on(file.parent / "many.jsonl", PLAIN), tmp_path / "skipped.jsonl"
     reading = loader(cfg, tiny_processor, skipped_file=listed)
     if n_broken == 6:
-        with pytest.raises(InputError, match="11 rows could not be used"):
+        with pytest.raises(InputError, match="11 rows are unusable"):
             until_epoch_ends(reading)
     else:
         until_epoch_ends(reading)
@@ -271,8 +269,8 @@ def test_rows_without_fields_and_rows_without_a_picture_count_together(
     assert sum("absent-" in r for r in reasons) == n_broken
 
 
-def test_a_resume_remembers_what_was_skipped(tiny_processor, file, tmp_path):
-    broken = with_bad_pictures(file, dict.fromkeys((3, 4, 9, 10)), tmp_path)
+def test_resume_keeps_the_skipped_rows(tiny_processor, file, tmp_path):
+    broken = with_bad_images(file, dict.fromkeys((3, 4, 9, 10)), tmp_path)
     cfg = on(broken, PLAIN)
     whole = take(loader(cfg, tiny_processor), 40)
     assert len(whole[-1].state["skipped"]) == 4
@@ -282,9 +280,9 @@ def test_a_resume_remembers_what_was_skipped(tiny_processor, file, tmp_path):
         assert all(map(same, take(again, 6), whole[stop + 1 : stop + 7]))
 
 
-def test_rows_met_again_after_a_crash_are_listed_once(tiny_processor, file, tmp_path):
-    """The first life read on after its checkpoint, and the second reads the same rows again."""
-    broken, path = with_bad_pictures(file, dict.fromkeys((3, 4, 9, 10)), tmp_path), tmp_path / "s"
+def test_rows_skipped_again_after_a_crash_are_listed_once(tiny_processor, file, tmp_path):
+    """The run continued after its checkpoint; the resumed run reads the same rows again."""
+    broken, path = with_bad_images(file, dict.fromkeys((3, 4, 9, 10)), tmp_path), tmp_path / "s"
     for stream in (False, True):
         cfg = replace(on(broken, PLAIN), stream=stream, stream_block=5)
         first, again = (
@@ -300,8 +298,8 @@ def test_rows_met_again_after_a_crash_are_listed_once(tiny_processor, file, tmp_
         path.unlink()
 
 
-def test_one_rank_writes_the_list(tiny_processor, file, tmp_path):
-    broken = with_bad_pictures(file, {3: None}, tmp_path)
+def test_only_one_rank_lists_skipped_rows(tiny_processor, file, tmp_path):
+    broken = with_bad_images(file, {3: None}, tmp_path)
     for rank in (0, 1):
         path = tmp_path / "skipped.jsonl"
         take(
@@ -312,18 +310,18 @@ def test_one_rank_writes_the_list(tiny_processor, file, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_too_many_broken_pictures_stop_the_run(tiny_processor, file, tmp_path, workers):
-    broken = with_bad_pictures(file, dict.fromkeys(range(0, 12, 2)), tmp_path)
+def test_too_many_broken_images_stop_the_run(tiny_processor, file, tmp_path, workers):
+    broken = with_bad_images(file, dict.fromkeys(range(0, 12, 2)), tmp_path)
     cfg = replace(on(broken, PLAIN), workers=workers)
-    with pytest.raises(InputError, match=r"6 rows could not be used, the last: .*bad-\d+\.png"):
+    with pytest.raises(InputError, match=r"6 rows are unusable; the last: .*bad-\d+\.png"):
         until_epoch_ends(loader(cfg, tiny_processor))
 
 
-def test_a_file_of_nothing_but_broken_pictures_stops_too(tiny_processor, tmp_path):
-    """Fewer rows than may be bad: without a stop it would be read round and round for ever."""
+def test_a_file_with_only_broken_images_stops_the_run(tiny_processor, tmp_path):
+    """With fewer rows than the limit; otherwise the loader would loop forever."""
     rows = [{"image": f"{i}.png", "caption": "c"} for i in range(3)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(InputError, match="3 rows could not be used"):
+    with pytest.raises(InputError, match="3 rows are unusable"):
         take(loader(on(tmp_path / "rows.jsonl", PLAIN), tiny_processor), 1)
 
 
@@ -338,14 +336,12 @@ def test_a_file_shorter_than_a_batch_is_repeated(tiny_processor, tmp_path, numbe
     assert sorted(numbers(plain)) == sorted([0, 1, 2] * 4)
 
 
-# --- Corrupt pictures -----------------------------------------------------------------------------
+# --- Corrupt images -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_every_corrupt_picture_is_skipped_or_read_and_none_hangs(
-    shared, tiny_processor, tmp_path, workers, numbers
-):
-    """Each of the corrupt files once among so many good rows that the run goes on."""
+def test_every_corrupt_image_is_skipped_or_read(shared, tiny_processor, tmp_path, workers, numbers):
+    """Every corrupt file once, with enough good rows to stay below the limit."""
     corrupt = sorted(f for f in (shared / "corrupt").rglob("*") if f.is_file())
     refused = set()
     for i, file in enumerate(corrupt):
@@ -382,6 +378,6 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_workers_of_a_killed_run_end():
-    """They hold its output open, which is read to its end; full queues must not keep them."""
+    """`run` waits until the workers close stdout; full queues must not block them."""
     done = subprocess.run([sys.executable, "-c", KILLED], cwd=ROOT, capture_output=True, timeout=60)
     assert done.returncode == -signal.SIGKILL, done.stderr

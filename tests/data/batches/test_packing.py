@@ -1,4 +1,4 @@
-"""Which samples share a row, and the positions, segments and targets of a batch."""
+"""Packing of samples into rows, and the positions, segments and targets of a batch."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ IMAGE, PER_TILE = CFG.vlm_image_token_id, CFG.tokens_per_tile
 SIZE = CFG.vit_img_size
 
 
-def tokens(*ids: int, said=(), n_tiles: int = 0, shade: int = 0, row: str = "row 1") -> Tokens:
-    """A sample whose ids are given and where the positions in `said` are supervised."""
+def tokens(*ids: int, targets=(), n_tiles: int = 0, shade: int = 0, row: str = "row 1") -> Tokens:
+    """A sample with these ids after its tiles; `targets` are its supervised positions."""
     ids = [IMAGE] * (n_tiles * PER_TILE) + list(ids)
     supervised = np.zeros(len(ids), dtype=bool)
-    supervised[[n_tiles * PER_TILE + i for i in said]] = True
+    supervised[[n_tiles * PER_TILE + i for i in targets]] = True
     tiles = np.full((n_tiles, SIZE, SIZE, 3), shade, dtype=np.uint8)
     return Tokens(np.array(ids, dtype=np.int32), supervised, tiles, row)
 
@@ -46,19 +46,19 @@ def test_rows_hold_each_sample_once_and_no_more_than_fits(case):
     used = [i for row in rows for i in row]
     assert len(used) == len(set(used)) and set(used) <= set(range(len(lengths)))
     assert all(0 < sum(lengths[i] for i in row) <= capacity for row in rows)
-    assert len(rows) == n_rows or len(used) == len(lengths)  # a row is missing only when all are in
+    assert len(rows) == n_rows or len(used) == len(lengths)  # fewer rows only if all samples fit
     for number, row in enumerate(rows):
         earlier = {i for r in rows[:number] for i in r}
-        assert row[0] == min(set(range(len(lengths))) - earlier)  # the oldest left opens the row
+        assert row[0] == min(set(range(len(lengths))) - earlier)  # the oldest comes first
         left = set(range(len(lengths))) - earlier - set(row)
-        room = capacity - sum(lengths[i] for i in row)
-        assert all(lengths[i] > room for i in left)  # nothing that still fits was left out
+        free = capacity - sum(lengths[i] for i in row)
+        assert all(lengths[i] > free for i in left)  # no remaining sample fits
 
 
 @given(waiting.filter(lambda case: case[0]))
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
-def test_nothing_waits_for_ever(case):
-    """The k-th oldest is in a batch after at most k + 1 calls, whatever arrives meanwhile."""
+def test_no_sample_waits_forever(case):
+    """The k-th oldest sample is used after at most k + 1 calls, whatever arrives later."""
     lengths, n_rows, capacity = case
     line = list(enumerate(lengths))
     for _ in range(len(lengths)):
@@ -70,15 +70,15 @@ def test_nothing_waits_for_ever(case):
 
 
 def test_a_small_case_by_hand():
-    # Capacity 10: 4 is oldest, 6 completes it; 3 opens the next, 7 completes it.
+    # Capacity 10: the oldest, 4, is filled with 6; the next row starts with 3 and takes 7.
     assert fill_rows([4, 3, 6, 7, 2], 2, 10) == [[0, 2], [1, 3]]
     assert fill_rows([], 3, 10) == []
     assert fill_rows([10, 10], 1, 10) == [[0]]
     assert fill_rows([2, 2, 2], 9, 10) == [[0, 1, 2]]
 
 
-def test_no_row_has_more_tiles_than_its_share():
-    """Rows fill as well as they can within it, each sample once, and none waits for ever."""
+def test_no_row_exceeds_its_tile_limit():
+    """Within the limit rows are well filled; each sample is used once, and none waits forever."""
     rng = random.Random(0)
     line = [(rng.randint(5, 60), rng.choice([0, 0, 1, 1, 2, 9])) for _ in range(400)]
     seen, fill, n = [], 0, 0
@@ -87,7 +87,7 @@ def test_no_row_has_more_tiles_than_its_share():
         lengths, tiles = zip(*waiting)
         rows = fill_rows(lengths, 4, 128, tiles, 10)
         assert max(sum(tiles[i] for i in row) for row in rows) <= 10
-        assert rows[0][0] == 0, "the oldest goes first"
+        assert rows[0][0] == 0, "the oldest sample is in the first row"
         taken = [i for row in rows for i in row]
         assert len(set(taken)) == len(taken)
         seen += [waiting[i] for i in taken]
@@ -95,13 +95,13 @@ def test_no_row_has_more_tiles_than_its_share():
         fill, n = fill + sum(sum(lengths[i] for i in row) for row in rows), n + 4 * 128
     assert len(seen) > 300 and fill / n > 0.95
     free = fill_rows(lengths, 4, 128)
-    assert free == fill_rows(lengths, 4, 128, tiles, 0), "no share, no change"
+    assert free == fill_rows(lengths, 4, 128, tiles, 0), "0 tiles means no limit"
 
 
 def test_rows_of_the_world_are_97_percent_full(tiny_processor):
-    """With the loader's rule: twice a batch's tokens wait.
+    """As in the loader, twice the tokens of a batch wait.
 
-    Its lengths, 137 to 170, are the hard case: six or seven fill a row of 1024.
+    Lengths of 137 to 170 are hard to pack: only six or seven fit into a row of 1024.
     """
     n_rows, capacity = 4, 1024
     stream = (
@@ -124,9 +124,9 @@ def test_rows_of_the_world_are_97_percent_full(tiny_processor):
 
 
 def test_a_packed_batch_by_hand():
-    a = tokens(11, 12, 13, said=(1, 2))
-    b = tokens(21, 22, said=(0, 1))  # its first token is supervised, and may not be a target of a's
-    c = tokens(31, 32, 33, 34, said=(3,))
+    a = tokens(11, 12, 13, targets=(1, 2))
+    b = tokens(21, 22, targets=(0, 1))  # its first token must not become a target of a
+    c = tokens(31, 32, 33, 34, targets=(3,))
     batch = collate([[a, b], [c]], CFG)
     pad = CFG.vlm_pad_token_id
     assert batch.input_ids.tolist() == [[11, 12, 13, 21, 22], [31, 32, 33, 34, pad]]
@@ -141,7 +141,7 @@ def test_a_packed_batch_by_hand():
 
 
 def test_one_sample_a_row_needs_no_segments():
-    batch = collate([[tokens(11, 12, 13, said=(1,))], [tokens(14)]], CFG)
+    batch = collate([[tokens(11, 12, 13, targets=(1,))], [tokens(14)]], CFG)
     assert batch.segments is None
     assert batch.input_ids.tolist() == [[11, 12, 13], [14, 0, 0]]
     assert batch.positions[0].tolist() == [0, 1, 2] and batch.n_tokens == 4
@@ -159,16 +159,16 @@ rows_of_samples = st.lists(
 
 @given(rows_of_samples)
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
-def test_every_sample_is_found_again_in_its_batch(layout):
-    """Each segment, cut out, is its sample: ids, positions, shifted targets, tiles in order."""
+def test_a_batch_contains_every_sample(layout):
+    """Each segment equals its sample: ids, positions, shifted targets and tiles in order."""
     shade, rows = 0, []
     for row in layout:
         rows.append([])
         for words, n_tiles in row:
             ids, wanted = zip(*words)
-            said = [i for i, w in enumerate(wanted) if w]
+            targets = [i for i, w in enumerate(wanted) if w]
             shade += 1
-            rows[-1].append(tokens(*ids, said=said, n_tiles=n_tiles, shade=shade))
+            rows[-1].append(tokens(*ids, targets=targets, n_tiles=n_tiles, shade=shade))
     batch = collate(rows, CFG)
     images = iter(batch.images)
     width = max(sum(map(len, row)) for row in rows)
@@ -204,7 +204,7 @@ def test_every_sample_is_found_again_in_its_batch(layout):
 
 @pytest.mark.parametrize("n_placeholders", [0, PER_TILE - 1, PER_TILE + 1, 2 * PER_TILE])
 def test_placeholders_that_do_not_match_name_the_sample(n_placeholders):
-    """Per sample: a batch whose totals agree by chance is refused all the same."""
+    """Checked per sample: equal totals of the batch are not enough."""
     good = tokens(1, n_tiles=1, row="train.jsonl row 4")
     tiles = np.zeros((1, SIZE, SIZE, 3), dtype=np.uint8)
     ids = np.array([IMAGE] * n_placeholders + [1], dtype=np.int32)
@@ -213,8 +213,8 @@ def test_placeholders_that_do_not_match_name_the_sample(n_placeholders):
         collate([[good, bad]], CFG)
 
 
-def test_moving_a_batch_keeps_all_of_it():
-    batch = collate([[tokens(11, 12, said=(1,)), tokens(13)]], CFG)
+def test_batch_to_keeps_all_fields():
+    batch = collate([[tokens(11, 12, targets=(1,)), tokens(13)]], CFG)
     batch.state = {"epoch": 3}
     moved = batch.to("cpu")
     assert moved.state == {"epoch": 3}

@@ -1,4 +1,4 @@
-"""Rows of a stream that cannot be used are skipped, listed once, and end the run when too many."""
+"""Unusable rows of a stream are skipped and listed once; too many end the run."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def test_bad_rows_of_a_stream_are_skipped_listed_and_limited(tiny_processor, tmp
     loader = open_loader(open_dataset(cfg, "train"), tiny_processor, cfg, skipped_file=listed)
     seen = numbers(islice(iter(loader), 40))
     assert set(seen) == set(range(60)) - {7}
-    (line,) = map(json.loads, listed.read_text().splitlines())  # once, not once an epoch
+    (line,) = map(json.loads, listed.read_text().splitlines())  # listed once, not once per epoch
     assert "row 8 of part 1 of 1" in line["reason"] and "absent.png" in line["reason"]
     for i in range(20, 27):
         rows[i]["image"] = "absent.png"
     (tmp_path / "worse.jsonl").write_text("\n".join(map(json.dumps, rows)))
     cfg = replace(cfg, source=str(tmp_path / "worse.jsonl"))
-    with pytest.raises(InputError, match="6 rows could not be used"):
+    with pytest.raises(InputError, match="6 rows are unusable"):
         list(islice(iter(open_loader(open_dataset(cfg, "train"), tiny_processor, cfg)), 40))
 
 
-def test_a_line_that_is_no_row_is_skipped_and_listed(tiny_processor, tmp_path, numbers):
+def test_an_invalid_line_is_skipped_and_listed(tiny_processor, tmp_path, numbers):
     lines = [json.dumps({"question": "q", "answer": f"number {i}"}) for i in range(60)]
     lines[7] = '{"question": "q", "answer": '
     lines[9] = "caf\xe9"

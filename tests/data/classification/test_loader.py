@@ -1,4 +1,4 @@
-"""Images are upright and normalised, augmented anew every epoch, and batches resume exactly."""
+"""Images are upright, normalised and augmented differently in every epoch; resume is exact."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ GREY = ViTConfig(vit_img_size=16, vit_patch_size=4, vit_n_channels=1, vit_image_
 
 
 def source(n: int = 20, **fields):
-    """Rows whose red is their number: a view tells which it is of."""
+    """Rows whose red value encodes their number, so that a view identifies its row."""
     pixels = np.zeros((n, 12, 10, 3), np.uint8)
     pixels[..., 0] = np.arange(n)[:, None, None] * 10
     cfg = ClassifyDataConfig(**dict(batch_size=3, val_fraction=0.0) | fields)
@@ -51,23 +51,23 @@ def rows_of(batch) -> list[int]:
 
 
 @pytest.mark.parametrize("cfg", [CFG, GREY], ids=["colour", "grey"])
-def test_a_whole_view_is_transformers(cfg):
+def test_an_unaugmented_image_matches_transformers(cfg):
     pixels = np.random.default_rng(0).integers(0, 256, (37, 21, 3), dtype=np.uint8)
-    picture = Image.fromarray(pixels)
-    opened = open_for_vit(picture, cfg)
+    image = Image.fromarray(pixels)
+    opened = open_for_vit(image, cfg)
     n = cfg.vit_n_channels
-    theirs = ViTImageProcessorPil(
+    reference = ViTImageProcessorPil(
         size={"height": 16, "width": 16}, image_mean=list(cfg.vit_image_mean[:n]),
         image_std=list(cfg.vit_image_std[:n]), resample=2,
     )  # fmt: skip
     channels = np.asarray(opened) if n == 3 else np.asarray(opened)[..., None]
-    wanted = theirs(channels, return_tensors="pt", input_data_format="channels_last")
+    wanted = reference(channels, return_tensors="pt", input_data_format="channels_last")
     found = normalise([resize_square(opened, cfg)], cfg)
     assert found.shape == (1, n, 16, 16)
     torch.testing.assert_close(found, wanted["pixel_values"], rtol=0, atol=1e-5)
 
 
-def test_every_row_once_an_epoch_with_its_class():
+def test_every_row_occurs_once_per_epoch_with_its_class():
     batches, seen = iter(loader()), []
     for _ in range(20):  # three epochs of 20 rows in batches of three
         batch = next(batches)
@@ -79,7 +79,7 @@ def test_every_row_once_an_epoch_with_its_class():
     assert epochs[0] != epochs[1]
 
 
-def test_each_sight_of_a_picture_is_another_view():
+def test_each_epoch_augments_an_image_differently():
     rng = np.random.default_rng(0)
     cfg = ClassifyDataConfig(batch_size=1, crop_min_scale=0.3, val_fraction=0.0)
     rows = ArrayRows(rng.integers(0, 256, (2, 20, 20, 3), dtype=np.uint8), ["a", "b"], "rows")
@@ -116,7 +116,7 @@ def test_a_resumed_loader_gives_the_same_batches(workers):
         assert torch.equal(found.targets, wanted.targets) and found.state == wanted.state
 
 
-def test_targets_are_shares_only_where_something_is_mixed():
+def test_targets_are_probabilities_only_with_mixing_or_smoothing():
     assert next(iter(loader())).targets.dtype == torch.int64
     for fields in (dict(mixup=1.0), dict(cutmix=1.0), dict(label_smoothing=0.1)):
         targets = next(iter(loader(**fields))).targets
@@ -141,19 +141,19 @@ def test_ranks_share_a_global_order():
             assert rows_of(next(rank)) == rows_of(next(whole))
 
 
-def test_corrupt_pictures_are_skipped_once_and_listed(tmp_path):
+def test_corrupt_images_are_skipped_and_listed_once(tmp_path):
     for i in range(8):
         Image.new("RGB", (5, 5), (10 * i, 0, 0)).save(tmp_path / f"{i}.png")
-    (tmp_path / "3.png").write_bytes(b"not a picture")
+    (tmp_path / "3.png").write_bytes(b"not an image")
     rows = [{"image": f"{i}.png", "label": "ab"[i % 2]} for i in range(8)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     from data.classification.dataset import open_classification
 
     cfg = ClassifyDataConfig(source=str(tmp_path / "rows.jsonl"), batch_size=7, val_fraction=0.0)
     found = open_classification(cfg, "train")
-    viewer = ClassificationProcessor(CFG, cfg, {"a": 0, "b": 1})
+    processor = ClassificationProcessor(CFG, cfg, {"a": 0, "b": 1})
     one = ClassificationLoader(
-        found, viewer, loader_config(cfg), skipped_file=tmp_path / "skipped.jsonl"
+        found, processor, loader_config(cfg), skipped_file=tmp_path / "skipped.jsonl"
     )
     batches = iter(one)
     for _ in range(3):
@@ -166,11 +166,11 @@ def test_corrupt_pictures_are_skipped_once_and_listed(tmp_path):
     assert "3.png" in whole[0][1][0] and whole[1][1] == []
 
 
-def test_a_viewer_needs_no_order():
-    """The view of a sight follows from its number alone, whichever worker makes it."""
+def test_augmentation_depends_only_on_the_index():
+    """Not on the worker or on the global random state."""
     rows, cfg = source(crop_min_scale=0.4, horizontal_flip=0.5)
-    viewer = ClassificationProcessor(CFG, cfg, {str(i): i for i in range(4)})
-    first = viewer.encode((rows[3], 23))
+    processor = ClassificationProcessor(CFG, cfg, {str(i): i for i in range(4)})
+    first = processor.encode((rows[3], 23))
     random.random()
-    again = viewer.encode((rows[3], 23))
+    again = processor.encode((rows[3], 23))
     assert np.array_equal(first.pixels, again.pixels) and first.label == again.label == 3

@@ -1,4 +1,4 @@
-"""Parquet, saved data sets and the Hub's cache: the same rows, images as bytes, never decoded."""
+"""Parquet files, saved datasets and Hub datasets: equal rows, with images as encoded bytes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def noise(seed: int) -> Image.Image:
 
 
 def cauldron(n: int) -> Dataset:
-    """As the Cauldron and FineVision are published: lists of images and of texts."""
+    """Lists of images and of texts, as in The Cauldron and FineVision."""
     texts = List({"user": Value("string"), "assistant": Value("string"), "source": Value("string")})
     rows = {
         "images": [[noise(i), noise(i + 1)] if i % 3 else [] for i in range(n)],
@@ -59,7 +59,7 @@ def check_cauldron(source, n: int) -> None:
         assert len(sample.images) == (2 if i % 3 else 0)
 
 
-def test_parquet_saved_and_split(tmp_path):
+def test_parquet_saved_datasets_and_splits(tmp_path):
     data = cauldron(7)
     data.to_parquet(tmp_path / "a.parquet")
     data.save_to_disk(tmp_path / "saved")
@@ -73,7 +73,7 @@ def test_parquet_saved_and_split(tmp_path):
         check_cauldron(open_dataset(DataConfig(source=str(tmp_path / name)), "test"), n)
 
 
-def test_classes_are_named(tmp_path):
+def test_class_numbers_become_names(tmp_path):
     features = Features({"image": ImageFeature(), "label": ClassLabel(names=["cat", "dog"])})
     data = Dataset.from_dict({"image": [noise(0), noise(1)], "label": [1, 0]}, features)
     data.save_to_disk(tmp_path / "pets")
@@ -82,20 +82,20 @@ def test_classes_are_named(tmp_path):
     assert source.notes[0].endswith("2 rows of image + label; 0 of them for validation")
 
 
-def test_the_scan_reads_no_whole_picture(tmp_path, monkeypatch):
-    """Of each image what tells it from others, which decides the split alike."""
+def test_scan_replaces_image_bytes_by_hashes(tmp_path, monkeypatch):
+    """The hash equals that of the image, so both select the same split."""
     monkeypatch.setattr(fetch, "MAX_HASHED", 100)
     cauldron(5).save_to_disk(tmp_path / "saved")
     reader = pickle.loads(pickle.dumps(open_rows(str(tmp_path / "saved"))))
-    for k, light in enumerate(reader.scan()):
+    for k, scanned in enumerate(reader.scan()):
         whole = reader[k]
-        assert light["texts"] == whole["texts"]
-        for a, b in zip(light["images"], whole["images"], strict=True):
+        assert scanned["texts"] == whole["texts"]
+        for a, b in zip(scanned["images"], whole["images"], strict=True):
             assert a["bytes"] == hash_image(b["bytes"]) and len(a["bytes"]) == 16
 
 
-def test_pictures_that_end_alike_are_told_apart():
-    """A white margin, a format without compression: the same last bytes, of other images."""
+def test_images_with_equal_last_bytes_have_different_hashes():
+    """For example, uncompressed images with a white margin."""
     one, two = (Image.new("L", (150, 150)) for _ in range(2))
     one.putpixel((9, 9), 255)
     for kind in ("bmp", "ppm", "tiff"):
@@ -111,8 +111,8 @@ def test_pictures_that_end_alike_are_told_apart():
     )
 
 
-def test_values_that_datasets_keeps_as_json(tmp_path):
-    """As its reader of JSONL stores a column that holds texts and lists."""
+def test_values_that_datasets_stores_as_json(tmp_path):
+    """`datasets` stores a JSONL column with texts and lists as JSON."""
     mixed = [[{"role": "user", "content": [{"type": "text", "text": "q"}]},
               {"role": "assistant", "content": "cat"}],
              [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x"}]]  # fmt: skip
@@ -123,11 +123,11 @@ def test_values_that_datasets_keeps_as_json(tmp_path):
     ]  # fmt: skip
 
 
-def test_pictures_in_both_splits_are_reported(tmp_path):
+def test_images_in_both_splits_are_reported(tmp_path):
     rows = [{"image": {"bytes": png(i % 5), "path": None}, "caption": f"c{i}"} for i in range(40)]
     Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
     source = open_dataset(DataConfig(source=str(tmp_path / "saved"), val_fraction=0.3), "val")
-    assert f"{len(source)} validation rows have an image" in source.notes[1] and len(source) > 3
+    assert f"also in training rows: {len(source)}" in source.notes[1] and len(source) > 3
 
 
 def png(seed: int) -> bytes:
@@ -137,34 +137,34 @@ def png(seed: int) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "name, says",
+    "name, message",
     [
         ("parts@val", r"parts: no split 'val'; add @ and one of train, test"),
-        ("twins", r"twins: no split named train; add @ and one of left, right"),
+        ("no_train", r"no_train: no split named train; add @ and one of left, right"),
         ("saved@x", r"saved: has no splits; leave out @x"),
         ("bad.parquet", r"bad\.parquet: cannot be opened as a dataset \(Parquet magic bytes"),
         ("empty.parquet", r"empty\.parquet: no rows"),
         ("none.parquet", r"none\.parquet: no such file"),
-        ("other.parquet", r"4 rows are bad, the first: .*row 1: needs a text in 'question'.*img"),
+        ("other.parquet", r"4 rows are unus.*row 1: no 'question' in the columns \(img, cap"),
     ],
 )
-def test_what_cannot_be_opened_is_said_in_one_sentence(tmp_path, name, says):
+def test_errors_on_opening_are_one_line(tmp_path, name, message):
     data = cauldron(3)
     data.save_to_disk(tmp_path / "saved")
     DatasetDict({"train": data, "test": data}).save_to_disk(tmp_path / "parts")
-    DatasetDict({"left": data, "right": data}).save_to_disk(tmp_path / "twins")
+    DatasetDict({"left": data, "right": data}).save_to_disk(tmp_path / "no_train")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1" + 99 * b"x")
     (tmp_path / "empty.parquet").touch()
     Dataset.from_dict({"img": ["a.png"] * 4 * 6, "cap": ["c"] * 4 * 6}).to_parquet(
         tmp_path / "other.parquet"
     )
-    with pytest.raises(InputError, match=says) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         open_dataset(DataConfig(source=str(tmp_path / name)), "train")
     assert "\n" not in str(caught.value)
 
 
-def test_a_name_on_the_hub_is_asked_of_the_library(monkeypatch):
-    """`hf:` alone reaches for the network; here it is offline, and says so."""
+def test_hub_names_are_opened_by_datasets(monkeypatch):
+    """Only `hf:` sources use the network; offline, the error names the source."""
     asked = []
 
     def load(repository, configuration):
@@ -194,11 +194,11 @@ except InputError as error:
 """
 
 
-def test_rows_of_text_train_without_the_library(tmp_path, run_file):
+def test_jsonl_rows_train_without_datasets(tmp_path, run_file):
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     done = subprocess.run(
         [sys.executable, "-c", ALONE, str(run_file(steps=1))], cwd=tmp_path, text=True,
         capture_output=True, env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "a.parquet: needs the package `datasets`: pip install datasets." in done.stdout
+    assert "a.parquet: needs the package datasets; run `pip install datasets`." in done.stdout

@@ -1,4 +1,4 @@
-"""200,000 rows: training starts in seconds, and an epoch does not fill the memory."""
+"""200,000 rows: training starts in seconds, and memory stays constant over an epoch."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def many(tmp_path_factory):
 
 @pytest.mark.slow
 def test_200_000_rows_start_training_in_seconds(many, tmp_path):
-    """From the command to its last word before the first step.
+    """From the command to the last line before the first step.
 
-    Processor time: what others do on the machine is not this command's.
+    Measured in CPU time, so that other processes do not count.
     """
     argv = ["tiny", "--data.source", str(many), "--train.out", str(tmp_path), "--train.steps", "9"]
     process = subprocess.Popen(
@@ -52,9 +52,9 @@ def test_200_000_rows_start_training_in_seconds(many, tmp_path):
     )  # fmt: skip
     start = time.monotonic()
     try:
-        said = []
+        printed = []
         for line in process.stdout:
-            said.append(line)
+            printed.append(line)
             if line.startswith("checked 16 rows"):
                 break
         fields = Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()
@@ -63,19 +63,19 @@ def test_200_000_rows_start_training_in_seconds(many, tmp_path):
         process.wait()
     seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     print(f"ready after {time.monotonic() - start:.1f} s, {seconds:.1f} s of them computing")
-    assert "200,000 rows of conversations[from, value] (LLaVA)" in "".join(said)
+    assert "200,000 rows of conversations[from, value] (LLaVA)" in "".join(printed)
     assert seconds < 15
 
 
 def anonymous_mib() -> float:
-    """This process's own memory, without mapped files."""
+    """Anonymous memory of this process in MiB, without mapped files."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("RssAnon:")[1].split()[0]) / 1024
 
 
 @pytest.mark.slow
-def test_200_000_rows_do_not_fill_memory_over_an_epoch(many, tiny_processor, minute_config):
-    """Measured after a tenth of the epoch, when every buffer has its size, and at its end."""
+def test_memory_stays_constant_over_an_epoch_of_200_000_rows(many, tiny_processor, minute_config):
+    """Measured after a tenth of the epoch, when all buffers are full, and at its end."""
     cfg = DataConfig(source=str(many), val_fraction=0.0, batch_size=16, max_length=256)
     processor = replace(tiny_processor, cfg=minute_config())
     early = None

@@ -1,4 +1,4 @@
-"""Rows of a file become exactly the expected Samples; errors name the row and the problem."""
+"""Rows of a file become the expected Samples; errors name the row and the problem."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from data.types import Sample, Turn
 
 
 def write(path: Path, rows: list) -> Path:
-    """Rows that are bytes or str are written as they are, others as JSON."""
+    """Write one row per line: bytes and str unchanged, others as JSON."""
     lines = [
         r if isinstance(r, bytes) else (r if isinstance(r, str) else json.dumps(r)).encode()
         for r in rows
@@ -29,7 +29,7 @@ def write(path: Path, rows: list) -> Path:
 
 
 def qa(i: int) -> dict:
-    return {"image": f"pictures/{i}.png", "question": f"question {i}?", "answer": f"answer {i}"}
+    return {"image": f"images/{i}.png", "question": f"question {i}?", "answer": f"answer {i}"}
 
 
 def open_all(path: Path, split: str = "test", **changes):
@@ -39,11 +39,11 @@ def open_all(path: Path, split: str = "test", **changes):
 # --- Good rows ----------------------------------------------------------------------------------
 
 
-def test_both_kinds_of_row_become_exact_samples(tmp_path):
+def test_questions_and_captions_become_samples(tmp_path):
     path = write(
         tmp_path / "a.jsonl",
         [
-            {"image": "pictures/1.png", "question": "What is it?", "answer": "a cat", "id": 7},
+            {"image": "images/1.png", "question": "What is it?", "answer": "a cat", "id": 7},
             {"image": "2.jpg", "caption": "a dog \N{DOG}, déjà vu"},
             "",
             {"question": "2+2?", "answer": "4"},
@@ -54,13 +54,13 @@ def test_both_kinds_of_row_become_exact_samples(tmp_path):
     source = open_all(path)
     assert source.skipped == () and len(source) == 5
 
-    def sample(question, answer, pictures, number):
+    def sample(question, answer, images, number):
         turns = (Turn("user", question), Turn("assistant", answer))
-        return Sample(turns, pictures, f"{path} row {number}")
+        return Sample(turns, images, f"{path} row {number}")
 
     at = tmp_path
     assert [source[i] for i in range(5)] == [
-        sample("<image>What is it?", "a cat", (str(at / "pictures/1.png"),), 1),
+        sample("<image>What is it?", "a cat", (str(at / "images/1.png"),), 1),
         sample("<image>Describe the picture.", "a dog \N{DOG}, déjà vu", (str(at / "2.jpg"),), 2),
         sample("2+2?", "4", (), 4),
         sample("3+3?", "6", (), 5),
@@ -71,15 +71,15 @@ def test_both_kinds_of_row_become_exact_samples(tmp_path):
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("last", [True, False])
-def test_line_ends_and_a_missing_last_one(tmp_path, end, last):
+def test_line_endings(tmp_path, end, last):
     text = end.join(json.dumps(qa(i)) for i in range(3)) + (end if last else "")
     (tmp_path / "a.jsonl").write_bytes(text.encode())
     source = open_all(tmp_path / "a.jsonl")
     assert [source[i].turns[1].text for i in range(3)] == ["answer 0", "answer 1", "answer 2"]
 
 
-def test_a_byte_order_mark_costs_no_row(tmp_path):
-    """Windows editors put one in front."""
+def test_a_byte_order_mark_is_ignored(tmp_path):
+    """Windows editors write one."""
     path = write(tmp_path / "a.jsonl", [b"\xef\xbb\xbf" + json.dumps(qa(0)).encode(), qa(1)])
     source = open_all(path)
     assert source.skipped == () and source[0].turns[1].text == "answer 0"
@@ -89,9 +89,9 @@ def test_a_byte_order_mark_costs_no_row(tmp_path):
 
 BAD = [
     ("{", "not JSON"),
-    ("[1, 2]", "must be an object"),
-    ("3", "must be an object"),
-    ("null", "must be an object"),
+    ("[1, 2]", "expected an object"),
+    ("3", "expected an object"),
+    ("null", "expected an object"),
     ({"image": "a.png"}, "'question'"),
     ({"image": "a.png", "question": "q"}, "'answer'"),
     ({"image": "a.png", "question": "", "answer": "a"}, "'question'"),
@@ -99,8 +99,8 @@ BAD = [
     ({"image": "a.png", "question": "q", "answer": 4}, "'answer'"),
     ({"image": "a.png", "question": ["q"], "answer": "a"}, "'question'"),
     ({"image": "a.png", "caption": None}, "'question'"),
-    ({"image": 3, "question": "q", "answer": "a"}, "must be a path"),
-    ({"image": ["a.png", 3], "caption": "c"}, "must be a path"),
+    ({"image": 3, "question": "q", "answer": "a"}, "expected a path"),
+    ({"image": ["a.png", 3], "caption": "c"}, "expected a path"),
     ({"image": "a.png", "images": ["b.png"], "caption": "c"}, "both 'image' and 'images'"),
     ({"caption": "of nothing"}, "'question'"),
     (b'{"question": "\xff\xfe", "answer": "a"}', "not JSON"),
@@ -110,7 +110,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("row, reason", BAD, ids=[str(i) for i in range(len(BAD))])
-def test_a_bad_row_is_left_out_and_named(tmp_path, row, reason):
+def test_a_bad_row_is_skipped_and_named(tmp_path, row, reason):
     path = write(tmp_path / "a.jsonl", [qa(0), qa(1), row, qa(3)])
     source = open_all(path)
     assert len(source) == 3 and source[2].turns[1].text == "answer 3"
@@ -128,11 +128,11 @@ def test_five_bad_rows_or_one_percent_are_tolerated(tmp_path, n_rows, n_allowed)
     named = [message.split(": ")[0] for message in source.skipped]
     assert named == [f"{tmp_path / 'a.jsonl'} row {2 * i + 1}" for i in range(n_allowed)]
     rows[n_rows - 1] = "broken"
-    with pytest.raises(InputError, match=f"{n_allowed + 1} of {n_rows} rows are bad.* row 1: not"):
+    with pytest.raises(InputError, match=f"{n_allowed + 1} of {n_rows} rows are unus.* row 1: not"):
         open_all(write(tmp_path / "a.jsonl", rows))
 
 
-def test_bad_rows_are_named_in_every_split(tmp_path):
+def test_skipped_rows_are_listed_in_every_split(tmp_path):
     path = write(tmp_path / "a.jsonl", [qa(i) for i in range(30)] + ["broken"])
     for split in ("train", "val", "test"):
         [message] = open_all(path, split, val_fraction=0.3).skipped
@@ -142,7 +142,7 @@ def test_bad_rows_are_named_in_every_split(tmp_path):
 # --- Bad files ----------------------------------------------------------------------------------
 
 
-def test_files_that_are_not_there_or_empty(tmp_path):
+def test_missing_and_empty_files(tmp_path):
     with pytest.raises(InputError, match=r"none\.jsonl: no such file"):
         open_all(tmp_path / "none.jsonl")
     (tmp_path / "dir.jsonl").mkdir()
@@ -154,23 +154,23 @@ def test_files_that_are_not_there_or_empty(tmp_path):
             open_all(tmp_path / "empty.jsonl", "train")
 
 
-def test_unknown_names_and_extensions(tmp_path):
+def test_unknown_sources(tmp_path):
     (tmp_path / "a.xlsx").write_text("image,caption\n")
     for name in (str(tmp_path / "a.xlsx"), "wrld", str(tmp_path / "none"), "owner/name"):
-        with pytest.raises(InputError, match=r"data\.source = .*must be `world`, a folder that ex"):
+        with pytest.raises(InputError, match=r"data\.source = .*must be `world`, an existing fol"):
             open_dataset(DataConfig(source=name), "train")
 
 
 @pytest.mark.parametrize("n_rows", [2, 50])
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
-def test_a_wrong_encoding_is_said(tmp_path, encoding, n_rows):
+def test_utf_16_is_an_error(tmp_path, encoding, n_rows):
     text = "\n".join(json.dumps(qa(i)) for i in range(n_rows))
     (tmp_path / "a.jsonl").write_bytes(text.encode(encoding))
-    with pytest.raises(InputError, match=r"a\.jsonl: not UTF-8 \(UTF-16"):
+    with pytest.raises(InputError, match=r"a\.jsonl: not UTF-8 \(perhaps UTF-16"):
         open_all(tmp_path / "a.jsonl", "train")
 
 
-def test_latin_1_rows_are_named_where_they_differ(tmp_path):
+def test_latin_1_rows_are_skipped_and_named(tmp_path):
     rows = [b'{"question": "caf\xe9?", "answer": "a"}', qa(1)]
     source = open_all(write(tmp_path / "a.jsonl", rows))
     assert len(source) == 1 and "row 1: not JSON ('utf-8' codec" in source.skipped[0]
@@ -183,7 +183,7 @@ def answers(source) -> list[str]:
     return [source[i].turns[1].text for i in range(len(source))]
 
 
-def test_train_and_val_share_nothing_and_miss_nothing(tmp_path):
+def test_train_and_val_are_disjoint_and_complete(tmp_path):
     path = write(tmp_path / "a.jsonl", [qa(i) for i in range(600)])
     train, val, test = (open_all(path, s, val_fraction=0.2) for s in ("train", "val", "test"))
     assert not set(answers(train)) & set(answers(val))
@@ -194,7 +194,7 @@ def test_train_and_val_share_nothing_and_miss_nothing(tmp_path):
     assert len(open_all(path, "val", val_fraction=0.0)) == 0
 
 
-def test_no_edit_elsewhere_moves_a_row_across(tmp_path):
+def test_editing_other_rows_keeps_the_split_of_a_row(tmp_path):
     rows = [qa(i) for i in range(200)]
     path = write(tmp_path / "a.jsonl", rows)
     before = answers(open_all(path, "val", val_fraction=0.3))
@@ -209,44 +209,44 @@ def test_no_edit_elsewhere_moves_a_row_across(tmp_path):
     assert answers(open_all(path, "val", val_fraction=0.3)) == before
 
 
-def test_twins_stay_on_one_side(tmp_path):
+def test_equal_rows_are_in_the_same_split(tmp_path):
     path = write(tmp_path / "a.jsonl", [qa(i // 4) for i in range(200)])
     train, val = (set(answers(open_all(path, s, val_fraction=0.3))) for s in ("train", "val"))
     assert not train & val and train and val
 
 
-def test_copies_stay_together_and_are_counted(tmp_path):
-    """Equal in what is said and shown, whatever else the row holds or how it is spelled."""
+def test_duplicates_are_in_the_same_split_and_counted(tmp_path):
+    """Duplicates have equal texts and images; other columns and the spelling may differ."""
     rows = [{**qa(i % 100), "id": i} for i in range(200)]
     path = write(tmp_path / "a.jsonl", rows)
     train, val = (open_all(path, s, val_fraction=0.3) for s in ("train", "val"))
     assert not set(answers(train)) & set(answers(val)) and len(train) + len(val) == 200
-    assert "100 rows are copies of others; copies stay in one split" in train.notes
+    assert "duplicate rows: 100; duplicates are in the same split" in train.notes
     assert train.notes == val.notes
-    (tmp_path / "pictures.json").write_text(json.dumps([dict(reversed(r.items())) for r in rows]))
-    again = open_all(tmp_path / "pictures.json", "val", val_fraction=0.3)
+    (tmp_path / "reordered.json").write_text(json.dumps([dict(reversed(r.items())) for r in rows]))
+    again = open_all(tmp_path / "reordered.json", "val", val_fraction=0.3)
     assert answers(again) == answers(val)
 
 
-def test_pictures_on_both_sides_are_counted(tmp_path):
+def test_images_in_both_splits_are_counted(tmp_path):
     rows = [{**qa(i), "image": f"{i % 50}.png"} for i in range(100)]
     path = write(tmp_path / "a.jsonl", rows)
     train, val = (open_all(path, s, val_fraction=0.3) for s in ("train", "val"))
     shown = {train[i].images for i in range(len(train))}
     n = sum(val[i].images in shown for i in range(len(val)))
     assert 0 < n < len(val)
-    assert f"{n} validation rows have an image that training rows have too" in val.notes
+    assert f"validation rows whose image is also in training rows: {n}" in val.notes
     alone = open_all(write(tmp_path / "b.jsonl", [qa(i) for i in range(100)]), "val")
     assert len(alone.notes) == 1
 
 
-def test_a_split_that_leaves_nothing_to_train_is_refused(tmp_path):
+def test_a_split_without_training_rows_is_an_error(tmp_path):
     path = write(tmp_path / "a.jsonl", [qa(0)])
-    with pytest.raises(InputError, match="all 1 rows are for validation; lower val_fraction"):
+    with pytest.raises(InputError, match="all 1 rows are for validation; lower data"):
         open_all(path, "train", val_fraction=0.999999)
 
 
-def test_what_was_found_is_said_aloud(tmp_path):
+def test_notes_describe_the_rows(tmp_path):
     rows = [qa(0), qa(1), {"image": "a.png", "caption": "c"}, {"question": "q", "answer": "a"}, "{"]
     path = write(tmp_path / "a.jsonl", rows)
     first, second = open_all(path, val_fraction=0.0).notes
@@ -267,66 +267,66 @@ def test_a_file_is_indexed_once_until_it_changes(tmp_path, monkeypatch):
     assert len(open_all(path)) == 8
 
 
-# --- Wrong input --------------------------------------------------------------------------------
+# --- Other errors -------------------------------------------------------------------------------
 
 CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
 
 
-def test_mixed_schemas_are_refused(tmp_path):
+def test_mixed_schemas_are_an_error(tmp_path):
     path = write(tmp_path / "a.jsonl", [qa(0), qa(1), CHAT])
-    says = r"mixed schemas, .*row 1 has image \+ question \+ answer and .*row 3 has messages\["
-    with pytest.raises(InputError, match=says):
+    message = r"mixed schemas: .*row 1 has image \+ question \+ answer and .*row 3 has messages\["
+    with pytest.raises(InputError, match=message):
         open_all(path)
 
 
-def test_images_that_do_not_match_their_placeholders_are_named(tmp_path):
+def test_a_row_with_too_many_placeholders_is_skipped(tmp_path):
     rows = [qa(0)] * 3 + [{**qa(1), "question": "<image> or <image>?"}]
     [message] = open_all(write(tmp_path / "a.jsonl", rows)).skipped
     assert message == f"{tmp_path / 'a.jsonl'} row 4: 2 <image> placeholders for 1 images."
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
-def test_a_missing_column_is_named_with_those_there(tmp_path, suffix):
+def test_a_missing_column_is_named_with_the_existing_ones(tmp_path, suffix):
     lines = {"csv": "image,cap\n" + "a.png,x\n" * 9, "jsonl": '{"image": "a", "cap": "x"}\n' * 9}
     (tmp_path / f"a.{suffix}").write_text(lines[suffix])
-    says = r"9 of 9 rows are bad, the first: .* row \d: needs a text in 'question'.*has image, cap"
-    with pytest.raises(InputError, match=says):
+    message = r"9 of 9 rows are unus.* row \d: no 'question' in the columns .image, cap"
+    with pytest.raises(InputError, match=message):
         open_all(tmp_path / f"a.{suffix}")
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "parquet"])
-def test_an_empty_file_of_any_kind_is_refused(tmp_path, suffix):
+def test_an_empty_file_is_an_error(tmp_path, suffix):
     (tmp_path / f"a.{suffix}").touch()
     with pytest.raises(InputError, match=rf"a\.{suffix}: no rows"):
         open_all(tmp_path / f"a.{suffix}")
 
 
-def test_a_header_alone_is_no_rows(tmp_path):
+def test_a_csv_with_a_header_only_has_no_rows(tmp_path):
     (tmp_path / "a.csv").write_text("image,caption\n")
     with pytest.raises(InputError, match=r"a\.csv: no rows"):
         open_all(tmp_path / "a.csv", "train")
 
 
-def test_web_addresses_are_left_alone_unless_allowed(tmp_path, monkeypatch):
+def test_urls_are_downloaded_only_if_allowed(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", [qa(0), {**qa(1), "image": "https://a.example/1.png"}])
 
     def never(*_, **__):
-        raise AssertionError("the network was asked")
+        raise AssertionError("the network was used")
 
     monkeypatch.setattr("urllib.request.urlopen", never)
     source = open_all(path)
     assert len(source) == 1
-    assert "https://a.example/1.png is a web address; download it" in source.skipped[0]
+    assert "https://a.example/1.png: is a URL; download the image" in source.skipped[0]
     asked = []
 
     def answer(address, timeout):
         asked.append(address)
-        return io.BytesIO(b"bytes of a picture")
+        return io.BytesIO(b"bytes of an image")
 
     monkeypatch.setattr("urllib.request.urlopen", answer)
     source = open_all(path, fetch_images=True)
-    assert asked == [] and len(source) == 2  # opening asks for nothing either
-    assert source[1].images == (b"bytes of a picture",) and asked == ["https://a.example/1.png"]
+    assert asked == [] and len(source) == 2  # opening the source downloads nothing
+    assert source[1].images == (b"bytes of an image",) and asked == ["https://a.example/1.png"]
     monkeypatch.setattr("data.sources.fetch.MAX_DOWNLOAD", 5)
     with pytest.raises(InputError, match=r"row 2: https://a\.example/1\.png: more than"):
         source[1]
@@ -336,7 +336,7 @@ def test_web_addresses_are_left_alone_unless_allowed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("trouble", [TimeoutError("timed out"), 503])
-def test_a_server_that_is_late_is_asked_again(monkeypatch, trouble):
+def test_a_busy_server_is_retried(monkeypatch, trouble):
     import urllib.error
     import urllib.request
 
@@ -350,25 +350,25 @@ def test_a_server_that_is_late_is_asked_again(monkeypatch, trouble):
         left[0] -= 1
         if left[0] >= 0:
             raise busy
-        return io.BytesIO(b"a picture")
+        return io.BytesIO(b"an image")
 
     monkeypatch.setattr(urllib.request, "urlopen", answer)
     monkeypatch.setattr(fetch.time, "sleep", waits.append)
-    assert download("http://x/a.png") == b"a picture" and waits == [1, 4]
+    assert download("http://x/a.png") == b"an image" and waits == [1, 4]
     left[0] = 9
     with pytest.raises(InputError, match=r"x/a\.png: cannot be fetched"):
         download("http://x/a.png")
     assert waits == [1, 4, 1, 4] and left[0] == 6
 
 
-@pytest.mark.parametrize("spelled", ["data:image/png;base64,!!!", "data:nothing"])
-def test_broken_base64_is_refused_when_it_is_opened(tmp_path, spelled, tiny_processor):
-    source = open_all(write(tmp_path / "a.jsonl", [{**qa(0), "image": spelled}]))
+@pytest.mark.parametrize("image", ["data:image/png;base64,!!!", "data:nothing"])
+def test_broken_base64_is_an_error_on_access(tmp_path, image, tiny_processor):
+    source = open_all(write(tmp_path / "a.jsonl", [{**qa(0), "image": image}]))
     with pytest.raises(InputError, match="row 1"):
         tiny_processor.encode(source[0], 200, 9)
 
 
-def test_a_path_is_not_taken_for_base64(tmp_path):
+def test_paths_are_not_mistaken_for_base64(tmp_path):
     long = "Qk" + "a" * 90
     for path in (long + ".png", "a/" + "b" * 100, "/9j/" + "x" * 20):
         source = open_all(write(tmp_path / "a.jsonl", [{**qa(0), "image": path}]))
@@ -378,8 +378,8 @@ def test_a_path_is_not_taken_for_base64(tmp_path):
 # --- Row numbers --------------------------------------------------------------------------------
 
 
-def test_every_dataset_numbers_the_rows_of_its_file(tmp_path):
-    """From 1, over all splits, as messages do; a mixture as its members."""
+def test_row_numbers_are_those_of_the_file(tmp_path):
+    """From 1 and over all splits, as in messages; in a mixture, those of its members."""
     rows = ["broken"] + [qa(i) for i in range(40)]
     path = write(tmp_path / "a.jsonl", rows)
     val = open_all(path, "val", val_fraction=0.3)

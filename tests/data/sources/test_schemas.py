@@ -1,4 +1,4 @@
-"""Published row formats give the conversation, ids and loss mask derived by hand."""
+"""Published row formats give the conversation, ids and loss mask written by hand."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ from data.types import Turn
 TILE = "<fake_token_around_image><global-img>" + 9 * "<image>" + "<fake_token_around_image>"
 
 
-def picture(red: int) -> bytes:
+def png(red: int) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (40, 30), (red, 0, 0)).save(file, "png")
     return file.getvalue()
 
 
 def base64_of(red: int) -> str:
-    return base64.b64encode(picture(red)).decode()
+    return base64.b64encode(png(red)).decode()
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Two images told apart by their red."""
-    (tmp_path / "pictures").mkdir()
+    """A folder with two images, which differ in their red value."""
+    (tmp_path / "images").mkdir()
     for red in (50, 200):
-        (tmp_path / "pictures" / f"{red}.png").write_bytes(picture(red))
+        (tmp_path / "images" / f"{red}.png").write_bytes(png(red))
     return tmp_path
 
 
@@ -53,8 +53,8 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
-def derived(tokenizer, marked: str) -> tuple[list[int], list[bool]]:
-    """Ids and mask of a rendered conversation whose answers stand in [[ ]], by character places."""
+def expected_ids_and_mask(tokenizer, marked: str) -> tuple[list[int], list[bool]]:
+    """Ids and mask of a rendered conversation, from the character offsets of the [[ ]]."""
     plain, spans = "", []
     for part in re.split(r"(\[\[.*?\]\])", marked, flags=re.S):
         if part.startswith("[["):
@@ -69,13 +69,13 @@ def reds(sample) -> list[int]:
     return [open_image(image).getpixel((0, 0))[0] for image in sample.images]
 
 
-# Each file is written as the format's own documentation shows it. Expected: the conversation as
-# the model reads it, TILE for a picture, [[ ]] around what it must say; the reds of its pictures.
+# Each file follows the documentation of its format. Expected: the rendered conversation, with TILE
+# for an image and supervised text in [[ ]], and the red values of its images.
 
 LLAVA = [
     {
         "id": "997bb945-628d-4724-b370-b84de974a19f",
-        "image": "pictures/50.png",
+        "image": "images/50.png",
         "conversations": [
             {"from": "human", "value": "<image>\nWhat is this?"},
             {"from": "gpt", "value": "A dark red sheet."},
@@ -85,7 +85,7 @@ LLAVA = [
     },
     {
         "id": "2",
-        "image": ["pictures/200.png", "pictures/50.png"],
+        "image": ["images/200.png", "images/50.png"],
         "conversations": [
             {"from": "system", "value": "Be brief."},
             {"from": "human", "value": "Here <image> or\n<image>\nthere?\n"},
@@ -113,8 +113,8 @@ LLAVA_WANTED = [
 CAULDRON = [
     {
         "images": [
-            {"bytes": picture(200), "path": None},
-            {"bytes": None, "path": "pictures/50.png"},
+            {"bytes": png(200), "path": None},
+            {"bytes": None, "path": "images/50.png"},
         ],
         "texts": [
             {"user": "Which is darker?\nBriefly.", "assistant": "The second.", "source": "x"},
@@ -148,18 +148,18 @@ OPENAI = [
             {"role": "assistant", "content": "Dark red."},
         ]
     },
-    {"messages": [{"role": "user", "content": "No picture?"},
+    {"messages": [{"role": "user", "content": "No image?"},
                   {"role": "assistant", "content": [{"type": "text", "text": "None."}]}]},
 ]  # fmt: skip
 OPENAI_WANTED = [
     (f"System: You identify colors.<end_of_utterance>\nUser: What is in {TILE}?"
      "<end_of_utterance>\nAssistant:[[ Dark red.<end_of_utterance>]]\n", [50]),
-    ("User: No picture?<end_of_utterance>\nAssistant:[[ None.<end_of_utterance>]]\n", []),
+    ("User: No image?<end_of_utterance>\nAssistant:[[ None.<end_of_utterance>]]\n", []),
 ]  # fmt: skip
 
 TRL = [
     {
-        "images": ["pictures/50.png", "pictures/200.png"],
+        "images": ["images/50.png", "images/200.png"],
         "messages": [
             {"role": "user", "content": [{"type": "image", "text": None},
                                          {"type": "text", "text": "First?"}]},
@@ -169,7 +169,7 @@ TRL = [
             {"role": "assistant", "content": [{"type": "text", "text": "light"}]},
         ],
     },
-    {"images": ["pictures/200.png"], "messages": [{"role": "user", "content": "unplaced"},
+    {"images": ["images/200.png"], "messages": [{"role": "user", "content": "unplaced"},
                                                   {"role": "assistant", "content": "in front"}]},
 ]  # fmt: skip
 TRL_WANTED = [
@@ -180,15 +180,15 @@ TRL_WANTED = [
 
 CHOICES = "\nA. red\nB. blue\nC. 1\nAnswer with the letter."
 COLUMNS = [
-    {"image": "pictures/50.png", "question": "Which color?", "answer": "red"},
-    {"image": "pictures/50.png", "caption": "a red sheet"},
+    {"image": "images/50.png", "question": "Which color?", "answer": "red"},
+    {"image": "images/50.png", "caption": "a red sheet"},
     {"image": base64_of(200), "question": "Which?", "choices": ["red", "blue", "1"], "answer": "1"},
     {"question": "Which?", "choices": ["red", "blue", "1"], "answer": 2},
     {"question": "Which?", "choices": '["red", "blue", "1"]', "answer": "A"},
-    {"file_name": "pictures/200.png", "text": "bright"},
-    {"images": ["pictures/50.png", "pictures/200.png"], "question": "<image>, then <image>?",
+    {"file_name": "images/200.png", "text": "bright"},
+    {"images": ["images/50.png", "images/200.png"], "question": "<image>, then <image>?",
      "answer": "dark, light"},
-    {"image": "pictures/50.png", "label": "sheet"},
+    {"image": "images/50.png", "label": "sheet"},
 ]  # fmt: skip
 COLUMNS_WANTED = [
     (f"User:{TILE}Which color?<end_of_utterance>\nAssistant:[[ red<end_of_utterance>]]\n", [50]),
@@ -218,7 +218,7 @@ def write_parquet(path: Path, rows: list[dict]) -> None:
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
-    """Lists as JSON in a cell, as people do who have only a table."""
+    """Lists are stored as JSON in a cell."""
     names = sorted({name for row in rows for name in row})
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, names)
@@ -240,7 +240,7 @@ FILES = [
 
 
 @pytest.mark.parametrize("name, rows, wanted, suffix", FILES, ids=[f"{f[0]}-{f[3]}" for f in FILES])
-def test_a_file_gives_the_conversation_ids_and_mask_derived_by_hand(
+def test_a_file_gives_the_expected_conversation_ids_and_mask(
     tiny_processor, folder, name, rows, wanted, suffix
 ):
     path = folder / f"{name}.{suffix}"
@@ -251,27 +251,27 @@ def test_a_file_gives_the_conversation_ids_and_mask_derived_by_hand(
         sample = source[i]
         assert reds(sample) == colors, i
         tokens = tiny_processor.encode(sample, 1000, 9)
-        ids, mask = derived(tiny_processor.tokenizer, START + marked)
+        ids, mask = expected_ids_and_mask(tiny_processor.tokenizer, START + marked)
         assert tokens.ids.tolist() == ids, i
         assert tokens.supervised.tolist() == mask, i
         assert len(tokens.tiles) == len(colors)
 
 
-def test_an_integer_is_the_number_of_a_choice_whatever_choices_say():
-    """ScienceQA counts so; a text is first of all what a choice says."""
+def test_an_integer_answer_is_always_the_index_of_a_choice():
+    """As in ScienceQA; a text is first compared with the choices."""
     row = {"question": "How many?", "choices": ["1", "2", "3", "4"]}
     for answer, letter in ((2, "C"), (0, "A"), ("2", "B"), ("0", "A"), ("D", "D")):
         assert parse_conversation(row | {"answer": answer}).turns[-1].text == letter, answer
 
 
-def test_columns_in_a_csv_are_the_same_conversation(tiny_processor, folder):
-    """All of COLUMNS but the number, which a CSV cannot tell from a text."""
+def test_csv_columns_give_the_same_conversation(tiny_processor, folder):
+    """All of COLUMNS except the number: in a CSV it is text."""
     rows = COLUMNS[:3] + COLUMNS[4:]
     write_csv(folder / "a.csv", rows)
     source = open_dataset(DataConfig(source=str(folder / "a.csv")), "test")
     for i, (marked, colors) in enumerate(COLUMNS_WANTED[:3] + COLUMNS_WANTED[4:]):
         tokens = tiny_processor.encode(source[i], 1000, 9)
-        ids, mask = derived(tiny_processor.tokenizer, START + marked)
+        ids, mask = expected_ids_and_mask(tiny_processor.tokenizer, START + marked)
         assert (tokens.ids.tolist(), tokens.supervised.tolist()) == (ids, mask), i
         assert reds(source[i]) == colors
 
@@ -283,7 +283,7 @@ def test_pil_images_and_rows_made_in_python(folder):
     from data.sources.streaming import ListRows
 
     rows = [{"image": Image.new("RGB", (9, 9), (50, 0, 0)), "caption": "dark"},
-            {"image": picture(200), "caption": "light"}]  # fmt: skip
+            {"image": png(200), "caption": "light"}]  # fmt: skip
     source = select_split(
         index_rows(ListRows(rows), "mine", DataConfig()), "mine", "test", DataConfig()
     )
@@ -291,45 +291,49 @@ def test_pil_images_and_rows_made_in_python(folder):
     assert source[1].row == "row 2" and np.array_equal(source.indices, [0, 1])
 
 
-# --- Refusals -----------------------------------------------------------------------------------
+# --- Error messages -----------------------------------------------------------------------------
 
 USER, GPT = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
 BAD = [
-    ({"texts": []}, "'texts' must be a list of objects"),
-    ({"texts": [{"user": "q"}]}, "texts 1: 'assistant' must be a text"),
+    ({"texts": []}, "'texts': expected a list of objects"),
+    ({"texts": [{"user": "q"}]}, "texts 1: 'assistant' is missing; expected text"),
     ({"texts": [{"user": "q", "assistant": " "}]}, "texts 1: 'assistant' is empty"),
-    ({"conversations": "hello"}, "'conversations' must be a list of objects"),
+    ({"conversations": "hello"}, "'conversations': expected a list of objects"),
     ({"conversations": "[1"}, "'conversations' is not JSON"),
-    ({"conversations": [{"from": "bing", "value": "x"}]}, "'from' is 'bing', must be one of"),
-    ({"conversations": [USER]}, "the last turn must be"),
+    ({"conversations": [{"from": "bing", "value": "x"}]}, "'from' is 'bing'; expected one of"),
+    ({"conversations": [USER]}, "expected a last turn of the assistant"),
     ({"conversations": [USER, GPT, {"from": "human", "value": "<image>"}], "image": "a.png"},
-     "the last turn must be"),
-    ({"conversations": [USER, {"from": "gpt"}]}, "conversations 2: 'value' must be a text"),
+     "expected a last turn of the assistant"),
+    ({"conversations": [USER, {"from": "gpt"}]}, "conversations 2: 'value' is missing"),
     ({"conversations": [{"from": "human", "value": "<image><image>"}, GPT], "image": "a.png"},
      "2 <image> placeholders for 1 images"),
     ({"conversations": [{"from": "human", "value": "<image>"}, GPT]},
      "1 <image> placeholders for 0 images"),
-    ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "must be a text, or parts"),
-    ({"messages": [{"role": "user", "content": None}]}, "messages 1: 'content' must be a text"),
+    ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "expected text, or a list"),
+    ({"messages": [{"role": "user", "content": None}]}, "messages 1: 'content': expected text"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "'role' is 'tool'"),
     ({"messages": [{"role": "user", "content": [{"type": "image"}]},
                    {"role": "assistant", "content": "x"}], "images": ["a", "b"]},
      "1 <image> placeholders for 2 images"),
     ({"question": "q", "choices": ["a"], "answer": "a"}, "list of 2 to 26 texts"),
-    ({"question": "q", "choices": ["a", "b"], "answer": "c"}, "none of the choices"),
-    ({"question": "q", "choices": ["a", "b"], "answer": 2}, "none of the choices"),
-    ({"question": "q", "choices": ["a", "b"], "answer": True}, "none of the choices"),
-    ({"question": "q", "choices": ["a", "b"]}, "none of the choices"),
-    ({"image": {"bytes": None, "path": None}, "caption": "c"}, "an image is dict"),
-    ({"image": "", "caption": "c"}, "an image is str"),
-    ({"img": "a.png", "cap": "c"}, "needs a text in 'question'.*row has img, cap"),
-    ({}, "row has nothing"),
+    ({"question": "q", "choices": ["a", "b"], "answer": "c"}, "expected a choice, its letter or"),
+    ({"question": "q", "choices": ["a", "b"], "answer": 2}, "expected a choice, its letter or"),
+    ({"question": "q", "choices": ["a", "b"], "answer": True}, "expected a choice, its letter or"),
+    ({"question": "q", "choices": ["a", "b"]}, "expected a choice, its letter or"),
+    ({"image": {"bytes": None, "path": None}, "caption": "c"}, "an image is empty; expected"),
+    ({"image": "", "caption": "c"}, "an image is empty; expected"),
+    ({"img": "a.png", "cap": "c"}, "no 'question' in the columns .img, cap.; expected"),
+    ({"question": "q", "answer": ["a"]}, "^'answer' is a list; expected text.$"),
+    ({"question": "q", "answer": 3}, "'answer' is a number; expected text"),
+    ({"image": "a.png", "label": 3}, "'label' is a number; expected text"),
+    ({"question": " ", "answer": "a"}, "'question' is empty; expected text"),
+    ({}, "no 'question' in the columns .none."),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("row, says", BAD, ids=[str(i) for i in range(len(BAD))])
-def test_a_row_that_says_too_little_is_refused_in_one_sentence(row, says):
-    with pytest.raises(InputError, match=says) as caught:
+@pytest.mark.parametrize("row, message", BAD, ids=[str(i) for i in range(len(BAD))])
+def test_an_unusable_row_has_a_one_line_message(row, message):
+    with pytest.raises(InputError, match=message) as caught:
         parse_conversation(row)
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
 
@@ -343,20 +347,20 @@ user_turns = st.lists(st.one_of(words, st.just("<image>")), min_size=1, max_size
 talks = st.lists(st.tuples(user_turns, words), min_size=1, max_size=4)
 
 
-def as_parts(said: str) -> list[dict]:
+def as_parts(text: str) -> list[dict]:
     return [{"type": "image"} if part == "<image>" else {"type": "text", "text": part}
-            for part in re.split("(<image>)", said) if part]  # fmt: skip
+            for part in re.split("(<image>)", text) if part]  # fmt: skip
 
 
 def forms(talk: list[tuple[str, str]], system: str, images: list[str]) -> list[dict]:
-    """The same conversation as every schema writes it."""
-    said = [turn for q, a in talk for turn in (("user", q), ("assistant", a))]
-    said = [("system", system), *said]
+    """The same conversation in every schema."""
+    turns = [turn for q, a in talk for turn in (("user", q), ("assistant", a))]
+    turns = [("system", system), *turns]
     names = {"system": "system", "user": "human", "assistant": "gpt"}
     return [
-        {"image": images, "conversations": [{"from": names[r], "value": t} for r, t in said]},
-        {"images": images, "messages": [{"role": r, "content": t} for r, t in said]},
-        {"images": images, "messages": [{"role": r, "content": as_parts(t)} for r, t in said]},
+        {"image": images, "conversations": [{"from": names[r], "value": t} for r, t in turns]},
+        {"images": images, "messages": [{"role": r, "content": t} for r, t in turns]},
+        {"images": images, "messages": [{"role": r, "content": as_parts(t)} for r, t in turns]},
         {"images": images, "texts": [{"user": q, "assistant": a} for q, a in talk]},
     ]
 
@@ -364,7 +368,7 @@ def forms(talk: list[tuple[str, str]], system: str, images: list[str]) -> list[d
 @given(talk=talks, system=words)
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
 def test_any_conversation_is_the_same_in_every_schema(talk, system):
-    """Through JSON, as a file holds it. LLaVA's own newline beside a placeholder is dropped."""
+    """Rows pass through JSON, as in a file. LLaVA's newline next to a placeholder is dropped."""
     images = [f"{i}.png" for i in range(sum(q.count("<image>") for q, _ in talk))]
     wanted = [Turn(r, t) for q, a in talk for r, t in (("user", q), ("assistant", a))]
     for i, row in enumerate(forms(talk, system, images)):

@@ -1,4 +1,4 @@
-"""Streams and mixtures: each row once an epoch for any workers, resumable, no split leakage."""
+"""Streams and mixtures: each row once per epoch for any workers, resumable, no split leakage."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from data.processor import Processor
 from data.sources.open import open_dataset
 from data.sources.streaming import StreamDataset, is_transient
 
-N = 43  # rows: no multiple of the block, of a chunk, or of any number of parts
+N = 43  # rows; not a multiple of the block, of a chunk or of the number of parts
 STREAM = DataConfig(stream=True, stream_block=10, batch_size=2, max_length=128, packing=False,
                     val_fraction=0.2)  # fmt: skip
 
@@ -45,8 +45,8 @@ def shards(file, tmp_path_factory):
     return folder
 
 
-def sides(file) -> tuple[set[int], set[int]]:
-    """Rows for training and for validation, as a map-style source tells them."""
+def split_numbers(file) -> tuple[set[int], set[int]]:
+    """Rows for training and for validation in a dataset that is not streamed."""
     found = []
     for split in ("train", "val"):
         source = open_dataset(DataConfig(source=str(file), val_fraction=0.2), split)
@@ -55,7 +55,7 @@ def sides(file) -> tuple[set[int], set[int]]:
 
 
 def an_epoch(loader, numbers) -> list[int]:
-    """The samples of the first epoch, in order; the loader's own number of them is not asked."""
+    """The samples of the first epoch in order, found without the position of the loader."""
     found = []
     for batch in loader:
         found += numbers([batch])
@@ -64,8 +64,8 @@ def an_epoch(loader, numbers) -> list[int]:
     raise AssertionError
 
 
-def test_a_stream_is_told_by_how_it_begins(file, tmp_path):
-    """So that a run does not go on with other rows under the same name."""
+def test_the_fingerprint_of_a_stream_depends_on_its_first_rows(file, tmp_path):
+    """A run must not resume with other rows under the same name."""
     lines = file.read_text().splitlines()
     prints = []
     for name, rows in (("a", lines), ("b", lines), ("c", [*lines[1:], lines[0]]), ("d", lines[1:])):
@@ -80,8 +80,8 @@ def test_a_stream_is_told_by_how_it_begins(file, tmp_path):
 # --- Every row once -----------------------------------------------------------------------------
 
 
-def parts_see(source: StreamDataset, of: int) -> list[int]:
-    """What all parts read in an epoch, training rows alone."""
+def rows_of_parts(source: StreamDataset, of: int) -> list[int]:
+    """The training rows that all parts read in an epoch."""
     seen = []
     for number in range(of):
         part, state, block = source.part(number, of), None, 0
@@ -98,15 +98,15 @@ def parts_see(source: StreamDataset, of: int) -> list[int]:
 
 @pytest.mark.parametrize("of", [1, 3, 4, 12])
 def test_every_row_is_in_one_part(file, shards, of):
-    """1 to 4 ranks x 0 to 3 workers read 1 to 12 parts; more than files, rows are dealt."""
-    train, val = sides(file)
+    """1 to 4 ranks x 0 to 3 workers read 1 to 12 parts, also with more parts than files."""
+    train, val = split_numbers(file)
     assert train | val == set(range(N)) and not train & val and len(val) > 3
     for path in (file, shards):
         source = open_dataset(replace(STREAM, source=str(path)), "train")
-        assert sorted(parts_see(source, of)) == sorted(train), path
+        assert sorted(rows_of_parts(source, of)) == sorted(train), path
 
 
-# Two of each kind are short tests: starting workers takes time.
+# Only two cases of each kind are fast tests: starting workers takes time.
 GRID = [
     pytest.param(stream, world, workers, marks=() if short else pytest.mark.slow)
     for stream in (True, False) for world in (1, 2, 3, 4) for workers in (0, 1, 2, 3)
@@ -116,8 +116,8 @@ GRID = [
 
 @pytest.mark.parametrize(("stream", "world", "workers"), GRID)
 def test_every_row_once_by_ranks_and_workers(tiny_processor, file, stream, world, workers, numbers):
-    """Of the first epoch and no other: parts of a stream begin the next at different moments."""
-    train, val = sides(file)
+    """Counts only the first epoch: parts of a stream start the second at different times."""
+    train, val = split_numbers(file)
     cfg = replace(STREAM, source=str(file), stream=stream, workers=workers, batch_size=1)
     source, seen = open_dataset(cfg, "train"), []
     for rank in range(world):
@@ -126,8 +126,8 @@ def test_every_row_once_by_ranks_and_workers(tiny_processor, file, stream, world
             samples = loader._samples()
             while loader.position_dict()["epoch"] == 0:
                 (_, epoch, _, _), tokens = next(samples)
-                said = tiny_processor.decode(tokens.ids[tokens.supervised].tolist())
-                seen += [int(re.search(r"number (\d+)", said)[1])] if epoch == 0 else []
+                text = tiny_processor.decode(tokens.ids[tokens.supervised].tolist())
+                seen += [int(re.search(r"number (\d+)", text)[1])] if epoch == 0 else []
         else:
             seen += numbers(islice(iter(loader), -(-len(train) // world)))[
                 : (len(train) - rank + world - 1) // world
@@ -136,7 +136,7 @@ def test_every_row_once_by_ranks_and_workers(tiny_processor, file, stream, world
 
 
 def test_ranks_with_workers_share_a_stream(tiny_processor, file, numbers):
-    train, _ = sides(file)
+    train, _ = split_numbers(file)
     cfg = replace(STREAM, source=str(file), workers=2, batch_size=1)
     source, seen = open_dataset(cfg, "train"), []
     for rank in (0, 1):
@@ -146,20 +146,20 @@ def test_ranks_with_workers_share_a_stream(tiny_processor, file, numbers):
     assert sorted(seen) == sorted(train)
 
 
-def test_epochs_differ_and_seeds_do(tiny_processor, file, numbers):
+def test_epochs_and_seeds_have_different_orders(tiny_processor, file, numbers):
     def first(n: int, **changes) -> list[int]:
         cfg = replace(STREAM, source=str(file), batch_size=1, **changes)
         loader = open_loader(open_dataset(cfg, "train"), tiny_processor, cfg)
         return numbers(islice(iter(loader), n))
 
-    n = len(sides(file)[0])
+    n = len(split_numbers(file)[0])
     two = first(2 * n)
     assert sorted(two[:n]) == sorted(two[n:]) and two[:n] != two[n:]
     assert first(n) == two[:n] != first(n, seed=1)
 
 
-def test_validation_rows_of_a_stream_are_those_of_the_hash(file):
-    _, val = sides(file)
+def test_validation_rows_of_a_stream_are_selected_by_the_hash(file):
+    _, val = split_numbers(file)
     source = open_dataset(replace(STREAM, source=str(file)), "val")
     assert {int(source[i].turns[-1].text.split()[-1]) for i in range(len(source))} == val
 
@@ -169,7 +169,7 @@ def test_validation_rows_of_a_stream_are_those_of_the_hash(file):
 
 @pytest.mark.parametrize("packing", [False, True], ids=["plain", "packed"])
 @pytest.mark.parametrize("mixture", [False, True], ids=["stream", "mixture"])
-def test_a_stream_resumes_with_the_very_next_batch(tiny_processor, file, shards, packing, mixture):
+def test_a_stream_resumes_with_the_next_batch(tiny_processor, file, shards, packing, mixture):
     name = f"{file}=0.7 {shards}=0.3" if mixture else str(file)
     cfg = replace(STREAM, source=name, packing=packing, max_length=128, workers=0)
     whole = list(islice(iter(open_loader(open_dataset(cfg, "train"), tiny_processor, cfg)), 30))
@@ -196,7 +196,7 @@ def test_a_stream_with_workers_resumes_too(tiny_processor, file):
 # --- Mixtures -----------------------------------------------------------------------------------
 
 
-def test_a_mixture_keeps_its_shares_and_every_row(tiny_processor, tmp_path, numbers):
+def test_a_mixture_has_its_shares_and_every_row(tiny_processor, tmp_path, numbers):
     for name, n in (("a", 14), ("b", 9)):
         rows = [{"question": "q", "answer": f"{name} {100 * (name == 'b') + i}"} for i in range(n)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -205,7 +205,7 @@ def test_a_mixture_keeps_its_shares_and_every_row(tiny_processor, tmp_path, numb
     assert run.data.source == words
     cfg = replace(run.data, packing=False, batch_size=1, max_length=64)
     source = open_dataset(cfg, "train")
-    assert len(source) == 23 and "a mixture" in source.notes[0]
+    assert len(source) == 23 and "mixture" in source.notes[0]
     loader = open_loader(source, tiny_processor, cfg)
     seen = numbers(islice(iter(loader), 60))
     for n in (10, 20, 30, 60):
@@ -213,20 +213,20 @@ def test_a_mixture_keeps_its_shares_and_every_row(tiny_processor, tmp_path, numb
     of_a, of_b = [i for i in seen if i < 100], [i for i in seen if i >= 100]
     for its, n in ((of_a, 14), (of_b, 9)):
         for start in range(0, len(its) - n + 1, n):
-            assert len(set(its[start : start + n])) == n, "every row once before any comes again"
+            assert len(set(its[start : start + n])) == n, "every row once before any is repeated"
     assert loader.state_dict()["counts"] == [42, 18]
 
 
 @pytest.mark.parametrize("words", ["a.jsonl=0.5 a.jsonl=0.5", "a.jsonl=0 b.jsonl=1", "a=1.2.3"])
-def test_shares_that_make_no_sense(words):
+def test_invalid_shares_are_errors(words):
     with pytest.raises(InputError, match=r"data\.source"):
         open_dataset(DataConfig(source=words), "train")
 
 
-# --- Trouble ------------------------------------------------------------------------------------
+# --- Errors -------------------------------------------------------------------------------------
 
 
-def test_time_outs_are_waited_for_and_cost_no_row(file, monkeypatch):
+def test_timeouts_are_retried_and_lose_no_row(file, monkeypatch):
     waits, opened, really = [], [], data.sources.streaming.load_stream
     monkeypatch.setattr(data.sources.streaming.time, "sleep", waits.append)
 
@@ -243,13 +243,13 @@ def test_time_outs_are_waited_for_and_cost_no_row(file, monkeypatch):
         return really(*args, **options).map(cut)
 
     cfg = replace(STREAM, source=str(file), seed=5)
-    source = open_dataset(cfg, "train")  # its head, before the trouble
+    source = open_dataset(cfg, "train")  # reads the first rows, before the errors
     monkeypatch.setattr(data.sources.streaming, "load_stream", flaky)
-    assert sorted(parts_see(source, 1)) == sorted(sides(file)[0])
+    assert sorted(rows_of_parts(source, 1)) == sorted(split_numbers(file)[0])
     assert waits == [1, 1, 2] and len(opened) == 4
 
 
-def test_the_hubs_own_time_outs_may_pass():
+def test_timeouts_of_httpx_are_transient():
     httpx = pytest.importorskip("httpx2")
     assert is_transient(httpx.ReadTimeout("late")) and is_transient(httpx.ConnectError("lost"))
     assert is_transient(TimeoutError()) and is_transient(ConnectionResetError())
@@ -261,7 +261,7 @@ def test_the_hubs_own_time_outs_may_pass():
     assert is_transient(wrapped) and not is_transient(InputError("bad"))
 
 
-def test_a_hub_that_stays_away_ends_in_one_sentence(file, monkeypatch):
+def test_repeated_timeouts_end_in_one_message(file, monkeypatch):
     source = open_dataset(replace(STREAM, source=str(file)), "train")
     waits = []
     monkeypatch.setattr(data.sources.streaming.time, "sleep", waits.append)
@@ -270,13 +270,13 @@ def test_a_hub_that_stays_away_ends_in_one_sentence(file, monkeypatch):
         raise TimeoutError("read timed out")
 
     monkeypatch.setattr(data.sources.streaming, "load_stream", gone)
-    with pytest.raises(InputError, match=r"read timed out.*tried 6 times.*--train\.resume auto"):
+    with pytest.raises(InputError, match=r"read timed out.*attempts: 6.*--train\.resume auto"):
         source.part(0, 1).read_block(None)
     assert waits == [1, 2, 4, 8, 16]
 
 
-def test_pictures_stand_beside_their_file_and_csv_is_text(tmp_path, monkeypatch):
-    """Not beside whoever reads it; and a column of numbers holds answers like any other."""
+def test_image_paths_are_relative_to_the_file_and_csv_cells_are_text(tmp_path, monkeypatch):
+    """Not to the working directory; and numbers in a column are answers like any text."""
     (tmp_path / "rows").mkdir()
     lines = [f"w.png,how many of {i}?,{i}" for i in range(1, 40)]
     text = "\ufeffimage,question,answer\n" + "\n".join([*lines, "w.png,what?,None"])
@@ -294,8 +294,8 @@ def test_pictures_stand_beside_their_file_and_csv_is_text(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_mistake_of_this_code_names_the_row(tiny_processor, file, monkeypatch, stream, workers):
-    """It ends the run, from a worker too, and says where it happened."""
+def test_an_unexpected_exception_names_the_row(tiny_processor, file, monkeypatch, stream, workers):
+    """It ends the run, even if raised in a worker."""
     really = Processor.encode
 
     def encode(self, sample, *budget):
@@ -305,13 +305,13 @@ def test_a_mistake_of_this_code_names_the_row(tiny_processor, file, monkeypatch,
 
     monkeypatch.setattr(Processor, "encode", encode)
     cfg = replace(STREAM, source=str(file), stream=stream, workers=workers, val_fraction=0.0)
-    says = "row 10 of part 1 of 1" if stream else f"row 10 of {file}"
-    with pytest.raises(RuntimeError, match=f"{says}.*KeyError.*lost"):
+    where = "row 10 of part 1 of 1" if stream else f"row 10 of {file}"
+    with pytest.raises(RuntimeError, match=f"{where}.*KeyError.*lost"):
         list(islice(iter(open_loader(open_dataset(cfg, "train"), tiny_processor, cfg)), 40))
 
 
-def test_a_stream_says_what_the_same_file_says_at_any_place(tmp_path):
-    """Values of several types, empty cells, semicolons, names of classes."""
+def test_a_stream_has_the_same_rows_as_the_file(tmp_path):
+    """Including mixed types, empty cells, semicolons and class names."""
     rows = [{"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]},
                           {"role": "assistant", "content": "a cat"}]},
             {"messages": [{"role": "user", "content": "q"},
@@ -332,17 +332,17 @@ def test_a_stream_says_what_the_same_file_says_at_any_place(tmp_path):
             assert streamed.make_sample(row, "here") == replace(whole[i], row="here"), name
 
 
-def test_a_csv_file_that_breaks_off_does_not_say_later(tmp_path):
+def test_a_broken_csv_file_is_not_retried(tmp_path):
     (tmp_path / "a.csv").write_text("question,answer\nq,a\nq,a,b\nq,a\n")
-    with pytest.raises(InputError, match=r"a\.csv: cannot be read \(.*\), tried 1 times\."):
+    with pytest.raises(InputError, match=r"a\.csv: cannot be read \(.*\), attempts: 1\."):
         open_dataset(replace(STREAM, source=str(tmp_path / "a.csv")), "train")
 
 
-def test_what_is_no_stream_is_named(tmp_path):
+def test_sources_that_cannot_be_streamed(tmp_path):
     (tmp_path / "list.json").write_text("[{}]")
     with pytest.raises(InputError, match=r"list\.json.*save it as \.jsonl"):
         open_dataset(replace(STREAM, source=str(tmp_path / "list.json")), "train")
-    with pytest.raises(InputError, match="leave the flag out"):
+    with pytest.raises(InputError, match=r"leave out --data\.stream"):
         open_dataset(replace(STREAM, source="world"), "train")
     with pytest.raises(InputError, match=r"leave out --data\.stream"):
         open_dataset(replace(STREAM, source=str(tmp_path)), "train")

@@ -1,4 +1,4 @@
-"""The built-in world: reproducible scenes, correct answers, held-out content only in the test."""
+"""The built-in dataset: reproducible scenes, correct answers, held-out content only in `test`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DESCRIBED = {"Describe the picture.", "List the things."}
 
 @pytest.fixture(scope="module")
 def scored():
-    """(scene, question) of a whole test; the scene is found through the row, as a reader would."""
+    """(scene, question) of a whole test; the scene is looked up by the row of the sample."""
     pairs = [
         (int(sample.row.split()[-1]), question)
         for sample, question in questions.questions(0, "test", PER_SKILL)
@@ -52,7 +52,7 @@ def singular(plural: str) -> str:
 
 
 def solve(scene: scenes.Scene, text: str) -> list[str]:
-    """Every answer that fits, from the things alone: one answer means an unambiguous question."""
+    """All answers that fit the things; a single answer means that the question is unambiguous."""
     things = [(t.cell // 3, t.cell % 3, t.color, t.shape, t.size) for t in scene.things]
 
     def find(words: str) -> list[tuple]:
@@ -114,14 +114,14 @@ def solve(scene: scenes.Scene, text: str) -> list[str]:
 
 
 def in_reading_order(listed: str) -> str:
-    """What a caption would say of the things a list names."""
+    """The caption for a list of things: the same parts in reading order."""
     parts = re.split(", | and ", listed)
     *rest, last = sorted(parts, key=lambda part: scenes.POSITIONS.index(part.split(" at the ")[1]))
     return ", ".join(rest) + " and " + last
 
 
 def held_kinds(scene: scenes.Scene) -> set[str]:
-    """Which themes of held-out content the scene shows."""
+    """The kinds of held-out content in the scene."""
     shapes = [t.shape for t in scene.things]
     return (
         {"pair" for t in scene.things if (t.color, t.shape) in scenes.HELD_PAIRS}
@@ -131,11 +131,11 @@ def held_kinds(scene: scenes.Scene) -> set[str]:
 
 
 def concerns_held(scene: scenes.Scene, question: questions.Question) -> bool:
-    """Whether what is asked about is held out, from the words alone."""
-    shapes, said = [t.shape for t in scene.things], f"{question.text} {question.answer}"
+    """Whether the question is about held-out content, judged from its words."""
+    shapes, text = [t.shape for t in scene.things], f"{question.text} {question.answer}"
     pairs = {f"{color} {shape}" for color, shape in scenes.HELD_PAIRS}
     if question.skill in ("color", "shape"):
-        said = " ".join(
+        text = " ".join(
             (question.answer, *re.findall(SHAPE, question.text))
             if question.skill == "color"
             else (*re.findall(COLOR, question.text), question.answer)
@@ -144,18 +144,18 @@ def concerns_held(scene: scenes.Scene, question: questions.Question) -> bool:
         return question.answer in scenes.HELD_NUMBERS
     if m := re.fullmatch("What (?:color|shape) is the thing at the (.*)\\?", question.text):
         return any(t.held for t in scene.things if scenes.POSITIONS[t.cell] == m[1])
-    if question.skill == "where":  # the words may name a color or a shape alone
+    if question.skill == "where":  # the question may name only a color or a shape
         return any(t.held for t in scene.things if scenes.POSITIONS[t.cell] == question.answer)
     asked = {singular(word) for word in re.findall(MANY, question.text)}
     counts = set(scenes.SHAPES) if question.skill == "caption" else asked
     if question.skill == "caption" and scene.number in scenes.HELD_NUMBERS:
         return True
-    return any(pair in said for pair in pairs) or any(
+    return any(pair in text for pair in pairs) or any(
         shapes.count(shape) == n for n, shape in scenes.HELD_COUNTS if shape in counts
     )
 
 
-def test_same_for_ever():
+def test_scenes_never_change():
     digest = hashlib.sha256()
     for split, index in (
         ("train", 0),
@@ -179,7 +179,7 @@ def test_same_for_ever():
 
 
 def test_sample_is_one_conversation():
-    """Questions or a caption, never both: the caption would answer the questions."""
+    """Questions or a caption, never both: a caption would answer the questions."""
     n_described = 0
     for index in range(200):
         sample = questions.train_sample(0, "train", index, 8, 0.25)
@@ -202,7 +202,7 @@ def test_sample_is_one_conversation():
     assert min(asked[text] for text in DESCRIBED) >= 15  # both kinds
 
 
-def test_nothing_held_out_in_training(conversations):
+def test_training_has_no_held_out_content(conversations):
     banned = [f"{color} {shape}" for color, shape in scenes.HELD_PAIRS] + sorted(
         scenes.HELD_NUMBERS
     )
@@ -215,7 +215,7 @@ def test_nothing_held_out_in_training(conversations):
         assert not any(question.unseen for _, question in questions.questions(0, split, 10))
 
 
-def test_test_scenes_hold_out_half():
+def test_half_of_the_test_scenes_have_held_out_content():
     themes = Counter(
         frozenset(held_kinds(scenes.make_scene(0, "test", index))) for index in range(1000)
     )
@@ -223,7 +223,7 @@ def test_test_scenes_hold_out_half():
     assert {"pair", "count", "number"} == set().union(*themes)
 
 
-def test_answers_are_the_only_ones(scored, conversations):
+def test_every_question_has_exactly_one_answer(scored, conversations):
     for scene, question in scored:
         assert solve(scene, question.text) == [question.answer], (scene, question)
     for _, scene, turns in conversations[::5]:
@@ -234,8 +234,8 @@ def test_answers_are_the_only_ones(scored, conversations):
             assert solve(scene, text) == [answer], (scene, user)
 
 
-def test_every_question_a_scene_has():
-    """Not only those drawn above: each candidate of each skill, on scenes of every theme."""
+def test_every_candidate_question_is_correct():
+    """All candidates of each skill, on scenes of every theme."""
     for index in range(150):
         scene = scenes.make_scene(3, "test", index)
         for skill in questions.SKILLS:
@@ -254,7 +254,7 @@ def test_seen_and_unseen(scored):
         assert all(question.unseen == concerns_held(scene, question) for scene, question in mine)
 
 
-def test_balanced_and_not_guessable(scored, conversations):
+def test_answers_are_balanced(scored, conversations):
     answers = {
         skill: Counter(q.answer for _, q in scored if q.skill == skill)
         for skill in questions.SKILLS
@@ -264,19 +264,19 @@ def test_balanced_and_not_guessable(scored, conversations):
     ways = Counter(answers["relation"])
     assert len(ways) == 8 and max(ways.values()) < 1.5 * min(ways.values())
     assert np.mean([max(given.values()) / PER_SKILL for given in answers.values()]) < 0.45
-    said = Counter(
+    given = Counter(
         (re.sub("^<image>", "", user.text)[:9], answer.text)
         for _, _, turns in conversations
         for user, answer in zip(turns[::2], turns[1::2])
     )
     for start in ("Is there ", "Are there"):
-        assert 0.45 < said[start, "yes"] / (said[start, "yes"] + said[start, "no"]) < 0.55
-    n_counts = sum(n for (start, _), n in said.items() if start == "How many ")
-    assert said["How many ", "0"] / n_counts < 0.2
+        assert 0.45 < given[start, "yes"] / (given[start, "yes"] + given[start, "no"]) < 0.55
+    n_counts = sum(n for (start, _), n in given.items() if start == "How many ")
+    assert given["How many ", "0"] / n_counts < 0.2
 
 
 def test_negatives_are_hard(scored):
-    """Color and shape of what is absent are both on other things, where such a kind exists."""
+    """Color and shape of an absent thing both occur on other things if possible."""
     for scene, question in scored:
         if question.skill == "exist" and question.answer == "no":
             here = {(t.color, t.shape) for t in scene.things}
@@ -302,7 +302,7 @@ def test_drawings_stay_in_their_cells():
         assert [t.cell for t in scene.things] == sorted(t.cell for t in scene.things)
         assert {cell for cell in range(9) if changed[cell // 3, :, cell % 3].max() > 60} == occupied
         assert not any(changed[cell // 3, :, cell % 3].any() for cell in set(range(9)) - occupied)
-    for shape in scenes.SHAPES:  # at the far ends of the jitter too, nothing is cut at the border
+    for shape in scenes.SHAPES:  # even with maximum offset, nothing reaches the border
         for size, (_, reach) in scenes.SIZES.items():
             middle = drawing._coverage(shape, size, 0, 0).sum()
             for dx, dy in ((-reach, -reach), (reach, -reach), (-reach, reach), (reach, reach)):
@@ -310,7 +310,7 @@ def test_drawings_stay_in_their_cells():
                 assert abs(moved / middle - 1) < 0.05
 
 
-def test_colors_stand_apart():
+def test_colors_are_distinct():
     def distance(a, b):
         return np.linalg.norm(np.subtract(a, b))
 
@@ -326,14 +326,14 @@ def test_held_out_by_design():
     assert len(set(tens)) == len(set(units)) == 9
 
 
-def test_ask_gives_none_where_there_is_nothing():
+def test_ask_returns_none_without_candidates():
     scene = replace(scenes.make_scene(0, "train", 0), number=None, number_cell=-1)
     assert questions.ask(scene, "read", random.Random(0), heldout=False) is None
     assert questions.ask(scene, "where", random.Random(0), heldout=True) is None
 
 
-def test_scenes_of_one_shape_have_many_of_a_kind():
-    """With the preset that is trained for longest; nothing held out is drawn."""
+def test_scenes_of_one_shape_have_larger_counts():
+    """With the settings of tiny-long; held-out content never occurs."""
     drawn = [scenes.make_scene(2, "train", i, PRESETS["tiny-long"].data.world_min_shapes)
               for i in range(600)]  # fmt: skip
     times = [n for scene in drawn for n in Counter(t.shape for t in scene.things).values()]

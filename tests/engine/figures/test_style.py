@@ -59,11 +59,11 @@ def test_without_matplotlib_other_letters_are_no_error(monkeypatch):
             pass
 
 
-def test_matplotlib_has_the_font_within_the_block_only(tmp_path):
+def test_matplotlib_has_the_style_within_the_block_only(tmp_path):
     matplotlib = pytest.importorskip("matplotlib")
     from matplotlib.font_manager import fontManager
 
-    with style.plotting("a test"):
+    with plotting("a test"):
         pass  # adds the font, once per process
     before, n_fonts = dict(matplotlib.rcParams), len(fontManager.ttflist)
     for _ in range(2):
