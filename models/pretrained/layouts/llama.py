@@ -78,6 +78,8 @@ def read(config: dict, where: str) -> dict:
     kind = config["model_type"]
     config = DEFAULTS[kind] | {key: v for key, v in config.items() if v is not None}
     refuse_unless(config, SUPPORTED, where)
+    for layer_type in config.get("layer_types", ()):
+        refuse_unless({"layer_types": layer_type}, {"layer_types": "full_attention"}, where)
     fields = read_fields(FIELDS, config)
     if fields["lm_n_kv_heads"] is None:
         fields["lm_n_kv_heads"] = fields["lm_n_heads"]
@@ -92,8 +94,12 @@ def read(config: dict, where: str) -> dict:
 
 
 def _read_rope(config: dict, where: str) -> dict:
-    """Read rope_parameters (transformers 5), else rope_theta and rope_scaling (transformers 4)."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    """Read the rotary embedding as transformers 5 does.
+
+    `rope_scaling` (transformers 4) outranks `rope_parameters`, and the top-level
+    `original_max_position_embeddings` that in either; without one it is `max_position_embeddings`.
+    """
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     require(isinstance(rope, dict), f"{where}: rope_parameters", rope, "must be an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     allowed = ("default", "linear", "llama3")
@@ -101,7 +107,10 @@ def _read_rope(config: dict, where: str) -> dict:
     require(kind in allowed, f"{where}: rope_type", kind, fix)
     refuse_unless(config | rope, {"partial_rotary_factor": 1.0}, where)
     theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    return {"lm_rope_type": kind, "lm_re_base": theta} | read_fields(ROPE, rope)
+    original = "original_max_position_embeddings"
+    default = rope.get(original, config.get("max_position_embeddings", 32768))
+    scaling = rope | ({original: config.get(original, default)} if kind == "llama3" else {})
+    return {"lm_rope_type": kind, "lm_re_base": theta} | read_fields(ROPE, scaling)
 
 
 def _read_nope(config: dict, where: str) -> int:
