@@ -57,8 +57,8 @@ def test_a_dry_run_prints_a_summary_and_writes_nothing(run_file, tmp_path, capsy
                      r"peak memory [\d.]+ GiB", out)  # fmt: skip
     assert re.search(r"first batch: \d+ samples, \d+ tokens, \d+ tiles, [\d.]+% full: [\d.]+ s/"
                      r"step, [\d,]+ tokens/s", out)  # fmt: skip
-    assert re.search(r"600 steps of 2 batches, about [\d,]+ samples, [\d.]+ epochs; estimated time \d+ (min|h) "
-                     r".*, at most \d+ (min|h) ", out)  # fmt: skip
+    assert re.search(r"600 steps of 2 batches, about [\d,]+ samples, [\d.]+ epochs; estimated "
+                     r"time \d+ (min|h) .*, at most \d+ (min|h) ", out)  # fmt: skip
     assert re.search(r"User:.*What is \d+\?.*\[\[ red.*<end_of_utterance>\]\]", out, re.S)
 
 
