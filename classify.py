@@ -1,5 +1,6 @@
 """Image classification with the ViT: train, fine-tune, evaluate, predict, export.
 
+python classify.py train --help                              all settings of training
 python classify.py train small --data.source my-folder       one folder per class
 python classify.py train --model.vit-model-type google/vit-base-patch16-224 --data.source my.csv
 python classify.py train runs/classifier/config.json --train.resume auto

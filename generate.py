@@ -70,7 +70,7 @@ class Arguments:
     seed: int | None = None
     """Seed for sampling."""
     quantize: Literal["no", "int8"] = "no"
-    """int8: 8-bit weights of the language model; three times as fast with --compile."""
+    """int8: 8-bit weights of the language model; saves memory, and time with --compile."""
     compile: bool = False
     """torch.compile the decoding step (needs g++, on a GPU gcc); takes seconds at the start."""
     device: str = "cpu"

@@ -77,7 +77,8 @@ def main(argv: list[str]) -> None:
     if args.by == "likelihood":
         questions = [item for item in questions if item.choices]
     if not questions:
-        raise InputError(f"{data.source}: no rows in split {args.split}, or none with choices.")
+        kind = "rows with choices" if args.by == "likelihood" else "rows"
+        raise InputError(f"{data.source}: no {kind} in split {args.split}; choose another.")
     hashed = predictions.hash_questions(questions) if args.predictions is not None else ""
     settings = (name, data.source, data.seed, args.split, args.n, args.by, args.max_new_tokens,
                 data.max_tiles, hashed)  # fmt: skip

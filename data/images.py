@@ -132,8 +132,8 @@ def tile(image: Image.Image, cfg: VLMConfig) -> tuple[np.ndarray, tuple[int, int
     image = _resize(image, fit_tiles(*image.size, size))
     rows, cols = tile_grid(*image.size, cfg)
     if rows == 0:
-        return np.asarray(image)[None], (0, 0)  # [1, size, size, 3]
-    pixels = np.asarray(image).reshape(rows, size, cols, size, 3)
+        return np.array(image)[None], (0, 0)  # [1, size, size, 3]
+    pixels = np.array(image).reshape(rows, size, cols, size, 3)
     pixels = pixels.swapaxes(1, 2)  # [rows, cols, size, size, 3]
     whole = np.asarray(_resize(image, (size, size)))[None]  # [1, size, size, 3]
     return np.concatenate((pixels.reshape(-1, size, size, 3), whole)), (rows, cols)

@@ -107,7 +107,7 @@ def test_multiple_choice_by_likelihood(small_checkpoint, capsys, tmp_path, refus
     rows.write_text('{"question": "What?", "answer": "yes"}\n')
     message = refused(score.main, small_checkpoint, "--by", "likelihood",
                    "--data.source", rows, "--data.val-fraction", 0)  # fmt: skip
-    assert "or none with choices" in message
+    assert "no rows with choices in split test" in message
 
 
 def test_two_processes_give_the_same_score_as_one(small_checkpoint, rows_file, tmp_path):

@@ -136,7 +136,7 @@ def cider(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[f
     Words are lowercased, without punctuation; the official script uses a Java tokenizer instead.
     Raises `InputError` without pycocoevalcap.
     """
-    official = import_optional("pycocoevalcap.cider.cider", "the caption metric")
+    official = import_optional("pycocoevalcap.cider.cider", "the caption metric", "pycocoevalcap")
     captions = {i: [_caption_words(a)] for i, a in enumerate(answers)}
     expected = {i: [_caption_words(r) for r in rs] for i, rs in enumerate(references)}
     _, scores = official.Cider().compute_score(expected, captions)
