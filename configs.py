@@ -215,6 +215,8 @@ class VLMConfig(ViTConfig, LMConfig, ProjectorConfig):
     """Id of the end-of-turn token: supervised, and the only token that stops generation."""
     vlm_image_token_id: int = 3
     """Id of the placeholder token, whose embeddings are replaced by projected image tokens."""
+    vlm_base_models: tuple[str, ...] = ()
+    """Whole models that the weights come from, oldest first; loaders add names, model cards use."""
 
     @property
     def tokens_per_tile(self) -> int:
@@ -420,7 +422,7 @@ class TrainConfig(LoopConfig):
     lora_targets: tuple[str, ...] = ()
     """Name suffixes of linear layers that get adapters, for example q_proj v_proj; empty: all."""
     activation_checkpointing: tuple[Literal["vision", "language"], ...] = ()
-    """Parts whose blocks are recomputed in backward; others only if the largest batch needs it."""
+    """Parts whose blocks are recomputed in backward; others are if the largest batch is too big."""
     answer_sheet_every: int = 1
     """Draw an answer sheet (answers-STEP.png) at every n-th evaluation; 0: never."""
     dry_run: bool = False

@@ -44,7 +44,8 @@ def card(model: Classifier, record: dict, result: dict, folder: Path, repo_id: s
     head = {
         "library_name": "transformers" if loader else "picovlm",
         "pipeline_tag": "image-classification",
-        "license": model_card.licence_of(named) if named else "mit",
+        # Without a trunk, the weights are their owner's, and so is the choice of a license.
+        "license": model_card.licence_of(model_card.without_folders(trunk)) if trunk else "",
         "base_model": [named] if named else [],
         "tags": ["picovlm", "vit", "image-classification"],
     }
@@ -67,7 +68,7 @@ def training(record: dict) -> str:
     cfg: ClassifyConfig = record["config"]
     rows = {
         "data": record["data"],
-        "trunk": cfg.model.vit_model_type or "from scratch",
+        "trunk": model_card.without_folders(cfg.model.vit_model_type) or "random weights",
         "steps": f"{record['step']:,} of {cfg.train.steps:,}, {cfg.data.batch_size} images each",
         "time": f"{model_card.hours(record['events']):.2f} hours",
         "hardware": record.get("hardware", "not recorded"),

@@ -6,15 +6,18 @@ other formats (export.py).
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from config_tools import InputError, from_dict, read_json, to_dict
+from config_tools import HUB_NAME, InputError, from_dict, read_json, to_dict
 from configs import RunConfig, VLMConfig
 from engine.inference.chat import open_checkpoint
 from engine.training.checkpoint import STATE, read_state, resolve
@@ -23,11 +26,13 @@ from models.pretrained import hub
 from models.pretrained.save import unsupported_reason
 from models.vision_language_model import VisionLanguageModel
 
+HUB_ID = rf"{HUB_NAME}/{HUB_NAME}"
 CONFIG_NAME, CURVE, SCORE = "train_config.json", "loss.png", "score.json"
 # Licenses of common backbones, by the start of their names.
 LICENCES = {
     "google/siglip": "apache-2.0",
     "HuggingFaceTB/SmolLM": "apache-2.0",
+    "HuggingFaceTB/SmolVLM": "apache-2.0",
     "Qwen/Qwen3-": "apache-2.0",
     "facebook/dinov2": "apache-2.0",
     "google/vit": "apache-2.0",
@@ -47,6 +52,7 @@ def write_repository(
 ) -> None:
     """Write the repository into `folder`, with weights in `dtype` (None: unchanged)."""
     model, processor = open_checkpoint(source)
+    model.cfg = public_config(model.cfg)
     model.to(dtype).save_pretrained(folder, processor)
     checkpoint = resolve(source)
     run, record = copy_run(checkpoint, folder, (CURVE,), RunConfig)
@@ -65,7 +71,7 @@ def copy_run(checkpoint: Path, folder: Path, figures: tuple, cls: type) -> tuple
             shutil.copy(run / name, folder / name)
     record = read_record(checkpoint, cls)
     if record:
-        config = json.dumps(to_dict(record["config"]), indent=2) + "\n"
+        config = json.dumps(to_dict(public_config(record["config"])), indent=2) + "\n"
         (folder / CONFIG_NAME).write_text(config, encoding="utf-8")
     return run, record
 
@@ -108,10 +114,38 @@ def hours(events: list[dict]) -> float:
     return (total + last) / 3600
 
 
+def origins(cfg: VLMConfig) -> list[str]:
+    """Names of the models and backbones that the weights come from."""
+    named = (*cfg.vlm_base_models, cfg.vit_model_type, cfg.lm_model_type)
+    return list(dict.fromkeys(without_folders(name) for name in named if name))
+
+
+def without_folders(text: str) -> str:
+    """A text without the folders of absolute paths in it, as these are private: `/x/y` becomes `y`.
+
+    The text may hold several paths, as `data.source` does.
+    """
+    return re.sub(r"(?<![^\s=])(?:/|~/|[A-Za-z]:\\)(?:[^\s=/\\]+[/\\])*", "", text)
+
+
+def public_config(config: Any) -> Any:
+    """A config dataclass without the folders of absolute paths, in nested ones too."""
+    changes = {}
+    for name, value in vars(config).items():
+        if isinstance(value, str):
+            changes[name] = without_folders(value)
+        elif dataclasses.is_dataclass(value):
+            changes[name] = public_config(value)
+    return dataclasses.replace(config, **changes)
+
+
 def licence(cfg: VLMConfig) -> str:
-    """The license of the backbones; `other` if unknown or mixed; MIT without backbones."""
-    found = {licence_of(name) for name in (cfg.vit_model_type, cfg.lm_model_type) if name}
-    return "other" if len(found) > 1 else next(iter(found), "mit")
+    """The license of the models the weights come from; `other` if unknown or mixed.
+
+    Empty for weights trained from random ones: their license is for their owner to choose.
+    """
+    found = {licence_of(name) for name in origins(cfg)}
+    return "other" if len(found) > 1 else next(iter(found), "")
 
 
 def licence_of(backbone: str) -> str:
@@ -123,13 +157,12 @@ def licence_of(backbone: str) -> str:
 def card(model: VisionLanguageModel, record: dict, score: dict, folder: Path, repo_id: str) -> str:
     """README.md of the repository, with the Hub's metadata as YAML header."""
     cfg, reason = model.cfg, unsupported_reason(model.cfg)
-    named = [name for name in (cfg.vit_model_type, cfg.lm_model_type) if name]
     head = {
         "library_name": "picovlm" if reason else "transformers",
         "pipeline_tag": "image-text-to-text",
         "license": licence(cfg),
         # A local directory is meaningless on the Hub.
-        "base_model": [name for name in named if not Path(name).exists()],
+        "base_model": [name for name in origins(cfg) if re.fullmatch(HUB_ID, name)],
         "tags": ["picovlm", "vision-language-model"],
     }
     parts = [header(head, repo_id), architecture(model, reason)]
@@ -150,7 +183,8 @@ def architecture(model: VisionLanguageModel, reason: str) -> str:
     cfg, total = model.cfg, sum(p.numel() for p in model.parameters())
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.parts.items()}
     start = {"vision": cfg.vit_model_type, "language": cfg.lm_model_type}
-    layout = "The checkpoint is in Idefics3 format: transformers, vLLM, llama.cpp and MLX load it."
+    whole = ", then ".join(cfg.vlm_base_models)
+    layout = "The checkpoint is in Idefics3 format, which transformers loads."
     if reason:
         layout = f"Only picoVLM loads this checkpoint: Idefics3 does not support {reason}."
     what = {
@@ -161,9 +195,12 @@ def architecture(model: VisionLanguageModel, reason: str) -> str:
         "language": f"{cfg.lm_n_blocks} blocks of {cfg.lm_hidden_dim}, {cfg.lm_n_heads} heads "
         f"({cfg.lm_n_kv_heads} for keys), vocabulary of {cfg.lm_vocab_size:,}",
     }
-    rows = [f"| {part} | {counts[part] / 1e6:.2f} M | {words} | {start.get(part) or 'scratch'} |"
+    rows = [f"| {part} | {counts[part] / 1e6:.2f} M | {words} "
+            f"| {without_folders(whole or start.get(part, '')) or 'random weights'} |"
             for part, words in what.items()]  # fmt: skip
     size = f"A vision-language model of {total / 1e6:.1f} M parameters, trained with picoVLM."
+    if not licence(cfg):
+        size += " No license is set; its owner can add one above."
     head = "| part | parameters | what | started from |\n|---|---|---|---|"
     return "\n".join([f"{size} {layout}\n", head, *rows])
 

@@ -7,6 +7,7 @@ Not here: names and shapes (layouts/), files (safetensors_io.py), the state of a
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from config_tools import InputError, checkpoint_order, from_dict, read_json, require
+from config_tools import HUB_NAME, InputError, checkpoint_order, from_dict, read_json, require
 from configs import LMConfig, ViTConfig, VLMConfig
 from models.classifier import Classifier
 from models.language_model import LanguageModel
@@ -171,6 +172,9 @@ def load_vlm(source: str | Path, revision: str | None = None) -> VisionLanguageM
             f"{where}: model_type = {kind!r} without a {OWN_KEY!r} key is not supported; expected "
             "a picoVLM, Idefics3, SmolVLM or nanoVLM checkpoint."
         )
+    name = origin(source, config)
+    if name and name not in cfg.vlm_base_models:
+        cfg = replace(cfg, vlm_base_models=(*cfg.vlm_base_models, name))
     found = read_weights(directory)
     model = build_on_meta(VisionLanguageModel, cfg, len(found), where)
     layout = nanovlm if is_nano else idefics3
@@ -180,6 +184,20 @@ def load_vlm(source: str | Path, revision: str | None = None) -> VisionLanguageM
         found |= {name: nanovlm.replace_tokens(found[name], config) for name in tables}
     tensors = _match(found, model, pairs, layout.IGNORE, directory, strict=OWN_KEY in config)
     return load_tensors(VisionLanguageModel, cfg, nanovlm.fold(tensors) if is_nano else tensors)
+
+
+def origin(source: str | Path, config: dict) -> str:
+    """The name of a model for model cards: its Hub id, or "NAME (local)" of a foreign directory.
+
+    Empty for a local checkpoint of picoVLM, which holds the names of its own origins.
+    """
+    if not Path(source).exists():
+        return str(source)  # a Hub id
+    if OWN_KEY in config:
+        return ""
+    named = str(config.get("_name_or_path") or "")
+    is_hub_id = re.fullmatch(rf"{HUB_NAME}/{HUB_NAME}", named) and not Path(named).exists()
+    return named if is_hub_id else f"{Path(source).resolve().name} (local)"
 
 
 def _read_idefics3(directory: Path, config: dict) -> dict:

@@ -12,7 +12,7 @@ from PIL import Image
 import train
 from cli import command
 from config_tools import InputError, read_json
-from configs import VLMConfig
+from configs import DataConfig, RunConfig, TrainConfig, VLMConfig
 from engine.publishing import model_card
 
 
@@ -45,7 +45,7 @@ def test_the_card_of_a_run(finished, tmp_path):
     _, head, body = card.split("---\n", 2)
     head = yaml.safe_load(head)
     assert head == {
-        "library_name": "transformers", "pipeline_tag": "image-text-to-text", "license": "mit",
+        "library_name": "transformers", "pipeline_tag": "image-text-to-text",
         "tags": ["picovlm", "vision-language-model"],
     }  # fmt: skip
     events = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
@@ -57,11 +57,12 @@ def test_the_card_of_a_run(finished, tmp_path):
         "| what | 50.0% | 40.0% - 60.0% | - | 10 |", "| all | 75.0% | 70.0% - 80.0% | 25.0% | 20 |",
         "python train.py train_config.json", "![training loss and validation accuracy](loss.png)",
         'AutoModelForImageTextToText.from_pretrained("user/name")', 'Chat.load("user/name")',
-        "| language | ", "| scratch |",
+        "| language | ", "| random weights |", "No license is set",
     ):  # fmt: skip
         assert words in body, words
     config = read_json(tmp_path / "up" / "train_config.json")
-    assert config == read_json(finished / "config.json")
+    assert config["model"] == read_json(finished / "config.json")["model"]
+    assert config["train"]["out"] == finished.name, "without its folders, which are private"
     assert {"model.safetensors", "tokenizer.json", "loss.png"} <= {
         p.name for p in (tmp_path / "up").iterdir()
     } and not (tmp_path / "up" / "state.pt").exists()
@@ -96,7 +97,7 @@ def test_hours_of_a_resumed_run():
 @pytest.mark.parametrize(
     ("vision", "language", "licence"),
     [
-        ("", "", "mit"),
+        ("", "", ""),
         ("google/siglip2-base-patch16-512", "HuggingFaceTB/SmolLM2-135M", "apache-2.0"),
         ("openai/clip-vit-base-patch16", "HuggingFaceTB/SmolLM2-135M", "other"),
         ("", "somebody/model", "other"),
@@ -105,3 +106,52 @@ def test_hours_of_a_resumed_run():
 )
 def test_the_license_of_the_backbones(vision, language, licence):
     assert model_card.licence(VLMConfig(vit_model_type=vision, lm_model_type=language)) == licence
+
+
+@pytest.fixture
+def foreign(small_checkpoint, tmp_path):
+    """A checkpoint as transformers saves it: without picoVLM's section of config.json."""
+    folder = tmp_path / "foreign"
+    shutil.copytree(small_checkpoint, folder)
+    config = read_json(folder / "config.json")
+    del config["picovlm"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def name_origin(folder, name: str) -> None:
+    config = read_json(folder / "config.json") | {"_name_or_path": name}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(("name", "origin", "licence"), [
+    ("HuggingFaceTB/SmolVLM-256M-Instruct", "HuggingFaceTB/SmolVLM-256M-Instruct", "apache-2.0"),
+    ("/home/me/secret/model", "foreign (local)", "other"), ("", "foreign (local)", "other"),
+])  # fmt: skip
+def test_the_origin_survives_two_rounds_of_fine_tuning(foreign, tmp_path, name, origin, licence):
+    """Never MIT or random weights for somebody else's model, and no private folder."""
+    name_origin(foreign, name)
+    source = foreign
+    for round_ in ("first", "second"):
+        cfg = RunConfig(data=DataConfig(max_length=256), train=TrainConfig(init_from=str(source)))
+        cfg, model, processor = train.build(cfg)
+        assert cfg.model.vlm_base_models == (origin,)
+        source = tmp_path / round_
+        model.save_pretrained(source, processor)
+    model_card.write_repository(source, tmp_path / "up", "user/name")
+    card = (tmp_path / "up" / "README.md").read_text()
+    head = yaml.safe_load(card.split("---\n")[1])
+    assert head["license"] == licence
+    assert head.get("base_model", []) == ([origin] if "/" in origin else [])
+    assert card.count(f"| {origin} |") == 3 and "random weights" not in card
+    for file in (tmp_path / "up").glob("*.*"):
+        content = file.read_bytes()
+        assert b"secret" not in content and str(tmp_path).encode() not in content, file
+
+
+@pytest.mark.parametrize(("text", "public"), [
+    ("/home/me/data/my.jsonl=0.7 world=0.3", "my.jsonl=0.7 world=0.3"), ("runs/demo", "runs/demo"),
+    ("hf:owner/name", "hf:owner/name"), ("~/models/siglip", "siglip"), ("C:\\models\\x", "x"),
+])  # fmt: skip
+def test_folders_of_absolute_paths_are_not_published(text, public):
+    assert model_card.without_folders(text) == public
