@@ -96,7 +96,7 @@ def test_unreadable_images(small_checkpoint, images, refused, name, message):
         (["--prompt", "a", "--batch-size", "2"], "batch_size: needs --jsonl"),
         (["--prompt", "a", "--choices", "a", "b", "--compile"], "compile: not used with --choices"),
         (["--jsonl", "a", "--out", "b", "--compile"], "compile: not used with --jsonl"),
-        (["--prompt", "a", "--choices", "<image>", "no"], "an answer holds <image>"),
+        (["--prompt", "a", "--choices", "<image>", "no"], "an answer contains <image>"),
         (["--prompt", "a", "--choices", "no", "yes " * 300], "and the longest choice 301"),
     ],
 )
@@ -378,7 +378,7 @@ def test_errors_with_a_file_of_questions(small_checkpoint, questions, capsys, tm
     questions.write_text('{"question": "a", "choices": ["b", "<image>"]}\n')
     with pytest.raises(SystemExit):
         command(generate.main, [str(a) for a in flags])
-    assert "row 1: answer '<image>': an answer holds <image>" in capsys.readouterr().err
+    assert "row 1: answer '<image>': an answer contains <image>" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ["some text", '{"question": "What?"}', '{"row": 0}\n'])
