@@ -10,12 +10,12 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable
 from typing import Any, get_origin, get_type_hints
 
 import configs_classify
 from config_tools import RENAMED, InputError, from_dict, read_json
-from configs import PRESETS, RunConfig
+from configs import PRESETS, RunConfig, VLMConfig
 
 # Old flag or subcommand -> current names; each script has at most one of them.
 RENAMED_FLAGS: dict[str, tuple[str, ...]] = {
@@ -113,6 +113,34 @@ def parse_classify(argv: list[str]) -> configs_classify.ClassifyConfig:
     """Parse the arguments of classify.py train; raises `InputError`."""
     cls, presets = configs_classify.ClassifyConfig, configs_classify.PRESETS
     return parse_preset(cls, presets, argv, "classify.py train")
+
+
+# Model fields that a loaded model can change, because they need no other weights.
+CHANGEABLE = ("max_img_size", "vit_dropout", "vit_drop_path", "lm_dropout", "vlm_base_models")
+
+
+def model_fields_of(argv: list[str]) -> list[str]:
+    """The fields that `--model.*` flags in the arguments of train.py set."""
+    words = [word[8:].partition("=")[0] for word in argv if word.startswith("--model.")]
+    return [word.removeprefix("no-").replace("-", "_") for word in words]
+
+
+def change_loaded(
+    loaded: VLMConfig, wanted: VLMConfig, asked: Iterable[str], source: str
+) -> VLMConfig:
+    """The config of a loaded model with the fields in `asked` from `wanted`.
+
+    Raises `InputError` for a field that differs and needs other weights than those of `source`.
+    """
+    changes = {name: getattr(wanted, name) for name in asked}
+    for name, value in changes.items():
+        if value != getattr(loaded, name) and name not in CHANGEABLE:
+            flags = ", ".join(f"--model.{field.replace('_', '-')}" for field in CHANGEABLE)
+            raise InputError(
+                f"{name} = {value!r}: {source} was trained with {getattr(loaded, name)!r}; with "
+                f"--train.init-from only these can change: {flags}."
+            )
+    return dataclasses.replace(loaded, **changes)
 
 
 def join_values(argv: list[str], flag: str) -> list[str]:

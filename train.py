@@ -7,6 +7,7 @@ python train.py runs/tiny/config.json --train.resume auto
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from cli import command, parse_run
+from cli import change_loaded, command, model_fields_of, parse_run
 from config_tools import InputError
 from configs import RunConfig
 from data import processor as processors
@@ -45,6 +46,7 @@ from engine.training.optim import build_optimizer
 from engine.training.run_folder import claim_run_folder
 from models.inference.compile import compile_blocks
 from models.pretrained.hub import require_login
+from models.pretrained.load import load_tensors
 from models.vision_language_model import VisionLanguageModel
 
 
@@ -60,7 +62,7 @@ def main(argv: list[str]) -> None:
     autocast_context = autocast(dist.device, dtype)
 
     source = open_dataset(cfg.data, "train")
-    cfg, model, processor = build(cfg, checkpoints)
+    cfg, model, processor = build(cfg, checkpoints, model_fields_of(argv))
     data_report = check_before_training(source, processor, cfg.data)
     prepare_model(model, cfg, dist, dtype, compiled)
     optimizer = build_optimizer(model.parts, cfg.train, dtype)
@@ -111,12 +113,13 @@ def find_checkpoints(cfg: RunConfig, dist: Dist) -> list[Path]:
 
 
 def build(
-    cfg: RunConfig, checkpoints: list[Path] | None = None
+    cfg: RunConfig, checkpoints: list[Path] | None = None, asked: Iterable[str] = ()
 ) -> tuple[RunConfig, VisionLanguageModel, Processor]:
     """Build model and processor: from the newest of `checkpoints`, `train.init_from`, or backbones.
 
-    Returns `cfg` with the model fields of what was loaded. Raises `InputError` if pretrained text
-    weights are combined with the built-in tokenizer.
+    `asked` are the model fields that a user set: a loaded model changes those that need no new
+    weights. Returns `cfg` with the model fields of what was loaded. Raises `InputError` for other
+    such fields, and if pretrained text weights are combined with the built-in tokenizer.
     """
     torch.manual_seed(cfg.train.seed)
     # With LoRA these are the base weights; `main` loads the adapter into them.
@@ -124,6 +127,11 @@ def build(
     if source:
         model, processor = open_checkpoint(source)
         model = model.float()  # autocast casts; the optimizer needs fp32
+        if cfg.train.init_from:
+            new = change_loaded(model.cfg, cfg.model, asked, cfg.train.init_from)
+            if new != model.cfg:
+                model = load_tensors(VisionLanguageModel, new, model.state_dict())
+                processor = replace(processor, cfg=new)
     elif cfg.model.lm_model_type and cfg.model.lm_tokenizer == "world":
         raise InputError(
             f"lm_tokenizer = 'world': {cfg.model.lm_model_type} needs the tokenizer it was trained "

@@ -22,7 +22,7 @@ import numpy as np
 import tyro
 from PIL import Image, ImageDraw, ImageFont
 
-from cli import command, flags, parse_known, parse_run
+from cli import change_loaded, command, flags, model_fields_of, parse_known, parse_run
 from config_tools import InputError, checkpoint_order
 from configs import DataConfig
 from data import processor as processors
@@ -226,6 +226,9 @@ def main(argv: list[str]) -> None:
         folder = Path(cfg.train.init_from)
         latest = max(folder.glob("step-*"), key=checkpoint_order, default=folder)
         processor = processors.load(latest)
+        fields = model_fields_of(rest)
+        new = change_loaded(processor.cfg, cfg.model, fields, cfg.train.init_from)
+        processor = replace(processor, cfg=new)
     else:
         processor = processors.build(cfg.model)
     indices = evenly_spaced(len(dataset), args.rows)

@@ -92,6 +92,30 @@ def test_a_run_from_a_bf16_copy_trains_in_fp32(run_file, small_checkpoint, tmp_p
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
+def test_model_flags_change_a_loaded_model(run_file, small_checkpoint, tmp_path, capsys):
+    """Those that need no new weights; the checkpoints hold them, also after a resume."""
+    tile = VisionLanguageModel.from_pretrained(small_checkpoint).cfg.vit_img_size
+    argv = [str(run_file(save_every=1)), "--train.init-from", str(small_checkpoint),
+            "--model.lm-dropout", "0.25", "--model.max-img-size", str(2 * tile)]  # fmt: skip
+    command(train.main, [*argv, "--train.steps", "1"])
+    assert f"weights: from {small_checkpoint}" in capsys.readouterr().out
+    run = tmp_path / "run"
+    for cfg in (VisionLanguageModel.from_pretrained(run / "step-000001").cfg,
+                processors.load(run / "step-000001").cfg):  # fmt: skip
+        assert (cfg.lm_dropout, cfg.max_img_size) == (0.25, 2 * tile)
+    assert read_json(run / "config.json")["model"]["lm_dropout"] == 0.25
+
+
+@pytest.mark.parametrize("flags, field", [
+    (["--model.lm-n-blocks", "9"], "lm_n_blocks = 9"), (["--model.vit-n-blocks=7"], "vit_n_blocks = 7"),
+    (["--model.no-vit-qkv-bias"], "vit_qkv_bias = False"),
+])  # fmt: skip
+def test_other_model_flags_are_refused(refused, run_file, small_checkpoint, flags, field):
+    message = refused(train.main, run_file(), "--train.init-from", small_checkpoint, *flags)
+    assert field in message and f"{small_checkpoint} was trained with" in message
+    assert "only these can change: --model.max-img-size, " in message
+
+
 # --- Error messages -------------------------------------------------------------------------------
 
 
