@@ -106,8 +106,15 @@ def test_model_flags_change_a_loaded_model(run_file, small_checkpoint, tmp_path,
     assert read_json(run / "config.json")["model"]["lm_dropout"] == 0.25
 
 
+def test_a_warmup_as_long_as_the_run_is_reported(run_file, capsys):
+    argv = [str(run_file()), "--train.steps", "2", "--train.warmup"]
+    command(train.main, [*argv, "2"])
+    assert "train.warmup = 2 reaches train.steps = 2: the learning" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("flags, field", [
-    (["--model.lm-n-blocks", "9"], "lm_n_blocks = 9"), (["--model.vit-n-blocks=7"], "vit_n_blocks = 7"),
+    (["--model.lm-n-blocks", "9"], "lm_n_blocks = 9"),
+    (["--model.vit-n-blocks=7"], "vit_n_blocks = 7"),
     (["--model.no-vit-qkv-bias"], "vit_qkv_bias = False"),
 ])  # fmt: skip
 def test_other_model_flags_are_refused(refused, run_file, small_checkpoint, flags, field):

@@ -49,6 +49,9 @@ def parse_row(row: dict, cfg: DataConfig) -> ParsedRow | None:
     return ParsedRow(found, digest, digest < val_threshold(cfg.val_fraction))
 
 
+MIN_VAL_ROWS = 20  # with fewer, an accuracy moves by more than five points per answer
+
+
 def val_threshold(val_fraction: float) -> int:
     """Rows with a digest below this are for validation."""
     return int(min(val_fraction * 2**64, 2**64 - 1))
@@ -148,6 +151,9 @@ def select_split(index: RowIndex, name: str, split: str, cfg: DataConfig) -> Row
     leaked = of_val & np.isin(index.images, index.images[~of_val])
     if n_leaked := len(np.unique(index.owners[leaked])):
         notes.append(f"validation rows whose image is also in training rows: {n_leaked:,}")
+    if cfg.val_fraction and n_val < MIN_VAL_ROWS:
+        effect = "`best` is chosen by few answers" if n_val else "nothing is evaluated"
+        notes.append(f"{n_val} validation rows: {effect}; raise data.val_fraction for more")
     fingerprint, indices = hash_digests(index.digests[selected]), index.good[selected]
     return RowDataset(index.rows, indices, index.skipped, tuple(notes), cfg, fingerprint)
 

@@ -37,6 +37,11 @@ def describe_run(cfg: RunConfig, model: Any, source: Any, step: int) -> None:
         print(f"weights: from {' and '.join(backbones)}, the rest random")
     if reason := unsupported_reason(cfg.model):
         print(f"checkpoints: only picoVLM loads them; Idefics3 does not support {reason}")
+    if cfg.train.warmup >= cfg.train.steps:
+        effect = "the learning rates rise until the end and never decay; lower train.warmup"
+        print(
+            f"train.warmup = {cfg.train.warmup} reaches train.steps = {cfg.train.steps}: {effect}"
+        )
     for note in source.notes:
         print(note)
 
