@@ -87,3 +87,15 @@ def test_memory_stays_constant_over_an_epoch_of_200_000_rows(many, tiny_processo
     late = anonymous_mib()
     print(f"{early:.0f} MiB after a tenth of the epoch, {late:.0f} MiB at its end")
     assert late - early < 16
+
+
+@pytest.mark.parametrize("fraction, note", [
+    (0.0, ""), (0.001, "nothing is evaluated"), (0.3, "`best` is chosen by few answers"),
+])  # fmt: skip
+def test_few_validation_rows_are_reported(tmp_path, fraction, note):
+    rows = [{"question": f"what is {i}?", "answer": str(i)} for i in range(40)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cfg = DataConfig(source=str(tmp_path / "a.jsonl"), val_fraction=fraction)
+    source = open_dataset(cfg, "train")
+    report = f"{40 - len(source)} validation rows: {note}; raise data.val_fraction for more"
+    assert [n for n in source.notes if "raise data" in n] == ([report] if note else [])

@@ -240,18 +240,6 @@ def test_images_in_both_splits_are_counted(tmp_path):
     assert not any("also in training rows" in note for note in alone.notes)
 
 
-@pytest.mark.parametrize("fraction, note", [
-    (0.0, None), (0.02, "nothing is evaluated"), (0.3, "`best` is chosen by few answers"),
-])  # fmt: skip
-def test_few_validation_rows_are_reported(tmp_path, fraction, note):
-    source = open_all(write(tmp_path / "a.jsonl", [qa(i) for i in range(40)]), "train",
-                      val_fraction=fraction)  # fmt: skip
-    assert [n for n in source.notes if "raise data.val_fraction" in n] == (
-        [f"{40 - len(source)} validation rows: {note}; raise data.val_fraction for more"]
-        if note else []
-    )  # fmt: skip
-
-
 def test_a_split_without_training_rows_is_an_error(tmp_path):
     path = write(tmp_path / "a.jsonl", [qa(0)])
     with pytest.raises(InputError, match="all 1 rows are for validation; lower data"):
