@@ -422,7 +422,7 @@ class TrainConfig(LoopConfig):
     lora_targets: tuple[str, ...] = ()
     """Name suffixes of linear layers that get adapters, for example q_proj v_proj; empty: all."""
     activation_checkpointing: tuple[Literal["vision", "language"], ...] = ()
-    """Parts whose blocks are recomputed in backward; others are if the largest batch is too big."""
+    """Parts whose blocks are recomputed in backward; others only if memory would be short."""
     answer_sheet_every: int = 1
     """Draw an answer sheet (answers-STEP.png) at every n-th evaluation; 0: never."""
     dry_run: bool = False
