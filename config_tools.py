@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 FORMAT_VERSION = 1
 HUB_NAME = r"\w[\w.-]*"  # name of a user or repository on the Hub
+HUB_ID = rf"{HUB_NAME}/{HUB_NAME}"  # of a repository with its user
 # Old field name -> current name: configs written before a rename still load.
 RENAMED: dict[str, str] = {
     "world_first": "world_captions_first",
@@ -177,6 +178,11 @@ def read_json(path: str | Path) -> dict:
 def checkpoint_order(checkpoint: Path) -> tuple[int, str]:
     """Sort key of a run's `step-...` folders; a longer number is a later step."""
     return len(checkpoint.name), checkpoint.name
+
+
+def newest_checkpoint(directory: Path) -> Path:
+    """The newest checkpoint of a run folder; any other directory unchanged."""
+    return max(directory.glob("step-*"), key=checkpoint_order, default=directory)
 
 
 def write_atomic(path: str | Path, text: str) -> None:

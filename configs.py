@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from config_tools import (
-    HUB_NAME,
+    HUB_ID,
     Validated,
     check,
     require,
@@ -378,7 +378,7 @@ class LoopConfig(Validated):
         names = "lr_muon weight_decay warmup grad_clip eval_every save_every"
         for name in names.split():
             check(getattr(self, name) >= 0, self, name, "must not be negative")
-        is_name = re.fullmatch(rf"{HUB_NAME}/{HUB_NAME}", self.push)
+        is_name = re.fullmatch(HUB_ID, self.push)
         check(not self.push or is_name, self, "push", "must be user/name")
 
 

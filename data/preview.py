@@ -23,7 +23,7 @@ import tyro
 from PIL import Image, ImageDraw, ImageFont
 
 from cli import change_loaded, command, flags, model_fields_of, parse_known, parse_run
-from config_tools import InputError, checkpoint_order
+from config_tools import InputError, newest_checkpoint
 from configs import DataConfig
 from data import processor as processors
 from data.processor import Processor
@@ -223,9 +223,7 @@ def main(argv: list[str]) -> None:
     data = replace(cfg.data, source=args.source)
     dataset = open_dataset(data, "train")
     if cfg.train.init_from:
-        folder = Path(cfg.train.init_from)
-        latest = max(folder.glob("step-*"), key=checkpoint_order, default=folder)
-        processor = processors.load(latest)
+        processor = processors.load(newest_checkpoint(Path(cfg.train.init_from)))
         fields = model_fields_of(rest)
         new = change_loaded(processor.cfg, cfg.model, fields, cfg.train.init_from)
         processor = replace(processor, cfg=new)

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from config_tools import read_json
+from config_tools import newest_checkpoint, read_json
 from configs_classify import ClassifyConfig
 from engine.publishing import model_card
 from engine.publishing.model_card import CURVE
 from engine.vit.classification import CONFUSION, RESULT, open_classifier
 from models.classifier import Classifier
 from models.pretrained.hub import find
-from models.pretrained.load import newest_checkpoint
 from models.pretrained.save import transformers_class
 
 NO_LOADER = "only picoVLM loads it: transformers has no class for this architecture"

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from config_tools import HUB_NAME, InputError, from_dict, read_json, to_dict
+from config_tools import HUB_ID, InputError, from_dict, read_json, to_dict
 from configs import RunConfig, VLMConfig
 from engine.inference.chat import open_checkpoint
 from engine.training.checkpoint import STATE, read_state, resolve
@@ -26,7 +26,6 @@ from models.pretrained import hub
 from models.pretrained.save import unsupported_reason
 from models.vision_language_model import VisionLanguageModel
 
-HUB_ID = rf"{HUB_NAME}/{HUB_NAME}"
 CONFIG_NAME, CURVE, SCORE = "train_config.json", "loss.png", "score.json"
 # Licenses of common backbones, by the start of their names.
 LICENCES = {

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from config_tools import HUB_NAME, InputError
+from config_tools import HUB_ID, HUB_NAME, InputError
 
 # Files at the top of a repository; no pickles, no code.
 ALLOW_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
@@ -46,7 +46,7 @@ def push(folder: str | Path, repo_id: str, private: bool = True) -> str:
     Creates the repository if it does not exist. After an interruption, files that have arrived are
     not sent again. Raises `InputError`.
     """
-    if not re.fullmatch(rf"{HUB_NAME}/{HUB_NAME}", repo_id):
+    if not re.fullmatch(HUB_ID, repo_id):
         raise InputError(f"{repo_id!r} is not a repository name; expected user/name.")
     require_login()
     from huggingface_hub import HfApi

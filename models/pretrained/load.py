@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from config_tools import HUB_NAME, InputError, checkpoint_order, from_dict, read_json, require
+from config_tools import HUB_ID, InputError, from_dict, newest_checkpoint, read_json, require
 from configs import LMConfig, ViTConfig, VLMConfig
 from models.classifier import Classifier
 from models.language_model import LanguageModel
@@ -196,7 +196,7 @@ def origin(source: str | Path, config: dict) -> str:
     if OWN_KEY in config:
         return ""
     named = str(config.get("_name_or_path") or "")
-    is_hub_id = re.fullmatch(rf"{HUB_NAME}/{HUB_NAME}", named) and not Path(named).exists()
+    is_hub_id = re.fullmatch(HUB_ID, named) and not Path(named).exists()
     return named if is_hub_id else f"{Path(source).resolve().name} (local)"
 
 
@@ -264,11 +264,6 @@ def _image_statistics(directory: Path) -> dict:
     pair = {"vit_image_mean": images.get("image_mean"), "vit_image_std": images.get("image_std")}
     # Config fields always have three values; a greyscale model's file has one.
     return {k: v * 3 if len(v) == 1 else v for k, v in pair.items() if isinstance(v, list)}
-
-
-def newest_checkpoint(directory: Path) -> Path:
-    """The newest checkpoint of a run folder; any other directory unchanged."""
-    return max(directory.glob("step-*"), key=checkpoint_order, default=directory)
 
 
 def _read_vit(

@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from config_tools import InputError, read_json
+from config_tools import InputError, newest_checkpoint, read_json
 from configs import RunConfig, TrainConfig
 from engine.training import checkpoint, run_folder
 from engine.training.distributed import Dist
 from engine.training.optim import build_optimizer
-from models.pretrained.load import newest_checkpoint
 from models.vision_language_model import VisionLanguageModel
 
 
