@@ -84,7 +84,8 @@ def parse_preset(cls: type, presets: dict, argv: list[str], script: str):
     for flag in ("-h", "--help"):
         if flag in argv:
             prog = f"{script} [PRESET | RUN.json]"
-            print_help(default, "".join(argv[argv.index(flag) + 1 :][:1]), prog, description)
+            part = next(iter(argv[argv.index(flag) + 1 :]), "")
+            print_help(default, part if part[:1] != "-" else "", prog, description)
     return parse(cls, argv, default=default, description=description)
 
 
@@ -122,7 +123,7 @@ CHANGEABLE = ("max_img_size", "vit_dropout", "vit_drop_path", "lm_dropout", "vlm
 def model_fields_of(argv: list[str]) -> list[str]:
     """The fields that `--model.*` flags in the arguments of train.py set."""
     words = [word[8:].partition("=")[0] for word in argv if word.startswith("--model.")]
-    return [word.removeprefix("no-").replace("-", "_") for word in words]
+    return [word.replace("-", "_").removeprefix("no_") for word in words]
 
 
 def change_loaded(

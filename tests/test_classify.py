@@ -234,6 +234,8 @@ def test_a_push_uploads_what_export_writes(trained, tmp_path, capsys, monkeypatc
     assert sent["names"] == {p.name for p in (tmp_path / "same").iterdir()}
     assert {"README.md", "model.safetensors", "config.json", "preprocessor_config.json",
             "train_config.json"} <= sent["names"]  # fmt: skip
+    texts = [(tmp_path / "same" / name).read_text() for name in ("README.md", "train_config.json")]
+    assert not any(str(trained.parent) in text for text in texts), "private folders"
     assert (sent["id"], sent["private"]) == ("me/colours", True)
 
 

@@ -133,6 +133,17 @@ def test_help_for_an_unknown_part_names_the_parts(script, parts):
         script(["--help", "modle"])
 
 
+def test_help_among_other_flags(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_run(["tiny", "--help", "--train.steps", "3"])
+    assert stop.value.code == 0 and "--data.source" in capsys.readouterr().out
+
+
+def test_model_fields_are_found_in_every_spelling():
+    argv = ["--model.lm-n-blocks", "3", "--model.no_vit_qkv_bias", "--model.vit_dropout=0.1"]
+    assert cli.model_fields_of(argv) == ["lm_n_blocks", "vit_qkv_bias", "vit_dropout"]
+
+
 def docstrings(cls: type) -> dict[str, str]:
     """Field -> the string under it, read from the source."""
     body = ast.parse(inspect.getsource(cls)).body[0].body

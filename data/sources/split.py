@@ -18,6 +18,8 @@ from data.sources.fetch import image_identity, refuse_web_address, resolve_image
 from data.sources.schemas import Conversation, drop_low_rated, parse_conversation
 from data.types import Rows, Sample
 
+MIN_VAL_ROWS = 20  # with fewer, an accuracy moves by more than five points per answer
+
 
 class ParsedRow(NamedTuple):
     """The conversation of a row, a hash of its content, and its split."""
@@ -47,9 +49,6 @@ def parse_row(row: dict, cfg: DataConfig) -> ParsedRow | None:
     identities = [image_identity(image) for image in found.images]
     digest = _digest([turn.text.strip() for turn in found.turns] + identities)
     return ParsedRow(found, digest, digest < val_threshold(cfg.val_fraction))
-
-
-MIN_VAL_ROWS = 20  # with fewer, an accuracy moves by more than five points per answer
 
 
 def val_threshold(val_fraction: float) -> int:

@@ -23,6 +23,7 @@ NO_LOADER = "only picoVLM loads it: transformers has no class for this architect
 def write_repository(source: str, folder: Path, repo_id: str) -> str:
     """Write the repository into `folder`; return a line about what can load it."""
     model = open_classifier(source)
+    model.vit.cfg = model_card.public_config(model.vit.cfg)
     model.save_pretrained(folder)
     checkpoint = newest_checkpoint(find(source))
     figures = (CURVE, CONFUSION)

@@ -31,7 +31,7 @@ def describe_run(cfg: RunConfig, model: Any, source: Any, step: int) -> None:
     print(f"model: {parts}; data: {rows} of {cfg.data.source}; "
           f"steps {step} to {cfg.train.steps}; run folder: {cfg.train.out}")  # fmt: skip
     if cfg.train.init_from and step == 0:
-        print(f"weights: from {cfg.train.init_from}")
+        print(f"weights: from {cfg.train.init_from}, with its model settings")
     backbones = [name for name in (cfg.model.vit_model_type, cfg.model.lm_model_type) if name]
     if backbones and step == 0 and not cfg.train.init_from:
         print(f"weights: from {' and '.join(backbones)}, the rest random")

@@ -172,7 +172,7 @@ def load_vlm(source: str | Path, revision: str | None = None) -> VisionLanguageM
             f"{where}: model_type = {kind!r} without a {OWN_KEY!r} key is not supported; expected "
             "a picoVLM, Idefics3, SmolVLM or nanoVLM checkpoint."
         )
-    name = origin(source, config)
+    name = origin(directory, config)
     if name and name not in cfg.vlm_base_models:
         cfg = replace(cfg, vlm_base_models=(*cfg.vlm_base_models, name))
     found = read_weights(directory)
@@ -186,18 +186,19 @@ def load_vlm(source: str | Path, revision: str | None = None) -> VisionLanguageM
     return load_tensors(VisionLanguageModel, cfg, nanovlm.fold(tensors) if is_nano else tensors)
 
 
-def origin(source: str | Path, config: dict) -> str:
+def origin(directory: Path, config: dict) -> str:
     """The name of a model for model cards: its Hub id, or "NAME (local)" of a foreign directory.
 
     Empty for a local checkpoint of picoVLM, which holds the names of its own origins.
     """
-    if not Path(source).exists():
-        return str(source)  # a Hub id
+    for part in directory.parts:  # the Hub's cache: models--user--name/snapshots/revision
+        if part.startswith("models--"):
+            return part.removeprefix("models--").replace("--", "/", 1)
     if OWN_KEY in config:
         return ""
     named = str(config.get("_name_or_path") or "")
     is_hub_id = re.fullmatch(HUB_ID, named) and not Path(named).exists()
-    return named if is_hub_id else f"{Path(source).resolve().name} (local)"
+    return named if is_hub_id else f"{directory.resolve().name} (local)"
 
 
 def _read_idefics3(directory: Path, config: dict) -> dict:

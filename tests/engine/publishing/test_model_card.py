@@ -149,6 +149,18 @@ def test_the_origin_survives_two_rounds_of_fine_tuning(foreign, tmp_path, name, 
         assert b"secret" not in content and str(tmp_path).encode() not in content, file
 
 
+@pytest.mark.parametrize("is_own", [False, True])
+def test_a_model_from_the_cache_of_the_hub_keeps_its_id(
+    foreign, small_checkpoint, tmp_path, is_own
+):
+    """Scripts resolve a Hub id to its folder in the cache before they load the model."""
+    cached = tmp_path / "models--user--some-name" / "snapshots" / "0123abc"
+    shutil.copytree(small_checkpoint if is_own else foreign, cached)
+    data, start = DataConfig(max_length=256), TrainConfig(init_from=str(cached))
+    cfg, _, _ = train.build(RunConfig(data=data, train=start))
+    assert cfg.model.vlm_base_models == ("user/some-name",)
+
+
 @pytest.mark.parametrize(("text", "public"), [
     ("/home/me/data/my.jsonl=0.7 world=0.3", "my.jsonl=0.7 world=0.3"), ("runs/demo", "runs/demo"),
     ("hf:owner/name", "hf:owner/name"), ("~/models/siglip", "siglip"), ("C:\\models\\x", "x"),
